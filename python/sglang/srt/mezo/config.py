@@ -1,0 +1,106 @@
+"""Settings of a training run, with the names of Hugging Face's TrainingArguments, PEFT and the MeZO paper."""
+
+from dataclasses import asdict, dataclass, field, fields
+from typing import Literal, Optional
+
+from sglang.srt.mezo.errors import ConfigError
+from sglang.srt.mezo.noise import Distribution
+from sglang.srt.mezo.optimizer import SchedulerType
+
+Tuning = Literal["alora", "lora"]
+Objective = Literal["classification", "completion", "language_modeling"]
+
+
+def _setting(default: object, help: str):
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class MezoConfig:
+    """Every setting of a run; validated on construction, ConfigError names the field at fault."""
+
+    output_dir: str = _setting("runs/mezo", "Run directory: adapter, checkpoints, seed log, metrics.")
+    overwrite_output_dir: bool = _setting(False, "Delete an earlier run in output_dir first.")
+    resume_from_checkpoint: bool = _setting(False, "Go on with the run in output_dir from its seed log.")
+
+    tuning: Tuning = _setting("alora", "alora: the adapter acts from the invocation on; lora: on every token.")
+    invocation: Optional[str] = _setting(None, "Text that activates an aLoRA adapter; the task's own by default.")
+    r: int = _setting(8, "Rank of the adapter.")
+    lora_alpha: float = _setting(16, "The adapter's output is scaled by lora_alpha / r.")
+    target_modules: Optional[list[str]] = _setting(None, "Modules to adapt; the attention projections by default.")
+
+    objective: Optional[Objective] = _setting(None, "Loss; the one that the data suggests by default.")
+    learning_rate: float = _setting(1e-3, "Step size at the peak of the schedule.")
+    lr_scheduler_type: SchedulerType = _setting("constant", "Schedule after the warm-up.")
+    warmup_steps: float = _setting(0, "Steps of linear warm-up; below 1, a share of max_steps.")
+    weight_decay: float = _setting(0.0, "Decoupled weight decay, as in the MeZO paper.")
+    clip_projected_grad: Optional[float] = _setting(None, "Bound on the absolute value of each projected gradient.")
+
+    zo_eps: float = _setting(1e-2, "Radius of the perturbation.")
+    num_perturbations: int = _setting(1, "Directions a step; their gradient estimates are averaged.")
+    perturbation: Distribution = _setting("gaussian", "Distribution of the directions.")
+
+    max_steps: int = _setting(-1, "Steps to run; below 1, as many as num_train_epochs needs.")
+    num_train_epochs: float = _setting(3.0, "Passes over the training examples when max_steps is not given.")
+    per_device_train_batch_size: int = _setting(16, "Examples in a batch.")
+    gradient_accumulation_steps: int = _setting(1, "Batches whose losses are averaged at the same directions.")
+    per_device_eval_batch_size: int = _setting(64, "Examples in an evaluation batch.")
+    max_tokens_per_batch: int = _setting(4096, "Most tokens run through the model in one forward pass.")
+    prefix_reuse: bool = _setting(True, "Reuse KV where that is exact; off only to check that it is.")
+
+    eval_steps: int = _setting(250, "Steps between evaluations on the development set.")
+    logging_steps: int = _setting(10, "Steps between lines in metrics.jsonl.")
+    save_steps: int = _setting(0, "Steps between checkpoint-<step>/ directories; 0 for none. The seed log is always kept.")
+    load_best_model_at_end: bool = _setting(True, "End with the adapter that did best on the development set.")
+    metric_for_best_model: Optional[str] = _setting(None, "eval_loss, or a metric of the task such as eval_accuracy; eval_loss by default.")
+    noise_floor_steps: int = _setting(0, "Steps between measurements of loss_plus - loss_minus at z = 0; 0 for none.")
+    report_to: Literal["none", "tensorboard"] = _setting("none", "Where to send metrics besides metrics.jsonl.")
+    disable_tqdm: bool = _setting(False, "No progress bar.")
+    seed: int = _setting(42, "Seed of the initial adapter, the order of the data and the directions.")
+
+    def __post_init__(self):
+        for name in ("r", "num_perturbations", "per_device_train_batch_size", "gradient_accumulation_steps",
+                     "per_device_eval_batch_size", "max_tokens_per_batch", "eval_steps", "logging_steps"):  # fmt: skip
+            self._require(name, getattr(self, name) >= 1, "at least 1")
+        for name in ("lora_alpha", "learning_rate", "zo_eps", "num_train_epochs"):
+            self._require(name, getattr(self, name) > 0, "a positive number")
+        for name in ("weight_decay", "warmup_steps", "save_steps", "noise_floor_steps"):
+            self._require(name, getattr(self, name) >= 0, "zero or more")
+        for name, allowed in _CHOICES.items():
+            self._require(name, getattr(self, name) in allowed, f"one of {', '.join(map(str, allowed))}")
+        self._require("clip_projected_grad", self.clip_projected_grad is None or self.clip_projected_grad > 0, "a positive number")
+        self._require("target_modules", self.target_modules is None or len(self.target_modules) > 0, "at least one module")
+        self._require("seed", 0 <= self.seed < 2**64, "an unsigned 64-bit number")
+        self._require("resume_from_checkpoint", not (self.resume_from_checkpoint and self.overwrite_output_dir),
+                      "overwrite_output_dir would delete the run to resume")  # fmt: skip
+
+    def _require(self, name: str, condition: bool, allowed: str) -> None:
+        if not condition:
+            raise ConfigError(name, getattr(self, name), allowed)
+
+    @property
+    def train_batch_size(self) -> int:
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+    def steps_for(self, num_examples: int) -> int:
+        """Steps that a run takes over ``num_examples`` training examples."""
+        if self.max_steps >= 1:
+            return self.max_steps
+        return max(1, round(self.num_train_epochs * num_examples / self.train_batch_size))
+
+    def warmup_steps_of(self, max_steps: int) -> int:
+        return round(self.warmup_steps * max_steps) if self.warmup_steps < 1 else round(self.warmup_steps)
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+_CHOICES = {
+    "tuning": ("alora", "lora"),
+    "objective": (None, "classification", "completion", "language_modeling"),
+    "lr_scheduler_type": ("constant", "linear", "cosine"),
+    "perturbation": ("gaussian", "rademacher"),
+    "report_to": ("none", "tensorboard"),
+}
+
+FIELD_NAMES = tuple(f.name for f in fields(MezoConfig))

@@ -1,0 +1,54 @@
+"""Attention and LoRA on plain PyTorch, registered by the plugin where our CPU platform is active."""
+
+from collections.abc import Callable
+from types import ModuleType
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from sglang.srt.mezo.hooks import Hook
+
+BACKEND_NAME = "torch_native"
+
+
+def register_attention(attention_registry: ModuleType) -> None:
+    """Serve the name torch_native from CpuAttentionBackend."""
+
+    @attention_registry.register_attention_backend(BACKEND_NAME)
+    def create(runner):
+        from sglang.srt.mezo.cpu.attention import CpuAttentionBackend
+
+        return CpuAttentionBackend(runner)
+
+
+def register_lora(lora_registry: ModuleType) -> None:
+    """Serve the name torch_native from CpuLoRABackend."""
+
+    @lora_registry.register_lora_backend(BACKEND_NAME)
+    def create():
+        from sglang.srt.mezo.cpu.lora import CpuLoRABackend
+
+        return CpuLoRABackend
+
+
+class _WithoutPinnedMemory(TorchFunctionMode):
+    """Drops requests for pinned memory, which PyTorch refuses where there is no accelerator."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        kwargs.pop("pin_memory", None)
+        return args[0] if func is torch.Tensor.pin_memory else func(*args, **kwargs)
+
+
+def _build_unpinned(original: Callable, *args, **kwargs) -> None:
+    with _WithoutPinnedMemory():
+        return original(*args, **kwargs)
+
+
+UNPINNED_LORA_MANAGER = Hook(
+    module="sglang.srt.lora.lora_manager",
+    attribute="LoRAManager.__init__",
+    kind="around",
+    function=_build_unpinned,
+    why="LoRA layers are built with tensors in pinned memory, which a host without accelerator does not have",
+)

@@ -1,0 +1,132 @@
+"""Batched attention on plain PyTorch: one gather of KV and one product per group of rows and layer."""
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
+from sglang.srt.mem_cache.memory_pool import KVWriteLoc
+from sglang.srt.mezo.cpu.attention_plan import Group, Row, plan
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+
+
+class CpuAttentionBackend(TorchNativeAttnBackend):
+    """Same results as upstream's torch_native backend, which runs one sequence at a time.
+
+    Cross attention, and pools that keep a sliding window apart, stay with upstream's code.
+    """
+
+    def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
+        super().init_forward_metadata(forward_batch)
+        # Planned by the first layer: causal or not is known there.
+        self._plans: dict[tuple[bool, bool], list[Group]] = {}
+
+    def forward_extend(self, q, k, v, layer, forward_batch, save_kv_cache=True):
+        if not self._is_batched(layer, forward_batch):
+            return super().forward_extend(q, k, v, layer, forward_batch, save_kv_cache)
+        return self._attend(q, k, v, layer, forward_batch, save_kv_cache)
+
+    def forward_decode(self, q, k, v, layer, forward_batch, save_kv_cache=True):
+        if not self._is_batched(layer, forward_batch):
+            return super().forward_decode(q, k, v, layer, forward_batch, save_kv_cache)
+        return self._attend(q, k, v, layer, forward_batch, save_kv_cache)
+
+    def _is_batched(self, layer: RadixAttention, forward_batch: ForwardBatch) -> bool:
+        return not (
+            layer.is_cross_attention or forward_batch.encoder_lens is not None or self.use_sliding_window_kv_pool
+        )
+
+    def _attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor | None,
+        v: torch.Tensor | None,
+        layer: RadixAttention,
+        forward_batch: ForwardBatch,
+        save_kv_cache: bool,
+    ) -> torch.Tensor:
+        """q: (tokens, heads * dim); k, v: (tokens, kv_heads * dim), or None where the layer reads another's KV.
+
+        Returns (tokens, heads * v_dim).
+        """
+        if save_kv_cache and k is not None:
+            self.token_to_kv_pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc, None), k, v)
+        query = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
+        pool = (
+            self.token_to_kv_pool.get_key_buffer(layer.layer_id),
+            self.token_to_kv_pool.get_value_buffer(layer.layer_id),
+        )
+        batch = None
+        if k is not None and k.dtype == pool[0].dtype:
+            batch = (
+                k.reshape(-1, layer.tp_k_head_num, layer.qk_head_dim),
+                v.reshape(-1, layer.tp_v_head_num, layer.v_head_dim),
+            )
+        causal = layer.attn_type != AttentionType.ENCODER_ONLY
+        output = query.new_empty(len(query), layer.tp_q_head_num, layer.v_head_dim)
+        for group in self._groups(forward_batch, causal, from_pool=batch is None):
+            keys, values = batch if group.fresh else pool
+            _attend_group(group, query, keys, values, output, layer, causal)
+        return output.view(len(query), -1)
+
+    def _groups(self, forward_batch: ForwardBatch, causal: bool, from_pool: bool) -> list[Group]:
+        if (causal, from_pool) not in self._plans:
+            self._plans[causal, from_pool] = plan(
+                _rows(forward_batch), self.req_to_token_pool.req_to_token, causal, from_pool
+            )
+        return self._plans[causal, from_pool]
+
+
+def _rows(forward_batch: ForwardBatch) -> list[Row]:
+    lengths = (
+        forward_batch.seq_lens if forward_batch.seq_lens_cpu is None else forward_batch.seq_lens_cpu
+    ).tolist()
+    if forward_batch.forward_mode.is_decode():
+        fresh = [1] * len(lengths)
+    else:
+        fresh = [int(length) for length in forward_batch.extend_seq_lens_cpu]
+    rows, start = [], 0
+    for request, length, new in zip(forward_batch.req_pool_indices.tolist(), lengths, fresh, strict=True):
+        rows.append(Row(request, length - new, new, start))
+        start += new
+    return rows
+
+
+def _attend_group(
+    group: Group,
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    output: torch.Tensor,
+    layer: RadixAttention,
+    causal: bool,
+) -> None:
+    """Write the group's tokens of `output`, (tokens, heads, v_dim); keys and values are (places, kv_heads, dim)."""
+    heads = query.shape[1]
+    q = query.index_select(0, group.tokens).view(group.count, group.queries, heads, -1).transpose(1, 2)
+    k = keys.index_select(0, group.kv).view(group.count, group.keys, *keys.shape[1:]).transpose(1, 2)
+    v = values.index_select(0, group.kv).view(group.count, group.keys, *values.shape[1:]).transpose(1, 2)
+    window = layer.sliding_window_size if causal and (layer.sliding_window_size or -1) > -1 else None
+    mask = group.mask(causal, window, query.dtype)
+    k, v = k.to(q.dtype), v.to(q.dtype)
+    if layer.logit_cap:
+        result = _soft_capped_attention(q, k, v, mask, layer.scaling, layer.logit_cap)
+    else:
+        result = scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, scale=layer.scaling, enable_gqa=heads != keys.shape[1]
+        )
+    result = result.transpose(1, 2).reshape(group.count * group.queries, heads, -1)
+    if group.valid is None:
+        output.index_copy_(0, group.tokens, result)
+    else:
+        output.index_copy_(0, group.tokens[group.valid], result[group.valid])
+
+
+def _soft_capped_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scaling: float, cap: float
+) -> torch.Tensor:
+    """softmax(cap tanh(q k / cap) + mask) v; q: (count, heads, queries, dim), k, v: (count, kv_heads, keys, dim)."""
+    repeats = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
+    scores = cap * torch.tanh(q @ k.transpose(2, 3) * (scaling / cap))
+    return torch.softmax((scores + mask).float(), -1).to(q.dtype) @ v

@@ -1,0 +1,207 @@
+"""Which rows of a packed batch go through attention together, decided once per forward.
+
+Rows that start from the very same cached tokens (signs and directions of a step over one prompt, options of one
+example) become one bundle: its keys are the shared prefix, once, and then the fresh tokens of every member. Bundles of
+similar size are padded into a group, and a group costs each layer one gather of KV and one product.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+# Gathering one key costs about as much as this many query-key pairs (64 dimensions a head).
+PAIRS_PER_KEY = 8
+# A group may cost this much more than its bundles do without padding ...
+PADDING_LIMIT = 1.5
+# ... and so many pairs, which cost as much as the calls of one group more.
+FREE_PAIRS = 1024
+# Causal rows longer than this are cut: a later piece finds the earlier ones in the pool, as its prefix.
+MAX_FRESH = 512
+
+_SHARED = -1  # key that every member of a bundle sees
+_PADDING = -2
+
+
+@dataclass(frozen=True)
+class Row:
+    """Fresh tokens start .. start + fresh of the batch; `prefix` tokens of request row `request` come before them."""
+
+    request: int
+    prefix: int
+    fresh: int
+    start: int
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """Rows with one and the same prefix."""
+
+    rows: tuple[Row, ...]
+
+    @property
+    def prefix(self) -> int:
+        return self.rows[0].prefix
+
+    @property
+    def queries(self) -> int:
+        return sum(row.fresh for row in self.rows)
+
+    @property
+    def keys(self) -> int:
+        return self.prefix + self.queries
+
+    @property
+    def cost(self) -> int:
+        return pairs(self.queries, self.keys)
+
+
+def pairs(queries: int, keys: int) -> int:
+    """Cost of attention over one bundle, in query-key pairs."""
+    return (queries + PAIRS_PER_KEY) * keys
+
+
+@dataclass
+class Group:
+    """Bundles padded to one shape: count bundles, `queries` queries and `keys` keys each.
+
+    tokens: int64 (count * queries,), the batch's token of every query; padding repeats token 0.
+    valid: int64, the positions in `tokens` that are no padding, or None where all are.
+    kv: int64 (count * keys,), where a key lies: in the pool, or in the batch's own k and v where `fresh` is set.
+    """
+
+    count: int
+    queries: int
+    keys: int
+    tokens: torch.Tensor
+    valid: torch.Tensor | None
+    kv: torch.Tensor
+    fresh: bool
+    _query_row: np.ndarray
+    _query_position: np.ndarray
+    _key_row: np.ndarray
+    _key_position: np.ndarray
+    _masks: dict[tuple, torch.Tensor] = field(default_factory=dict)
+
+    def mask(self, causal: bool, window: int | None, dtype: torch.dtype) -> torch.Tensor:
+        """(count, 1, queries, keys): 0 where the query sees the key, -inf elsewhere.
+
+        A query sees the shared prefix and its own row, up to itself if causal, and `window` tokens back if given.
+        """
+        name = (causal, window, dtype)
+        if name not in self._masks:
+            visible = self._visible(causal, window)
+            mask = torch.zeros(visible.shape, dtype=dtype)
+            self._masks[name] = mask.masked_fill_(torch.from_numpy(~visible), float("-inf"))[:, None]
+        return self._masks[name]
+
+    def _visible(self, causal: bool, window: int | None) -> np.ndarray:
+        key_row, key_position = self._key_row[:, None, :], self._key_position[:, None, :]
+        query_row, query_position = self._query_row[:, :, None], self._query_position[:, :, None]
+        visible = (key_row == _SHARED) | (key_row == query_row)
+        if causal:
+            visible &= key_position <= query_position
+        if window is not None:
+            visible &= key_position >= query_position - window
+        # A padding query must see something, or its softmax is 0 / 0.
+        visible[:, :, 0] |= self._query_row == _PADDING
+        return visible
+
+
+def plan(rows: Sequence[Row], req_to_token: torch.Tensor, causal: bool, from_pool: bool = False) -> list[Group]:
+    """Groups that cover every fresh token of `rows` once.
+
+    req_to_token: int32 (requests, context), the pool's index of every token of a request.
+    from_pool: read fresh keys from the pool too, for layers that do not bring their own.
+    """
+    table = req_to_token.numpy()
+    if causal:
+        rows = [piece for row in rows for piece in _cut(row)]
+    bundles = _bundle(rows, table) if causal else [Bundle((row,)) for row in rows]
+    return [_build(group, table, from_pool) for group in _group(bundles)]
+
+
+def _cut(row: Row) -> list[Row]:
+    return [
+        Row(row.request, row.prefix + at, min(MAX_FRESH, row.fresh - at), row.start + at)
+        for at in range(0, row.fresh, MAX_FRESH)
+    ]
+
+
+def _bundle(rows: Sequence[Row], table: np.ndarray) -> list[Bundle]:
+    """Join rows of one prefix as long as that is cheaper: every member pays for the others' fresh tokens."""
+    bundles: list[Bundle] = []
+    last_with_prefix: dict[tuple[int, int, int], int] = {}
+    for row in rows:
+        single = Bundle((row,))
+        if row.prefix == 0:
+            bundles.append(single)
+            continue
+        tokens = table[row.request, : row.prefix]
+        name = (row.prefix, int(tokens[0]), int(tokens[-1]))
+        at = last_with_prefix.get(name)
+        if at is not None and np.array_equal(table[bundles[at].rows[0].request, : row.prefix], tokens):
+            joined = Bundle((*bundles[at].rows, row))
+            if joined.cost <= bundles[at].cost + single.cost:
+                bundles[at] = joined
+                continue
+        last_with_prefix[name] = len(bundles)
+        bundles.append(single)
+    return bundles
+
+
+def _group(bundles: Sequence[Bundle]) -> list[list[Bundle]]:
+    """Neighbours in size share a group while the padding stays within its limit."""
+    groups: list[list[Bundle]] = []
+    queries = keys = cost = 0
+    for bundle in sorted(bundles, key=lambda b: (b.prefix > 0, b.queries.bit_length(), b.keys)):
+        widest, longest = max(queries, bundle.queries), max(keys, bundle.keys)
+        padded = ((len(groups[-1]) + 1) if groups else 1) * pairs(widest, longest)
+        # Groups without any prefix read the batch's own k and v, so they stay apart.
+        same_source = bool(groups) and (groups[-1][0].prefix > 0) == (bundle.prefix > 0)
+        if same_source and padded <= PADDING_LIMIT * (cost + bundle.cost) + FREE_PAIRS:
+            groups[-1].append(bundle)
+            queries, keys, cost = widest, longest, cost + bundle.cost
+        else:
+            groups.append([bundle])
+            queries, keys, cost = bundle.queries, bundle.keys, bundle.cost
+    return groups
+
+
+def _build(bundles: Sequence[Bundle], table: np.ndarray, from_pool: bool) -> Group:
+    count = len(bundles)
+    queries, keys = max(b.queries for b in bundles), max(b.keys for b in bundles)
+    tokens = np.zeros((count, queries), np.int64)
+    kv = np.zeros((count, keys), np.int64)
+    query_row, key_row = np.full((count, queries), _PADDING), np.full((count, keys), _PADDING)
+    query_position, key_position = np.zeros((count, queries), np.int64), np.zeros((count, keys), np.int64)
+    fresh = not from_pool and all(b.prefix == 0 for b in bundles)
+    for i, bundle in enumerate(bundles):
+        prefix = bundle.prefix
+        kv[i, :prefix] = table[bundle.rows[0].request, :prefix]
+        key_row[i, :prefix] = _SHARED
+        key_position[i, :prefix] = np.arange(prefix)
+        at = 0
+        for row in bundle.rows:
+            query, key = slice(at, at + row.fresh), slice(prefix + at, prefix + at + row.fresh)
+            positions = np.arange(prefix, prefix + row.fresh)
+            tokens[i, query] = np.arange(row.start, row.start + row.fresh)
+            kv[i, key] = tokens[i, query] if fresh else table[row.request, prefix : prefix + row.fresh]
+            query_row[i, query] = key_row[i, key] = row.start
+            query_position[i, query] = key_position[i, key] = positions
+            at += row.fresh
+    valid = np.flatnonzero(query_row.reshape(-1) != _PADDING)
+    return Group(
+        count=count,
+        queries=queries,
+        keys=keys,
+        tokens=torch.from_numpy(tokens.reshape(-1)),
+        valid=None if len(valid) == count * queries else torch.from_numpy(valid),
+        kv=torch.from_numpy(kv.reshape(-1)),
+        fresh=fresh,
+        _query_row=query_row,
+        _query_position=query_position,
+        _key_row=key_row,
+        _key_position=key_position,
+    )

@@ -1,0 +1,121 @@
+"""The narrow view of an SGLang engine that training needs, and an engine in the calling process to train on."""
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self
+
+import torch
+
+from sglang.srt.mezo.errors import CapacityError, ConfigError
+
+if TYPE_CHECKING:
+    from sglang.srt.lora.lora_manager import LoRAManager
+    from sglang.srt.managers.scheduler import Scheduler
+    from sglang.srt.mem_cache.base_prefix_cache import BasePrefixCache
+    from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
+    from sglang.srt.model_executor.model_runner import ModelRunner
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class EngineHandle:
+    """The parts of one tensor-parallel rank's engine that scoring touches."""
+
+    model_runner: "ModelRunner"
+    tree_cache: "BasePrefixCache"
+    req_to_token_pool: "ReqToTokenPool"
+
+    @classmethod
+    def from_scheduler(cls, scheduler: "Scheduler") -> Self:
+        model_runner = scheduler.tp_worker.model_runner
+        if model_runner.lora_manager is None:
+            raise ConfigError("enable_lora", False, "training needs an engine that was started with LoRA")
+        if model_runner.page_size != 1:
+            raise ConfigError("page_size", model_runner.page_size, "prefixes are cut at any token, so 1 is needed")
+        return cls(model_runner, scheduler.tree_cache, scheduler.req_to_token_pool)
+
+    @property
+    def lora_manager(self) -> "LoRAManager":
+        return self.model_runner.lora_manager
+
+    @property
+    def kv_allocator(self):
+        return self.tree_cache.token_to_kv_pool_allocator
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.model_runner.device)
+
+    @property
+    def context_length(self) -> int:
+        return self.model_runner.model_config.context_len
+
+    @property
+    def kv_capacity(self) -> int:
+        """KV tokens that the pool holds in all."""
+        return self.model_runner.max_total_num_tokens
+
+    @property
+    def free_kv_tokens(self) -> int:
+        """KV tokens that can be had now, by evicting unlocked prefixes if need be."""
+        return self.kv_allocator.available_size() + self.tree_cache.evictable_size()
+
+    @property
+    def free_rows(self) -> int:
+        return self.req_to_token_pool.available_size()
+
+
+class MezoEngine:
+    """An SGLang engine in the calling process: model runner, radix tree and LoRA pool, without HTTP or subprocesses.
+
+    Args:
+        model_path: hub name or folder of the base model.
+        r: largest rank of an adapter.
+        target_modules: modules that adapters may act on.
+        num_slots: adapters that one pass can hold, the base model not counted.
+        server_args: any further field of SGLang's ServerArgs.
+
+    One engine lives in a process at a time, as SGLang keeps its parallel state in the process.
+    """
+
+    def __init__(self, model_path: str, *, r: int, target_modules: Iterable[str], num_slots: int, **server_args):
+        from sglang.srt.plugins import load_plugins
+
+        load_plugins()
+        from sglang.srt.runtime_context import SpawnRanks, publish, spawn_world_rank
+        from sglang.srt.server_args import PortArgs, ServerArgs
+
+        self.server_args = ServerArgs(
+            model_path=model_path,
+            enable_lora=True,
+            max_lora_rank=r,
+            lora_target_modules=sorted(target_modules),
+            max_loras_per_batch=num_slots + 1,  # the base model takes a slot too
+            **{"page_size": 1, "log_level": "warning", "disable_cuda_graph": True, **server_args},
+        )
+        self.server_args.resolve_once()
+        self.server_args.check_server_args()
+        ports = PortArgs.init_new(self.server_args)
+        world_rank = spawn_world_rank(self.server_args, tp_rank=0, pp_rank=0)
+        publish(self.server_args, role="scheduler", ranks=SpawnRanks(world_rank=world_rank, dp_rank=None, gpu_id=0))
+        from sglang.srt.managers.scheduler import Scheduler
+
+        self.scheduler = Scheduler(self.server_args, ports)
+        self.handle = EngineHandle.from_scheduler(self.scheduler)
+
+    @property
+    def tokenizer(self):
+        return self.scheduler.tokenizer
+
+
+def require_slots(handle: EngineHandle, needed: int) -> None:
+    """Raise CapacityError where the LoRA pool cannot hold ``needed`` more adapters beside the base model."""
+    pool = handle.lora_manager.max_loras_per_batch
+    free = pool - 1 - handle.lora_manager.num_pinned_loras
+    if needed > free:
+        raise CapacityError(
+            f"{needed} adapter slots are needed (two per direction, and one for evaluation), but {free} of the pool's "
+            f"{pool} are free: lower num_perturbations or raise max_loras_per_batch"
+        )

@@ -1,0 +1,37 @@
+"""Errors that a user can cause and mend. Each message names the field or file, the value, and what is allowed."""
+
+
+class MezoError(Exception):
+    """Base of every error that sglang-mezo raises on purpose."""
+
+
+class ConfigError(MezoError, ValueError):
+    """A configuration field has a value that cannot work."""
+
+    def __init__(self, field: str, value: object, allowed: str):
+        super().__init__(f"{field}={value!r} is not allowed: {allowed}")
+        self.field = field
+        self.value = value
+
+
+class DataError(MezoError, ValueError):
+    """A row or a file of training data cannot be used."""
+
+    def __init__(self, reason: str, source: str | None = None, line: int | None = None):
+        where = "".join((f"{source}" if source else "", f":{line}" if line is not None else ""))
+        super().__init__(f"{where}: {reason}" if where else reason)
+        self.reason = reason
+        self.source = source
+        self.line = line
+
+
+class CapacityError(MezoError, RuntimeError):
+    """The engine has no room (adapter slots, rank, KV tokens, request rows) for what was asked."""
+
+
+class LogError(MezoError, ValueError):
+    """A seed log cannot be read, or does not belong to the adapter it is replayed on."""
+
+
+class DivergedError(MezoError, RuntimeError):
+    """A loss is infinite or not a number; the seed log up to the step before is intact."""

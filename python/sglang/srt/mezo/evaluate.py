@@ -1,0 +1,31 @@
+"""Loss and accuracy of one adapter, or of the base model, on a set of planned examples."""
+
+from collections.abc import Sequence
+
+from sglang.srt.mezo.config import Objective
+from sglang.srt.mezo.plan import ExamplePlan
+from sglang.srt.mezo.readout import batch_loss, predictions
+from sglang.srt.mezo.scorer import Scorer
+
+
+def evaluate(
+    scorer: Scorer, plans: Sequence[ExamplePlan], lora_id: str | None, objective: Objective, batch_size: int
+) -> dict[str, float]:
+    """Score ``plans`` under one adapter (None: the base model).
+
+    Returns:
+        ``loss``, and ``accuracy`` where there are options to choose from.
+    """
+    total, weight, right = 0.0, 0, 0
+    for start in range(0, len(plans), batch_size):
+        batch = plans[start : start + batch_size]
+        values = scorer.score(batch, [(lora_id,)], objective)
+        loss = batch_loss(batch, values, objective)
+        total += loss.total.item()
+        weight += loss.weight
+        if objective == "classification":
+            right += sum(int(p) == plan.label for p, plan in zip(predictions(batch, values)[0], batch))
+    metrics = {"loss": total / weight}
+    if objective == "classification":
+        metrics["accuracy"] = right / len(plans)
+    return metrics

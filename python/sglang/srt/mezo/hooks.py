@@ -1,0 +1,54 @@
+"""Hooks into SGLang that hold, or stop the process.
+
+SGLang logs what goes wrong in a plugin and serves on without it. A server that lost one of our hooks would answer
+with stale KV or the wrong adapter, so every failure here raises StartRefused, which no `except Exception` stops.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from sglang.srt.mezo import overlay
+
+
+class StartRefused(SystemExit):
+    """Ends the process with one line on stderr and exit status 1."""
+
+    def __init__(self, reason: str):
+        super().__init__(f"sglang-mezo refuses to start: {reason}")
+
+
+@dataclass(frozen=True)
+class Hook:
+    """One function of SGLang that calls one of ours.
+
+    `function` gets (*args) for kind "before", (result, *args) for "after" and (original, *args) for "around";
+    it is taken as a callable that returns it where importing it early would pull in modules of SGLang.
+    """
+
+    module: str
+    attribute: str
+    kind: Literal["before", "after", "around"]
+    function: Callable
+    why: str
+
+    @property
+    def target(self) -> str:
+        return f"{self.module}.{self.attribute}"
+
+
+def install(hook: Hook) -> None:
+    """Apply `hook` when its module is imported (at once if it already is) and check that it took hold."""
+    overlay.on_import(hook.module, lambda module: _apply(hook))
+
+
+def _apply(hook: Hook) -> None:
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    if hook.target in HookRegistry._patched:
+        # The registry wraps a target once: whatever comes later is dropped without a word.
+        raise StartRefused(f"{hook.target} is hooked by another plugin already ({hook.why})")
+    HookRegistry.register(hook.target, hook.function, HookType(hook.kind))
+    HookRegistry.apply_hooks()
+    if hook.target not in HookRegistry._patched:
+        raise StartRefused(f"the hook on {hook.target} did not take hold ({hook.why})")

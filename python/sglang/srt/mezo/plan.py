@@ -1,0 +1,104 @@
+"""A score plan: which sequences a batch of examples runs, which of their tokens are a reusable prefix, what is read.
+
+Every row of a plan is scored once per adapter slot. Where KV may be shared is decided here and nowhere else.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from sglang.srt.mezo.config import Objective, Tuning
+from sglang.srt.mezo.data import Example, invocation_start
+
+
+class PrefixScope(Enum):
+    """Between which rows the KV of a prefix is the same, exactly."""
+
+    BASE = "base"
+    """The adapter does not act on the prefix: base-model KV, shared by all slots, steps and ordinary traffic."""
+
+    SLOT = "slot"
+    """The adapter acts on the prefix: its KV holds for the rows of one slot in one step only.
+
+    Sharing it between the two signs would lose the term z . dL/dtheta of the prefix at every eps.
+    """
+
+
+PREFIX_SCOPE: dict[Tuning, PrefixScope] = {"alora": PrefixScope.BASE, "lora": PrefixScope.SLOT}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sequence: ``prefix`` holds shareable KV, ``suffix`` runs in every slot.
+
+    ``reads[i] = (position, token)`` asks for the log-probability of ``token`` after ``suffix[position]``.
+    """
+
+    prefix: tuple[int, ...]
+    suffix: tuple[int, ...]
+    reads: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class ExamplePlan:
+    """The rows of one example, and the option (counted within the example) that each read belongs to."""
+
+    rows: tuple[Row, ...]
+    option_of_read: tuple[int, ...]
+    option_lengths: tuple[int, ...]
+    label: int
+
+    @property
+    def single_token_options(self) -> bool:
+        return all(length == 1 for length in self.option_lengths)
+
+
+@dataclass(frozen=True)
+class Planner:
+    """Builds plans for one way of tuning.
+
+    Attributes:
+        tuning: decides the scope of prefixes.
+        invocation: token ids from which an aLoRA adapter is active; empty for ordinary LoRA.
+    """
+
+    tuning: Tuning
+    invocation: tuple[int, ...] = ()
+
+    @property
+    def scope(self) -> PrefixScope:
+        return PREFIX_SCOPE[self.tuning]
+
+    def plan(self, example: Example) -> ExamplePlan:
+        """Options of one token each are read off one row; longer ones get a row each, which share the prompt."""
+        merged = all(len(option) == 1 for option in example.options)
+        num_rows = 1 if merged else len(example.options)
+        prefix, rest = self._split(example.prompt, num_rows)
+        if merged:
+            rows = (Row(prefix, rest, tuple((len(rest) - 1, option[0]) for option in example.options)),)
+        else:
+            rows = tuple(_option_row(prefix, rest, option) for option in example.options)
+        return ExamplePlan(
+            rows=rows,
+            option_of_read=tuple(i for i, option in enumerate(example.options) for _ in option),
+            option_lengths=tuple(map(len, example.options)),
+            label=example.label,
+        )
+
+    def _split(self, prompt: tuple[int, ...], num_rows: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Cut a prompt into shareable prefix and the rest, which is never empty: its last token's output is read."""
+        if self.scope is PrefixScope.BASE:
+            cut = invocation_start(prompt, self.invocation)
+        else:
+            cut = len(prompt) - 1 if num_rows > 1 else 0  # a single row has nobody to share with
+        return prompt[:cut], prompt[cut:]
+
+
+def _option_row(prefix: tuple[int, ...], rest: tuple[int, ...], option: tuple[int, ...]) -> Row:
+    reads = tuple((len(rest) - 1 + i, token) for i, token in enumerate(option))
+    return Row(prefix, rest + option[:-1], reads)
+
+
+def needs_normaliser(plans: Sequence[ExamplePlan], objective: Objective) -> bool:
+    """The softmax normaliser cancels in a choice between single tokens at one position, and only there."""
+    return objective != "classification" or not all(plan.single_token_options for plan in plans)

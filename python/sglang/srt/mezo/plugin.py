@@ -1,0 +1,78 @@
+"""Entry point of SGLang's plugin group: the version guard, and the table of everything that we hook."""
+
+from importlib.metadata import version
+from types import ModuleType
+
+from sglang.srt.mezo import overlay
+from sglang.srt.mezo.hooks import StartRefused, install
+
+SGLANG_VERSION = "0.5.23"
+
+# OPT's projections, which upstream's LoRA does not list.
+OPT_LORA_TARGETS = ("out_proj", "fc1", "fc2")
+# Of these the one that is split by rows under tensor parallelism and that upstream does not list as such.
+OPT_ROW_PARALLEL_TARGETS = ("fc2",)
+
+_registered = False
+
+
+def register() -> None:
+    """Install the overlay, the backends and the hooks in this process; ends it where any of them cannot hold."""
+    global _registered
+    if _registered:
+        return
+    check_version()
+    try:
+        overlay.install()
+        _register_targets()
+        _register_cpu_backends()
+    except Exception as error:
+        raise StartRefused(f"{type(error).__name__}: {error}") from error
+    _registered = True
+
+
+def require_registered() -> None:
+    """Raise RuntimeError unless register() has run: our platform cannot do without it."""
+    if not _registered:
+        raise RuntimeError(
+            "the platform of sglang-mezo is active but its plugin is not: "
+            "call sglang.srt.plugins.load_plugins() first, and name `mezo` in SGLANG_PLUGINS if that is set"
+        )
+
+
+def check_version() -> None:
+    """End the process unless the SGLang beside us is the one that the hooks are written for."""
+    found = version("sglang")
+    if found != SGLANG_VERSION:
+        raise StartRefused(
+            f"it needs sglang=={SGLANG_VERSION} and found {found} (pip install sglang=={SGLANG_VERSION})"
+        )
+
+
+def _register_targets() -> None:
+    """Let OPT's module names through the command line and the LoRA memory pool."""
+    from sglang.srt.utils import common
+
+    _extend(common.SUPPORTED_LORA_TARGET_MODULES, OPT_LORA_TARGETS)
+    overlay.on_import(
+        "sglang.srt.lora.utils",
+        lambda module: _extend(module.ROW_PARALLELISM_LINEAR_LORA_NAMES, OPT_ROW_PARALLEL_TARGETS),
+    )
+
+
+def _register_cpu_backends() -> None:
+    """Put our attention and LoRA backends in the place of upstream's torch_native ones, on our platform only.
+
+    The name stays: command line choices are fixed, and parts of SGLang know this one as the backend without kernels.
+    """
+    from sglang.srt.mezo import cpu, platform
+
+    if not platform.is_active():
+        return
+    overlay.on_import("sglang.srt.layers.attention.attention_registry", cpu.register_attention)
+    overlay.on_import("sglang.srt.lora.backend.lora_registry", cpu.register_lora)
+    install(cpu.UNPINNED_LORA_MANAGER)
+
+
+def _extend(names: list[str], more: tuple[str, ...]) -> None:
+    names.extend(name for name in more if name not in names)

@@ -1,0 +1,95 @@
+"""Files of one run: config.json, the initial adapter, the seed log, metrics.jsonl, checkpoints, trainer_state.json."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from sglang.srt.mezo.adapter import Adapter
+from sglang.srt.mezo.config import MezoConfig
+from sglang.srt.mezo.errors import ConfigError
+from sglang.srt.mezo.seed_log import LogHeader, SeedLog
+
+_MAY_DIFFER_ON_RESUME = {
+    "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "max_steps", "num_train_epochs", "logging_steps", "save_steps",
+    "report_to", "disable_tqdm", "per_device_eval_batch_size",
+}  # fmt: skip
+
+
+class RunDirectory:
+    """Creates a run's folder or takes up an earlier run in it."""
+
+    def __init__(self, config: MezoConfig):
+        self.path = Path(config.output_dir)
+        self._config = config
+
+    @property
+    def best(self) -> Path:
+        return self.path / "best"
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    def start(self, adapter: Adapter) -> SeedLog:
+        """Make the folder of a new run, or bring ``adapter`` and the log to where the earlier run stopped.
+
+        Raises:
+            ConfigError: the folder holds a run and the configuration does not say what to do with it, or the earlier
+                run's settings differ.
+        """
+        if self._config.resume_from_checkpoint:
+            return self._resume(adapter)
+        if self.path.exists() and any(self.path.iterdir()):
+            if not self._config.overwrite_output_dir:
+                raise ConfigError("output_dir", str(self.path), "a new or empty folder; or set overwrite_output_dir or resume_from_checkpoint")
+            self._require_run()
+            shutil.rmtree(self.path)
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_json(self.path / "config.json", self._config.to_dict())
+        adapter.save_pretrained(self.path / "initial_adapter")
+        header = LogHeader(adapter.numel, self._config.num_perturbations, self._config.perturbation, self._config.weight_decay)
+        return SeedLog.create(self.path / "seed_log", header)
+
+    def _require_run(self) -> None:
+        """Only a folder that a run made is ever deleted or resumed."""
+        if not (self.path / "config.json").is_file() or not (self.path / "seed_log").is_file():
+            raise ConfigError("output_dir", str(self.path), "a folder that an earlier run made (config.json and seed_log)")
+
+    def _resume(self, adapter: Adapter) -> SeedLog:
+        self._require_run()
+        earlier = json.loads((self.path / "config.json").read_text())
+        for name, value in self._config.to_dict().items():
+            if name not in _MAY_DIFFER_ON_RESUME and earlier.get(name) != value:
+                raise ConfigError(name, value, f"the run to resume has {earlier.get(name)!r}")
+        log = SeedLog.open(self.path / "seed_log")
+        adapter.load_weights(self.path / "initial_adapter")
+        log.replay(adapter.theta)
+        return log
+
+    def save_checkpoint(self, adapter: Adapter, state: dict[str, Any]) -> None:
+        checkpoint = self.path / f"checkpoint-{state['global_step']}"
+        adapter.save_pretrained(checkpoint)
+        write_json(checkpoint / "trainer_state.json", state)
+
+    def save_state(self, state: dict[str, Any]) -> None:
+        write_json(self.path / "trainer_state.json", state)
+
+    def load_state(self) -> dict[str, Any] | None:
+        path = self.path / "trainer_state.json"
+        return json.loads(path.read_text()) if path.is_file() else None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a file that appears whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,188 @@
+"""Slots of SGLang's LoRA memory pool: which layers an adapter acts on, and how its weights get into a slot."""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from sglang.srt.mezo.adapter import Adapter, AdapterSpec, Site
+from sglang.srt.mezo.engine import EngineHandle, require_slots
+from sglang.srt.mezo.errors import CapacityError, ConfigError
+
+_STACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+"""SGLang's fused linear layers and the Hugging Face layers in them, in the order of their rows."""
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A linear layer wrapped for LoRA: ``parts`` are its Hugging Face layers, ``adapted`` the ones that are trained."""
+
+    index: int
+    target: str
+    module: torch.nn.Module
+    parts: tuple[Site, ...]
+    adapted: frozenset[str]
+
+    @property
+    def sites(self) -> list[Site]:
+        return [part for part in self.parts if part.path in self.adapted]
+
+
+def adapted_sites(handle: EngineHandle, target_modules: Sequence[str]) -> list[Site]:
+    """The linear layers that an adapter on ``target_modules`` acts on, in the order of the model.
+
+    Raises:
+        ConfigError: the engine's pool or the model has no such layer.
+    """
+    return [site for layer in _layers(handle, target_modules) for site in layer.sites]
+
+
+class Slot:
+    """One adapter's place in the pool, pinned until ``release``.
+
+    Weights are written without their values ever passing through SGLang's loader. The copy is done through a tensor
+    of positions: the flat vector's positions are stacked and cut for this tensor-parallel rank by the same methods that
+    SGLang applies to weights, so a write is one gather, the same at every degree of parallelism.
+    """
+
+    def __init__(self, handle: EngineHandle, spec: AdapterSpec, layout: "SlotLayout", name: str):
+        from sglang.srt.lora.lora_registry import LoRARef
+
+        self._handle = handle
+        self._layout = layout
+        self._ref = LoRARef(lora_name=name, lora_path=f"mezo://{name}", pinned=True)
+        empty = Adapter(spec, layout.sites).state_dict()
+        config = {
+            "peft_type": "LORA",
+            "r": spec.r,
+            "lora_alpha": spec.lora_alpha,
+            "target_modules": list(spec.target_modules),
+        }
+        result = handle.lora_manager.load_lora_adapter_from_tensors(self._ref, empty, config)
+        if not result.success:
+            raise CapacityError(f"adapter slot {name!r}: {result.error_message}")
+        handle.lora_manager.fetch_new_loras({self._ref.lora_id})
+        self._targets = list(layout.buffers(handle, handle.lora_manager.memory_pool.uid_to_buffer_id[self.lora_id]))
+
+    @property
+    def lora_id(self) -> str:
+        return self._ref.lora_id
+
+    def write(self, weights: torch.Tensor) -> None:
+        """Put an adapter into the slot.
+
+        Args:
+            weights: float32 [numel] in the flat order of ``Adapter``; cast to the pool's dtype here, once.
+        """
+        local = self._layout.gather(weights).to(self._targets[0].dtype).to(self._handle.device, non_blocking=True)
+        torch._foreach_copy_(self._targets, [part.view(target.shape) for part, target in self._layout.split(local, self._targets)])
+
+    def release(self) -> None:
+        self._handle.lora_manager.unload_lora_adapter(self._ref)
+
+
+class SlotLayout:
+    """Where each number of the flat vector lies in a slot of this rank's pool; one for all slots of an adapter."""
+
+    def __init__(self, handle: EngineHandle, adapter: Adapter):
+        self.sites = adapter.sites
+        self._r = adapter.spec.r
+        self._layers = _layers(handle, adapter.spec.target_modules)
+        zero = adapter.numel  # position of the zero that gather() appends
+        positions = Adapter(adapter.spec, adapter.sites)
+        positions.theta = torch.arange(adapter.numel)
+        matrices = {site.path: (a, b) for site, a, b in positions.matrices()}
+        pieces = []
+        for layer in self._layers:
+            parts = [matrices.get(part.path, _absent(part, self._r, zero)) for part in layer.parts]
+            pieces.append(layer.module.slice_lora_a_weights(torch.cat([a for a, _ in parts])).flatten())
+            pieces.append(layer.module.slice_lora_b_weights(torch.cat([b for _, b in parts])).flatten())
+        self._positions = torch.cat(pieces)
+
+    def gather(self, weights: torch.Tensor) -> torch.Tensor:
+        """Flat vector [numel] to this rank's numbers in the order of ``buffers``."""
+        return torch.cat((weights, weights.new_zeros(1))).index_select(0, self._positions)
+
+    def buffers(self, handle: EngineHandle, slot: int) -> Iterator[torch.Tensor]:
+        """Views of the pool that hold slot ``slot``: A [parts * r, in], B [out, r] for every layer."""
+        pool = handle.lora_manager.memory_pool
+        for layer in self._layers:
+            yield pool.A_buffer[layer.target][layer.index][slot][: len(layer.parts) * self._r]
+            yield pool.B_buffer[layer.target][layer.index][slot][:, : self._r]
+
+    @staticmethod
+    def split(local: torch.Tensor, targets: Sequence[torch.Tensor]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        return zip(local.split([target.numel() for target in targets]), targets, strict=True)
+
+
+def _absent(site: Site, r: int, zero: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions for a part of a fused layer that is not adapted: everything reads the zero."""
+    return torch.full((r, site.in_features), zero), torch.full((site.out_features, r), zero)
+
+
+def _layers(handle: EngineHandle, target_modules: Sequence[str]) -> list[_Layer]:
+    manager = handle.lora_manager
+    layers = []
+    for index, modules in enumerate(manager.lora_modules):
+        for name, module in modules.items():
+            parts = tuple(_parts(name, module))
+            adapted = frozenset(part.path for part in parts if part.path.rpartition(".")[2] in target_modules)
+            if adapted:
+                target = next(t for t in manager.target_modules if name.rpartition(".")[2] == t)
+                layers.append(_Layer(index, target, module, parts, adapted))
+    found = {site.path.rpartition(".")[2] for layer in layers for site in layer.sites}
+    missing = sorted(set(target_modules) - found)
+    if missing:
+        available = sorted({part.path.rpartition(".")[2] for modules in manager.lora_modules for name, module in modules.items() for part in _parts(name, module)})
+        raise ConfigError("target_modules", list(target_modules), f"the engine's LoRA pool has {available}, not {missing}")
+    return layers
+
+
+def _parts(name: str, module: torch.nn.Module) -> Iterator[Site]:
+    """Hugging Face layers in a wrapped layer; full widths, whatever the degree of parallelism."""
+    parent, _, leaf = name.rpartition(".")
+    base = module.base_layer
+    if not hasattr(base, "input_size"):
+        raise ConfigError("target_modules", leaf, "linear layers (mixture-of-experts layers are not supported)")
+    widths = _output_widths(base)
+    leaves = _STACKED.get(leaf, (leaf,))
+    for part, width in zip(leaves, widths, strict=True):
+        yield Site(f"{parent}.{part}", base.input_size, width)
+
+
+def _output_widths(base: torch.nn.Module) -> list[int]:
+    from sglang.srt.layers.linear import MergedColumnParallelLinear, QKVParallelLinear
+
+    if isinstance(base, QKVParallelLinear):
+        kv = base.total_num_kv_heads * base.head_size
+        return [base.total_num_heads * base.head_size, kv, kv]
+    if isinstance(base, MergedColumnParallelLinear):
+        return list(base.output_sizes)
+    return [base.output_size]
+
+
+class PerturbedSlots:
+    """Slots for theta + eps z_k and theta - eps z_k of ``num_perturbations`` directions, and one for theta itself."""
+
+    def __init__(self, handle: EngineHandle, adapter: Adapter, num_perturbations: int):
+        require_slots(handle, 2 * num_perturbations + 1)
+        self._adapter = adapter
+        layout = SlotLayout(handle, adapter)
+        names = [f"mezo-{k}{sign}" for k, sign in itertools.product(range(num_perturbations), "+-")]
+        slots = [Slot(handle, adapter.spec, layout, name) for name in names]
+        self.pairs = list(zip(slots[0::2], slots[1::2]))
+        self.current = Slot(handle, adapter.spec, layout, "mezo-current")
+
+    def write_perturbed(self, directions: Sequence[torch.Tensor], zo_eps: float) -> None:
+        """theta + zo_eps z_k and theta - zo_eps z_k, each formed in float32 and rounded once to the pool's dtype."""
+        for (plus, minus), z in zip(self.pairs, directions, strict=True):
+            plus.write(torch.add(self._adapter.theta, z, alpha=zo_eps))
+            minus.write(torch.add(self._adapter.theta, z, alpha=-zo_eps))
+
+    def write_current(self) -> None:
+        self.current.write(self._adapter.theta)
+
+    def release(self) -> None:
+        for slot in (*itertools.chain.from_iterable(self.pairs), self.current):
+            slot.release()

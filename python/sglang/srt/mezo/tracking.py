@@ -1,0 +1,53 @@
+"""What a run shows and writes while it goes: progress bar, metrics.jsonl, tensorboard."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from sglang.srt.mezo.config import MezoConfig
+
+
+class Tracker:
+    """Collects the metrics of a run; one line of metrics.jsonl per record.
+
+    Args:
+        path: metrics.jsonl; records are appended.
+        first_step: step that the run starts or resumes at.
+        max_steps: where it ends.
+    """
+
+    def __init__(self, config: MezoConfig, path: Path, first_step: int, max_steps: int):
+        self._file = open(path, "a", encoding="utf-8")
+        self._bar = tqdm(total=max_steps, initial=first_step, disable=config.disable_tqdm, unit="step", desc="MeZO", dynamic_ncols=True)
+        self._board = _tensorboard(config) if config.report_to == "tensorboard" else None
+
+    def advance(self, **shown: Any) -> None:
+        """Move the bar by one step and show numbers beside it."""
+        self._bar.set_postfix(shown, refresh=False)
+        self._bar.update()
+
+    def record(self, step: int, metrics: dict[str, Any]) -> None:
+        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name, value in metrics.items():
+                if isinstance(value, (int, float)):
+                    self._board.add_scalar(name, value, step)
+
+    def say(self, line: str) -> None:
+        """A line of text above the bar."""
+        self._bar.write(line)
+
+    def close(self) -> None:
+        self._bar.close()
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def _tensorboard(config: MezoConfig):
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(config.output_dir)
