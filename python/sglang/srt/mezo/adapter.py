@@ -88,7 +88,8 @@ class Adapter:
         with atomic_directory(directory) as partial:
             # A copy, as safetensors refuses tensors that share storage.
             state = {name: tensor.clone() for name, tensor in self.state_dict().items()}
-            safetensors.torch.save_file(state, partial / "adapter_model.safetensors", metadata={"format": "pt"})
+            # Not save_file: it reports a full disk with an exception of its own.
+            (partial / "adapter_model.safetensors").write_bytes(safetensors.torch.save(state, metadata={"format": "pt"}))
             self._peft_config().save_pretrained(partial)
             (partial / "README.md").write_text(self._model_card(), encoding="utf-8")
 

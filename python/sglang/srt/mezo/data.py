@@ -75,7 +75,7 @@ def read_rows(path: str, split: str, task: Task | None = None) -> list[SourceRow
     if local.is_dir() and (local / f"{split}.jsonl").is_file():
         local = local / f"{split}.jsonl"
     if local.suffix == ".txt" and local.is_file():
-        return [SourceRow({"text": local.read_text(encoding="utf-8")}, str(local), 1)]
+        return [SourceRow({"text": _read_text(local)}, str(local), 1)]
     if local.suffix == ".jsonl" and local.is_file():
         return list(_read_jsonl(local))
     if local.suffix in (".jsonl", ".txt"):
@@ -83,14 +83,21 @@ def read_rows(path: str, split: str, task: Task | None = None) -> list[SourceRow
     return _read_with_datasets(path, split, task)
 
 
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"not UTF-8 text: {error}", str(path)) from error
+
+
 def _read_jsonl(path: Path) -> Iterator[SourceRow]:
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:  # json decodes each line, so that bytes that are no text are an error of their line
         for number, line in enumerate(file, 1):
             if line.strip():
-                yield SourceRow(_parse_line(line, path, number), str(path), number)
+                yield SourceRow(_parse_line(line), str(path), number)
 
 
-def _parse_line(line: str, path: Path, number: int) -> Mapping[str, Any]:
+def _parse_line(line: bytes) -> Mapping[str, Any]:
     try:
         fields = json.loads(line)
     except ValueError as error:
@@ -178,21 +185,32 @@ class Encoder:
 
     def _encode_messages(self, fields: Mapping[str, Any]) -> list[Example]:
         messages = fields["messages"]
-        if not isinstance(messages, list) or not messages or messages[-1].get("role") != "assistant":
-            raise DataError("messages must be a list that ends with an assistant message")
+        if not isinstance(messages, list) or len(messages) < 2 or messages[-1].get("role") != "assistant":
+            raise DataError("messages must be a list of two or more that ends with an assistant message")
+        _require_text("messages[-1].content", messages[-1].get("content"))
         if self.tokenizer.chat_template is None:
             raise DataError("the tokenizer has no chat template, which messages need")
-        prompt = self.tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, tokenize=False)
-        full = self.tokenizer.apply_chat_template(messages, tokenize=False)
+        prompt = self._render_chat(messages[:-1], add_generation_prompt=True)
+        full = self._render_chat(messages, add_generation_prompt=False)
         if not full.startswith(prompt):
             raise DataError("the chat template writes the last message differently than its generation prompt announces")
         ids = self.tokenizer(prompt, add_special_tokens=False).input_ids
         answer = self.tokenizer(full[len(prompt) :], add_special_tokens=False).input_ids
         return [self._checked(Example(tuple(ids), (tuple(answer),), 0))]
 
+    def _render_chat(self, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
+        from jinja2 import TemplateError
+
+        try:
+            return self.tokenizer.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, tokenize=False)
+        except TemplateError as error:
+            raise DataError(f"the chat template refuses the messages: {error}") from error
+
     def _encode_plain_text(self, fields: Mapping[str, Any]) -> list[Example]:
         _require_text("text", fields["text"])
         ids = self.tokenizer(fields["text"]).input_ids
+        if len(ids) < 2:
+            raise DataError("a text needs two tokens or more, one to start from and one to predict")
         blocks = [ids[start : start + self.max_length] for start in range(0, len(ids), self.max_length)]
         return [self._checked(Example(tuple(block[:1]), (tuple(block[1:]),), 0)) for block in blocks if len(block) > 1]
 
@@ -229,6 +247,8 @@ class Encoder:
         return self._checked(Example(example.prompt, (example.options[0] + (end,),), 0))
 
     def _checked(self, example: Example) -> Example:
+        if not all(example.options):
+            raise DataError(f"option {example.options.index(())} has no tokens")
         longest = len(example.prompt) + max(map(len, example.options))
         if longest > self.max_length:
             raise DataError(f"{longest} tokens are more than the context of {self.max_length}")

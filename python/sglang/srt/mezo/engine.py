@@ -77,10 +77,15 @@ class MezoEngine:
         num_slots: adapters that one pass can hold, the base model not counted.
         server_args: any further field of SGLang's ServerArgs.
 
-    One engine lives in a process at a time, as SGLang keeps its parallel state in the process.
+    A process holds one engine in its life, as SGLang builds its parallel groups once.
     """
 
+    _started = False
+
     def __init__(self, model_path: str, *, r: int, target_modules: Iterable[str], num_slots: int, **server_args):
+        if MezoEngine._started:
+            raise RuntimeError("this process has had its engine already: SGLang builds its parallel groups once")
+        MezoEngine._started = True
         from sglang.srt.plugins import load_plugins
 
         load_plugins()

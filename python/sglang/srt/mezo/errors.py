@@ -9,20 +9,27 @@ class ConfigError(MezoError, ValueError):
     """A configuration field has a value that cannot work."""
 
     def __init__(self, field: str, value: object, allowed: str):
-        super().__init__(f"{field}={value!r} is not allowed: {allowed}")
+        super().__init__(field, value, allowed)
         self.field = field
         self.value = value
+        self.allowed = allowed
+
+    def __str__(self) -> str:
+        return f"{self.field}={self.value!r} is not allowed: {self.allowed}"
 
 
 class DataError(MezoError, ValueError):
     """A row or a file of training data cannot be used."""
 
     def __init__(self, reason: str, source: str | None = None, line: int | None = None):
-        where = "".join((f"{source}" if source else "", f":{line}" if line is not None else ""))
-        super().__init__(f"{where}: {reason}" if where else reason)
+        super().__init__(reason, source, line)
         self.reason = reason
         self.source = source
         self.line = line
+
+    def __str__(self) -> str:
+        where = [str(part) for part in (self.source, self.line) if part is not None]
+        return ": ".join([":".join(where), self.reason] if where else [self.reason])
 
 
 class CapacityError(MezoError, RuntimeError):

@@ -77,7 +77,7 @@ def direction(seed: int, index: int, numel: int, distribution: Distribution = "g
 
 
 def initial_uniform(seed: int, index: int, numel: int) -> torch.Tensor:
-    """Uniform numbers on (-1, 1) for the initial weights of matrix ``index``: float32 [numel] on the CPU."""
+    """Uniform numbers on [-1, 1] for the initial weights of matrix ``index``: float32 [numel] on the CPU."""
     return _draw(seed, index, _STREAM_INITIAL, numel, _uniform, 4)
 
 

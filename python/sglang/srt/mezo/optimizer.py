@@ -14,7 +14,10 @@ SchedulerType = Literal["constant", "linear", "cosine"]
 def learning_rate_at(
     step: int, *, learning_rate: float, lr_scheduler_type: SchedulerType, warmup_steps: int, max_steps: int
 ) -> float:
-    """Learning rate of ``step`` (from 0), with the meaning of ``transformers.get_scheduler`` for these three schedules."""
+    """Learning rate of ``step`` (from 0), with the meaning of ``transformers.get_scheduler``.
+
+    "constant" warms up too, as Transformers' "constant_with_warmup".
+    """
     if step < warmup_steps:
         return learning_rate * step / warmup_steps
     if lr_scheduler_type == "constant":

@@ -21,6 +21,8 @@ def model_file(name: str) -> Path:
     return installed if installed.exists() else _PACKAGE_DIR.parent / "models" / f"{name}.py"
 
 
+# It imports every model module, once, when it is imported itself.
+MODEL_REGISTRY = "sglang.srt.models.registry"
 # Module names that are served from our files.
 REPLACED_MODULES = {"sglang.srt.models.opt": model_file("opt")}
 
@@ -76,7 +78,7 @@ _FINDER = _OverlayFinder()
 
 
 def install() -> None:
-    """Put the finder first on sys.meta_path, once, and replace what was imported before that.
+    """Put the finder first on sys.meta_path, once, and replace what has been imported before that.
 
     Raises FileNotFoundError where a file of ours is missing.
     """
@@ -88,8 +90,7 @@ def install() -> None:
     for name, path in REPLACED_MODULES.items():
         if not is_ours(sys.modules.get(name), path):
             sys.modules.pop(name, None)
-    if "sglang.srt.models.registry" in sys.modules:
-        _replace_registered_models(sys.modules["sglang.srt.models.registry"])
+    on_import(MODEL_REGISTRY, register_models)
 
 
 def is_ours(module: ModuleType | None, path: Path) -> bool:
@@ -106,9 +107,15 @@ def on_import(name: str, callback: Callback) -> None:
         _FINDER.callbacks.setdefault(name, []).append(callback)
 
 
-def _replace_registered_models(registry: ModuleType) -> None:
-    """The registry reads model modules once, when it is imported: hand it ours where that has already happened."""
-    for name in REPLACED_MODULES:
-        entry = importlib.import_module(name).EntryClass
+def register_models(registry: ModuleType) -> None:
+    """Make our classes the registered ones, whether the registry has read upstream's before us or failed on ours.
+
+    The registry skips a model module that does not import; here the error gets out.
+    """
+    for name, path in REPLACED_MODULES.items():
+        module = importlib.import_module(name)
+        if not is_ours(module, path):
+            raise ImportError(f"{name} was loaded from {module.__file__} instead of {path}")
+        entry = module.EntryClass
         for model_class in entry if isinstance(entry, list) else [entry]:
             registry.ModelRegistry.models[model_class.__name__] = model_class

@@ -28,6 +28,9 @@ MEM_FRACTION_STATIC = 0.85
 
 THREADS_BIND_ENV = "SGLANG_CPU_OMP_THREADS_BIND"
 
+# Environment variables that an earlier engine of this process has been given by us; the next one may need others.
+_DEFAULTS_SET: dict[str, str] = {}
+
 
 def activate() -> str | None:
     """Entry point of the platform group: the class to use, or None where there is an accelerator."""
@@ -66,6 +69,7 @@ class MezoCpuPlatform(CpuDeviceMixin, SRTPlatform):
     def apply_server_args_defaults(self, server_args) -> None:
         """Fill the fields that the user left open. SGLang lets exceptions of this method through."""
         from sglang.srt.mezo import plugin
+        from sglang.srt.server_args import _declared_default
 
         plugin.require_registered()
         asked = server_args._raw_input
@@ -74,6 +78,8 @@ class MezoCpuPlatform(CpuDeviceMixin, SRTPlatform):
             server_args.attention_backend = self.get_default_attention_backend()
         if asked["lora_backend"] == _declared_default("lora_backend"):
             server_args.lora_backend = "torch_native"
+        if asked["dtype"] == "auto":
+            server_args.dtype = model_dtype(server_args)
         if asked["mem_fraction_static"] is None:
             server_args.mem_fraction_static = MEM_FRACTION_STATIC
         if asked["max_running_requests"] is None:
@@ -81,15 +87,20 @@ class MezoCpuPlatform(CpuDeviceMixin, SRTPlatform):
         if asked["max_total_tokens"] is None:
             server_args.max_total_tokens = kv_pool_tokens(server_args)
         server_args.disable_custom_all_reduce = True
-        # A polling scheduler takes a core from the ranks and from the trainer.
+        # A polling scheduler takes a core from the ranks and from training.
         server_args.sleep_on_idle = True
-        _bind_threads(server_args.tp_size * server_args.pp_size * server_args.dp_size)
+        _share_cores(server_args.tp_size * server_args.pp_size * server_args.dp_size)
 
 
-def _declared_default(field: str) -> object:
-    from sglang.srt import server_args
+def model_dtype(server_args) -> str:
+    """What dtype "auto" means here: bfloat16 for checkpoints in bfloat16, float32 for all others.
 
-    return server_args._declared_default(field)
+    SGLang's own choice for the others is float16, which CPUs multiply slowly and a small step drowns in.
+    """
+    from sglang.srt.arg_groups.overrides import model_config_of
+
+    stored = getattr(model_config_of(server_args).hf_text_config, "dtype", None)
+    return "bfloat16" if stored in (torch.bfloat16, "bfloat16") else "float32"
 
 
 def kv_pool_tokens(server_args) -> int:
@@ -97,20 +108,20 @@ def kv_pool_tokens(server_args) -> int:
     from sglang.srt.arg_groups.overrides import model_config_of
 
     model = model_config_of(server_args)
-    heads = model.get_total_num_kv_heads()
-    dtype = model.dtype if server_args.kv_cache_dtype == "auto" else torch.float8_e4m3fn
-    token_bytes = model.num_hidden_layers * heads * 2 * model.head_dim * dtype.itemsize
+    itemsize = 2 if server_args.dtype in ("bfloat16", "float16", "half") else 4
+    token_bytes = 2 * model.num_hidden_layers * model.get_total_num_kv_heads() * model.head_dim * itemsize
     free = CpuDeviceMixin().get_available_memory()[0] // server_args.dp_size
     budget = min(int(free * KV_MEMORY_SHARE), KV_MEMORY_LIMIT_BYTES)
     return max(min(budget // token_bytes, KV_TOKENS_LIMIT), model.context_len)
 
 
-def _bind_threads(ranks: int) -> None:
+def _share_cores(ranks: int) -> None:
     """Give every rank its cores: SGLang refuses more ranks than NUMA nodes unless it is told which."""
-    from sglang.srt.utils.numa_utils import get_cpu_ids_by_node
-
-    if ranks > len(get_cpu_ids_by_node()):
-        os.environ.setdefault(THREADS_BIND_ENV, threads_bind(ranks, sorted(os.sched_getaffinity(0))))
+    if ranks == 1:
+        return
+    cores = sorted(os.sched_getaffinity(0))
+    _set_default(THREADS_BIND_ENV, threads_bind(ranks, cores))
+    _set_default("OMP_NUM_THREADS", str(max(1, len(cores) // ranks)))
 
 
 def threads_bind(ranks: int, cores: Sequence[int]) -> str:
@@ -118,3 +129,9 @@ def threads_bind(ranks: int, cores: Sequence[int]) -> str:
     share = max(1, len(cores) // ranks)
     starts = [(rank * share) % len(cores) for rank in range(ranks)]
     return "|".join(",".join(map(str, cores[start : start + share])) for start in starts)
+
+
+def _set_default(name: str, value: str) -> None:
+    """Set an environment variable, for the ranks that are started from here, unless it is the user's."""
+    if os.environ.get(name) in (None, _DEFAULTS_SET.get(name)):
+        os.environ[name] = _DEFAULTS_SET[name] = value

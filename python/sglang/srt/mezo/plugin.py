@@ -1,9 +1,8 @@
 """Entry point of SGLang's plugin group: the version guard, and the table of everything that we hook."""
 
 from importlib.metadata import version
-from types import ModuleType
 
-from sglang.srt.mezo import overlay
+from sglang.srt.mezo import alora_serving, overlay
 from sglang.srt.mezo.hooks import StartRefused, install
 
 SGLANG_VERSION = "0.5.23"
@@ -26,6 +25,8 @@ def register() -> None:
         overlay.install()
         _register_targets()
         _register_cpu_backends()
+        for hook in alora_serving.HOOKS:
+            install(hook)
     except Exception as error:
         raise StartRefused(f"{type(error).__name__}: {error}") from error
     _registered = True

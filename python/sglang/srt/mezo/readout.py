@@ -30,8 +30,8 @@ class BatchLoss:
 def batch_loss(plans: Sequence[ExamplePlan], values: torch.Tensor, objective: Objective) -> BatchLoss:
     """Loss of a batch in every slot.
 
-    Classification: mean over examples of the cross-entropy over options. Otherwise: mean over all scored tokens of the
-    batch of their negative log-probability, as the MeZO paper's code does.
+    Classification: mean over examples of the cross-entropy over options. Otherwise: mean over all tokens of the batch's
+    right options of their negative log-probability, as the MeZO paper's code does.
 
     Args:
         values: [slots, reads], from ``Scorer.score``.
@@ -39,7 +39,8 @@ def batch_loss(plans: Sequence[ExamplePlan], values: torch.Tensor, objective: Ob
     if objective == "classification":
         labels = torch.tensor([plan.label for plan in plans])
         return BatchLoss(option_cross_entropy(_scores(plans, values), labels).sum(dim=1), len(plans))
-    return BatchLoss(-values.double().sum(dim=1), values.shape[1])
+    right = torch.tensor([option == plan.label for plan in plans for option in plan.option_of_read])
+    return BatchLoss(-values[:, right].double().sum(dim=1), int(right.sum()))
 
 
 def predictions(plans: Sequence[ExamplePlan], values: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from sglang.srt.mezo.adapter import Adapter
+from sglang.srt.mezo.adapter import Adapter, atomic_directory
 from sglang.srt.mezo.config import MezoConfig
 from sglang.srt.mezo.errors import ConfigError
 from sglang.srt.mezo.seed_log import LogHeader, SeedLog
@@ -50,6 +50,13 @@ class RunDirectory:
                 raise ConfigError("output_dir", str(self.path), "a new or empty folder; or set overwrite_output_dir or resume_from_checkpoint")
             self._require_run()
             shutil.rmtree(self.path)
+        try:
+            return self._create(adapter)
+        except BaseException:  # half a run could neither be resumed nor overwritten
+            shutil.rmtree(self.path, ignore_errors=True)
+            raise
+
+    def _create(self, adapter: Adapter) -> SeedLog:
         self.path.mkdir(parents=True, exist_ok=True)
         write_json(self.path / "config.json", self._config.to_dict())
         adapter.save_pretrained(self.path / "initial_adapter")
@@ -73,9 +80,9 @@ class RunDirectory:
         return log
 
     def save_checkpoint(self, adapter: Adapter, state: dict[str, Any]) -> None:
-        checkpoint = self.path / f"checkpoint-{state['global_step']}"
-        adapter.save_pretrained(checkpoint)
-        write_json(checkpoint / "trainer_state.json", state)
+        with atomic_directory(self.path / f"checkpoint-{state['global_step']}") as checkpoint:
+            adapter.save_pretrained(checkpoint)
+            write_json(checkpoint / "trainer_state.json", state)
 
     def save_state(self, state: dict[str, Any]) -> None:
         write_json(self.path / "trainer_state.json", state)

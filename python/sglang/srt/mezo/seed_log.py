@@ -4,6 +4,7 @@ A header (one JSON line) names what the log belongs to. Records of fixed size fo
 learning rate, float32 projected gradient per direction. A record that a crash cut short is dropped when the log is opened.
 """
 
+import errno
 import json
 import os
 import struct
@@ -67,17 +68,21 @@ class SeedLog:
             raise LogError(f"{path} is not a seed log: {error}") from error
 
     def append(self, record: LogRecord) -> None:
+        """Add a record; raises OSError where the disk is full, and the log is then as it was."""
         if self._file is None:
             self.truncate(len(self))
             self._file = open(self.path, "ab", buffering=0)
-        self._file.write(self._record.pack(record.seed, record.learning_rate, *record.projected_grads))
+        data = self._record.pack(record.seed, record.learning_rate, *record.projected_grads)
+        if self._file.write(data) < len(data):
+            self.truncate(len(self))
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
 
     def truncate(self, steps: int) -> None:
         """Keep the first ``steps`` records; a run that resumes from a checkpoint drops what came after it."""
         self.close()
         with open(self.path, "r+b") as file:
             start = len(file.readline())
-            file.truncate(start + steps * self._record.size)
+            file.truncate(min(start + steps * self._record.size, os.path.getsize(self.path)))
 
     def close(self) -> None:
         if self._file is not None:

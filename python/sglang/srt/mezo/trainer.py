@@ -55,6 +55,7 @@ class TrainResult:
     global_step: int
     best_step: int
     train_seconds: float
+    steps_per_second: float
     metrics: dict[str, float]
 
 
@@ -217,6 +218,7 @@ class _Run:
         self.state: dict[str, Any] = directory.load_state() or {
             "global_step": 0, "best_global_step": None, "best_metric": None, "log_history": [],
         }  # fmt: skip
+        self.first_step = trainer.global_step
         self.train_seconds = 0.0
         self._recent: list[float] = []
 
@@ -313,4 +315,6 @@ class _Run:
             trainer.adapter.load_weights(self.directory.best)
         trainer.adapter.save_pretrained(self.directory.adapter)
         self.directory.save_state(self._state())
-        return TrainResult(trainer.global_step, best_step, self.train_seconds, trainer.evaluate() if trainer.eval_plans else {})
+        rate = (trainer.global_step - self.first_step) / self.train_seconds if self.train_seconds else 0.0
+        metrics = trainer.evaluate() if trainer.eval_plans else {}
+        return TrainResult(trainer.global_step, best_step, self.train_seconds, rate, metrics)

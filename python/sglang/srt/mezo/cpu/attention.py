@@ -106,8 +106,7 @@ def _attend_group(
     q = query.index_select(0, group.tokens).view(group.count, group.queries, heads, -1).transpose(1, 2)
     k = keys.index_select(0, group.kv).view(group.count, group.keys, *keys.shape[1:]).transpose(1, 2)
     v = values.index_select(0, group.kv).view(group.count, group.keys, *values.shape[1:]).transpose(1, 2)
-    window = layer.sliding_window_size if causal and (layer.sliding_window_size or -1) > -1 else None
-    mask = group.mask(causal, window, query.dtype)
+    mask = group.mask(causal, _window(layer) if causal else None, query.dtype)
     k, v = k.to(q.dtype), v.to(q.dtype)
     if layer.logit_cap:
         result = _soft_capped_attention(q, k, v, mask, layer.scaling, layer.logit_cap)
@@ -120,6 +119,12 @@ def _attend_group(
         output.index_copy_(0, group.tokens, result)
     else:
         output.index_copy_(0, group.tokens[group.valid], result[group.valid])
+
+
+def _window(layer: RadixAttention) -> int | None:
+    """Tokens that a query sees before itself, None for all of them; SGLang has None or -1 for that."""
+    size = layer.sliding_window_size
+    return None if size is None or size < 0 else size
 
 
 def _soft_capped_attention(

@@ -1,0 +1,93 @@
+"""Accuracy of MeZO on a real model and real data, several seeds; one row of results per seed.
+
+    python benchmarks/accuracy.py --model models/smollm2-135m --dtype float32 --task sst2 --dataset data/sst2 \\
+        --json benchmarks/results/sst2-alora.json --seeds 0 1 2 --max_steps 2000
+
+Takes every flag of the main example. Resumable: a seed whose row is in the results file is skipped, and one that was cut
+short goes on from its seed log. Accuracies are those of the test split; the adapter to keep is chosen on rows held out of
+the training split.
+"""
+
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+
+from transformers import HfArgumentParser
+
+from sglang.srt.mezo.config import MezoConfig
+from sglang.srt.mezo.finetune import DataArguments, ModelArguments, finetune
+from sglang.srt.mezo.run_directory import write_json
+
+_MEASURED = ("steps", "best_step", "zero_shot_accuracy", "accuracy", "zero_shot_loss", "loss", "steps_per_second",
+             "train_seconds", "prefix_tokens_reused", "prefix_tokens_total", "peak_rss_bytes")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class AccuracyArguments:
+    json: Path = field(metadata={"help": "Results file; a row is added to it per seed."})
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds to run."})
+
+
+def main() -> None:
+    parser = HfArgumentParser((ModelArguments, DataArguments, MezoConfig, AccuracyArguments), description=__doc__)
+    model, data, config, arguments = parser.parse_args_into_dataclasses()
+    for seed in arguments.seeds:
+        if all(row["seed"] != seed for row in load(arguments.json)["rows"]):
+            run_in_new_process(model, data, config_of_seed(config, seed, arguments.json), arguments.json)
+    show(load(arguments.json)["rows"])
+
+
+def config_of_seed(config: MezoConfig, seed: int, results: Path) -> MezoConfig:
+    output_dir = Path(config.output_dir) / f"{results.stem}-seed{seed}"
+    started = (output_dir / "seed_log").is_file()
+    return replace(config, seed=seed, output_dir=str(output_dir), resume_from_checkpoint=started)
+
+
+def run_in_new_process(*arguments) -> None:
+    """A process holds one engine."""
+    process = multiprocessing.get_context("spawn").Process(target=run_seed, args=arguments)
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise SystemExit(process.exitcode)
+
+
+def run_seed(model: ModelArguments, data: DataArguments, config: MezoConfig, path: Path) -> None:
+    summary = finetune(model, data, config)
+    results = load(path)
+    results["rows"].append(
+        {
+            "model": Path(model.model).name,
+            "task": data.task,
+            "tuning": config.tuning,
+            "seed": config.seed,
+            **{name: summary[name] for name in _MEASURED},
+            "settings": {**config.to_dict(), "dtype": model.dtype, "num_train": data.num_train, "num_dev": data.num_dev},
+            "versions": {name: version(name) for name in ("sglang", "sglang-mezo", "torch", "transformers", "peft")},
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        }
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, results)
+    os._exit(0)  # the engine's threads are of no further use
+
+
+def load(path: Path) -> dict:
+    return json.loads(path.read_text()) if path.is_file() else {"rows": []}
+
+
+def show(rows: list[dict]) -> None:
+    print(f"{'seed':>6} {'zero-shot':>10} {'accuracy':>10} {'best step':>10} {'steps/s':>8}")
+    for row in rows:
+        print(f"{row['seed']:>6} {row['zero_shot_accuracy']:>10.4f} {row['accuracy']:>10.4f} {row['best_step']:>10} {row['steps_per_second']:>8.2f}")
+    accuracies = [row["accuracy"] for row in rows]
+    print(f"mean of {len(rows)} seeds: {statistics.mean(accuracies):.4f} (min {min(accuracies):.4f}, max {max(accuracies):.4f})")
+
+
+if __name__ == "__main__":
+    main()

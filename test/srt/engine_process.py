@@ -1,0 +1,70 @@
+"""An engine in a process of its own, for tests: SGLang keeps one engine's parallel state in a process."""
+
+import multiprocessing
+import os
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+
+class EngineProcess:
+    """Starts a MezoEngine in a new process and runs functions on it.
+
+    Args:
+        engine_arguments: keyword arguments of MezoEngine.
+    """
+
+    def __init__(self, **engine_arguments: Any):
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, engine_arguments), daemon=True)
+        self._process.start()
+        self._receive()
+
+    def call(self, function: Callable, *arguments: Any) -> Any:
+        """``function(engine, *arguments)`` in the engine's process; both must be picklable."""
+        self._pipe.send((function, arguments))
+        return self._receive()
+
+    def close(self) -> None:
+        self._pipe.close()
+        self._process.join(10)
+        self._process.kill()
+
+    def _receive(self) -> Any:
+        try:
+            ok, value = self._pipe.recv()
+        except EOFError as error:
+            self._process.join(10)
+            raise RuntimeError(f"the engine's process ended with {self._process.exitcode}") from error
+        if not ok:
+            raise value[0] if value[0] is not None else RuntimeError(value[1])
+        return value
+
+
+def _serve(pipe, engine_arguments: dict[str, Any]) -> None:
+    try:
+        from sglang.srt.mezo.engine import MezoEngine
+
+        engine = MezoEngine(**engine_arguments)
+        pipe.send((True, None))
+        while True:
+            function, arguments = pipe.recv()
+            pipe.send(_outcome(function, engine, arguments))
+    except EOFError:
+        pass
+    except BaseException as error:
+        pipe.send((False, (None, f"{error}\n{traceback.format_exc()}")))
+    finally:
+        os._exit(0)  # the engine's threads are of no further use
+
+
+def _outcome(function: Callable, engine, arguments: tuple) -> tuple[bool, Any]:
+    from sglang.srt.mezo.errors import MezoError
+
+    try:
+        return True, function(engine, *arguments)
+    except MezoError as error:
+        return False, (error, None)
+    except Exception:
+        return False, (None, traceback.format_exc())

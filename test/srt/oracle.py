@@ -1,0 +1,113 @@
+"""The reference that trainer and scorer are held against: Transformers + PEFT, one unpadded sequence at a time."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+
+from sglang.srt.mezo.adapter import Adapter
+from sglang.srt.mezo.data import Example
+
+VOCAB = 211
+INVOCATION = (7, 8)
+
+OPT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
+LLAMA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+_OPT = dict(
+    vocab_size=VOCAB, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, ffn_dim=96, max_position_embeddings=128,
+    word_embed_proj_dim=64, dropout=0.0, init_std=0.15,
+)  # fmt: skip
+CONFIGS = {
+    "opt-125m": OPTConfig(**_OPT),
+    "opt-350m": OPTConfig(**{**_OPT, "do_layer_norm_before": False, "word_embed_proj_dim": 32}),
+    "galactica": OPTConfig(**_OPT, enable_bias=False, activation_function="gelu", _remove_final_layer_norm=False),
+    "llama": LlamaConfig(
+        vocab_size=VOCAB, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=96, max_position_embeddings=128, initializer_range=0.15,
+    ),  # fmt: skip
+}
+TARGETS = {kind: LLAMA_TARGETS if kind == "llama" else OPT_TARGETS for kind in CONFIGS}
+
+
+def save_model(kind: str, folder: Path) -> str:
+    """A random model of that kind, with biases and norms that are not at their trivial start.
+
+    The biases before OPT's ReLU keep its units well on or well off: the loss is then smooth around the adapter, so that a
+    finite difference can be held against the gradient to a per cent.
+    """
+    torch.manual_seed(1)
+    config = CONFIGS[kind]
+    model = (LlamaForCausalLM if kind == "llama" else OPTForCausalLM)(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+            if name.endswith("fc1.bias"):
+                parameter.add_(torch.randn_like(parameter).sign() * 8)
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def prompts(count: int, seed: int = 0) -> list[tuple[int, ...]]:
+    """Random prompts that end in the invocation; every third holds it twice."""
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for i in range(count):
+        length = int(torch.randint(4, 18, (), generator=generator))
+        words = torch.randint(10, VOCAB, (length,), generator=generator).tolist()
+        if i % 3 == 2:
+            words[1:1] = INVOCATION
+        made.append((2, *words, *INVOCATION))
+    return made
+
+
+def examples(count: int, options: Sequence[Sequence[int]] | None = None, seed: int = 0) -> list[Example]:
+    """Examples with the given options, or with two to four options of one to four tokens each."""
+    made = []
+    for i, prompt in enumerate(prompts(count, seed)):
+        generator = torch.Generator().manual_seed(100 * seed + i)
+        if options is None:
+            lengths = torch.randint(1, 5, (2 + i % 3,), generator=generator).tolist()
+            own = tuple(tuple(torch.randint(10, VOCAB, (n,), generator=generator).tolist()) for n in lengths)
+        else:
+            own = tuple(map(tuple, options))
+        made.append(Example(prompt, own, i % len(own)))
+    return made
+
+
+class Reference:
+    """A PEFT model on the files that the adapter wrote."""
+
+    def __init__(self, model_path: str, adapter: Adapter, folder: Path, dtype: torch.dtype = torch.float32):
+        adapter.save_pretrained(folder)
+        base = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype)
+        self.model = PeftModel.from_pretrained(base, folder, is_trainable=True).to(dtype).eval()
+        self._adapter = adapter
+
+    def token_log_probs(self, prompt: Sequence[int], option: Sequence[int]) -> torch.Tensor:
+        """Log-probability of each token of ``option`` after ``prompt``: [tokens]."""
+        ids = torch.tensor([[*prompt, *option]])
+        logits = self.model(input_ids=ids).logits[0, len(prompt) - 1 : -1]
+        return torch.log_softmax(logits, dim=-1).gather(1, torch.tensor(option)[:, None])[:, 0]
+
+    def option_losses(self, batch: Sequence[Example]) -> torch.Tensor:
+        """Cross-entropy over options of every example: [examples]."""
+        losses = []
+        for example in batch:
+            scores = torch.stack([self.token_log_probs(example.prompt, option).mean() for option in example.options])
+            losses.append(-torch.log_softmax(scores, 0)[example.label])
+        return torch.stack(losses)
+
+    def token_loss(self, batch: Sequence[Example]) -> torch.Tensor:
+        """Mean negative log-probability of all tokens of the right options."""
+        return -torch.cat([self.token_log_probs(example.prompt, example.options[example.label]) for example in batch]).mean()
+
+    def gradient(self, loss: torch.Tensor) -> torch.Tensor:
+        """Gradient of ``loss`` in the adapter's flat order: float64 [numel]."""
+        self.model.zero_grad()
+        loss.backward()
+        grads = {name.replace(".default", ""): p.grad for name, p in self.model.named_parameters() if p.grad is not None}
+        return torch.cat([grads[name].flatten().double() for name in self._adapter.state_dict()])

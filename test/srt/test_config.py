@@ -1,0 +1,84 @@
+"""A bad setting is named with its value and what is allowed; derived numbers are what their names say."""
+
+import pickle
+from dataclasses import FrozenInstanceError, fields
+
+import pytest
+
+from sglang.srt.mezo.config import FIELD_NAMES, MezoConfig
+from sglang.srt.mezo.errors import ConfigError, DataError, MezoError
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "allowed"),
+    [
+        *((name, value, "at least 1") for value in (0, -3) for name in (
+            "r", "num_perturbations", "per_device_train_batch_size", "gradient_accumulation_steps",
+            "per_device_eval_batch_size", "max_tokens_per_batch", "eval_steps", "logging_steps",
+        )),
+        *((name, value, "a positive number") for value in (0.0, -1.0, float("nan")) for name in (
+            "lora_alpha", "learning_rate", "zo_eps", "num_train_epochs", "clip_projected_grad",
+        )),
+        *((name, -1, "zero or more") for name in ("weight_decay", "warmup_steps", "save_steps", "noise_floor_steps")),
+        ("tuning", "prefix", "one of alora, lora"),
+        ("objective", "f1", "one of None, classification, completion, language_modeling"),
+        ("lr_scheduler_type", "polynomial", "one of constant, linear, cosine"),
+        ("perturbation", "uniform", "one of gaussian, rademacher"),
+        ("report_to", "wandb", "one of none, tensorboard"),
+        ("target_modules", [], "at least one module"),
+        ("seed", -1, "an unsigned 64-bit number"),
+        ("seed", 2**64, "an unsigned 64-bit number"),
+    ],
+)  # fmt: skip
+def test_a_bad_value_is_an_error_with_field_value_and_range(field, value, allowed):
+    with pytest.raises(ConfigError) as caught:
+        MezoConfig(**{field: value})
+    assert str(caught.value) == f"{field}={value!r} is not allowed: {allowed}"
+    assert caught.value.field == field
+    assert isinstance(caught.value, MezoError) and isinstance(caught.value, ValueError)
+
+
+@pytest.mark.parametrize("error", [ConfigError("r", 0, "at least 1"), DataError("no tokens", "rows.jsonl", 3), DataError("no tokens")])
+def test_an_error_says_the_same_after_travelling_between_processes(error):
+    copy = pickle.loads(pickle.dumps(error))
+    assert type(copy) is type(error)
+    assert (str(copy), vars(copy)) == (str(error), vars(error))
+
+
+def test_a_run_cannot_be_resumed_and_deleted_at_once():
+    with pytest.raises(ConfigError, match="resume_from_checkpoint=True"):
+        MezoConfig(resume_from_checkpoint=True, overwrite_output_dir=True)
+
+
+def test_an_unknown_setting_is_refused():
+    with pytest.raises(TypeError, match="learning_rat"):
+        MezoConfig(learning_rat=1.0)
+
+
+def test_settings_cannot_change_after_validation():
+    with pytest.raises(FrozenInstanceError):
+        MezoConfig().r = 0
+
+
+def test_every_setting_explains_itself_in_one_sentence():
+    assert FIELD_NAMES == tuple(MezoConfig().to_dict())
+    for field in fields(MezoConfig):
+        assert field.metadata["help"].endswith("."), field.name
+
+
+@pytest.mark.parametrize(
+    ("settings", "num_examples", "steps"),
+    [
+        ({"max_steps": 7}, 1000, 7),
+        ({"num_train_epochs": 3, "per_device_train_batch_size": 16}, 160, 30),
+        ({"num_train_epochs": 0.5, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 2}, 160, 5),
+        ({"num_train_epochs": 1, "per_device_train_batch_size": 64}, 3, 1),
+    ],
+)
+def test_steps_come_from_max_steps_or_from_epochs(settings, num_examples, steps):
+    assert MezoConfig(**settings).steps_for(num_examples) == steps
+
+
+@pytest.mark.parametrize(("warmup_steps", "expected"), [(0, 0), (0.1, 20), (1, 1), (30, 30)])
+def test_warmup_below_one_is_a_share(warmup_steps, expected):
+    assert MezoConfig(warmup_steps=warmup_steps).warmup_steps_of(200) == expected

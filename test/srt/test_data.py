@@ -1,0 +1,356 @@
+"""Rows to tokens: every form of row, every way in which a row or a file can be bad, and the order of batches."""
+
+import json
+import logging
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from tiny import CHAT_TEMPLATE, tiny_tokenizer
+
+from sglang.srt.mezo.data import (
+    BatchStream,
+    Encoder,
+    Example,
+    SourceRow,
+    default_objective,
+    get_task,
+    read_rows,
+    sample_rows,
+)
+from sglang.srt.mezo.errors import DataError
+
+CONTEXT = 40
+END = 2
+CHOICE = {"prompt": "it was", "options": [" great", " bad"], "label": 1}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny_tokenizer(chat_template=CHAT_TEMPLATE)
+
+
+@pytest.fixture
+def encoder(tokenizer) -> Encoder:
+    return Encoder(tokenizer, CONTEXT)
+
+
+def ids(tokenizer, text: str) -> tuple[int, ...]:
+    """Tokens of a text alone, without the special token in front."""
+    return tuple(tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids)
+
+
+def write_lines(path: Path, *lines: object) -> str:
+    text = "".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines)
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+# --- forms of rows -----------------------------------------------------------------------------------------------------
+
+
+def test_options_continue_the_prompt_and_keep_their_label(encoder, tokenizer):
+    [example] = encoder.encode(CHOICE)
+    assert example == Example((END, *ids(tokenizer, "it was")), (ids(tokenizer, " great"), ids(tokenizer, " bad")), 1)
+    assert len(example.options[0]) == 1
+
+
+def test_a_completion_is_one_option_that_ends_with_the_end_token(encoder, tokenizer):
+    [example] = encoder.encode({"prompt": "the plot", "completion": " is great"})
+    assert example == Example((END, *ids(tokenizer, "the plot")), ((*ids(tokenizer, " is great"), END),), 0)
+
+
+def test_a_completion_that_has_its_end_gets_no_second_one(encoder, tokenizer):
+    [example] = encoder.encode({"prompt": "the plot", "completion": " is great</s>"})
+    assert example.options == ((*ids(tokenizer, " is great"), END),)
+
+
+def test_messages_go_through_the_chat_template_and_train_the_last_answer(encoder, tokenizer):
+    messages = [
+        {"role": "user", "content": "yes"}, {"role": "assistant", "content": "no"},
+        {"role": "user", "content": "maybe"}, {"role": "assistant", "content": "great"},
+    ]  # fmt: skip
+    [example] = Encoder(tokenizer, 100).encode({"messages": messages})
+    assert tokenizer.decode(example.prompt) == "<user>yes</s><assistant>no</s><user>maybe</s><assistant>"
+    assert tokenizer.decode(example.options[0]) == "great</s>"
+    assert example.options[0][-1] == END and example.prompt[0] != END  # the template alone decides on special tokens
+
+
+def test_plain_text_is_cut_into_blocks_of_the_context(encoder, tokenizer):
+    text = " it was a great film and the plot is not so bad" * 9
+    examples = encoder.encode({"text": text})
+    tokens = [token for example in examples for token in example.prompt + example.options[0]]
+    assert tuple(tokens) == (END, *ids(tokenizer, text))
+    assert [len(example.prompt) + len(example.options[0]) for example in examples[:-1]] == [CONTEXT] * (len(examples) - 1)
+    assert all(len(example.prompt) == 1 and len(example.options) == 1 for example in examples)
+
+
+def test_a_last_block_of_one_token_has_nothing_to_predict_and_is_dropped(tokenizer):
+    length = len(ids(tokenizer, " it was a great film")) + 1
+    [example] = Encoder(tokenizer, length - 1).encode({"text": " it was a great film"})
+    assert (*example.prompt, *example.options[0]) == (END, *ids(tokenizer, " it was a great"))
+
+
+def test_sst2_asks_as_the_paper_does(tokenizer):
+    [example] = Encoder(tokenizer, 100, get_task("sst2")).encode({"sentence": "a great film ", "label": 1})
+    assert tokenizer.decode(example.prompt) == "</s>a great film It was"
+    assert [tokenizer.decode(option) for option in example.options] == [" terrible", " great"]
+    assert example.label == 1
+
+
+def test_an_option_that_would_merge_with_the_prompt_keeps_the_prompt_as_it_is_served(encoder, tokenizer):
+    assert ids(tokenizer, "great")[: len(ids(tokenizer, "gre"))] != ids(tokenizer, "gre")
+    [example] = encoder.encode({"prompt": "gre", "options": ["at", "at and the plot is bad"], "label": 0})
+    assert example.prompt == (END, *ids(tokenizer, "gre"))
+    assert example.options == (ids(tokenizer, "at"), ids(tokenizer, "at and the plot is bad"))
+
+
+def test_a_tokenizer_without_a_start_token_gives_prompts_without_one():
+    tokenizer = tiny_tokenizer(adds_bos=False)
+    [example] = Encoder(tokenizer, CONTEXT).encode(CHOICE)
+    assert example.prompt == ids(tokenizer, "it was")
+
+
+def test_the_objective_follows_the_form_of_the_rows(encoder):
+    def objective(fields: dict) -> str:
+        row = SourceRow(fields, "rows", 1)
+        return default_objective(encoder.encode_rows([row]), [row])
+
+    assert objective(CHOICE) == "classification"
+    assert objective({"prompt": "yes", "completion": " no"}) == "completion"
+    assert objective({"text": "it was great"}) == "language_modeling"
+
+
+# --- bad rows ----------------------------------------------------------------------------------------------------------
+
+_USER, _ANSWER = {"role": "user", "content": "yes"}, {"role": "assistant", "content": "no"}
+
+BAD_ROWS = {
+    "broken JSON": ('{"prompt": ', "not JSON"),
+    "no object": ([1, 2], "a JSON object is needed, not list"),
+    "no known form": ({"question": "?"}, "columns ['question'] have none of the forms"),
+    "label missing": ({"prompt": "it", "options": [" a"]}, "columns ['options', 'prompt'] have none of the forms"),
+    "no options": ({**CHOICE, "options": []}, "at least one is needed"),
+    "empty option": ({**CHOICE, "options": [" great", ""]}, "none may be empty"),
+    "options no list": ({**CHOICE, "options": " great"}, "options=' great' must be a list of strings"),
+    "option no text": ({**CHOICE, "options": [" great", 3]}, "must be a list of strings"),
+    "label too large": ({**CHOICE, "label": 2}, "label=2 must be an index of the 2 options"),
+    "label negative": ({**CHOICE, "label": -1}, "label=-1 must be an index of the 2 options"),
+    "label in words": ({**CHOICE, "label": "bad"}, "label='bad' must be an index of the 2 options"),
+    "empty prompt": ({**CHOICE, "prompt": ""}, "prompt='' must be a non-empty string"),
+    "prompt no text": ({"prompt": None, "completion": "a"}, "prompt=None must be a non-empty string"),
+    "empty completion": ({"prompt": "it", "completion": ""}, "completion='' must be a non-empty string"),
+    "empty text": ({"text": ""}, "text='' must be a non-empty string"),
+    "too long": ({"prompt": "it was" * 100, "completion": " great"}, f"tokens are more than the context of {CONTEXT}"),
+    "messages no list": ({"messages": "hello"}, "messages must be a list"),
+    "no messages": ({"messages": []}, "messages must be a list"),
+    "nothing to answer": ({"messages": [_ANSWER]}, "messages must be a list of two or more"),
+    "no answer": ({"messages": [_ANSWER, _USER]}, "ends with an assistant message"),
+    "empty answer": ({"messages": [_USER, {**_ANSWER, "content": ""}]}, "messages[-1].content='' must be"),
+    "answer without content": ({"messages": [_USER, {"role": "assistant"}]}, "messages[-1].content=None must be"),
+    "message no object": ({"messages": ["yes", "no"]}, "'str' object has no attribute 'get'"),
+    "template refuses": ({"messages": [{**_USER, "role": "judge"}, _ANSWER]}, "no such role"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_ROWS)
+def test_a_bad_row_is_reported_with_file_line_and_reason(tmp_path, encoder, kind):
+    bad, reason = BAD_ROWS[kind]
+    path = write_lines(tmp_path / "rows.jsonl", CHOICE, "", bad, CHOICE)  # a blank line counts as a line
+    with pytest.raises(DataError) as caught:
+        encoder.encode_rows(read_rows(path, "train"))
+    assert str(caught.value).startswith(f"{path}:3: ")
+    assert reason in str(caught.value)
+    assert (caught.value.source, caught.value.line) == (path, 3)
+
+
+@pytest.mark.parametrize("kind", BAD_ROWS)
+def test_skip_mode_leaves_the_bad_row_out_and_says_so(tmp_path, encoder, caplog, kind):
+    path = write_lines(tmp_path / "rows.jsonl", CHOICE, BAD_ROWS[kind][0], CHOICE)
+    with caplog.at_level(logging.WARNING):
+        examples = encoder.encode_rows(read_rows(path, "train"), on_bad_row="skip")
+    assert examples == encoder.encode(CHOICE) * 2
+    [message] = [record.getMessage() for record in caplog.records if record.name == "sglang.srt.mezo.data"]
+    assert f"{path}:2: " in message and BAD_ROWS[kind][1] in message
+
+
+def test_bytes_that_are_no_text_are_an_error_of_their_line(tmp_path, encoder):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(json.dumps(CHOICE).encode() + b'\n{"text": "caf\xe9"}\n')
+    with pytest.raises(DataError, match="rows.jsonl:2: not JSON.*can't decode byte 0xe9"):
+        encoder.encode_rows(read_rows(str(path), "train"))
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"label": 1}, "column 'sentence' is missing"),
+        ({"sentence": "good"}, "column 'label' is missing"),
+        ({"sentence": "good", "label": -1}, "label=-1 must be an index of the 2 options"),
+        ({"sentence": 5, "label": 1}, "'int' object has no attribute 'strip'"),
+    ],
+)
+def test_a_bad_row_of_a_task_is_reported_too(tokenizer, row, reason):
+    with pytest.raises(DataError, match=f"^glue.train.:7: .*{reason}"):
+        Encoder(tokenizer, 100, get_task("sst2")).encode_rows([SourceRow(row, "glue[train]", 7)])
+
+
+def test_a_prompt_without_the_invocation_is_refused(tokenizer):
+    encoder = Encoder(tokenizer, CONTEXT, invocation=ids(tokenizer, " it was"))
+    assert encoder.encode({**CHOICE, "prompt": "not bad it was"})
+    rows = [SourceRow({**CHOICE, "prompt": "not bad"}, "rows.jsonl", 4)]
+    with pytest.raises(DataError, match="rows.jsonl:4: the prompt does not hold the invocation tokens"):
+        encoder.encode_rows(rows)
+
+
+def test_the_context_is_full_at_its_length_and_not_before(tokenizer):
+    row = {"prompt": "it was a great film", "options": [" great", " not so terrible"], "label": 0}
+    [example] = Encoder(tokenizer, 1000).encode(row)
+    length = len(example.prompt) + len(example.options[1])
+    assert Encoder(tokenizer, length).encode(row) == [example]
+    with pytest.raises(DataError, match=f"{length} tokens are more than the context of {length - 1}"):
+        Encoder(tokenizer, length - 1).encode(row)
+
+
+def test_a_prompt_or_an_option_without_tokens_is_refused(tokenizer):
+    class Stripping:
+        """A tokenizer for which blanks are nothing."""
+
+        eos_token_id = END
+
+        def __call__(self, text: str, add_special_tokens: bool = True):
+            return tokenizer(text.strip(), add_special_tokens=False)
+
+    encoder = Encoder(Stripping(), CONTEXT)
+    with pytest.raises(DataError, match="option 1 has no tokens"):
+        encoder.encode({"prompt": "it", "options": [" great", "  "], "label": 0})
+    with pytest.raises(DataError, match="option 0 has no tokens"):
+        encoder.encode({"prompt": "it", "completion": " "})
+    with pytest.raises(DataError, match="the prompt has no tokens"):
+        encoder.encode({"prompt": " ", "completion": "it"})
+
+
+def test_a_text_of_one_token_is_refused():
+    encoder = Encoder(tiny_tokenizer(adds_bos=False), CONTEXT)
+    with pytest.raises(DataError, match="two tokens or more"):
+        encoder.encode({"text": " great"})
+
+
+def test_messages_need_a_chat_template():
+    with pytest.raises(DataError, match="no chat template"):
+        Encoder(tiny_tokenizer(), CONTEXT).encode({"messages": [_USER, _ANSWER]})
+
+
+def test_a_template_that_rewrites_its_generation_prompt_is_refused():
+    template = "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<think>{% endif %}"
+    with pytest.raises(DataError, match="differently than its generation prompt"):
+        Encoder(tiny_tokenizer(chat_template=template), CONTEXT).encode({"messages": [_USER, _ANSWER]})
+
+
+@pytest.mark.parametrize("on_bad_row", ["raise", "skip"])
+def test_no_usable_row_is_an_error(encoder, on_bad_row):
+    with pytest.raises(DataError, match="no usable row"):
+        encoder.encode_rows([], on_bad_row)
+    with pytest.raises(DataError, match="rows.jsonl"):
+        encoder.encode_rows([SourceRow({"question": "?"}, "rows.jsonl", 1)], on_bad_row)
+
+
+# --- files -------------------------------------------------------------------------------------------------------------
+
+
+def test_jsonl_rows_keep_their_line_numbers(tmp_path):
+    path = write_lines(tmp_path / "rows.jsonl", {"text": "a"}, "", "   ", {"text": "b"})
+    assert read_rows(path, "any") == [SourceRow({"text": "a"}, path, 1), SourceRow({"text": "b"}, path, 4)]
+
+
+def test_a_byte_order_mark_and_carriage_returns_do_no_harm(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"text": "a"}\r\n{"text": "caf\xc3\xa9"}\r\n')
+    assert [row.fields for row in read_rows(str(path), "train")] == [{"text": "a"}, {"text": "café"}]
+
+
+def test_a_folder_gives_the_file_of_the_split(tmp_path):
+    write_lines(tmp_path / "train.jsonl", {"text": "a"})
+    write_lines(tmp_path / "validation.jsonl", {"text": "b"})
+    assert [row.fields["text"] for row in read_rows(str(tmp_path), "validation")] == ["b"]
+
+
+def test_a_text_file_is_one_row(tmp_path):
+    (tmp_path / "book.txt").write_text("two\nlines", encoding="utf-8")
+    assert read_rows(str(tmp_path / "book.txt"), "train") == [SourceRow({"text": "two\nlines"}, str(tmp_path / "book.txt"), 1)]
+
+
+def test_a_text_file_that_is_no_text_is_refused(tmp_path):
+    (tmp_path / "book.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(DataError, match="book.txt: not UTF-8 text"):
+        read_rows(str(tmp_path / "book.txt"), "train")
+
+
+def test_other_files_are_read_by_datasets(tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "train.csv").write_text("prompt,completion\nit was,great\nit is,bad\n")
+    rows = read_rows(str(folder), "train")
+    assert rows[1] == SourceRow({"prompt": "it is", "completion": "bad"}, f"{folder}[train]", 2)
+    with pytest.raises(DataError, match="cannot load split 'test'"):
+        read_rows(str(folder), "test")
+
+
+@pytest.mark.parametrize("name", ["missing.jsonl", "missing.txt"])
+def test_a_missing_file_is_an_error_with_its_name(tmp_path, name):
+    with pytest.raises(DataError, match=f"{name}: no such file"):
+        read_rows(str(tmp_path / name), "train")
+
+
+def test_a_data_set_that_cannot_be_found_is_an_error_with_its_name(tmp_path):
+    with pytest.raises(DataError, match="nobody: cannot load split 'train'"):
+        read_rows(str(tmp_path / "nobody"), "train")
+
+
+def test_an_unknown_task_is_an_error_that_lists_the_known_ones():
+    with pytest.raises(DataError, match="unknown task 'sst3'; known tasks: .*sst2"):
+        get_task("sst3")
+
+
+# --- order -------------------------------------------------------------------------------------------------------------
+
+
+def test_sampled_rows_are_distinct_and_a_function_of_the_seed():
+    rows = [SourceRow({}, "rows", line) for line in range(100)]
+    lines = [row.line for row in sample_rows(rows, 30, seed=1)]
+    assert len(set(lines)) == 30 and lines != sorted(lines)
+    assert lines == [row.line for row in sample_rows(rows, 30, seed=1)]
+    assert lines != [row.line for row in sample_rows(rows, 30, seed=2)]
+    assert lines == [row.line for row in sample_rows(rows, None, seed=1)][:30]  # a larger sample holds the smaller one
+    assert sorted(row.line for row in sample_rows(rows, None, seed=1)) == list(range(100))
+
+
+@pytest.mark.parametrize(("num_examples", "batch_size"), [(12, 4), (10, 4), (7, 7), (3, 8), (1, 5)])
+def test_every_example_comes_once_an_epoch(num_examples, batch_size):
+    stream = BatchStream(num_examples, batch_size, seed=3)
+    places = [index for step in range(6 * num_examples) for index in stream.batch(step)]
+    for start in range(0, len(places) - num_examples, num_examples):
+        assert sorted(places[start : start + num_examples]) == list(range(num_examples))
+    assert max(Counter(places).values()) - min(Counter(places).values()) <= 1
+
+
+def test_a_batch_depends_on_the_step_and_the_seed_alone():
+    whole = BatchStream(50, 8, seed=3)
+    batches = [whole.batch(step) for step in range(40)]
+    backwards = BatchStream(50, 8, seed=3)
+    assert [backwards.batch(step) for step in reversed(range(40))] == batches[::-1]
+    assert BatchStream(50, 8, seed=3).batch(33) == batches[33]
+    assert BatchStream(50, 8, seed=4).batch(0) != batches[0]
+
+
+def test_epochs_are_ordered_differently():
+    stream = BatchStream(50, 50, seed=3)
+    orders = {tuple(stream.batch(epoch)) for epoch in range(20)}
+    assert len(orders) == 20
+
+
+def test_epoch_counts_the_examples_seen():
+    assert [BatchStream(32, 8, seed=0).epoch(step) for step in (0, 2, 4, 6)] == [0.0, 0.5, 1.0, 1.5]

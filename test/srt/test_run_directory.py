@@ -1,0 +1,211 @@
+"""A run's folder: new, refused, overwritten, resumed; never half-written."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import file_size_limit
+
+from sglang.srt.mezo.adapter import Adapter, AdapterSpec, Site
+from sglang.srt.mezo.config import MezoConfig
+from sglang.srt.mezo.errors import ConfigError, LogError
+from sglang.srt.mezo.noise import step_seed
+from sglang.srt.mezo.optimizer import replay_update
+from sglang.srt.mezo.run_directory import RunDirectory, write_json
+from sglang.srt.mezo.seed_log import LogRecord
+
+SITES = [Site("model.layers.0.self_attn.q_proj", 64, 96)]
+
+
+def config(folder: Path, **settings) -> MezoConfig:
+    return MezoConfig(output_dir=str(folder / "run"), **{"num_perturbations": 2, "weight_decay": 0.1, **settings})
+
+
+def initial_adapter(seed: int = 42, r: int = 4) -> Adapter:
+    return Adapter.initial(AdapterSpec("base-model", r, 16, ("q_proj",)), SITES, seed)
+
+
+def run(folder: Path, steps: int, **settings) -> Adapter:
+    """A run of a few steps; returns the adapter that it ends with."""
+    adapter = initial_adapter()
+    log = RunDirectory(config(folder, **settings)).start(adapter)
+    for step in range(len(log), steps):
+        record = LogRecord(step_seed(42, step), 1e-2 / (step + 1), (1.5, -0.25 * step))
+        log.append(record)
+        replay_update(adapter.theta, record.seed, record.projected_grads, record.learning_rate, 0.1, "gaussian")
+    log.close()
+    return adapter
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_a_new_run_keeps_its_settings_and_its_initial_adapter(tmp_path):
+    run(tmp_path, steps=3)
+    assert sorted(os.listdir(tmp_path / "run")) == ["config.json", "initial_adapter", "seed_log"]
+    assert json.loads((tmp_path / "run" / "config.json").read_text()) == config(tmp_path).to_dict()
+    stored = Adapter(initial_adapter().spec, SITES)
+    stored.load_weights(tmp_path / "run" / "initial_adapter")
+    assert stored.theta.equal(initial_adapter().theta)
+
+
+def test_an_empty_folder_is_as_good_as_none(tmp_path):
+    (tmp_path / "run").mkdir()
+    run(tmp_path, steps=1)
+    assert (tmp_path / "run" / "seed_log").is_file()
+
+
+def test_a_folder_with_a_run_is_refused_and_left_as_it_is(tmp_path):
+    run(tmp_path, steps=3)
+    before = contents(tmp_path)
+    with pytest.raises(ConfigError, match="overwrite_output_dir or resume_from_checkpoint"):
+        RunDirectory(config(tmp_path)).start(initial_adapter())
+    assert contents(tmp_path) == before
+
+
+def test_overwriting_starts_from_nothing(tmp_path):
+    run(tmp_path, steps=3)
+    (tmp_path / "run" / "metrics.jsonl").write_text("{}\n")
+    adapter = initial_adapter()
+    log = RunDirectory(config(tmp_path, overwrite_output_dir=True)).start(adapter)
+    assert len(log) == 0
+    assert adapter.theta.equal(initial_adapter().theta)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_overwriting_a_folder_that_is_not_there_is_a_new_run(tmp_path):
+    run(tmp_path, steps=1, overwrite_output_dir=True)
+    assert (tmp_path / "run" / "seed_log").is_file()
+
+
+@pytest.mark.parametrize("names", [["thesis.tex"], ["config.json"], ["seed_log", "thesis.tex"]])
+@pytest.mark.parametrize("setting", ["overwrite_output_dir", "resume_from_checkpoint"])
+def test_a_folder_that_no_run_made_is_neither_deleted_nor_resumed(tmp_path, setting, names):
+    (tmp_path / "run").mkdir()
+    for name in names:
+        (tmp_path / "run" / name).write_text("{}")
+    before = contents(tmp_path)
+    with pytest.raises(ConfigError, match="a folder that an earlier run made"):
+        RunDirectory(config(tmp_path, **{setting: True})).start(initial_adapter())
+    assert contents(tmp_path) == before
+
+
+def test_resuming_brings_the_adapter_to_where_the_run_stopped_bit_for_bit(tmp_path):
+    ended = run(tmp_path, steps=5)
+    resumed = initial_adapter(seed=1)  # whatever it held before
+    log = RunDirectory(config(tmp_path, resume_from_checkpoint=True)).start(resumed)
+    assert len(log) == 5
+    assert resumed.theta.equal(ended.theta)
+    assert not resumed.theta.equal(initial_adapter().theta)
+
+
+def test_a_resumed_run_ends_as_the_whole_run_does(tmp_path):
+    whole = run(tmp_path / "whole", steps=7)
+    run(tmp_path / "halves", steps=4)
+    with open(tmp_path / "halves" / "run" / "seed_log", "ab") as file:
+        file.write(b"\x01\x02\x03")  # a crash in the middle of step 4
+    resumed = run(tmp_path / "halves", steps=7, resume_from_checkpoint=True)
+    assert resumed.theta.equal(whole.theta)
+    logs = [(tmp_path / name / "run" / "seed_log").read_bytes() for name in ("whole", "halves")]
+    assert logs[0] == logs[1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "field"),
+    [
+        ({"learning_rate": 0.5}, "learning_rate"),
+        ({"seed": 7}, "seed"),
+        ({"r": 2}, "r"),
+        ({"num_perturbations": 3}, "num_perturbations"),
+        ({"tuning": "lora"}, "tuning"),
+        ({"weight_decay": 0.0}, "weight_decay"),
+        ({"target_modules": ["q_proj"]}, "target_modules"),
+    ],
+)
+def test_resuming_with_other_settings_is_refused_by_name_and_changes_nothing(tmp_path, settings, field):
+    run(tmp_path, steps=2)
+    before, adapter = contents(tmp_path), initial_adapter(seed=1)
+    with pytest.raises(ConfigError) as caught:
+        RunDirectory(config(tmp_path, resume_from_checkpoint=True, **settings)).start(adapter)
+    assert caught.value.field == field
+    assert "the run to resume has" in str(caught.value)
+    assert contents(tmp_path) == before
+    assert adapter.theta.equal(initial_adapter(seed=1).theta)
+
+
+def test_resuming_may_go_on_for_longer(tmp_path):
+    run(tmp_path, steps=2, max_steps=2, target_modules=["q_proj"])
+    settings = {"max_steps": 50, "logging_steps": 3, "save_steps": 5, "target_modules": ["q_proj"]}
+    log = RunDirectory(config(tmp_path, resume_from_checkpoint=True, **settings)).start(initial_adapter())
+    assert len(log) == 2
+
+
+def test_resuming_without_a_run_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="a folder that an earlier run made"):
+        RunDirectory(config(tmp_path, resume_from_checkpoint=True)).start(initial_adapter())
+    assert os.listdir(tmp_path) == []
+
+
+def test_resuming_on_another_model_is_refused(tmp_path):
+    run(tmp_path, steps=2)
+    other = Adapter(AdapterSpec("other", 4, 16, ("q_proj",)), [Site("model.layers.0.self_attn.q_proj", 64, 80)])
+    with pytest.raises(ConfigError, match="matrices of rank 4"):
+        RunDirectory(config(tmp_path, resume_from_checkpoint=True)).start(other)
+
+
+def test_a_log_that_is_damaged_is_refused(tmp_path):
+    run(tmp_path, steps=2)
+    (tmp_path / "run" / "seed_log").write_bytes(b"")
+    with pytest.raises(LogError):
+        RunDirectory(config(tmp_path, resume_from_checkpoint=True)).start(initial_adapter())
+
+
+@pytest.mark.parametrize("room", [0, 50, 2000], ids=["no byte fits", "half the settings fit", "half the adapter fits"])
+def test_a_full_disk_at_the_start_leaves_no_run(tmp_path, room):
+    with file_size_limit(room), pytest.raises(OSError):
+        RunDirectory(config(tmp_path)).start(initial_adapter())
+    assert os.listdir(tmp_path) == []
+    run(tmp_path, steps=1)  # there is room again
+
+
+def test_a_checkpoint_holds_the_adapter_and_the_state(tmp_path):
+    adapter = run(tmp_path, steps=3)
+    directory = RunDirectory(config(tmp_path))
+    directory.save_checkpoint(adapter, {"global_step": 3, "log_history": []})
+    checkpoint = tmp_path / "run" / "checkpoint-3"
+    assert json.loads((checkpoint / "trainer_state.json").read_text()) == {"global_step": 3, "log_history": []}
+    stored = Adapter(adapter.spec, SITES)
+    stored.load_weights(checkpoint)
+    assert stored.theta.equal(adapter.theta)
+    assert sorted(os.listdir(tmp_path / "run")) == ["checkpoint-3", "config.json", "initial_adapter", "seed_log"]
+
+
+def test_a_full_disk_leaves_no_half_checkpoint(tmp_path):
+    adapter = run(tmp_path, steps=3)
+    before = contents(tmp_path)
+    state = {"global_step": 3, "log_history": ["x" * 10_000]}
+    with file_size_limit(8000), pytest.raises(OSError):  # the adapter fits, its state does not
+        RunDirectory(config(tmp_path)).save_checkpoint(adapter, state)
+    assert contents(tmp_path) == before
+    assert sorted(os.listdir(tmp_path / "run")) == ["config.json", "initial_adapter", "seed_log"]
+
+
+def test_state_is_read_back_or_absent(tmp_path):
+    run(tmp_path, steps=1)
+    directory = RunDirectory(config(tmp_path))
+    assert directory.load_state() is None
+    directory.save_state({"global_step": 1})
+    assert directory.load_state() == {"global_step": 1}
+
+
+def test_a_json_file_that_cannot_be_written_keeps_its_older_content(tmp_path):
+    write_json(tmp_path / "state.json", {"step": 1})
+    with file_size_limit(100), pytest.raises(OSError):
+        write_json(tmp_path / "state.json", {"step": "x" * 1000})
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "state.json", {"step": torch.zeros(1)})
+    assert os.listdir(tmp_path) == ["state.json"]
+    assert json.loads((tmp_path / "state.json").read_text()) == {"step": 1}

@@ -1,0 +1,178 @@
+"""Losses and projected gradients of the trainer against Transformers + PEFT and autograd, in float32."""
+
+from collections.abc import Sequence
+
+import oracle
+import pytest
+import torch
+from engine_process import EngineProcess
+
+from sglang.srt.mezo.adapter import Adapter, AdapterSpec
+from sglang.srt.mezo.config import MezoConfig
+from sglang.srt.mezo.data import Example
+from sglang.srt.mezo.noise import direction
+
+NUM_PERTURBATIONS = 3
+ZO_EPS = 1e-3
+SINGLE = [(11,), (12,)]
+
+BATCHES = {
+    "single-token options": ("classification", oracle.examples(5, SINGLE)),
+    "longer options": ("classification", oracle.examples(4)),
+    "completions": ("completion", oracle.examples(3, [(20, 21, 22, 23)])),
+}
+
+
+# --- run in the engine's process ---------------------------------------------------------------------------------------
+
+
+def make_trainer(engine, tuning: str, spec: AdapterSpec, batch: Sequence[Example], objective: str, **settings):
+    from sglang.srt.mezo.trainer import MezoTrainer
+
+    config = MezoConfig(tuning=tuning, zo_eps=ZO_EPS, num_perturbations=NUM_PERTURBATIONS, **settings)
+    return MezoTrainer(engine.handle, config, spec, batch, objective=objective)
+
+
+def sites(engine, spec: AdapterSpec):
+    from sglang.srt.mezo.slots import adapted_sites
+
+    return adapted_sites(engine.handle, spec.target_modules)
+
+
+def losses(engine, tuning, spec, batch, objective, theta, z, zo_eps, settings):
+    """(loss_plus, loss_minus, noise floor, free KV tokens lost)."""
+    free = engine.handle.free_kv_tokens
+    trainer = make_trainer(engine, tuning, spec, batch, objective, **settings)
+    try:
+        trainer.adapter.theta.copy_(theta)
+        plus, minus = trainer.paired_losses(trainer.train_plans, z, zo_eps)
+        floor = trainer.noise_floor(trainer.train_plans)
+    finally:
+        trainer.close()
+    return plus, minus, floor, free - engine.handle.free_kv_tokens
+
+
+def losses_on_prefix_of_plus(engine, spec, batch, theta, z):
+    """For each direction the loss at theta - eps z, on KV of the prompts that was computed at theta + eps z."""
+    trainer = make_trainer(engine, "lora", spec, batch, "classification")
+    try:
+        trainer.adapter.theta.copy_(theta)
+        trainer.paired_losses(trainer.train_plans, z, ZO_EPS)
+        return [loss_on_prefix_of(engine, trainer, batch, plus, minus) for plus, minus in trainer.slots.pairs]
+    finally:
+        trainer.close()
+
+
+def loss_on_prefix_of(engine, trainer, batch, plus, minus):
+    from sglang.srt.mezo.forward import Sequenced, extend
+    from sglang.srt.mezo.head import Head
+    from sglang.srt.mezo.readout import batch_loss
+
+    values = []
+    for example in batch:
+        prefix, last = example.prompt[:-1], example.prompt[-1:]
+        _, kv = extend(engine.handle, [Sequenced(torch.empty(0, dtype=torch.int64), prefix, ((plus.lora_id, len(prefix)),))])
+        hidden, end = extend(engine.handle, [Sequenced(kv, last, ((minus.lora_id, 1),))])
+        engine.handle.kv_allocator.free(torch.cat((kv, end)))
+        tokens = torch.tensor([option[0] for option in example.options])
+        values.append(Head(engine.handle).log_probs(hidden, torch.zeros_like(tokens), tokens))
+    return batch_loss(trainer.train_plans, torch.cat(values)[None], "classification").mean.item()
+
+
+# --- fixtures ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=list(oracle.CONFIGS))
+def model(request, tmp_path_factory):
+    """(kind, path, engine) of a small random model; one engine for all tests of a kind."""
+    path = oracle.save_model(request.param, tmp_path_factory.mktemp(request.param) / "model")
+    engine = EngineProcess(
+        model_path=path, r=4, target_modules=oracle.TARGETS[request.param], num_slots=2 * NUM_PERTURBATIONS + 1,
+        dtype="float32", skip_tokenizer_init=True, max_total_tokens=4000,
+    )  # fmt: skip
+    yield request.param, path, engine
+    engine.close()
+
+
+def random_adapter(engine: EngineProcess, kind: str, path: str, tuning: str) -> Adapter:
+    """An adapter in the middle of training: neither matrix is zero."""
+    invocation = oracle.INVOCATION if tuning == "alora" else ()
+    # PEFT cannot run aLoRA on OPT's fc1 and fc2, which Transformers calls with flattened batches.
+    targets = [name for name in oracle.TARGETS[kind] if tuning == "lora" or not name.startswith("fc")]
+    spec = AdapterSpec(path, 4, 8, tuple(targets), invocation)
+    adapter = Adapter.initial(spec, engine.call(sites, spec), seed=3)
+    adapter.theta.add_(direction(99, 0, adapter.numel), alpha=0.05)
+    return adapter
+
+
+def reference_loss(reference: oracle.Reference, objective: str, batch: Sequence[Example]) -> torch.Tensor:
+    return reference.option_losses(batch).mean() if objective == "classification" else reference.token_loss(batch)
+
+
+# --- the properties ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("tuning", ["alora", "lora"])
+def test_losses_equal_peft(model, tuning, batch, tmp_path):
+    kind, path, engine = model
+    objective, examples = BATCHES[batch]
+    adapter = random_adapter(engine, kind, path, tuning)
+    z = [torch.zeros(adapter.numel)] * NUM_PERTURBATIONS
+    plus, minus, _, leaked = engine.call(losses, tuning, adapter.spec, examples, objective, adapter.theta, z, 0.0, {})
+    reference = oracle.Reference(path, adapter, tmp_path / "adapter")
+    with torch.no_grad():
+        expected = reference_loss(reference, objective, examples).item()
+        adapted = [reference_loss(reference, objective, [example]) for example in examples]
+        with reference.model.disable_adapter():
+            base = [reference_loss(reference, objective, [example]) for example in examples]
+    assert max(abs(a - b) for a, b in zip(adapted, base)) > 2e-3, "the adapter must matter"
+    assert plus + minus == pytest.approx([expected] * 2 * NUM_PERTURBATIONS, abs=1e-4)
+    assert leaked == 0
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("tuning", ["alora", "lora"])
+def test_projected_grad_equals_autograd(model, tuning, batch, tmp_path):
+    kind, path, engine = model
+    objective, examples = BATCHES[batch]
+    adapter = random_adapter(engine, kind, path, tuning)
+    z = [direction(5, k, adapter.numel) for k in range(NUM_PERTURBATIONS)]
+    plus, minus, floor, _ = engine.call(losses, tuning, adapter.spec, examples, objective, adapter.theta, z, ZO_EPS, {})
+    reference = oracle.Reference(path, adapter, tmp_path / "adapter", torch.float64)
+    gradient = reference.gradient(reference_loss(reference, objective, examples))
+    for k in range(NUM_PERTURBATIONS):
+        projected_grad = (plus[k] - minus[k]) / (2 * ZO_EPS)
+        exact = torch.dot(gradient, z[k].double()).item()
+        assert abs(projected_grad - exact) <= 0.01 * abs(exact) + 3 * floor / (2 * ZO_EPS)
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("tuning", ["alora", "lora"])
+def test_reuse_changes_nothing(model, tuning, batch):
+    kind, path, engine = model
+    objective, examples = BATCHES[batch]
+    adapter = random_adapter(engine, kind, path, tuning)
+    z = [direction(6, k, adapter.numel) for k in range(NUM_PERTURBATIONS)]
+    arguments = (tuning, adapter.spec, examples, objective, adapter.theta, z, 0.05)
+    reused = engine.call(losses, *arguments, {})
+    computed = engine.call(losses, *arguments, {"prefix_reuse": False})
+    split = engine.call(losses, *arguments, {"max_tokens_per_batch": 40})
+    for other in (computed, split):
+        assert other[0] + other[1] == pytest.approx(reused[0] + reused[1], abs=1e-5)
+        assert other[3] == 0
+
+
+def test_sharing_kv_between_signs_is_wrong_for_ordinary_lora(model, tmp_path):
+    kind, path, engine = model
+    objective, examples = BATCHES["single-token options"]
+    adapter = random_adapter(engine, kind, path, "lora")
+    z = [direction(7, k, adapter.numel) for k in range(NUM_PERTURBATIONS)]
+    reference = oracle.Reference(path, adapter, tmp_path / "adapter", torch.float64)
+    gradient = reference.gradient(reference_loss(reference, objective, examples))
+    exact = torch.stack([torch.dot(gradient, z_k.double()) for z_k in z])
+    plus, minus, _, _ = engine.call(losses, "lora", adapter.spec, examples, objective, adapter.theta, z, ZO_EPS, {})
+    shared = engine.call(losses_on_prefix_of_plus, adapter.spec, examples, adapter.theta, z)
+    plus, minus, shared = torch.tensor(plus), torch.tensor(minus), torch.tensor(shared)
+    assert ((plus - minus) / (2 * ZO_EPS) - exact).norm() < 0.01 * exact.norm()
+    assert ((plus - shared) / (2 * ZO_EPS) - exact).norm() > 0.05 * exact.norm()

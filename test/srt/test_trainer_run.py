@@ -1,0 +1,224 @@
+"""Whole runs of the trainer on a small random OPT: repeatable, resumable, and clear when something cannot work."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import oracle
+import pytest
+import safetensors.torch
+import torch
+from engine_process import EngineProcess
+
+from sglang.srt.mezo.adapter import Adapter, AdapterSpec
+from sglang.srt.mezo.config import MezoConfig
+from sglang.srt.mezo.errors import CapacityError, ConfigError, DataError, DivergedError
+from sglang.srt.mezo.seed_log import SeedLog
+
+NUM_SLOTS = 5
+TARGETS = ("q_proj", "v_proj")
+
+
+# --- run in the engine's process ---------------------------------------------------------------------------------------
+
+
+def build(engine, config, spec, train, evaluation=()):
+    from sglang.srt.mezo.trainer import MezoTrainer
+
+    return MezoTrainer(engine.handle, config, spec, train, evaluation)
+
+
+def run(engine, *arguments):
+    """The result of a run and the state that it leaves the engine's pools in."""
+    before = (engine.handle.free_kv_tokens, engine.handle.free_rows, engine.handle.lora_manager.num_pinned_loras)
+    trainer = build(engine, *arguments)
+    try:
+        result = trainer.train()
+    finally:
+        trainer.close()
+        after = (engine.handle.free_kv_tokens, engine.handle.free_rows, engine.handle.lora_manager.num_pinned_loras)
+        assert before == after
+    return result, trainer.scorer.prefix_stats
+
+
+def steps(engine, config, spec, train, count):
+    """(loss_plus, loss_minus, projected_grad) of the first steps."""
+    engine.scheduler.flush_cache()
+    trainer = build(engine, config, spec, train)
+    try:
+        results = [trainer.train_step(trainer.batch(trainer.global_step)) for _ in range(count)]
+    finally:
+        trainer.close()
+    return [(result.loss_plus, result.loss_minus, result.projected_grad) for result in results]
+
+
+def step_with_theta(engine, config, spec, train, value):
+    trainer = build(engine, config, spec, train)
+    try:
+        trainer.adapter.theta.fill_(value)
+        trainer.train_step(trainer.batch(0))
+    finally:
+        trainer.close()
+
+
+# --- fixtures ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory) -> str:
+    return oracle.save_model("opt-125m", tmp_path_factory.mktemp("opt") / "model")
+
+
+@pytest.fixture(scope="module")
+def engine(model_path):
+    process = start(model_path)
+    yield process
+    process.close()
+
+
+def start(model_path: str) -> EngineProcess:
+    return EngineProcess(
+        model_path=model_path, r=4, target_modules=TARGETS, num_slots=NUM_SLOTS, dtype="float32", skip_tokenizer_init=True,
+        max_total_tokens=3000,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def spec(model_path) -> AdapterSpec:
+    return AdapterSpec(model_path, 4, 8, TARGETS, oracle.INVOCATION)
+
+
+@pytest.fixture
+def config(tmp_path) -> MezoConfig:
+    return MezoConfig(
+        output_dir=str(tmp_path / "run"), max_steps=12, per_device_train_batch_size=4, eval_steps=5, logging_steps=3,
+        learning_rate=5e-3, lr_scheduler_type="linear", warmup_steps=2, weight_decay=0.1, num_perturbations=2, disable_tqdm=True,
+    )  # fmt: skip
+
+
+TRAIN = oracle.examples(10, [(11,), (12,)])
+EVALUATION = oracle.examples(6, [(11,), (12,)], seed=1)
+
+
+# --- the properties ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tuning", ["alora", "lora"])
+def test_same_seed_same_series_bit_for_bit_across_processes(engine, model_path, spec, config, tuning):
+    config = replace(config, tuning=tuning)
+    spec = replace(spec, invocation=oracle.INVOCATION if tuning == "alora" else ())
+    first = engine.call(steps, config, spec, TRAIN, 6)
+    other_process = start(model_path)
+    try:
+        second = other_process.call(steps, config, spec, TRAIN, 6)
+    finally:
+        other_process.close()
+    assert first == second
+    assert engine.call(steps, replace(config, seed=1), spec, TRAIN, 6) != first
+
+
+def test_batch_split_and_gradient_accumulation_keep_the_series(engine, spec, config):
+    whole = engine.call(steps, config, spec, TRAIN, 5)
+    split = engine.call(steps, replace(config, max_tokens_per_batch=8), spec, TRAIN, 5)
+    accumulated = replace(config, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    assert engine.call(steps, accumulated, spec, TRAIN, 5) == whole
+    for (plus, minus, _), (split_plus, split_minus, _) in zip(whole, split):
+        assert split_plus + split_minus == pytest.approx(plus + minus, abs=1e-5)
+
+
+def test_a_run_writes_everything_and_the_log_rebuilds_the_adapter(engine, spec, config):
+    result, stats = engine.call(run, config, spec, TRAIN, EVALUATION)
+    folder = Path(config.output_dir)
+    assert result.global_step == 12
+    assert {"config.json", "seed_log", "metrics.jsonl", "trainer_state.json", "initial_adapter", "best", "adapter"} <= {
+        path.name for path in folder.iterdir()
+    }
+    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+    assert stats.reused > stats.computed > 0
+    log = SeedLog.open(folder / "seed_log")
+    rebuilt = adapter_in(folder / "initial_adapter", spec)
+    log.replay(rebuilt.theta, result.best_step)
+    assert torch.equal(rebuilt.theta, adapter_in(folder / "adapter", spec).theta)
+    state = json.loads((folder / "trainer_state.json").read_text())
+    assert state["global_step"] == 12 and state["best_global_step"] == result.best_step
+    evaluated = [record["step"] for record in state["log_history"] if "eval_loss" in record]
+    assert evaluated == [0, 5, 10, 12]
+
+
+def test_a_resumed_run_equals_the_whole_run(engine, spec, config, tmp_path):
+    engine.call(run, config, spec, TRAIN, EVALUATION)
+    part = replace(config, output_dir=str(tmp_path / "part"), warmup_steps=0, lr_scheduler_type="constant")
+    whole = replace(part, output_dir=str(tmp_path / "whole"))
+    engine.call(run, whole, spec, TRAIN, EVALUATION)
+    engine.call(run, replace(part, max_steps=7), spec, TRAIN, EVALUATION)
+    engine.call(run, replace(part, resume_from_checkpoint=True), spec, TRAIN, EVALUATION)
+    assert SeedLog.open(tmp_path / "part" / "seed_log").records() == SeedLog.open(tmp_path / "whole" / "seed_log").records()
+    assert torch.equal(adapter_in(tmp_path / "part" / "adapter", spec).theta, adapter_in(tmp_path / "whole" / "adapter", spec).theta)
+
+
+def test_training_lowers_the_loss(engine, spec, config):
+    config = replace(config, max_steps=100, learning_rate=5e-2, lr_scheduler_type="constant", eval_steps=100)
+    always_first = [replace(example, label=0) for example in TRAIN]
+    result, _ = engine.call(run, config, spec, always_first, always_first)
+    state = json.loads((Path(config.output_dir) / "trainer_state.json").read_text())
+    first = next(record["eval_loss"] for record in state["log_history"] if "eval_loss" in record)
+    assert result.metrics["eval_loss"] < first - 0.1
+
+
+@pytest.mark.parametrize(
+    "changes, error, message",
+    [
+        ({"num_perturbations": 3}, CapacityError, "7 adapter slots are needed"),
+        ({"tuning": "lora"}, ConfigError, "invocation"),
+        ({"metric_for_best_model": "eval_f1"}, ConfigError, "metric_for_best_model='eval_f1'"),
+    ],
+)
+def test_settings_that_cannot_work(engine, spec, config, changes, error, message):
+    with pytest.raises(error, match=message):
+        engine.call(run, replace(config, **changes), spec, TRAIN, EVALUATION)
+
+
+def test_an_adapter_that_the_pool_cannot_hold(engine, spec, config):
+    with pytest.raises(CapacityError, match="rank 8"):
+        engine.call(run, config, replace(spec, r=8), TRAIN)
+    with pytest.raises(ConfigError, match="target_modules"):
+        engine.call(run, config, replace(spec, target_modules=("fc1",)), TRAIN)
+    with pytest.raises(ConfigError, match="invocation"):
+        engine.call(run, config, replace(spec, invocation=()), TRAIN)
+
+
+def test_a_prompt_without_the_invocation(engine, spec, config):
+    with pytest.raises(DataError, match="invocation tokens"):
+        engine.call(run, config, replace(spec, invocation=(5, 5)), TRAIN)
+
+
+def test_a_batch_that_the_kv_pool_cannot_hold(engine, spec, config):
+    long = [replace(TRAIN[0], prompt=(2, *range(10, 70), 7, 8), options=(tuple(range(10, 60)), (12,)))] * 8
+    with pytest.raises(CapacityError, match="KV tokens"):
+        engine.call(run, replace(config, per_device_train_batch_size=64, num_perturbations=2), spec, long)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(engine, spec, config):
+    with pytest.raises(DivergedError, match="step 0"):
+        engine.call(step_with_theta, config, spec, TRAIN, float("nan"))
+
+
+def test_the_engine_still_trains_after_every_error(engine, spec, config):
+    result, _ = engine.call(run, config, spec, TRAIN, EVALUATION)
+    assert result.global_step == 12
+
+
+def adapter_in(folder: Path, spec: AdapterSpec) -> Adapter:
+    """The adapter that a run saved, with its sites read off the file."""
+    from sglang.srt.mezo.adapter import Site
+
+    stored = safetensors.torch.load_file(folder / "adapter_model.safetensors")
+    sites = []
+    for layer in range(2):
+        for name in TARGETS:
+            path = f"model.decoder.layers.{layer}.self_attn.{name}"
+            a, b = (stored[f"base_model.model.{path}.lora_{m}.weight"] for m in "AB")
+            sites.append(Site(path, a.shape[1], b.shape[0]))
+    adapter = Adapter(spec, sites)
+    adapter.load_weights(folder)
+    return adapter
