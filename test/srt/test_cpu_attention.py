@@ -10,7 +10,7 @@ import torch
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 from sglang.srt.layers.radix_attention import AttentionType
 from sglang.srt.mezo.cpu.attention import CpuAttentionBackend
-from sglang.srt.mezo.cpu.attention_plan import FREE_PAIRS, MAX_FRESH, PADDING_LIMIT, Row, pairs, plan
+from sglang.srt.mezo.cpu.attention_plan import GROUP_COST, MAX_FRESH, PADDING_LIMIT, Row, pairs, plan
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 POOL_TOKENS, CONTEXT, DIM = 20000, 700, 16
@@ -186,7 +186,8 @@ def test_layers_of_one_forward_with_different_masks():
     case = Case(random_rows((0, 0), (5, 9)))
     backend = CpuAttentionBackend(case.runner)
     backend.init_forward_metadata(case.batch)
-    for attn_type, window in ((AttentionType.DECODER, -1), (AttentionType.ENCODER_ONLY, -1), (AttentionType.DECODER, 2)):
+    decoder, encoder = AttentionType.DECODER, AttentionType.ENCODER_ONLY
+    for attn_type, window in ((decoder, -1), (encoder, -1), (decoder, 2)):
         case.layer.attn_type, case.layer.sliding_window_size = attn_type, window
         output = backend.forward_extend(case.q, case.k, case.v, case.layer, case.batch)
         torch.testing.assert_close(output.double(), case.expected(), atol=2e-5, rtol=1e-4)
@@ -215,7 +216,7 @@ def test_padding_is_bounded_and_every_token_is_covered_once(seed):
     groups = plan(rows_of(case), case.runner.req_to_token_pool.req_to_token, causal=True)
     real = sum(pairs(fresh, prefix + fresh) for prefix, fresh in case.rows)
     padded = sum(group.count * pairs(group.queries, group.keys) for group in groups)
-    assert padded <= PADDING_LIMIT * real + FREE_PAIRS * len(groups)
+    assert padded <= PADDING_LIMIT * real + GROUP_COST * len(groups)
     covered = torch.cat([g.tokens if g.valid is None else g.tokens[g.valid] for g in groups])
     assert sorted(covered.tolist()) == list(range(sum(fresh for _, fresh in case.rows)))
 

@@ -13,10 +13,10 @@ MAX_LINES = 400
 
 FLOORS = {
     0: ("", "errors", "config", "noise", "losses", "optimizer", "seed_log"),  # "" is the package itself
-    1: ("tasks", "data", "plan", "readout"),
-    2: ("engine", "adapter", "forward", "head", "prefix", "slots", "scorer"),
-    3: ("evaluate", "run_directory", "tracking", "trainer", "finetune", "plots", "checkpoint"),
-    5: ("plugin", "hooks", "overlay", "platform", "cpu", "alora_serving", "cli"),
+    1: ("tasks", "data", "plan", "readout", "adapter"),
+    2: ("engine", "forward", "head", "prefix", "slots", "scorer"),
+    3: ("evaluate", "run_directory", "tracking", "trainer", "finetune", "plots"),
+    5: ("plugin", "hooks", "overlay", "platform", "cpu", "alora_serving"),
 }
 FLOOR_OF = {module: floor for floor, modules in FLOORS.items() for module in modules}
 KNOWS_SGLANG = {2, 5}

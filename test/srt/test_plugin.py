@@ -1,16 +1,18 @@
 """What the plugin changes in a process of SGLang, and that it stops the process where it cannot."""
 
+import importlib
 import os
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from transformers import OPTConfig
 
-from sglang.srt.mezo import alora_serving, hooks, overlay, platform, plugin
-
-REPOSITORY = Path(__file__).resolve().parents[2]
+from sglang.srt.mezo import alora_serving, cpu, hooks, overlay, platform, plugin
+from sglang.srt.plugins.hook_registry import HookRegistry
 
 WRONG_VERSION = """
 import importlib.metadata as metadata
@@ -27,13 +29,12 @@ runpy.run_module("sglang.launch_server", run_name="__main__")
 LOAD = """
 from sglang.srt.plugins import load_plugins
 load_plugins()
-print("plugins loaded")
 """
 
 
-def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
+def run_python(code: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code],
+        [sys.executable, "-W", "ignore", "-c", code, *arguments],
         capture_output=True,
         text=True,
         timeout=300,
@@ -41,11 +42,9 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
     )
 
 
-@pytest.mark.parametrize("start", [LOAD, SERVER], ids=["load_plugins", "server"])
-def test_wrong_version_is_refused_in_one_line(start):
-    done = run_python(WRONG_VERSION + start)
+def test_wrong_version_is_refused_in_one_line():
+    done = run_python(WRONG_VERSION + SERVER)
     assert done.returncode == 1
-    assert "plugins loaded" not in done.stdout
     lines = [line for line in done.stderr.splitlines() if line.startswith("sglang-mezo refuses to start")]
     assert lines == [
         "sglang-mezo refuses to start: it needs sglang==0.5.23 and found 0.5.24 (pip install sglang==0.5.23)"
@@ -53,51 +52,48 @@ def test_wrong_version_is_refused_in_one_line(start):
     assert "Traceback" not in done.stderr
 
 
-def test_hook_without_target_is_refused():
-    code = """
-from sglang.srt.mezo import alora_serving, hooks
-hook = hooks.Hook("sglang.srt.mem_cache.common", "_gone", "before", print, "a test")
-alora_serving.HOOKS = (*alora_serving.HOOKS, hook)
-"""
-    done = run_python(code + LOAD + "import sglang.srt.mem_cache.common")
-    assert done.returncode == 1
-    assert "refuses to start: the hook on sglang.srt.mem_cache.common._gone did not take hold (a test)" in done.stderr
+@pytest.fixture
+def empty_hook_registry(monkeypatch):
+    monkeypatch.setattr(HookRegistry, "_hooks", defaultdict(list))
+    monkeypatch.setattr(HookRegistry, "_patched", set())
+    monkeypatch.setattr(sys, "meta_path", [overlay._FINDER, *sys.meta_path])
 
 
-def test_hook_that_another_plugin_took_is_refused():
-    code = """
-from sglang.srt.plugins.hook_registry import HookRegistry, HookType
-HookRegistry.register("sglang.srt.mem_cache.common._req_radix_key", lambda result, *a, **k: None, HookType.AFTER)
-HookRegistry.apply_hooks()
-"""
-    done = run_python(code + LOAD)
-    assert done.returncode == 1
-    assert "_req_radix_key is hooked by another plugin already" in done.stderr
+def test_hook_without_target_is_refused(empty_hook_registry):
+    hook = hooks.Hook("sglang.srt.plugins.hook_registry", "_gone", "before", print, "a test")
+    with pytest.raises(SystemExit, match=r"the hook on sglang.*hook_registry._gone did not take hold \(a test\)"):
+        hooks.install(hook)
+        importlib.import_module(hook.module)
 
 
-def test_missing_model_file_is_refused():
-    code = """
-from pathlib import Path
-from sglang.srt.mezo import overlay
-overlay.REPLACED_MODULES["sglang.srt.models.opt"] = Path("nowhere/opt.py")
-"""
-    done = run_python(code + LOAD)
-    assert done.returncode == 1
-    assert "refuses to start: FileNotFoundError: model file nowhere/opt.py is missing" in done.stderr
+def test_hook_that_another_plugin_took_is_refused(empty_hook_registry):
+    HookRegistry._patched.add("sglang.srt.plugins.hook_registry.plugin_hook")
+    hook = hooks.Hook("sglang.srt.plugins.hook_registry", "plugin_hook", "before", print, "a test")
+    with pytest.raises(SystemExit, match="plugin_hook is hooked by another plugin already"):
+        hooks.install(hook)
 
 
-def test_model_file_that_does_not_import_is_refused(tmp_path):
-    broken = tmp_path / "opt.py"
-    broken.write_text("import not_there\n")
-    code = f"""
-from pathlib import Path
-from sglang.srt.mezo import overlay
-overlay.REPLACED_MODULES["sglang.srt.models.opt"] = Path({str(broken)!r})
-"""
-    done = run_python(code + LOAD + "import sglang.srt.models.registry\nprint('registry imported')")
-    assert done.returncode == 1
-    assert "registry imported" not in done.stdout
-    assert "not_there" in done.stderr
+def test_hook_waits_for_its_module(empty_hook_registry, tmp_path, monkeypatch):
+    (tmp_path / "hooked_later.py").write_text("def add(a, b):\n    return a + b\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    hooks.install(hooks.Hook("hooked_later", "add", "around", lambda original, a, b: 10 * original(a, b), "a test"))
+    assert "hooked_later" not in sys.modules
+    assert importlib.import_module("hooked_later").add(1, 2) == 30
+
+
+def test_missing_model_file_is_refused(monkeypatch):
+    monkeypatch.setattr(overlay, "REPLACED_MODULES", {"sglang.srt.models.opt": Path("nowhere/opt.py")})
+    monkeypatch.setattr(plugin, "_registered", False)
+    with pytest.raises(SystemExit, match="refuses to start: FileNotFoundError: model file nowhere/opt.py is missing"):
+        plugin.register()
+
+
+def test_model_file_that_does_not_import_is_an_error(tmp_path, monkeypatch):
+    (tmp_path / "broken.py").write_text("import not_there\n")
+    monkeypatch.setattr(overlay, "REPLACED_MODULES", {"sglang.srt.models.broken": tmp_path / "broken.py"})
+    monkeypatch.setattr(sys, "meta_path", [overlay._FINDER, *sys.meta_path])
+    with pytest.raises(ImportError, match="not_there"):
+        overlay.register_models(SimpleNamespace())
 
 
 def test_platform_without_plugin_is_an_error():
@@ -115,8 +111,12 @@ current_platform.apply_server_args_defaults(SimpleNamespace())
     assert "name `mezo` in SGLANG_PLUGINS" in done.stderr
 
 
-def test_everything_holds_in_one_process():
-    """Our OPT is the registered one, the hooks are in place, and the names of its modules are accepted."""
+def test_everything_holds_in_one_process(tmp_path):
+    """Our OPT is registered, the hooks are in place, OPT's modules are accepted, and fields left open are filled."""
+    for name, dtype in (("fp32", "float32"), ("fp16", "float16"), ("bf16", "bfloat16")):
+        config = OPTConfig(hidden_size=64, ffn_dim=128, num_hidden_layers=2, num_attention_heads=4, dtype=dtype)
+        config.architectures = ["OPTForCausalLM"]
+        config.save_pretrained(tmp_path / name)
     code = """
 import importlib
 from sglang.srt.mezo import alora_serving, cpu, overlay
@@ -129,18 +129,49 @@ from sglang.srt.utils.common import SUPPORTED_LORA_TARGET_MODULES
 opt = ModelRegistry.models["OPTForCausalLM"]
 module = importlib.import_module(opt.__module__)
 assert overlay.is_ours(module, overlay.REPLACED_MODULES["sglang.srt.models.opt"]), module.__file__
-for hook in (*alora_serving.HOOKS, cpu.UNPINNED_LORA_MANAGER):
+for hook in (*alora_serving.HOOKS, *cpu.HOOKS):
     importlib.import_module(hook.module)
     assert hook.target in HookRegistry._patched, hook.target
 assert {"out_proj", "fc1", "fc2"} <= set(SUPPORTED_LORA_TARGET_MODULES)
 assert "fc2" in utils.ROW_PARALLELISM_LINEAR_LORA_NAMES
 assert get_backend_from_name("torch_native").__name__ == "CpuLoRABackend"
 assert ATTENTION_BACKENDS["torch_native"].__module__ == "sglang.srt.mezo.cpu"
+
+import argparse, os, sys
+from sglang.srt.arg_groups.overrides import resolving_view
+from sglang.srt.mezo import platform
+from sglang.srt.server_args import ServerArgs
+parser = argparse.ArgumentParser()
+ServerArgs.add_cli_args(parser)
+arguments = parser.parse_args(["--model-path", "x", "--lora-target-modules", "fc1", "fc2", "out_proj"])
+assert arguments.lora_target_modules == ["fc1", "fc2", "out_proj"]
+
+def resolved(name, **fields):
+    args = ServerArgs(model_path=os.path.join(sys.argv[1], name), skip_tokenizer_init=True, **fields)
+    args.resolve_once()
+    return resolving_view(args)
+
+args = resolved("fp16")
+assert (args.device, args.dtype) == ("cpu", "float32")
+assert (args.attention_backend, args.sampling_backend, args.lora_backend) == ("torch_native", "pytorch", "torch_native")
+assert args.mem_fraction_static == platform.MEM_FRACTION_STATIC
+assert args.max_running_requests == platform.MAX_RUNNING_REQUESTS
+assert 2048 <= args.max_total_tokens <= platform.KV_TOKENS_LIMIT
+assert args.sleep_on_idle and args.disable_custom_all_reduce
+assert args.cuda_graph_config.decode.backend == args.cuda_graph_config.prefill.backend == "disabled"
+assert platform.THREADS_BIND_ENV not in os.environ
+assert [resolved(name).dtype for name in ("fp32", "bf16")] == ["float32", "bfloat16"]
+asked = dict(dtype="bfloat16", mem_fraction_static=0.3, max_total_tokens=500, max_running_requests=3, tp_size=2)
+args = resolved("fp32", **asked)
+assert (args.dtype, args.mem_fraction_static) == ("bfloat16", 0.3)
+assert (args.max_total_tokens, args.max_running_requests) == (500, 3)
+assert os.environ[platform.THREADS_BIND_ENV].count("|") == 1
 print("all there")
 """
-    for before in ("", "import sglang.srt.models.registry, sglang.srt.lora.lora_manager\n"):
-        done = run_python(before + LOAD + code)
-        assert "all there" in done.stdout, done.stderr[-3000:]
+    # The usual order, plugin first, is that of every engine; here SGLang's modules come first.
+    first = "import sglang.srt.models.registry, sglang.srt.lora.lora_manager\n"
+    done = run_python(first + LOAD + code, str(tmp_path))
+    assert "all there" in done.stdout, done.stderr[-3000:]
 
 
 def test_platform_stays_away_from_accelerators(monkeypatch):
@@ -188,9 +219,9 @@ def test_environment_of_the_user_is_kept(monkeypatch):
 
 
 def test_every_hook_says_why():
-    for hook in alora_serving.HOOKS:
+    for hook in (*alora_serving.HOOKS, *cpu.HOOKS):
         assert hook.why and hook.kind in ("before", "after", "around")
-    targets = [hook.target for hook in alora_serving.HOOKS]
+    targets = [hook.target for hook in (*alora_serving.HOOKS, *cpu.HOOKS)]
     assert len(set(targets)) == len(targets)
 
 

@@ -1,5 +1,6 @@
 """The adapter being trained: one flat float32 vector with named LoRA matrices in it, and its PEFT files."""
 
+import json
 import math
 import os
 import shutil
@@ -91,6 +92,7 @@ class Adapter:
             # Not save_file: it reports a full disk with an exception of its own.
             (partial / "adapter_model.safetensors").write_bytes(safetensors.torch.save(state, metadata={"format": "pt"}))
             self._peft_config().save_pretrained(partial)
+            _sort_targets(partial / "adapter_config.json")
             (partial / "README.md").write_text(self._model_card(), encoding="utf-8")
 
     def load_weights(self, directory: Path) -> None:
@@ -124,6 +126,13 @@ class Adapter:
             f"{kind} adapter of rank {self.spec.r} on {', '.join(self.spec.target_modules)}, "
             "fitted with forward passes only (MeZO, arXiv 2305.17333) by sglang-mezo.\n"
         )
+
+
+def _sort_targets(path: Path) -> None:
+    """PEFT writes a set in the order of its hashes, which differs between processes."""
+    config = json.loads(path.read_text())
+    config["target_modules"] = sorted(config["target_modules"])
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 class atomic_directory:

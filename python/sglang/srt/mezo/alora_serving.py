@@ -50,7 +50,7 @@ _TAGS = count(1)
 
 
 def bump_version(lora_id: str) -> int:
-    """The weights of `lora_id` have been edited in place: requests that start from now on share no KV with earlier ones.
+    """The weights of `lora_id` have been edited in place: requests that start from now on share no earlier KV.
 
     Called in the process of the scheduler, between two batches. Returns the new version.
     """
@@ -77,7 +77,9 @@ def _before_loading(manager, lora_ref, *args, **kwargs) -> None:
     invocation = tuple(manager.configs[lora_ref.lora_id].hf_config.get("alora_invocation_tokens") or ())
     if invocation and (reason := _why_not_activated(manager, lora_ref.lora_id)):
         manager.configs.pop(lora_ref.lora_id)
-        raise ValueError(f"adapter {lora_ref.lora_name!r} has alora_invocation_tokens, which cannot be served: {reason}")
+        raise ValueError(
+            f"adapter {lora_ref.lora_name!r} has alora_invocation_tokens, which cannot be served: {reason}"
+        )
     previous = _SERVED.get(lora_ref.lora_id)
     _SERVED[lora_ref.lora_id] = ServedAdapter(
         invocation, previous.version + 1 if previous else 0, next(_TAGS) << _TAG_SHIFT

@@ -1,5 +1,6 @@
 """Settings of a training run, with the names of Hugging Face's TrainingArguments, PEFT and the MeZO paper."""
 
+import math
 from dataclasses import asdict, dataclass, field, fields
 from typing import Literal, Optional
 
@@ -61,11 +62,11 @@ class MezoConfig:
     def __post_init__(self):
         for name in ("r", "num_perturbations", "per_device_train_batch_size", "gradient_accumulation_steps",
                      "per_device_eval_batch_size", "max_tokens_per_batch", "eval_steps", "logging_steps"):  # fmt: skip
-            self._require(name, getattr(self, name) >= 1, "at least 1")
+            self._require(name, isinstance(getattr(self, name), int) and getattr(self, name) >= 1, "at least 1")
         for name in ("lora_alpha", "learning_rate", "zo_eps", "num_train_epochs"):
-            self._require(name, getattr(self, name) > 0, "a positive number")
+            self._require(name, 0 < getattr(self, name) < math.inf, "a positive number")
         for name in ("weight_decay", "warmup_steps", "save_steps", "noise_floor_steps"):
-            self._require(name, getattr(self, name) >= 0, "zero or more")
+            self._require(name, 0 <= getattr(self, name) < math.inf, "zero or more")
         for name, allowed in _CHOICES.items():
             self._require(name, getattr(self, name) in allowed, f"one of {', '.join(map(str, allowed))}")
         self._require("clip_projected_grad", self.clip_projected_grad is None or self.clip_projected_grad > 0, "a positive number")

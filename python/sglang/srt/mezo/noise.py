@@ -1,7 +1,9 @@
 """Perturbation directions z from a counter-based stream.
 
-Element i of direction k under seed s is a pure function of (s, k, i): it does not depend on the device, the batch, the
-order of drawing or how an adapter is sharded, so a step can be replayed from its seed alone. The generator is
+Element i of direction k under seed s is a pure function of (s, k, i): it does not depend on the batch, the order of drawing
+or how an adapter is sharded, so a step can be replayed from its seed alone. Directions are always drawn on the CPU; the
+logarithm and the cosine may differ by an ulp of float64 between kinds of processors, which changes about one number in
+10^9 after rounding to float32 (Rademacher directions are exact everywhere). The generator is
 Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011). Normal numbers come from the
 Box-Muller transform in float64, rounded once to float32.
 """

@@ -1,6 +1,7 @@
 """Entry point of SGLang's plugin group: the version guard, and the table of everything that we hook."""
 
 from importlib.metadata import version
+from types import ModuleType
 
 from sglang.srt.mezo import alora_serving, overlay
 from sglang.srt.mezo.hooks import StartRefused, install
@@ -55,10 +56,17 @@ def _register_targets() -> None:
     from sglang.srt.utils import common
 
     _extend(common.SUPPORTED_LORA_TARGET_MODULES, OPT_LORA_TARGETS)
+    overlay.on_import("sglang.srt.server_args", _extend_command_line)
     overlay.on_import(
         "sglang.srt.lora.utils",
         lambda module: _extend(module.ROW_PARALLELISM_LINEAR_LORA_NAMES, OPT_ROW_PARALLEL_TARGETS),
     )
+
+
+def _extend_command_line(server_args: ModuleType) -> None:
+    """--lora-target-modules holds a copy of the list, made when the module is imported: mostly before any plugin."""
+    (argument,) = server_args.ServerArgs.__annotations__["lora_target_modules"].__metadata__
+    _extend(argument.choices, OPT_LORA_TARGETS)
 
 
 def _register_cpu_backends() -> None:
@@ -72,7 +80,8 @@ def _register_cpu_backends() -> None:
         return
     overlay.on_import("sglang.srt.layers.attention.attention_registry", cpu.register_attention)
     overlay.on_import("sglang.srt.lora.backend.lora_registry", cpu.register_lora)
-    install(cpu.UNPINNED_LORA_MANAGER)
+    for hook in cpu.HOOKS:
+        install(hook)
 
 
 def _extend(names: list[str], more: tuple[str, ...]) -> None:

@@ -70,8 +70,11 @@ class RunDirectory:
 
     def _resume(self, adapter: Adapter) -> SeedLog:
         self._require_run()
-        earlier = json.loads((self.path / "config.json").read_text())
-        for name, value in self._config.to_dict().items():
+        try:
+            earlier = json.loads((self.path / "config.json").read_text())
+        except ValueError as error:
+            raise ConfigError("output_dir", str(self.path), f"a run whose config.json can be read ({error})") from error
+        for name, value in json.loads(json.dumps(self._config.to_dict())).items():
             if name not in _MAY_DIFFER_ON_RESUME and earlier.get(name) != value:
                 raise ConfigError(name, value, f"the run to resume has {earlier.get(name)!r}")
         log = SeedLog.open(self.path / "seed_log")

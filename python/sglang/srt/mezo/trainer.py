@@ -89,6 +89,7 @@ class MezoTrainer:
         self.planner = planner
         self.train_plans = [planner.plan(example) for example in train_dataset]
         self.eval_plans = [planner.plan(example) for example in eval_dataset]
+        self._require_choices()
         self.max_steps = config.steps_for(len(self.train_plans))
         self.stream = BatchStream(len(self.train_plans), config.train_batch_size, config.seed)
         self.adapter = Adapter.initial(spec, adapted_sites(handle, spec.target_modules), config.seed)
@@ -193,6 +194,11 @@ class MezoTrainer:
         finally:
             tracker.close()
             log.close()
+
+    def _require_choices(self) -> None:
+        for plan in (*self.train_plans, *self.eval_plans):
+            if self.objective == "classification" and len(plan.option_lengths) < 2:
+                raise ConfigError("objective", self.objective, "completion, as an example has one option only: its loss would be 0")
 
     def close(self) -> None:
         """Give the slots back to the engine."""

@@ -45,10 +45,23 @@ def _build_unpinned(original: Callable, *args, **kwargs) -> None:
         return original(*args, **kwargs)
 
 
-UNPINNED_LORA_MANAGER = Hook(
-    module="sglang.srt.lora.lora_manager",
-    attribute="LoRAManager.__init__",
-    kind="around",
-    function=_build_unpinned,
-    why="LoRA layers are built with tensors in pinned memory, which a host without accelerator does not have",
+def _leave_threads_alone(original: Callable, **kwargs) -> None:
+    pass
+
+
+HOOKS = (
+    Hook(
+        "sglang.srt.lora.lora_manager",
+        "LoRAManager.__init__",
+        "around",
+        _build_unpinned,
+        "LoRA layers are built with tensors in pinned memory, which a host without accelerator does not have",
+    ),
+    Hook(
+        "sglang.srt.distributed.bootstrap",
+        "_init_cpu_threads_env",
+        "around",
+        _leave_threads_alone,
+        "binds threads with kernels that are not there: warns about it on x86, fails on ARM",
+    ),
 )

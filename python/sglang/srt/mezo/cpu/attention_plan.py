@@ -13,10 +13,10 @@ import torch
 
 # Gathering one key costs about as much as this many query-key pairs (64 dimensions a head).
 PAIRS_PER_KEY = 8
-# A group may cost this much more than its bundles do without padding ...
+# The calls of one more group cost about as much as this many pairs.
+GROUP_COST = 1024
+# Padding multiplies the cost of a group by no more than this, beyond what one more group would cost.
 PADDING_LIMIT = 1.5
-# ... and so many pairs, which cost as much as the calls of one group more.
-FREE_PAIRS = 1024
 # Causal rows longer than this are cut: a later piece finds the earlier ones in the pool, as its prefix.
 MAX_FRESH = 512
 
@@ -152,20 +152,21 @@ def _bundle(rows: Sequence[Row], table: np.ndarray) -> list[Bundle]:
 
 
 def _group(bundles: Sequence[Bundle]) -> list[list[Bundle]]:
-    """Neighbours in size share a group while the padding stays within its limit."""
+    """Neighbours in size share a group while that costs less than one group more."""
     groups: list[list[Bundle]] = []
-    queries = keys = cost = 0
+    queries = keys = padded = real = 0
+    # Groups without any prefix read the batch's own k and v, so they stay apart.
     for bundle in sorted(bundles, key=lambda b: (b.prefix > 0, b.queries.bit_length(), b.keys)):
         widest, longest = max(queries, bundle.queries), max(keys, bundle.keys)
-        padded = ((len(groups[-1]) + 1) if groups else 1) * pairs(widest, longest)
-        # Groups without any prefix read the batch's own k and v, so they stay apart.
-        same_source = bool(groups) and (groups[-1][0].prefix > 0) == (bundle.prefix > 0)
-        if same_source and padded <= PADDING_LIMIT * (cost + bundle.cost) + FREE_PAIRS:
-            groups[-1].append(bundle)
-            queries, keys, cost = widest, longest, cost + bundle.cost
-        else:
-            groups.append([bundle])
-            queries, keys, cost = bundle.queries, bundle.keys, bundle.cost
+        if groups and (groups[-1][0].prefix > 0) == (bundle.prefix > 0):
+            joined = (len(groups[-1]) + 1) * pairs(widest, longest)
+            limit = min(padded + bundle.cost, PADDING_LIMIT * (real + bundle.cost))
+            if joined <= limit + GROUP_COST:
+                groups[-1].append(bundle)
+                queries, keys, padded, real = widest, longest, joined, real + bundle.cost
+                continue
+        groups.append([bundle])
+        queries, keys, padded, real = bundle.queries, bundle.keys, bundle.cost, bundle.cost
     return groups
 
 

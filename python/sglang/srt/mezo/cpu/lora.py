@@ -116,7 +116,12 @@ def _gathered_block(runs: Sequence[Segment], ranks: Sequence[int], scalings: Seq
 
 
 def add_lora(
-    output: torch.Tensor, x: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor, offsets: Sequence[int], block: Block
+    output: torch.Tensor,
+    x: torch.Tensor,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    offsets: Sequence[int],
+    block: Block,
 ) -> None:
     """Add scaling * B A x to the rows of one block, in place.
 

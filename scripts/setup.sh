@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Makes .venv with this package in it, editable, unless it is there and up to date. Needs Python 3.11 or later.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+stamp=.venv/.sglang-mezo
+if [ -f "$stamp" ] && [ ! pyproject.toml -nt "$stamp" ]; then
+    exit 0
+fi
+python=${PYTHON:-python3}
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+    echo "Python 3.11 or later is needed; set PYTHON to one" >&2
+    exit 1
+}
+[ -x .venv/bin/python ] || "$python" -m venv .venv
+.venv/bin/python -m pip install --quiet --disable-pip-version-check -e ".[dev,plots]"
+touch "$stamp"

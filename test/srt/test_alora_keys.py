@@ -1,0 +1,191 @@
+"""Where a request's KV lies in the prefix cache: invocation, version, namespace; and adapters that are refused."""
+
+from array import array
+from types import SimpleNamespace
+
+import pytest
+
+from sglang.srt.mezo import alora_serving
+from sglang.srt.mezo.alora_serving import ServedAdapter, invocation_start
+
+
+@pytest.mark.parametrize(
+    "prompt, invocation, start",
+    [
+        ([1, 2, 3], [2, 3], 1),
+        ([2, 3, 1, 2, 3, 4], [2, 3], 3),
+        ([1, 2], [1, 2], 0),
+        ([1, 2, 4], [2, 3], None),
+        ([2], [2, 3], None),
+        ([], [2], None),
+        ([5, 5, 5], [5, 5], 1),
+    ],
+)
+def test_last_occurrence(prompt, invocation, start):
+    assert invocation_start(array("q", prompt), invocation) == start
+
+
+@pytest.fixture
+def served(monkeypatch):
+    adapters = {
+        name: ServedAdapter(invocation, 0, next(alora_serving._TAGS) << 40)
+        for name, invocation in (("plain", ()), ("active", (7, 8)))
+    }
+    monkeypatch.setattr(alora_serving, "_SERVED", adapters)
+    monkeypatch.setattr("sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache", Tree)
+    return adapters
+
+
+def request(prompt, lora_id, extra_key=None) -> SimpleNamespace:
+    """A request as SGLang's constructor leaves it, and as the hook then does."""
+    req = SimpleNamespace(
+        origin_input_ids=array("q", prompt),
+        lora_id=lora_id,
+        extra_key=(extra_key or "") + lora_id if lora_id else extra_key,
+        session=None,
+        kv=SimpleNamespace(req_pool_idx=None),
+    )
+    alora_serving._after_request_created(None, req)
+    return req
+
+
+def look_up(req, shared=True) -> tuple[str | None, list[int]]:
+    """Namespace and keys under which the tree is asked."""
+    tree = Tree()
+    tree.enable_storage = not shared
+    return alora_serving._around_radix_key(
+        lambda tree, req, token_ids: (req.extra_key, list(token_ids)), tree, req, req.origin_input_ids
+    )
+
+
+class Tree:
+    """Stands in for UnifiedRadixCache, of which `_shares_base` asks this much."""
+
+    linker = None
+
+
+def test_new_version_is_another_place_in_the_cache(served):
+    for adapter in ("plain", "active"):
+        old = look_up(request([1, 7, 8, 3], adapter))
+        assert look_up(request([1, 7, 8, 3], adapter)) == old
+        assert alora_serving.bump_version(adapter) == 1
+        assert look_up(request([1, 7, 8, 3], adapter)) != old
+
+
+def test_request_that_waits_moves_on_to_the_new_version(served):
+    for adapter in ("plain", "active"):
+        waiting = request([1, 7, 8, 3], adapter, extra_key="mine")
+        look_up(waiting)
+        alora_serving.bump_version(adapter)
+        assert look_up(waiting) == look_up(request([1, 7, 8, 3], adapter, extra_key="mine"))
+
+
+def test_request_that_runs_keeps_the_version_of_its_kv(served):
+    for adapter in ("plain", "active"):
+        running = request([1, 7, 8, 3], adapter)
+        before = look_up(running)
+        running.kv.req_pool_idx = 5
+        alora_serving.bump_version(adapter)
+        assert look_up(running) == before
+
+
+def test_tokens_before_the_invocation_are_the_base_models(served):
+    namespace, keys = look_up(request([1, 7, 8, 3], "active"))
+    base_namespace, base_keys = look_up(request([1, 7, 8, 3], None))
+    assert (namespace, keys[:1]) == (base_namespace, base_keys[:1]) == (None, [1])
+    assert all(key >> 40 for key in keys[1:])
+    assert [key & ((1 << 40) - 1) for key in keys] == base_keys
+
+
+def test_tree_that_takes_no_tags_gets_a_namespace_of_its_own(served):
+    """There the start of the activation is part of the namespace: it changes the KV of equal tokens."""
+    first, keys = look_up(request([1, 7, 8, 3], "active"), shared=False)
+    second, _ = look_up(request([1, 7, 8, 7, 8], "active"), shared=False)
+    assert keys == [1, 7, 8, 3]
+    assert first is not None and second is not None and first != second
+
+
+def test_prompt_without_invocation_is_the_base_models(served):
+    req = request([1, 2, 3], "active", extra_key="mine")
+    assert (req.lora_id, req.extra_key, req.mezo_binding) == (None, "mine", None)
+
+
+def test_users_namespace_never_meets_an_adapters(served):
+    adapter_key, _ = look_up(request([1, 2], "plain"))
+    assert look_up(request([1, 2], None, extra_key="plain"))[0] == "plain" != adapter_key
+    assert look_up(request([1, 2], None, extra_key=adapter_key))[0] != adapter_key
+    one, other = look_up(request([1], "plain", extra_key="a"))[0], look_up(request([1], "plain", extra_key="b"))[0]
+    assert len({one, other, adapter_key}) == 3
+
+
+def manager(**changes) -> SimpleNamespace:
+    """As much of a LoRAManager as loading looks at."""
+    backend = SimpleNamespace(
+        name="triton", supports_prefill_cuda_graph=False, is_moe_lora=False, prepare_lora_token_segments=print
+    )
+    for name in [name for name in changes if name.startswith("backend_")]:
+        value = changes.pop(name)
+        if value is None:
+            delattr(backend, name.removeprefix("backend_"))
+        else:
+            setattr(backend, name.removeprefix("backend_"), value)
+    config = SimpleNamespace(
+        hf_config={"alora_invocation_tokens": [7, 8]}, target_modules=changes.pop("target_modules", ["q_proj"])
+    )
+    return SimpleNamespace(
+        **{
+            "configs": {"new": config},
+            "lora_backend": backend,
+            "max_loras_per_batch": 8,
+            "enable_lora_overlap_loading": False,
+            "attn_dp_enabled": False,
+            "speculative_algorithm": None,
+            **changes,
+        }
+    )
+
+
+@pytest.fixture
+def running(monkeypatch):
+    """Configuration of a server, as far as loading looks at it."""
+    monkeypatch.setattr("sglang.srt.runtime_context.get_disagg", lambda: SimpleNamespace(disaggregation_mode="null"))
+    monkeypatch.setattr("sglang.srt.model_executor.cuda_graph_config.check_cuda_graph_backend", lambda *args: False)
+
+
+@pytest.mark.parametrize(
+    "changes, reason",
+    [
+        ({"backend_prepare_lora_token_segments": None, "backend_name": "csgmv"}, "'csgmv' cannot route single tokens"),
+        ({"backend_supports_prefill_cuda_graph": True}, "--cuda-graph-backend-prefill disabled"),
+        ({"target_modules": ["q_proj", "lm_head"]}, r"target_modules=\['lm_head'\]"),
+        ({"max_loras_per_batch": 1}, "allowed: 2 or more"),
+        ({"backend_is_moe_lora": True}, "LoRA on experts"),
+        ({"enable_lora_overlap_loading": True}, "overlap"),
+        ({"attn_dp_enabled": True}, "data-parallel attention"),
+        ({"speculative_algorithm": "EAGLE"}, "speculative decoding"),
+    ],
+)
+def test_configurations_that_would_serve_wrongly_are_refused(served, running, changes, reason):
+    loading, ref = manager(**changes), SimpleNamespace(lora_id="new", lora_name="mine")
+    with pytest.raises(ValueError, match=rf"adapter 'mine' has alora_invocation_tokens.*{reason}"):
+        alora_serving._before_loading(loading, ref)
+    assert "new" not in served and "new" not in loading.configs
+
+
+def test_loading_again_raises_the_version(served, running):
+    ref = SimpleNamespace(lora_id="new", lora_name="mine")
+    for version in (0, 1, 2):
+        alora_serving._before_loading(manager(), ref)
+        assert served["new"].version == version
+    assert len({adapter.tag for adapter in served.values()}) == 3
+
+
+def test_admission_keeps_a_slot_for_the_base_model(served):
+    lora_manager = SimpleNamespace(max_loras_per_batch=2)
+
+    def admitted(*lora_ids):
+        return alora_serving._around_admission(lambda manager, ids: len(ids) <= 2, lora_manager, set(lora_ids))
+
+    assert admitted("active") and admitted("active", None) and admitted("plain", None)
+    assert not admitted("active", "plain")
+    assert alora_serving._around_admission(lambda manager, ids: len(ids) <= 2, lora_manager, {"plain", "unknown"})

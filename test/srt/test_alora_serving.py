@@ -1,0 +1,264 @@
+"""Adapters served by the engine, aLoRA above all, against PEFT on a small random Llama in fp32."""
+
+from array import array
+from itertools import count
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from engine_process import EngineProcess
+from sglang.srt.mezo import alora_serving
+
+INVOCATION = [7, 8, 9]
+DOCUMENT = list(range(100, 164))
+SAMPLING = {"temperature": 0, "max_new_tokens": 8, "ignore_eos": True}
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Folders of a base model, an ordinary adapter and two aLoRA adapters."""
+    root = tmp_path_factory.mktemp("models")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=256,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        initializer_range=0.2,
+        eos_token_id=2,
+    )
+    LlamaForCausalLM(config).save_pretrained(root / "base")
+    for name, settings in {
+        "lora": {"r": 4},
+        "alora": {"r": 4, "alora_invocation_tokens": INVOCATION},
+        "other": {"r": 8, "alora_invocation_tokens": INVOCATION[:2], "use_rslora": False},
+    }.items():
+        adapter = LoraConfig(
+            lora_alpha=16, target_modules=TARGETS, init_lora_weights=False, task_type="CAUSAL_LM", **settings
+        )
+        get_peft_model(base_model(root), adapter).save_pretrained(root / name)
+    return root
+
+
+def base_model(root) -> LlamaForCausalLM:
+    return LlamaForCausalLM.from_pretrained(root / "base", dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def engine(models):
+    import sglang as sgl
+
+    engine = sgl.Engine(
+        model_path=str(models / "base"),
+        lora_paths=[f"{name}={models / name}" for name in ("lora", "alora", "other")],
+        skip_tokenizer_init=True,
+        log_level="error",
+        chunked_prefill_size=48,
+    )
+    yield engine
+    engine.shutdown()
+
+
+def ask(engine, prompts, adapters, logprobs_from=-1):
+    return engine.generate(
+        input_ids=prompts,
+        lora_path=adapters,
+        sampling_params=SAMPLING,
+        return_logprob=True,
+        logprob_start_len=logprobs_from,
+    )
+
+
+def peft_answer(root, prompt, adapter) -> tuple[list[int], torch.Tensor]:
+    """Eight greedy tokens, and the log-probabilities of all tokens of the prompt but the first."""
+    model = base_model(root)
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, root / adapter)
+    ids = torch.tensor([prompt])
+    with torch.no_grad():
+        logprobs = torch.log_softmax(model.eval()(input_ids=ids).logits[0].float(), -1)
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=8,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+    return out[0, len(prompt) :].tolist(), logprobs[:-1].gather(1, ids[0, 1:, None])[:, 0]
+
+
+PROMPTS = {
+    "invocation in the middle": (DOCUMENT[:20] + INVOCATION + [20, 21], "alora"),
+    "invocation twice": (DOCUMENT[:10] + INVOCATION + DOCUMENT[10:20] + INVOCATION + [33], "alora"),
+    "invocation first": (INVOCATION + DOCUMENT[:9], "alora"),
+    "invocation last": (DOCUMENT[:9] + INVOCATION, "alora"),
+    "no invocation": ([50] + DOCUMENT[:9], "alora"),
+    "other adapter, other invocation": (DOCUMENT[:20] + INVOCATION + [20, 21], "other"),
+    "ordinary LoRA": (DOCUMENT[:20] + INVOCATION + [20, 21], "lora"),
+    "base model": (DOCUMENT[:20] + INVOCATION + [20, 21], None),
+    "longer than a chunk of prefill": (DOCUMENT + INVOCATION + DOCUMENT[:40], "alora"),
+}
+
+
+@pytest.mark.parametrize("from_cache", [False, True], ids=["first time", "second time"])
+def test_mixed_batch_equals_peft(engine, models, from_cache):
+    prompts, adapters = [list(column) for column in zip(*PROMPTS.values())]
+    if not from_cache:
+        engine.flush_cache()
+    answers = ask(engine, prompts, adapters, logprobs_from=-1 if from_cache else 0)
+    for name, answer in zip(PROMPTS, answers, strict=True):
+        tokens, logprobs = peft_answer(models, *PROMPTS[name])
+        assert answer["output_ids"] == tokens, name
+        if not from_cache:
+            ours = torch.tensor([value for value, *_ in answer["meta_info"]["input_token_logprobs"][1:]])
+            torch.testing.assert_close(ours, logprobs, atol=1e-4, rtol=0, msg=lambda m: f"{name}: {m}")
+
+
+def test_adapters_change_the_answer(models):
+    """Otherwise the comparison with PEFT would show nothing."""
+    prompt, _ = PROMPTS["invocation in the middle"]
+    answers = {name: peft_answer(models, prompt, name) for name in (None, "lora", "alora", "other")}
+    assert len({tuple(tokens) for tokens, _ in answers.values()}) == 4
+    start = prompt.index(INVOCATION[0])
+    before, base = answers["alora"][1][: start - 1], answers[None][1][: start - 1]
+    torch.testing.assert_close(before, base, atol=1e-6, rtol=0)
+
+
+def cached_tokens(engine, prompt, adapter) -> int:
+    return ask(engine, [prompt], [adapter])[0]["meta_info"]["cached_tokens"]
+
+
+def test_base_models_kv_is_shared_up_to_the_invocation(engine):
+    engine.flush_cache()
+    prompt = DOCUMENT + INVOCATION + [20, 21, 22]
+    assert cached_tokens(engine, DOCUMENT, None) == 0
+    assert cached_tokens(engine, prompt, "alora") == len(DOCUMENT)
+    assert cached_tokens(engine, prompt, "alora") == len(prompt) - 1
+    assert cached_tokens(engine, prompt, "other") == len(DOCUMENT)
+    assert cached_tokens(engine, prompt, "lora") == 0
+    # The base model finds what aLoRA requests have computed as base model, and nothing beyond.
+    assert cached_tokens(engine, prompt, None) == len(DOCUMENT)
+    assert cached_tokens(engine, prompt, None) == len(prompt) - 1
+
+
+def test_later_invocation_takes_the_earlier_ones_kv_back_to_the_base_model(engine, models):
+    engine.flush_cache()
+    first = DOCUMENT[:30] + INVOCATION + [20, 21]
+    second = first + INVOCATION + [22]
+    ask(engine, [first], ["alora"])
+    answer = ask(engine, [second], ["alora"])[0]
+    assert answer["meta_info"]["cached_tokens"] == 30
+    assert answer["output_ids"] == peft_answer(models, second, "alora")[0]
+
+
+def test_adapter_that_is_loaded_again_serves_no_old_kv(engine, models, tmp_path):
+    """Same name, same path, other weights."""
+    folder = tmp_path / "edited"
+    for seed, settings in ((1, {}), (2, {}), (3, {"alora_invocation_tokens": INVOCATION})):
+        torch.manual_seed(seed)
+        adapter = LoraConfig(
+            r=4, lora_alpha=16, target_modules=TARGETS, init_lora_weights=False, task_type="CAUSAL_LM", **settings
+        )
+        get_peft_model(base_model(models), adapter).save_pretrained(folder)
+        assert engine.load_lora_adapter("edited", str(folder)).success
+        prompt = DOCUMENT[:30] + INVOCATION + [40]
+        for _ in range(2):
+            assert ask(engine, [prompt], ["edited"])[0]["output_ids"] == peft_answer_at(models, folder, prompt)
+        engine.unload_lora_adapter("edited")
+
+
+def peft_answer_at(root, folder, prompt) -> list[int]:
+    return peft_answer(root, prompt, folder)[0]
+
+
+# --- editing in place, inside the scheduler's process ------------------------------------------------------------
+
+
+def next_logprobs(engine, prompt, lora_id) -> tuple[int, torch.Tensor]:
+    """Cached tokens, and the log-probabilities of the prompt's last token but one onwards, of one request."""
+    from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
+    from sglang.srt.sampling.sampling_params import SamplingParams
+
+    scheduler, sampling = engine.scheduler, SamplingParams(max_new_tokens=1, temperature=0, ignore_eos=True)
+    sampling.normalize(None)
+    scheduler.handle_generate_request(
+        TokenizedGenerateReqInput(
+            rid=f"request {next(_IDS)}",
+            input_text=None,
+            input_ids=array("q", prompt),
+            input_embeds=None,
+            mm_inputs=None,
+            token_type_ids=None,
+            sampling_params=sampling,
+            return_logprob=True,
+            logprob_start_len=len(prompt) - 1,
+            top_logprobs_num=0,
+            token_ids_logprob=list(range(20)),
+            stream=False,
+            lora_id=lora_id,
+        )
+    )
+    req = scheduler.waiting_queue[-1]
+    with torch.inference_mode():
+        while not req.finished():
+            plan = scheduler.get_next_batch_to_run(
+                running_batch=scheduler.running_batch, last_batch=scheduler.last_batch
+            )
+            scheduler.running_batch, scheduler.last_batch = plan.running_batch, plan.batch_to_run
+            scheduler.process_batch_result(plan.batch_to_run, scheduler.run_batch(plan.batch_to_run))
+    return req.cached_tokens, torch.tensor(req.logprob.output_token_ids_logprobs_val[0])
+
+
+_IDS = count()
+
+
+def edit_in_place(engine) -> dict[str, dict[str, tuple[int, torch.Tensor]]]:
+    """What each adapter answers before an edit, after it as it is, with a new version, and without any cache."""
+    manager, prompt, answers = engine.handle.lora_manager, DOCUMENT[:30] + INVOCATION + [40, 41], {}
+    for lora_id, ref in manager.lora_refs.items():
+        got = answers[ref.lora_name] = {"before": next_logprobs(engine, prompt, lora_id)}
+        slot = manager.memory_pool.uid_to_buffer_id[lora_id]
+        for layers in manager.memory_pool.B_buffer.values():
+            for buffer in layers:
+                buffer[slot] *= -2
+        got["unnoticed"] = next_logprobs(engine, prompt, lora_id)
+        alora_serving.bump_version(lora_id)
+        got["new version"] = next_logprobs(engine, prompt, lora_id)
+        got["again"] = next_logprobs(engine, prompt, lora_id)
+        engine.scheduler.last_batch = None
+        assert engine.scheduler.tree_cache.reset() is None
+        engine.scheduler.token_to_kv_pool_allocator.clear()
+        engine.scheduler.req_to_token_pool.clear()
+        got["no cache"] = next_logprobs(engine, prompt, lora_id)
+    return answers
+
+
+def test_edit_in_place_and_bump_serves_no_old_kv(models):
+    process = EngineProcess(
+        model_path=str(models / "base"),
+        r=8,
+        target_modules=TARGETS,
+        num_slots=3,
+        lora_paths=[f"{name}={models / name}" for name in ("lora", "alora")],
+        skip_tokenizer_init=True,
+    )
+    try:
+        answers = process.call(edit_in_place)
+    finally:
+        process.close()
+    for name, reused in (("lora", 0), ("alora", 30)):
+        got = answers[name]
+        assert got["unnoticed"][0] == got["again"][0] == 34
+        assert got["new version"][0] == reused
+        exact = got["no cache"][1]
+        assert (got["before"][1] - exact).abs().max() > 1e-2
+        assert (got["unnoticed"][1] - exact).abs().max() > 1e-3, "old KV makes no difference here"
+        for answer in ("new version", "again"):
+            torch.testing.assert_close(got[answer][1], exact, atol=1e-5, rtol=0)

@@ -1,0 +1,67 @@
+"""The examples as a user runs them: as programs, on the embedded model, and resumed."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SUMMARY = {
+    "zero_shot_accuracy", "accuracy", "steps", "train_seconds", "steps_per_second", "prefix_tokens_reused", "prefix_tokens_total",
+    "peak_rss_bytes", "adapter_dir",
+}  # fmt: skip
+
+
+def run(*arguments: str, succeed: bool = True) -> subprocess.CompletedProcess:
+    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert (done.returncode == 0) == succeed, done.stdout[-2000:] + done.stderr[-4000:]
+    return done
+
+
+def summary_of(folder: Path) -> dict:
+    return json.loads((folder / "summary.json").read_text())
+
+
+@pytest.mark.parametrize("tuning", ["alora", "lora"])
+def test_the_main_job_runs_and_resumes(tmp_path, tuning):
+    folder = tmp_path / "run"
+    command = ("examples/mezo_opt_training.py", "--output_dir", str(folder), "--tuning", tuning, "--num_test", "40", "--num_dev", "20",
+               "--lr_scheduler_type", "constant")  # fmt: skip
+    first = run(*command, "--max_steps", "10")
+    assert "steps/s" in first.stdout and "launch_server" in first.stdout
+    assert SUMMARY <= summary_of(folder).keys()
+    assert "MeZO: 100%" in first.stderr
+    refused = run(*command, "--max_steps", "14", succeed=False)
+    assert "error: output_dir=" in refused.stderr
+    run(*command, "--max_steps", "14", "--resume_from_checkpoint")
+    assert summary_of(folder)["steps"] == 14
+    assert (folder / "adapter" / "adapter_model.safetensors").is_file()
+    assert (folder / "curves.png").stat().st_size > 10_000
+
+
+def test_the_minimal_loop_runs():
+    assert "trained accuracy" in run("examples/mezo_minimal_loop.py", "--steps", "5").stdout
+    assert len((ROOT / "examples" / "mezo_minimal_loop.py").read_text().splitlines()) < 150
+
+
+def test_every_setting_is_a_flag():
+    from sglang.srt.mezo.config import FIELD_NAMES
+
+    shown = run("examples/mezo_opt_training.py", "--help").stdout
+    assert all(f"--{name}" in shown for name in FIELD_NAMES)
+
+
+def test_a_mistake_ends_with_one_line():
+    done = run("examples/mezo_opt_training.py", "--task", "sst3", succeed=False)
+    assert done.stderr.splitlines()[-1].startswith("error: unknown task 'sst3'")
+
+
+@pytest.mark.slow
+def test_the_main_job_learns(tmp_path):
+    run("examples/mezo_opt_training.py", "--output_dir", str(tmp_path / "run"))
+    summary = summary_of(tmp_path / "run")
+    assert summary["zero_shot_accuracy"] < 0.60
+    assert summary["accuracy"] >= 0.85
+    assert summary["prefix_tokens_reused"] >= 0.9 * summary["prefix_tokens_total"]

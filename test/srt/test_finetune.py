@@ -1,0 +1,94 @@
+"""The front end of a run: what is wrong with a model, a data set or a setting is said before an engine starts."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from sglang.srt.mezo.config import MezoConfig
+from sglang.srt.mezo.errors import ConfigError, DataError
+from sglang.srt.mezo.finetune import DataArguments, ModelArguments, finetune
+
+ASSETS = Path(__file__).parents[2] / "examples" / "assets"
+MODEL = ModelArguments(model=str(ASSETS / "opt-reviews"))
+DATA = DataArguments(task="sst2", dataset=str(ASSETS / "reviews"), dev_split="validation", test_split="test")
+
+
+def write_rows(path: Path, *rows: dict) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture
+def config(tmp_path) -> MezoConfig:
+    return MezoConfig(output_dir=str(tmp_path / "run"), max_steps=2)
+
+
+@pytest.fixture(autouse=True)
+def no_engine(monkeypatch):
+    """Every error here must come before the engine: starting one would fail the test."""
+
+    def refuse(*arguments, **settings):
+        pytest.fail("the engine was started")
+
+    monkeypatch.setattr("sglang.srt.mezo.finetune.MezoEngine", refuse)
+
+
+GOOD_ROW = {"prompt": "a fine film. It was", "options": [" great", " terrible"], "label": 0}
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({**GOOD_ROW, "options": []}, "options=[]"),
+        ({**GOOD_ROW, "label": 2}, "label=2"),
+        ({**GOOD_ROW, "prompt": "words " * 600 + "It was"}, "more than the context of 512"),
+        ({**GOOD_ROW, "prompt": "a fine film."}, "invocation"),
+        ({"question": "?"}, "columns ['question']"),
+    ],
+)
+def test_a_bad_row_names_its_file_and_line(tmp_path, config, row, reason):
+    path = write_rows(tmp_path / "rows.jsonl", *[GOOD_ROW] * 7, row, *[GOOD_ROW] * 7)
+    with pytest.raises(DataError) as caught:
+        finetune(MODEL, DataArguments(dataset=path), replace(config, invocation=" It was"))
+    assert str(caught.value).startswith(f"{path}:8: ")
+    assert reason in str(caught.value)
+    assert not Path(config.output_dir).exists()
+
+
+def test_an_unknown_task(config):
+    with pytest.raises(DataError, match="unknown task 'sst3'; known tasks: sst2"):
+        finetune(MODEL, replace(DATA, task="sst3"), config)
+
+
+def test_a_file_that_is_not_there(config):
+    with pytest.raises(DataError, match="nowhere.jsonl: no such file"):
+        finetune(MODEL, replace(DATA, dataset="nowhere.jsonl"), config)
+
+
+def test_a_hub_that_cannot_be_reached(config):
+    with pytest.raises(DataError, match="nobody/nothing"):
+        finetune(MODEL, replace(DATA, dataset="nobody/nothing"), config)
+
+
+def test_a_model_that_is_not_there(config, tmp_path):
+    with pytest.raises(ConfigError, match="model="):
+        finetune(ModelArguments(model=str(tmp_path)), DATA, config)
+
+
+@pytest.mark.parametrize("invocation", [None, ""])
+def test_activated_lora_without_an_invocation(tmp_path, config, invocation):
+    path = write_rows(tmp_path / "rows.jsonl", *[GOOD_ROW] * 10)
+    with pytest.raises(ConfigError, match="invocation"):
+        finetune(MODEL, DataArguments(dataset=path), replace(config, invocation=invocation))
+
+
+def test_ordinary_lora_with_an_invocation(config):
+    with pytest.raises(ConfigError, match="invocation"):
+        finetune(MODEL, DATA, replace(config, tuning="lora", invocation=" It was"))
+
+
+def test_no_data_at_all(config):
+    with pytest.raises(ConfigError, match="dataset=None"):
+        finetune(MODEL, DataArguments(), replace(config, tuning="lora"))
