@@ -28,10 +28,11 @@ EMBEDDED = {
     "dataset": str(ASSETS / "reviews"),
     "dev_split": "validation",
     "test_split": "test",
-    "max_steps": 1500,
+    "max_steps": 2000,
     "learning_rate": 3e-3,
-    "zo_eps": 1e-2,
+    "zo_eps": 3e-3,
     "lr_scheduler_type": "linear",
+    "clip_projected_grad": 1.0,
 }
 """The model and the task that the repository carries, and settings that suit them."""
 
