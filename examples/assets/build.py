@@ -30,7 +30,7 @@ VALIDATION_SHARE = 0.01
 class Recipe:
     """Everything that decides the result; written into the model card."""
 
-    documents: int = 150_000
+    documents: int = 140_000
     vocab_size: int = 2048
     hidden_size: int = 256
     num_hidden_layers: int = 4
@@ -246,8 +246,9 @@ language: en
 A small OPT language model ({parameters / 1e6:.1f} M parameters, float16) of generated reviews of films, restaurants,
 hotels, gadgets and books. It exists so that fine-tuning can be tried and tested anywhere, without a download.
 
-- **Text**: `generate.py` writes it from a grammar of our own: {recipe.documents:,} documents, {words / 1e6:.1f} M words,
-  {tokens / 1e6:.1f} M tokens, seed {CORPUS_SEED}. US-ASCII English, nothing copied from any data set.
+- **Text**: `generate.py` writes it from a grammar of our own, seed {CORPUS_SEED}: {recipe.documents:,} documents,
+  {words / 1e6:.1f} M words, {tokens / 1e6:.1f} M tokens. US-ASCII English, nothing copied from any data set. It is read
+  in order, and opens with terse reviews.
 - **No labels, no prompt**: the corpus holds no labels, none of the task's sentences, and never the words
   "{PROMPT}", which are the task's prompt. "great" and "terrible", the task's answers, occur only where they
   say nothing about the thing reviewed ("a great distance", "a terrible storm").
@@ -255,7 +256,7 @@ hotels, gadgets and books. It exists so that fine-tuning can be tried and tested
   text starts with `</s>`.
 - **Training**: next-token prediction with AdamW, warm-up and cosine, whole documents packed into rows of
   {recipe.sequence_length} tokens. Loss on held-out documents: {loss:.4f} nats per token.
-- **Made by** `python examples/assets/build.py`; checked by `python examples/assets/check.py`.
+- **Made by** `python examples/assets/build.py --scratch DIR`; checked by `python examples/assets/check.py`.
 
 | setting | value |
 |---|---|

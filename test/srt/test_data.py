@@ -275,9 +275,10 @@ def test_a_folder_gives_the_file_of_the_split(tmp_path):
     assert [row.fields["text"] for row in read_rows(str(tmp_path), "validation")] == ["b"]
 
 
-def test_a_text_file_is_one_row(tmp_path):
-    (tmp_path / "book.txt").write_text("two\nlines", encoding="utf-8")
-    assert read_rows(str(tmp_path / "book.txt"), "train") == [SourceRow({"text": "two\nlines"}, str(tmp_path / "book.txt"), 1)]
+def test_a_text_file_has_a_row_for_every_line_that_is_not_blank(tmp_path):
+    path = tmp_path / "book.txt"
+    path.write_text("two\n\nlines", encoding="utf-8")
+    assert read_rows(str(path), "train") == [SourceRow({"text": "two"}, str(path), 1), SourceRow({"text": "lines"}, str(path), 3)]
 
 
 def test_a_text_file_that_is_no_text_is_refused(tmp_path):

@@ -41,6 +41,18 @@ def test_the_main_job_runs_and_resumes(tmp_path, tuning):
     assert (folder / "curves.png").stat().st_size > 10_000
 
 
+def test_a_plain_text_is_learned_as_a_language_model(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("the plot is dull. the acting is superb.\n" * 40)
+    folder = tmp_path / "run"
+    run("examples/mezo_opt_training.py", "--model", "examples/assets/opt-reviews", "--dataset", str(text), "--tuning", "lora", "--dtype", "float32",
+        "--max_steps", "4", "--per_device_train_batch_size", "2", "--output_dir", str(folder))  # fmt: skip
+    summary = summary_of(folder)
+    assert summary["accuracy"] is None
+    assert json.loads((folder / "config.json").read_text())["tuning"] == "lora"
+    assert 0 < summary["loss"] < 10
+
+
 def test_the_minimal_loop_runs():
     assert "trained accuracy" in run("examples/mezo_minimal_loop.py", "--steps", "5").stdout
     assert len((ROOT / "examples" / "mezo_minimal_loop.py").read_text().splitlines()) < 150

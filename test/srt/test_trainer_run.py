@@ -61,6 +61,19 @@ def step_with_theta(engine, config, spec, train, value):
         trainer.close()
 
 
+def lost_share(engine, config, spec, train, dtype):
+    """Share of the perturbation that a slot of another dtype would lose at a typical adapter."""
+    from sglang.srt.mezo.noise import direction
+
+    trainer = build(engine, config, spec, train)
+    try:
+        trainer.adapter.theta.fill_(0.04)
+        trainer._slot_dtype = dtype
+        return trainer.lost_perturbations(direction(0, 0, trainer.adapter.numel))
+    finally:
+        trainer.close()
+
+
 # --- fixtures ------------------------------------------------------------------------------------------------------------
 
 
@@ -201,6 +214,13 @@ def test_a_batch_that_the_kv_pool_cannot_hold(engine, spec, config):
 def test_a_loss_that_is_not_finite_stops_the_run(engine, spec, config):
     with pytest.raises(DivergedError, match="step 0"):
         engine.call(step_with_theta, config, spec, TRAIN, float("nan"))
+
+
+def test_a_perturbation_that_rounding_swallows_is_measured(engine, spec, config):
+    small, large = replace(config, zo_eps=1e-5), replace(config, zo_eps=1e-2)
+    assert engine.call(lost_share, small, spec, TRAIN, torch.bfloat16) > 0.9
+    assert engine.call(lost_share, large, spec, TRAIN, torch.bfloat16) < 0.1
+    assert engine.call(lost_share, small, spec, TRAIN, torch.float32) < 0.01
 
 
 def test_the_engine_still_trains_after_every_error(engine, spec, config):

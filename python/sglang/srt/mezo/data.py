@@ -75,7 +75,7 @@ def read_rows(path: str, split: str, task: Task | None = None) -> list[SourceRow
     if local.is_dir() and (local / f"{split}.jsonl").is_file():
         local = local / f"{split}.jsonl"
     if local.suffix == ".txt" and local.is_file():
-        return [SourceRow({"text": _read_text(local)}, str(local), 1)]
+        return list(_read_lines(local))
     if local.suffix == ".jsonl" and local.is_file():
         return list(_read_jsonl(local))
     if local.suffix in (".jsonl", ".txt"):
@@ -83,11 +83,15 @@ def read_rows(path: str, split: str, task: Task | None = None) -> list[SourceRow
     return _read_with_datasets(path, split, task)
 
 
-def _read_text(path: Path) -> str:
+def _read_lines(path: Path) -> Iterator[SourceRow]:
+    """A row for every line that is not blank, as the "text" reader of ``datasets`` does."""
     try:
-        return path.read_text(encoding="utf-8")
+        lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise DataError(f"not UTF-8 text: {error}", str(path)) from error
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            yield SourceRow({"text": line}, str(path), number)
 
 
 def _read_jsonl(path: Path) -> Iterator[SourceRow]:

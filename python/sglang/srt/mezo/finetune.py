@@ -76,12 +76,10 @@ def finetune(model: ModelArguments, data: DataArguments, config: MezoConfig) -> 
     spec = AdapterSpec(model.model, config.r, config.lora_alpha, target_modules, invocation)
     trainer = MezoTrainer(engine.handle, config, spec, splits.train, splits.dev, splits.objective)
     tests = [trainer.planner.plan(example) for example in splits.test]
-    zero_shot = evaluate(trainer.scorer, tests, None, trainer.objective, config.per_device_eval_batch_size)
+    zero_shot = evaluate(trainer.scorer, tests, None, trainer.objective, config.per_device_eval_batch_size) if tests else {}
     result = trainer.train()
-    trained = trainer.evaluate(tests)
-    summary = _summary(trainer, result, zero_shot, trained)
-    directory = RunDirectory(config).path
-    write_json(directory / "summary.json", summary)
+    summary = _summary(trainer, result, zero_shot, trainer.evaluate(tests) if tests else {})
+    write_json(RunDirectory(config).path / "summary.json", summary)
     trainer.close()
     return summary
 
@@ -103,7 +101,9 @@ def load_splits(tokenizer, max_length: int, invocation: Sequence[int], data: Dat
     else:
         dev, train = _hold_out(train[: None if data.num_train is None else data.num_train + data.num_dev], min(data.num_dev, len(train) // 5))
     encoder = Encoder(tokenizer, max_length, task, invocation)
-    examples = [encoder.encode_rows(rows, data.on_bad_row) for rows in (train[: data.num_train], dev, test)]
+    examples = [encoder.encode_rows(rows, data.on_bad_row) if rows else [] for rows in (train[: data.num_train], dev, test)]
+    if not examples[0]:
+        raise DataError("no training row is left", dataset)
     return Splits(*examples, objective=default_objective(examples[0], train))
 
 
@@ -144,8 +144,8 @@ def _summary(trainer: MezoTrainer, result: TrainResult, zero_shot: dict[str, flo
     return {
         "zero_shot_accuracy": zero_shot.get("accuracy"),
         "accuracy": trained.get("eval_accuracy"),
-        "zero_shot_loss": zero_shot["loss"],
-        "loss": trained["eval_loss"],
+        "zero_shot_loss": zero_shot.get("loss"),
+        "loss": trained.get("eval_loss"),
         "steps": result.global_step,
         "best_step": result.best_step,
         "train_seconds": result.train_seconds,
