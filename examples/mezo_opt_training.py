@@ -28,23 +28,22 @@ EMBEDDED = {
     "dataset": str(ASSETS / "reviews"),
     "dev_split": "validation",
     "test_split": "test",
-    "max_steps": 2000,
-    "learning_rate": 3e-3,
-    "zo_eps": 3e-3,
+    "max_steps": "2000",
+    "learning_rate": "3e-3",
+    "zo_eps": "3e-3",
     "lr_scheduler_type": "linear",
-    "clip_projected_grad": 1.0,
+    "clip_projected_grad": "1.0",
 }
-"""The model and the task that the repository carries, and settings that suit them."""
+"""Flags for the model and the task that the repository carries; the command line may override each."""
 
 
-def main() -> int:
+def main(arguments: list[str]) -> int:
     parser = HfArgumentParser((ModelArguments, DataArguments, MezoConfig), description=__doc__)
-    if not any(argument.split("=")[0] == "--model" for argument in sys.argv[1:]):
-        parser.set_defaults(**EMBEDDED)
-        next(action for action in parser._actions if action.dest == "model").required = False
     parser.set_defaults(output_dir=f"runs/{datetime.now():%Y%m%d-%H%M%S}")
+    if not any(argument.split("=")[0] in ("--model", "-h", "--help") for argument in arguments):
+        arguments = [f"--{name}={value}" for name, value in EMBEDDED.items()] + arguments
     try:
-        model, data, config = parser.parse_args_into_dataclasses()
+        model, data, config = parser.parse_args_into_dataclasses(arguments)
         summary = finetune(model, data, config)
     except MezoError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -76,6 +75,6 @@ Serve it:
 
 
 if __name__ == "__main__":
-    status = main()
+    status = main(sys.argv[1:])
     sys.stdout.flush()
     os._exit(status)  # the engine's threads are of no further use

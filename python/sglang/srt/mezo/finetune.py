@@ -2,6 +2,7 @@
 
 import resource
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
@@ -74,13 +75,12 @@ def finetune(model: ModelArguments, data: DataArguments, config: MezoConfig) -> 
         log_level="error",
     )
     spec = AdapterSpec(model.model, config.r, config.lora_alpha, target_modules, invocation)
-    trainer = MezoTrainer(engine.handle, config, spec, splits.train, splits.dev, splits.objective)
-    tests = [trainer.planner.plan(example) for example in splits.test]
-    zero_shot = evaluate(trainer.scorer, tests, None, trainer.objective, config.per_device_eval_batch_size) if tests else {}
-    result = trainer.train()
-    summary = _summary(trainer, result, zero_shot, trainer.evaluate(tests) if tests else {})
+    with closing(MezoTrainer(engine.handle, config, spec, splits.train, splits.dev, splits.objective)) as trainer:
+        tests = [trainer.planner.plan(example) for example in splits.test]
+        zero_shot = evaluate(trainer.scorer, tests, None, trainer.objective, config.per_device_eval_batch_size) if tests else {}
+        result = trainer.train()
+        summary = _summary(trainer, result, zero_shot, trainer.evaluate(tests) if tests else {})
     write_json(RunDirectory(config).path / "summary.json", summary)
-    trainer.close()
     return summary
 
 
@@ -95,11 +95,12 @@ def load_splits(tokenizer, max_length: int, invocation: Sequence[int], data: Dat
     if test_split:
         test = sample_rows(read_rows(dataset, test_split, task), data.num_test, _DATA_SEED)
     else:
-        test, train = _hold_out(train, min(data.num_test or 0, len(train) // 5))
+        train, test = _hold_out(train, data.num_test)
     if data.dev_split:
         dev = sample_rows(read_rows(dataset, data.dev_split, task), data.num_dev, _DATA_SEED)
     else:
-        dev, train = _hold_out(train[: None if data.num_train is None else data.num_train + data.num_dev], min(data.num_dev, len(train) // 5))
+        wanted = None if data.num_train is None else data.num_train + data.num_dev
+        train, dev = _hold_out(train[:wanted], data.num_dev)
     encoder = Encoder(tokenizer, max_length, task, invocation)
     examples = [encoder.encode_rows(rows, data.on_bad_row) if rows else [] for rows in (train[: data.num_train], dev, test)]
     if not examples[0]:
@@ -107,9 +108,11 @@ def load_splits(tokenizer, max_length: int, invocation: Sequence[int], data: Dat
     return Splits(*examples, objective=default_objective(examples[0], train))
 
 
-def _hold_out(rows: list[SourceRow], count: int) -> tuple[list[SourceRow], list[SourceRow]]:
-    """The last ``count`` rows, and the others."""
-    return rows[len(rows) - count :], rows[: len(rows) - count]
+def _hold_out(rows: list[SourceRow], count: int | None) -> tuple[list[SourceRow], list[SourceRow]]:
+    """All but the last ``count`` rows, and those; at most a fifth is held out."""
+    most = len(rows) // 5
+    kept = len(rows) - (most if count is None else min(count, most))
+    return rows[:kept], rows[kept:]
 
 
 def _inspect_model(model: str, config: MezoConfig) -> tuple[Any, int, tuple[str, ...]]:
