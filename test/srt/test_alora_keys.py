@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import pytest
 
 from sglang.srt.mezo import alora_serving
-from sglang.srt.mezo.alora_serving import ServedAdapter, invocation_start
+from sglang.srt.mezo.alora_serving import ServedAdapter
+from sglang.srt.mezo.invocation import find_invocation
 
 
 @pytest.mark.parametrize(
@@ -22,7 +23,7 @@ from sglang.srt.mezo.alora_serving import ServedAdapter, invocation_start
     ],
 )
 def test_last_occurrence(prompt, invocation, start):
-    assert invocation_start(array("q", prompt), invocation) == start
+    assert find_invocation(array("q", prompt), invocation) == start
 
 
 @pytest.fixture

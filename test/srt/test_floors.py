@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2] / "python" / "sglang" / "srt" / "mezo
 MAX_LINES = 400
 
 FLOORS = {
-    0: ("", "errors", "config", "noise", "losses", "optimizer", "seed_log"),  # "" is the package itself
+    0: ("", "errors", "config", "noise", "losses", "invocation", "optimizer", "seed_log"),  # "" is the package itself
     1: ("tasks", "data", "plan", "readout", "adapter"),
     2: ("engine", "forward", "head", "prefix", "slots", "scorer"),
     3: ("evaluate", "run_directory", "tracking", "trainer", "finetune", "plots"),

@@ -7,8 +7,9 @@ import pytest
 import torch
 from peft.tuners.lora.variants import calculate_alora_offsets
 
-from sglang.srt.mezo.data import Example, invocation_start
+from sglang.srt.mezo.data import Example
 from sglang.srt.mezo.errors import DataError
+from sglang.srt.mezo.invocation import invocation_start
 from sglang.srt.mezo.plan import ExamplePlan, Planner, PrefixScope, needs_normaliser
 
 INVOCATION = (7, 8)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from itertools import count
 
 from sglang.srt.mezo.hooks import Hook
+from sglang.srt.mezo.invocation import find_invocation
 
 # Tags start above every token id; radix keys are 64 bits wide.
 _TAG_SHIFT = 40
@@ -58,15 +59,6 @@ def bump_version(lora_id: str) -> int:
     adapter.version += 1
     adapter.tag = next(_TAGS) << _TAG_SHIFT
     return adapter.version
-
-
-def invocation_start(prompt: Sequence[int], invocation: Sequence[int]) -> int | None:
-    """Where the last occurrence of `invocation` in `prompt` starts, None if there is none."""
-    wanted, length = list(invocation), len(invocation)
-    for start in range(len(prompt) - length, -1, -1):
-        if prompt[start] == wanted[0] and list(prompt[start : start + length]) == wanted:
-            return start
-    return None
 
 
 # --- loading -----------------------------------------------------------------------------------------------------
@@ -123,7 +115,7 @@ def _after_request_created(result: None, req, *args, **kwargs) -> None:
         return
     adapter = _SERVED[req.lora_id]
     user_key = _user_key(req.extra_key[: -len(req.lora_id)] or None)
-    start = invocation_start(req.origin_input_ids, adapter.invocation) if adapter.invocation else None
+    start = find_invocation(req.origin_input_ids, adapter.invocation) if adapter.invocation else None
     if adapter.invocation and start is None:
         req.lora_id, req.extra_key = None, user_key
         return

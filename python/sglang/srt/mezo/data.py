@@ -15,6 +15,7 @@ import torch
 
 from sglang.srt.mezo.config import Objective
 from sglang.srt.mezo.errors import DataError
+from sglang.srt.mezo.invocation import invocation_start
 from sglang.srt.mezo.noise import step_seed
 from sglang.srt.mezo.tasks import TASKS, Task, TextExample
 
@@ -33,21 +34,6 @@ class Example:
     prompt: tuple[int, ...]
     options: tuple[tuple[int, ...], ...]
     label: int
-
-
-def invocation_start(prompt: Sequence[int], invocation: Sequence[int]) -> int:
-    """Where the last occurrence of ``invocation`` in ``prompt`` starts (PEFT's ``alora_invocation_tokens``).
-
-    The prompt decides, not the answer: that is what a served request sees.
-
-    Raises:
-        DataError: the prompt does not hold the invocation, so the adapter would never act.
-    """
-    width = len(invocation)
-    for start in range(len(prompt) - width, -1, -1):
-        if tuple(prompt[start : start + width]) == tuple(invocation):
-            return start
-    raise DataError(f"the prompt does not hold the invocation tokens {list(invocation)}; its last tokens are {list(prompt[-8:])}")
 
 
 @dataclass(frozen=True)

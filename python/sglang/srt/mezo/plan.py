@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from enum import Enum
 
 from sglang.srt.mezo.config import Objective, Tuning
-from sglang.srt.mezo.data import Example, invocation_start
+from sglang.srt.mezo.data import Example
+from sglang.srt.mezo.invocation import invocation_start
 
 
 class PrefixScope(Enum):

@@ -1,0 +1,55 @@
+"""The README's benchmark tables, from the JSON files in benchmarks/results.
+
+    python benchmarks/tables.py
+"""
+
+import json
+import statistics
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def main() -> None:
+    for table in (step_time(), accuracy(), memory()):
+        print("\n".join(table), end="\n\n")
+
+
+def step_time() -> list[str]:
+    lines = ["| one step, median | ours | strong loop | official-style loop | speed-up over strong | over official | prefix tokens reused |",
+             "|---|---|---|---|---|---|---|"]  # fmt: skip
+    for row in load("step_time.json"):
+        ours, strong, official = (f"{1000 * statistics.median(row[key]):.0f} ms" for key in ("ours_s", "strong_s", "official_s"))
+        total = row["prefix_tokens_total"]
+        reused = f"{row['prefix_tokens_reused'] / total:.0%}" if total else "-"
+        name = f"{row['workload']} lengths, {row['tuning']}, {row['dtype']}"
+        lines.append(f"| {name} | {ours} | {strong} | {official} | {row['ratio_strong']:.1f}x | {row['ratio_official']:.1f}x | {reused} |")
+    return lines
+
+
+def accuracy() -> list[str]:
+    lines = ["| model, task, tuning | dtype | steps | zero-shot | accuracy, mean (min to max) | seeds |", "|---|---|---|---|---|---|"]
+    for path in sorted(RESULTS.glob("*-sst2-*.json")):
+        rows = json.loads(path.read_text())["rows"]
+        first, values = rows[0], [row["accuracy"] for row in rows]
+        lines.append(
+            f"| {first['model']}, {first['task']}, {first['tuning']} | {first['settings']['dtype']} | {first['steps']} "
+            f"| {first['zero_shot_accuracy']:.1%} | {statistics.mean(values):.1%} ({min(values):.1%} to {max(values):.1%}) | {len(rows)} |"
+        )
+    return lines
+
+
+def memory() -> list[str]:
+    lines = ["| peak resident memory | serving | training | ratio |", "|---|---|---|---|"]
+    for row in load("memory.json"):
+        serving, training = (f"{row[key] / 2**20:.0f} MiB" for key in ("serving_bytes", "training_bytes"))
+        lines.append(f"| OPT-125m shape, {row['tuning']}, float32 | {serving} | {training} | {row['ratio']:.3f} |")
+    return lines
+
+
+def load(name: str) -> list[dict]:
+    return json.loads((RESULTS / name).read_text())["rows"]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,25 @@
+"""Where an activated LoRA adapter starts to act (PEFT's ``alora_invocation_tokens``): one rule for training and serving.
+
+The prompt decides, not the answer: that is what a served request sees.
+"""
+
+from collections.abc import Sequence
+
+from sglang.srt.mezo.errors import DataError
+
+
+def find_invocation(prompt: Sequence[int], invocation: Sequence[int]) -> int | None:
+    """Start of the last occurrence of ``invocation`` in ``prompt``, None if there is none."""
+    wanted, width = list(invocation), len(invocation)
+    for start in range(len(prompt) - width, -1, -1):
+        if prompt[start] == wanted[0] and list(prompt[start : start + width]) == wanted:
+            return start
+    return None
+
+
+def invocation_start(prompt: Sequence[int], invocation: Sequence[int]) -> int:
+    """Like ``find_invocation``; raises DataError where the adapter would never act."""
+    start = find_invocation(prompt, invocation)
+    if start is None:
+        raise DataError(f"the prompt does not hold the invocation tokens {list(invocation)}; its last tokens are {list(prompt[-8:])}")
+    return start
