@@ -104,6 +104,7 @@ class MezoEngine:
         self.server_args.check_server_args()
         ports = PortArgs.init_new(self.server_args)
         world_rank = spawn_world_rank(self.server_args, tp_rank=0, pp_rank=0)
+        _configure_logging(self.server_args)
         publish(self.server_args, role="scheduler", ranks=SpawnRanks(world_rank=world_rank, dp_rank=None, gpu_id=0))
         from sglang.srt.managers.scheduler import Scheduler
 
@@ -113,6 +114,14 @@ class MezoEngine:
     @property
     def tokenizer(self):
         return self.scheduler.tokenizer
+
+
+def _configure_logging(server_args) -> None:
+    """SGLang's loggers at ``log_level``, ours never above warnings."""
+    from sglang.srt.utils import configure_logger
+
+    configure_logger(server_args)
+    logging.getLogger("sglang.srt.mezo").setLevel(min(logging.WARNING, logging.getLogger().level))
 
 
 def require_slots(handle: EngineHandle, needed: int) -> None:
