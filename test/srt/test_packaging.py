@@ -15,8 +15,6 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.slow
-
 REPOSITORY = Path(__file__).resolve().parents[2]
 OURS = "sglang_mezo"
 
@@ -116,7 +114,7 @@ def source_tree(tmp_path) -> Path:
     return tree
 
 
-@pytest.mark.parametrize("mode", ["wheel", "editable"])
+@pytest.mark.parametrize("mode", ["wheel", pytest.param("editable", marks=pytest.mark.slow)])
 def test_install_use_uninstall(mode, tmp_path, source_tree):
     environment = Environment(tmp_path / "venv")
     before = environment.upstream_files()

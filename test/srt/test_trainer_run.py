@@ -68,7 +68,7 @@ def lost_share(engine, config, spec, train, dtype):
     trainer = build(engine, config, spec, train)
     try:
         trainer.adapter.theta.fill_(0.04)
-        trainer._slot_dtype = dtype
+        trainer.slot_dtype = dtype
         return trainer.lost_perturbations(direction(0, 0, trainer.adapter.numel))
     finally:
         trainer.close()

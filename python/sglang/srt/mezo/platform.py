@@ -118,6 +118,7 @@ def kv_pool_tokens(server_args) -> int:
 def _share_cores(ranks: int) -> None:
     """Give every rank its cores: SGLang refuses more ranks than NUMA nodes unless it is told which."""
     if ranks == 1:
+        _forget_defaults()
         return
     cores = sorted(os.sched_getaffinity(0))
     _set_default(THREADS_BIND_ENV, threads_bind(ranks, cores))
@@ -129,6 +130,14 @@ def threads_bind(ranks: int, cores: Sequence[int]) -> str:
     share = max(1, len(cores) // ranks)
     starts = [(rank * share) % len(cores) for rank in range(ranks)]
     return "|".join(",".join(map(str, cores[start : start + share])) for start in starts)
+
+
+def _forget_defaults() -> None:
+    """Take back what an engine of several ranks, started earlier from this process, has left in the environment."""
+    for name, value in _DEFAULTS_SET.items():
+        if os.environ.get(name) == value:
+            del os.environ[name]
+    _DEFAULTS_SET.clear()
 
 
 def _set_default(name: str, value: str) -> None:

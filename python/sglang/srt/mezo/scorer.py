@@ -87,8 +87,8 @@ class Scorer:
         return suffixes + sum(len(prefix) for _, prefix in {(item.lora_id, item.row.prefix) for item in unit})
 
     def _score_items(self, items: Sequence[_Item], normalise: bool) -> torch.Tensor:
-        self.prefix_stats.total += sum(len(item.row.prefix) for item in items)
         with self._sequences(items) as sequences:
+            self.prefix_stats.total += sum(sequence.cached.numel() for sequence in sequences)
             hidden, kv_indices = extend(self._handle, sequences)
             self._handle.kv_allocator.free(kv_indices)
         return self._read(hidden, items, sequences, normalise)
@@ -96,7 +96,9 @@ class Scorer:
     @contextmanager
     def _sequences(self, items: Sequence[_Item]):
         if not self._prefix_reuse:
-            self.prefix_stats.computed += sum(len(item.row.prefix) for item in items)
+            computed = sum(len(item.row.prefix) for item in items)
+            self.prefix_stats.total += computed
+            self.prefix_stats.computed += computed
             yield [self._whole(item) for item in items]
         elif self._scope is PrefixScope.BASE:
             with self._base_prefixes.acquire(item.row.prefix for item in items) as indices:

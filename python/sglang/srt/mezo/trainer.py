@@ -64,7 +64,7 @@ class MezoTrainer:
 
     Args:
         handle: the engine; its LoRA pool needs ``2 num_perturbations + 1`` free slots.
-        config: settings; ``target_modules`` must be given here or in ``spec``.
+        config: settings of the run; what the adapter is, is read from ``spec``.
         spec: the adapter, as PEFT would describe it. ``spec.invocation`` must be set for aLoRA.
         train_dataset, eval_dataset: tokenised examples. Without ``eval_dataset`` the last adapter is kept.
         objective: what ``config.objective`` leaves open.
@@ -90,18 +90,19 @@ class MezoTrainer:
         self.train_plans = [planner.plan(example) for example in train_dataset]
         self.eval_plans = [planner.plan(example) for example in eval_dataset]
         self._require_choices()
+        self._require_metric()
         self.max_steps = config.steps_for(len(self.train_plans))
         self.stream = BatchStream(len(self.train_plans), config.train_batch_size, config.seed)
         self.adapter = Adapter.initial(spec, adapted_sites(handle, spec.target_modules), config.seed)
         self.scorer = Scorer(handle, planner.scope, config.max_tokens_per_batch, config.prefix_reuse)
         self.slots = PerturbedSlots(handle, self.adapter, config.num_perturbations)
         self.global_step = 0
-        self._slot_dtype = handle.model_runner.dtype
+        self.slot_dtype = handle.model_runner.dtype
 
     # --- the algorithm -----------------------------------------------------------------------------------------------
 
     def train_step(self, batch: Sequence[ExamplePlan]) -> StepResult:
-        """One step on a batch, exactly as algorithm 1 has it; z is regenerated from its seed wherever it is needed."""
+        """One step of algorithm 1 on a batch. Of z only the seed outlives it."""
         config, theta = self.config, self.adapter.theta
         zo_random_seed = step_seed(config.seed, self.global_step)
         z = [direction(zo_random_seed, k, theta.numel(), config.perturbation) for k in range(config.num_perturbations)]
@@ -142,7 +143,7 @@ class MezoTrainer:
     def lost_perturbations(self, z: torch.Tensor) -> float:
         """Share of parameters for which theta + eps z and theta - eps z round to the same number in the slot's dtype."""
         theta, eps = self.adapter.theta, self.config.zo_eps
-        plus, minus = (torch.add(theta, z, alpha=sign * eps).to(self._slot_dtype) for sign in (1, -1))
+        plus, minus = (torch.add(theta, z, alpha=sign * eps).to(self.slot_dtype) for sign in (1, -1))
         return (plus == minus).float().mean().item()
 
     def _require_finite(self, losses: Sequence[float]) -> None:
@@ -199,6 +200,11 @@ class MezoTrainer:
         for plan in (*self.train_plans, *self.eval_plans):
             if self.objective == "classification" and len(plan.option_lengths) < 2:
                 raise ConfigError("objective", self.objective, "completion, as an example has one option only: its loss would be 0")
+
+    def _require_metric(self) -> None:
+        metrics = ["eval_loss", "eval_accuracy"] if self.objective == "classification" else ["eval_loss"]
+        if self.config.metric_for_best_model not in (None, *metrics):
+            raise ConfigError("metric_for_best_model", self.config.metric_for_best_model, f"one of {', '.join(metrics)}")
 
     def close(self) -> None:
         """Give the slots back to the engine."""
@@ -281,7 +287,7 @@ class _Run:
         if share > _MAX_LOST_SHARE:
             logger.warning(
                 "zo_eps=%g is lost in %s for %.0f %% of the parameters: raise zo_eps or serve the model in float32",
-                self.config.zo_eps, self.trainer._slot_dtype, 100 * share,
+                self.config.zo_eps, self.trainer.slot_dtype, 100 * share,
             )  # fmt: skip
 
     def _evaluate(self) -> None:
@@ -296,8 +302,6 @@ class _Run:
 
     def _is_best(self, metrics: dict[str, float]) -> bool:
         name = self.config.metric_for_best_model or "eval_loss"
-        if name not in metrics:
-            raise ConfigError("metric_for_best_model", name, f"one of {', '.join(metrics)}")
         best = self.state["best_metric"]
         better = best is None or (metrics[name] < best if name.endswith("loss") else metrics[name] > best)
         if better:
