@@ -133,3 +133,14 @@ def test_replay_on_an_adapter_of_another_size_is_refused_and_changes_nothing(log
     with pytest.raises(LogError, match="1000 parameters, not 1001"):
         log.replay(theta)
     assert theta.equal(torch.ones(NUMEL + 1))
+
+
+def test_a_log_has_one_writer_at_a_time(log):
+    log.append(LogRecord(1, 0.5, (0.25, 0.5)))
+    other = SeedLog.open(log.path)
+    with pytest.raises(LogError, match="is being written by another run"):
+        other.append(LogRecord(2, 0.5, (0.25, 0.5)))
+    assert len(other) == 1
+    log.close()
+    other.append(LogRecord(2, 0.5, (0.25, 0.5)))
+    assert [record.seed for record in other.records()] == [1, 2]

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ class RunDirectory:
         Raises:
             ConfigError: the folder holds a run and the configuration does not say what to do with it, or the earlier
                 run's settings differ.
+            LogError: another process runs in the folder.
         """
         if self._config.resume_from_checkpoint:
             return self._resume(adapter)
@@ -49,7 +51,9 @@ class RunDirectory:
             if not self._config.overwrite_output_dir:
                 raise ConfigError("output_dir", str(self.path), "a new or empty folder; or set overwrite_output_dir or resume_from_checkpoint")
             self._require_run()
-            shutil.rmtree(self.path)
+            with closing(SeedLog.open(self.path / "seed_log")) as earlier:
+                earlier.claim()  # a run that is still going is not deleted
+                shutil.rmtree(self.path)
         try:
             return self._create(adapter)
         except BaseException:  # half a run could neither be resumed nor overwritten
@@ -61,7 +65,9 @@ class RunDirectory:
         write_json(self.path / "config.json", self._config.to_dict())
         adapter.save_pretrained(self.path / "initial_adapter")
         header = LogHeader(adapter.numel, self._config.num_perturbations, self._config.perturbation, self._config.weight_decay)
-        return SeedLog.create(self.path / "seed_log", header)
+        log = SeedLog.create(self.path / "seed_log", header)
+        log.claim()
+        return log
 
     def _require_run(self) -> None:
         """Only a folder that a run made is ever deleted or resumed."""
@@ -78,6 +84,7 @@ class RunDirectory:
             if name not in _MAY_DIFFER_ON_RESUME and earlier.get(name) != value:
                 raise ConfigError(name, value, f"the run to resume has {earlier.get(name)!r}")
         log = SeedLog.open(self.path / "seed_log")
+        log.claim()
         adapter.load_weights(self.path / "initial_adapter")
         log.replay(adapter.theta)
         return log

@@ -5,6 +5,7 @@ learning rate, float32 projected gradient per direction. A record that a crash c
 """
 
 import errno
+import fcntl
 import json
 import os
 import struct
@@ -67,11 +68,22 @@ class SeedLog:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise LogError(f"{path} is not a seed log: {error}") from error
 
+    def claim(self) -> None:
+        """Become the log's only writer until ``close``; raises LogError where another process is."""
+        if self._file is not None:
+            return
+        file = open(self.path, "ab", buffering=0)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.close()
+            raise LogError(f"{self.path} is being written by another run") from error
+        self._file = file
+        self.truncate(len(self))
+
     def append(self, record: LogRecord) -> None:
         """Add a record; raises OSError where the disk is full, and the log is then as it was."""
-        if self._file is None:
-            self.truncate(len(self))
-            self._file = open(self.path, "ab", buffering=0)
+        self.claim()
         data = self._record.pack(record.seed, record.learning_rate, *record.projected_grads)
         if self._file.write(data) < len(data):
             self.truncate(len(self))
@@ -79,10 +91,10 @@ class SeedLog:
 
     def truncate(self, steps: int) -> None:
         """Keep the first ``steps`` records; a run that resumes from a checkpoint drops what came after it."""
-        self.close()
-        with open(self.path, "r+b") as file:
+        self.claim()
+        with open(self.path, "rb") as file:
             start = len(file.readline())
-            file.truncate(min(start + steps * self._record.size, os.path.getsize(self.path)))
+        self._file.truncate(min(start + steps * self._record.size, os.path.getsize(self.path)))
 
     def close(self) -> None:
         if self._file is not None:
