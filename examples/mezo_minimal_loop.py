@@ -11,7 +11,6 @@ import os
 import random
 from pathlib import Path
 
-import torch
 from tqdm import trange
 from transformers import AutoTokenizer
 

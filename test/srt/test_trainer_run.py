@@ -205,6 +205,12 @@ def test_a_prompt_without_the_invocation(engine, spec, config):
         engine.call(run, config, replace(spec, invocation=(5, 5)), TRAIN)
 
 
+def test_a_prompt_longer_than_the_context(engine, spec, config):
+    long = replace(TRAIN[0], prompt=(*range(10, 140), *oracle.INVOCATION))
+    with pytest.raises(DataError, match="132 tokens is longer than the engine's context of 128"):
+        engine.call(run, config, spec, [*TRAIN, long])
+
+
 def test_a_batch_that_the_kv_pool_cannot_hold(engine, spec, config):
     long = [replace(TRAIN[0], prompt=(2, *range(10, 70), 7, 8), options=(tuple(range(10, 60)), (12,)))] * 8
     with pytest.raises(CapacityError, match="KV tokens"):

@@ -1,7 +1,7 @@
 """Settings of a training run, with the names of Hugging Face's TrainingArguments, PEFT and the MeZO paper."""
 
 import math
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Literal, Optional
 
 from sglang.srt.mezo.errors import ConfigError
@@ -103,5 +103,3 @@ _CHOICES = {
     "perturbation": ("gaussian", "rademacher"),
     "report_to": ("none", "tensorboard"),
 }
-
-FIELD_NAMES = tuple(f.name for f in fields(MezoConfig))

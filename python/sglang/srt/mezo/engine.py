@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
     from sglang.srt.model_executor.model_runner import ModelRunner
 
-logger = logging.getLogger(__name__)
-
 
 @dataclass(frozen=True)
 class EngineHandle:
@@ -110,10 +108,6 @@ class MezoEngine:
 
         self.scheduler = Scheduler(self.server_args, ports)
         self.handle = EngineHandle.from_scheduler(self.scheduler)
-
-    @property
-    def tokenizer(self):
-        return self.scheduler.tokenizer
 
 
 def _configure_logging(server_args) -> None:

@@ -14,7 +14,7 @@ from sglang.srt.mezo.adapter import Adapter, AdapterSpec
 from sglang.srt.mezo.config import MezoConfig, Objective
 from sglang.srt.mezo.data import BatchStream, Example
 from sglang.srt.mezo.engine import EngineHandle
-from sglang.srt.mezo.errors import ConfigError, DivergedError
+from sglang.srt.mezo.errors import ConfigError, DataError, DivergedError
 from sglang.srt.mezo.evaluate import evaluate
 from sglang.srt.mezo.noise import direction, step_seed
 from sglang.srt.mezo.optimizer import apply_update, learning_rate_at
@@ -91,6 +91,7 @@ class MezoTrainer:
         self.eval_plans = [planner.plan(example) for example in eval_dataset]
         self._require_choices()
         self._require_metric()
+        self._require_context(handle.context_length)
         self.max_steps = config.steps_for(len(self.train_plans))
         self.stream = BatchStream(len(self.train_plans), config.train_batch_size, config.seed)
         self.adapter = Adapter.initial(spec, adapted_sites(handle, spec.target_modules), config.seed)
@@ -205,6 +206,11 @@ class MezoTrainer:
         metrics = ["eval_loss", "eval_accuracy"] if self.objective == "classification" else ["eval_loss"]
         if self.config.metric_for_best_model not in (None, *metrics):
             raise ConfigError("metric_for_best_model", self.config.metric_for_best_model, f"one of {', '.join(metrics)}")
+
+    def _require_context(self, context_length: int) -> None:
+        longest = max(len(row.prefix) + len(row.suffix) for plan in (*self.train_plans, *self.eval_plans) for row in plan.rows)
+        if longest > context_length:
+            raise DataError(f"a sequence of {longest} tokens is longer than the engine's context of {context_length}")
 
     def close(self) -> None:
         """Give the slots back to the engine."""
