@@ -43,7 +43,7 @@ class Slot:
 
     Weights are written without their values ever passing through SGLang's loader. The copy is done through a tensor
     of positions: the flat vector's positions are stacked and cut for this tensor-parallel rank by the same methods that
-    SGLang applies to weights, so a write is one gather, the same at every degree of parallelism.
+    SGLang applies to weights, so a write is one gather, whatever the layer.
     """
 
     def __init__(self, handle: EngineHandle, spec: AdapterSpec, layout: "SlotLayout", name: str):
@@ -76,7 +76,9 @@ class Slot:
             weights: float32 [numel] in the flat order of ``Adapter``; cast to the pool's dtype here, once.
         """
         local = self._layout.gather(weights).to(self._targets[0].dtype).to(self._handle.device, non_blocking=True)
-        torch._foreach_copy_(self._targets, [part.view(target.shape) for part, target in self._layout.split(local, self._targets)])
+        parts = local.split([target.numel() for target in self._targets])
+        for target, part in zip(self._targets, parts, strict=True):
+            target.copy_(part.view(target.shape))
 
     def release(self) -> None:
         self._handle.lora_manager.unload_lora_adapter(self._ref)
@@ -110,10 +112,6 @@ class SlotLayout:
         for layer in self._layers:
             yield pool.A_buffer[layer.target][layer.index][slot][: len(layer.parts) * self._r]
             yield pool.B_buffer[layer.target][layer.index][slot][:, : self._r]
-
-    @staticmethod
-    def split(local: torch.Tensor, targets: Sequence[torch.Tensor]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        return zip(local.split([target.numel() for target in targets]), targets, strict=True)
 
 
 def _absent(site: Site, r: int, zero: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -238,7 +238,7 @@ class _Run:
         }  # fmt: skip
         self.first_step = trainer.global_step
         self.train_seconds = 0.0
-        self._recent: list[float] = []
+        self._recent: list[float] = []  # what is shown as the loss is the mean of these, at most 20, steps
 
     def loop(self) -> TrainResult:
         trainer, config = self.trainer, self.config
