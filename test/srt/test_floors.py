@@ -12,14 +12,15 @@ ROOT = Path(__file__).resolve().parents[2] / "python" / "sglang" / "srt" / "mezo
 MAX_LINES = 400
 
 FLOORS = {
-    0: ("", "errors", "config", "noise", "losses", "invocation", "optimizer", "seed_log"),  # "" is the package itself
+    0: ("", "errors", "config", "noise", "losses", "invocation", "optimizer", "seed_log", "passes"),  # "" is the package itself
     1: ("tasks", "data", "plan", "readout", "adapter"),
     2: ("engine", "forward", "head", "prefix", "slots", "scorer"),
-    3: ("evaluate", "run_directory", "tracking", "trainer", "finetune", "plots"),
-    5: ("plugin", "hooks", "overlay", "platform", "cpu", "alora_serving"),
+    3: ("evaluate", "run_directory", "tracking", "run", "trainer", "finetune", "plots"),
+    4: ("service",),
+    5: ("plugin", "hooks", "overlay", "platform", "cpu", "alora_serving", "online"),
 }
 FLOOR_OF = {module: floor for floor, modules in FLOORS.items() for module in modules}
-KNOWS_SGLANG = {2, 5}
+KNOWS_SGLANG = {2, 4, 5}
 FILES = sorted(ROOT.rglob("*.py"))
 
 

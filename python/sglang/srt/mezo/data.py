@@ -283,26 +283,44 @@ def sample_rows(rows: Sequence[SourceRow], count: int | None, seed: int) -> list
 class BatchStream:
     """Batches as a pure function of the step, so that a resumed run sees what the whole run would have seen.
 
-    The stream is one seeded permutation of the examples after another; step t takes places [t B, (t + 1) B).
+    The stream is one seeded permutation of the examples after another; step t takes places [t B, (t + 1) B). Examples
+    that are added start such a stream anew, over all examples, at the step from which they count.
     """
 
     def __init__(self, num_examples: int, batch_size: int, seed: int):
-        self.num_examples = num_examples
         self.batch_size = batch_size
         self.seed = seed
-        self._orders: dict[int, list[int]] = {}
+        self.segments = [(0, num_examples)]
+        """(first step, number of examples drawn from), in the order of the steps."""
+        self._orders: dict[tuple[int, int], list[int]] = {}
+
+    def extend(self, first_step: int, added: int) -> None:
+        """Draw from ``added`` more examples from ``first_step`` on, which must not lie before an earlier extension."""
+        last_step, num_examples = self.segments[-1]
+        assert first_step >= last_step
+        if first_step == last_step:
+            self.segments.pop()
+        self.segments.append((first_step, num_examples + added))
 
     def batch(self, step: int) -> list[int]:
         """Indices of the examples of ``step``."""
-        places = range(step * self.batch_size, (step + 1) * self.batch_size)
-        return [self._order(place // self.num_examples)[place % self.num_examples] for place in places]
+        segment = self._segment_of(step)
+        first_step, num_examples = self.segments[segment]
+        places = range((step - first_step) * self.batch_size, (step - first_step + 1) * self.batch_size)
+        return [self._order(segment, place // num_examples)[place % num_examples] for place in places]
 
     def epoch(self, step: int) -> float:
-        return step * self.batch_size / self.num_examples
+        """Passes over the examples before ``step``."""
+        ends = [first_step for first_step, _ in self.segments[1:]] + [step]
+        parts = zip(self.segments, ends)
+        return sum(max(0, min(end, step) - first_step) * self.batch_size / count for (first_step, count), end in parts)
 
-    def _order(self, epoch: int) -> list[int]:
-        if epoch not in self._orders:
-            self._orders = {e: order for e, order in self._orders.items() if e >= epoch - 1}
-            generator = torch.Generator().manual_seed(step_seed(self.seed, epoch) >> 1)
-            self._orders[epoch] = torch.randperm(self.num_examples, generator=generator).tolist()
-        return self._orders[epoch]
+    def _segment_of(self, step: int) -> int:
+        return max(index for index, (first_step, _) in enumerate(self.segments) if first_step <= step)
+
+    def _order(self, segment: int, epoch: int) -> list[int]:
+        if (segment, epoch) not in self._orders:
+            self._orders = {key: order for key, order in self._orders.items() if key >= (segment, epoch - 1)}
+            generator = torch.Generator().manual_seed(step_seed(self.seed, epoch + (segment << 32)) >> 1)
+            self._orders[segment, epoch] = torch.randperm(self.segments[segment][1], generator=generator).tolist()
+        return self._orders[segment, epoch]

@@ -1,7 +1,7 @@
 """The narrow view of an SGLang engine that training needs, and an engine in the calling process to train on."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
@@ -35,6 +35,30 @@ class EngineHandle:
         return cls(model_runner, scheduler.tree_cache, scheduler.req_to_token_pool)
 
     @property
+    def is_leader(self) -> bool:
+        """Whether this is the rank that writes files and decides."""
+        return _tp_group().rank_in_group == 0
+
+    def share(self, value):
+        """The leader's ``value``, which must be picklable, on every tensor-parallel rank."""
+        return _tp_group().broadcast_object(value, src=0)
+
+    def on_leader(self, function: Callable, *arguments):
+        """Call a function on the leader only; what it returns or raises, every rank returns or raises."""
+        if _tp_group().world_size == 1:
+            return function(*arguments)
+        outcome = (None, None)
+        if self.is_leader:
+            try:
+                outcome = (function(*arguments), None)
+            except Exception as error:
+                outcome = (None, error)
+        value, error = self.share(outcome)
+        if error is not None:
+            raise error
+        return value
+
+    @property
     def lora_manager(self) -> "LoRAManager":
         return self.model_runner.lora_manager
 
@@ -63,6 +87,12 @@ class EngineHandle:
     @property
     def free_rows(self) -> int:
         return self.req_to_token_pool.available_size()
+
+
+def _tp_group():
+    from sglang.srt.distributed.parallel_state import get_tp_group
+
+    return get_tp_group()
 
 
 class MezoEngine:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from sglang.srt.mezo.config import Objective
+from sglang.srt.mezo.passes import Passes, drain
 from sglang.srt.mezo.plan import ExamplePlan
 from sglang.srt.mezo.readout import batch_loss, predictions
 from sglang.srt.mezo.scorer import Scorer
@@ -11,6 +12,13 @@ from sglang.srt.mezo.scorer import Scorer
 def evaluate(
     scorer: Scorer, plans: Sequence[ExamplePlan], lora_id: str | None, objective: Objective, batch_size: int
 ) -> dict[str, float]:
+    """All of ``evaluation_passes`` at once."""
+    return drain(evaluation_passes(scorer, plans, lora_id, objective, batch_size))
+
+
+def evaluation_passes(
+    scorer: Scorer, plans: Sequence[ExamplePlan], lora_id: str | None, objective: Objective, batch_size: int
+) -> Passes[dict[str, float]]:
     """Score ``plans`` under one adapter (None: the base model).
 
     Returns:
@@ -19,7 +27,7 @@ def evaluate(
     total, weight, right = 0.0, 0, 0
     for start in range(0, len(plans), batch_size):
         batch = plans[start : start + batch_size]
-        values = scorer.score(batch, [(lora_id,)], objective)
+        values = yield from scorer.passes(batch, [(lora_id,)], objective)
         loss = batch_loss(batch, values, objective)
         total += loss.total.item()
         weight += loss.weight

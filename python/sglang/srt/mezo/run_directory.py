@@ -37,8 +37,18 @@ class RunDirectory:
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
 
+    @property
+    def segments(self) -> Path:
+        return self.path / "segments.json"
+
     def start(self, adapter: Adapter) -> SeedLog:
-        """Make the folder of a new run, or bring ``adapter`` and the log to where the earlier run stopped.
+        """Like ``open``, and bring ``adapter`` to where the log ends."""
+        log = self.open(adapter)
+        log.replay(adapter.theta)
+        return log
+
+    def open(self, adapter: Adapter) -> SeedLog:
+        """Make the folder of a new run, or take up the log and the initial ``adapter`` of the earlier run in it.
 
         Raises:
             ConfigError: the folder holds a run and the configuration does not say what to do with it, or the earlier
@@ -85,14 +95,19 @@ class RunDirectory:
                 raise ConfigError(name, value, f"the run to resume has {earlier.get(name)!r}")
         log = SeedLog.open(self.path / "seed_log")
         log.claim()
-        adapter.load_weights(self.path / "initial_adapter")
-        log.replay(adapter.theta)
+        try:
+            adapter.load_weights(self.path / "initial_adapter")
+        except BaseException:
+            log.close()
+            raise
         return log
 
-    def save_checkpoint(self, adapter: Adapter, state: dict[str, Any]) -> None:
-        with atomic_directory(self.path / f"checkpoint-{state['global_step']}") as checkpoint:
+    def save_checkpoint(self, adapter: Adapter, state: dict[str, Any]) -> Path:
+        folder = self.path / f"checkpoint-{state['global_step']}"
+        with atomic_directory(folder) as checkpoint:
             adapter.save_pretrained(checkpoint)
             write_json(checkpoint / "trainer_state.json", state)
+        return folder
 
     def save_state(self, state: dict[str, Any]) -> None:
         write_json(self.path / "trainer_state.json", state)

@@ -10,6 +10,7 @@ from sglang.srt.mezo.config import Objective
 from sglang.srt.mezo.engine import EngineHandle
 from sglang.srt.mezo.forward import Sequenced, extend
 from sglang.srt.mezo.head import Head
+from sglang.srt.mezo.passes import Passes, drain
 from sglang.srt.mezo.plan import ExamplePlan, PrefixScope, Row, needs_normaliser
 from sglang.srt.mezo.prefix import BasePrefixes, PrefixStats, SlotPrefixes
 
@@ -36,20 +37,27 @@ class Scorer:
         scope: where the prefixes of the plans hold; see ``plan.PREFIX_SCOPE``.
         max_tokens: most tokens run in one forward pass; a single example may exceed it.
         prefix_reuse: False runs every prefix anew in every row: same losses, no sharing, to check the sharing by.
+        kept_tokens: most tokens of base-model prefixes that stay locked in the tree between passes.
     """
 
-    def __init__(self, handle: EngineHandle, scope: PrefixScope, max_tokens: int, prefix_reuse: bool = True):
+    def __init__(self, handle: EngineHandle, scope: PrefixScope, max_tokens: int, prefix_reuse: bool = True, kept_tokens: int = 0):
         self._handle = handle
         self._scope = scope
         self._max_tokens = max_tokens
         self._prefix_reuse = prefix_reuse
         self._head = Head(handle)
         self.prefix_stats = PrefixStats()
-        self._base_prefixes = BasePrefixes(handle, max_tokens, self.prefix_stats)
+        self.base_prefixes = BasePrefixes(handle, max_tokens, self.prefix_stats, kept_tokens)
         self._slot_prefixes = SlotPrefixes(handle, max_tokens, self.prefix_stats)
 
     def score(self, plans: Sequence[ExamplePlan], groups: Sequence[SlotGroup], objective: Objective) -> torch.Tensor:
-        """Read every scored token of every plan in every slot.
+        """All of ``passes`` at once."""
+        return drain(self.passes(plans, groups, objective))
+
+    def passes(self, plans: Sequence[ExamplePlan], groups: Sequence[SlotGroup], objective: Objective) -> Passes[torch.Tensor]:
+        """Read every scored token of every plan in every slot, a forward pass of at most ``max_tokens`` at a time.
+
+        Between passes nothing is held but locks on kept prefixes: neither rows nor KV tokens outside of the tree.
 
         Returns:
             float32 [slots, reads] on the CPU: log-probabilities, or logits where the normaliser cancels. Slots are in
@@ -59,9 +67,12 @@ class Scorer:
         num_reads = sum(len(row.reads) for plan in plans for row in plan.rows)
         values = torch.empty(sum(map(len, groups)), num_reads)
         for items in self._batches(plans, groups):
+            if self._prefix_reuse and self._scope is PrefixScope.BASE:
+                yield from self.base_prefixes.prepare(item.row.prefix for item in items)
             read = self._score_items(items, normalise)
             for item, part in zip(items, read.split([len(item.row.reads) for item in items])):
                 values[item.slot, item.first_read : item.first_read + part.numel()] = part
+            yield
         return values
 
     def _batches(self, plans: Sequence[ExamplePlan], groups: Sequence[SlotGroup]) -> Iterator[list[_Item]]:
@@ -101,7 +112,7 @@ class Scorer:
             self.prefix_stats.computed += computed
             yield [self._whole(item) for item in items]
         elif self._scope is PrefixScope.BASE:
-            with self._base_prefixes.acquire(item.row.prefix for item in items) as indices:
+            with self.base_prefixes.acquire(item.row.prefix for item in items) as indices:
                 yield [_continued(item, indices[item.row.prefix]) for item in items]
         else:
             with self._slot_prefixes.acquire((item.lora_id, item.row.prefix) for item in items) as indices:

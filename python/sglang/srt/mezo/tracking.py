@@ -40,6 +40,10 @@ class Tracker:
         """A line of text above the bar."""
         self._bar.write(line)
 
+    def checkpoint(self, step: int, directory: Path) -> None:
+        """A checkpoint has been written."""
+        self.say(f"step {step}: saved {directory}")
+
     def close(self) -> None:
         self._bar.close()
         self._file.close()

@@ -1,0 +1,245 @@
+"""A training run around the steps: seed log, metrics, evaluation, checkpoints.
+
+Every tensor-parallel rank goes through the same passes; files, metrics and what depends on them are the leader's.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sglang.srt.mezo.config import MezoConfig
+from sglang.srt.mezo.noise import direction
+from sglang.srt.mezo.passes import Passes
+from sglang.srt.mezo.run_directory import RunDirectory, write_json
+from sglang.srt.mezo.seed_log import LogRecord, SeedLog
+from sglang.srt.mezo.tracking import Tracker
+
+if TYPE_CHECKING:
+    from sglang.srt.mezo.trainer import MezoTrainer
+
+logger = logging.getLogger(__name__)
+
+_MAX_LOST_SHARE = 0.1  # of elements whose perturbation vanishes in the slot's dtype, before a warning
+_SMOOTHED_STEPS = 20  # what is shown as the loss is the mean of so many steps
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One step. Every tuple has one entry per direction."""
+
+    step: int
+    zo_random_seed: int
+    learning_rate: float
+    loss_plus: tuple[float, ...]
+    loss_minus: tuple[float, ...]
+    projected_grad: tuple[float, ...]
+
+    @property
+    def loss(self) -> float:
+        """Mean of the losses at theta + eps z and theta - eps z over the directions."""
+        return sum(self.loss_plus + self.loss_minus) / (2 * len(self.loss_plus))
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run ends with; ``best_step`` is the step whose adapter was kept."""
+
+    global_step: int
+    best_step: int
+    train_seconds: float
+    steps_per_second: float
+    metrics: dict[str, float]
+
+
+MakeTracker = Callable[[MezoConfig, Path, int, int], Tracker]
+"""Called as ``Tracker`` is: configuration, metrics.jsonl, first step, last step."""
+
+
+class TrainingRun:
+    """``open``, then ``passes`` to the end, then ``close``.
+
+    ``passes`` may be dropped between two pieces and called again: the step in progress starts anew.
+    """
+
+    def __init__(self, trainer: "MezoTrainer", make_tracker: MakeTracker):
+        self.trainer = trainer
+        self.config = trainer.config
+        self.directory = RunDirectory(trainer.config)
+        self.train_seconds = 0.0
+        self._make_tracker = make_tracker
+        self._on_leader = trainer.handle.on_leader
+        self._recent: list[float] = []
+
+    def open(self) -> Passes[None]:
+        """Start the run directory, or bring the adapter to where the earlier run in it stopped."""
+        trainer = self.trainer
+        theta, records, self.state = self._on_leader(self._open_directory)
+        trainer.adapter.theta.copy_(theta)
+        for record in records:
+            trainer.apply(record)
+            yield
+        self.first_step = trainer.global_step
+        self.evaluated_at = self.state["evaluated_at"]
+        self._on_leader(self._open_tracker)
+
+    def passes(self) -> Passes[TrainResult]:
+        """Train to ``max_steps``."""
+        trainer, config = self.trainer, self.config
+        while True:
+            step = trainer.global_step
+            done = step >= trainer.max_steps
+            if trainer.eval_plans and (step % config.eval_steps == 0 or done) and self.evaluated_at != step:
+                self._on_leader(self._report_evaluation, (yield from trainer.evaluation_passes()))
+                self.evaluated_at = step
+            if done:
+                return (yield from self._finish())
+            yield from self._step()
+
+    def close(self) -> None:
+        if self.trainer.handle.is_leader:
+            self._close_files()
+
+    def apply(self, record: LogRecord) -> None:
+        """Take a step that somebody else has worked out."""
+        self._on_leader(lambda: self.log.append(record))
+        self.trainer.apply(record)
+
+    def save_segments(self) -> None:
+        """From which step on which training examples count, for a run that resumes."""
+        self._on_leader(lambda: write_json(self.directory.segments, self.trainer.stream.segments))
+
+    def _step(self) -> Passes[None]:
+        trainer, config = self.trainer, self.config
+        passes = trainer.step_passes(trainer.batch(trainer.global_step))
+        result = yield from self._timed(passes)
+        self._on_leader(self._report_step, result)
+        step = trainer.global_step
+        if config.noise_floor_steps and step % config.noise_floor_steps == 0:
+            noise_floor = yield from trainer.noise_floor(trainer.batch(step))
+            self._on_leader(self._record, {"noise_floor": noise_floor})
+        if config.save_steps and step % config.save_steps == 0:
+            self._on_leader(self._save_checkpoint)
+
+    def _timed(self, passes: Passes[StepResult]) -> Passes[StepResult]:
+        """Pass on a step and count the time of its pieces, not the time between them."""
+        while True:
+            started = time.perf_counter()
+            try:
+                next(passes)
+            except StopIteration as stop:
+                return stop.value
+            finally:
+                self.train_seconds += time.perf_counter() - started
+            yield
+
+    def _finish(self) -> Passes[TrainResult]:
+        trainer = self.trainer
+        best_step, theta = self._on_leader(self._keep_best)
+        trainer.adapter.theta.copy_(theta)
+        rate = (trainer.global_step - self.first_step) / self.train_seconds if self.train_seconds else 0.0
+        metrics = (yield from trainer.evaluation_passes()) if trainer.eval_plans else {}
+        return TrainResult(trainer.global_step, best_step, self.train_seconds, rate, metrics)
+
+    # --- on the leader ---------------------------------------------------------------------------------------------------
+
+    def _open_directory(self) -> tuple[torch.Tensor, list[LogRecord], dict[str, Any]]:
+        self.log: SeedLog = self.directory.open(self.trainer.adapter)
+        new = {"global_step": 0, "evaluated_at": None, "best_global_step": None, "best_metric": None, "log_history": []}
+        return self.trainer.adapter.theta, self.log.records(), new | (self.directory.load_state() or {})
+
+    def _open_tracker(self) -> None:
+        trainer = self.trainer
+        self.tracker = self._make_tracker(self.config, self.directory.metrics, trainer.global_step, trainer.max_steps)
+
+    def _close_files(self) -> None:
+        if hasattr(self, "tracker"):
+            self.tracker.close()
+        if hasattr(self, "log"):
+            self.log.close()
+
+    def _report_step(self, result: StepResult) -> None:
+        """First the log: a step that anybody hears of is on disk."""
+        self.log.append(LogRecord(result.zo_random_seed, result.learning_rate, result.projected_grad))
+        trainer, stats = self.trainer, self.trainer.scorer.prefix_stats
+        step = trainer.global_step
+        self._recent = [*self._recent[1 - _SMOOTHED_STEPS :], result.loss]
+        shown = {"loss": f"{self._loss:.4f}", "lr": f"{result.learning_rate:.1e}"}
+        if stats.total:
+            shown["reused"] = f"{stats.reused / stats.total:.1%}"
+        self.tracker.advance(**shown)
+        if step == 1:
+            self._warn_of_lost_perturbations(result)
+        if step % self.config.logging_steps == 0 or step == trainer.max_steps:
+            self._record(self._step_metrics(result))
+
+    @property
+    def _loss(self) -> float:
+        return sum(self._recent) / len(self._recent)
+
+    def _step_metrics(self, result: StepResult) -> dict[str, Any]:
+        trainer, stats = self.trainer, self.trainer.scorer.prefix_stats
+        return {
+            "loss": self._loss,
+            "loss_plus": result.loss_plus,
+            "loss_minus": result.loss_minus,
+            "projected_grad": result.projected_grad,
+            "learning_rate": result.learning_rate,
+            "epoch": trainer.stream.epoch(trainer.global_step),
+            "forward_passes": 2 * self.config.num_perturbations * trainer.global_step,
+            "prefix_tokens_reused": stats.reused,
+            "prefix_tokens_computed": stats.computed,
+            "train_seconds": self.train_seconds,
+        }
+
+    def _warn_of_lost_perturbations(self, result: StepResult) -> None:
+        z = direction(result.zo_random_seed, 0, self.trainer.adapter.numel, self.config.perturbation)
+        share = self.trainer.lost_perturbations(z)
+        if share > _MAX_LOST_SHARE:
+            logger.warning(
+                "zo_eps=%g is lost in %s for %.0f %% of the parameters: raise zo_eps or serve the model in float32",
+                self.config.zo_eps, self.trainer.slot_dtype, 100 * share,
+            )  # fmt: skip
+
+    def _report_evaluation(self, metrics: dict[str, float]) -> None:
+        step = self.trainer.global_step
+        self._record({**metrics, "forward_passes": 2 * self.config.num_perturbations * step})
+        self.tracker.say(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+        if self._is_best(metrics) and self.config.load_best_model_at_end:
+            self.trainer.adapter.save_pretrained(self.directory.best)
+        self.state["evaluated_at"] = step
+        self.directory.save_state(self._current_state())
+
+    def _is_best(self, metrics: dict[str, float]) -> bool:
+        name = self.config.metric_for_best_model or "eval_loss"
+        best = self.state["best_metric"]
+        better = best is None or (metrics[name] < best if name.endswith("loss") else metrics[name] > best)
+        if better:
+            self.state.update(best_metric=metrics[name], best_global_step=self.trainer.global_step)
+        return better
+
+    def _record(self, metrics: dict[str, Any]) -> None:
+        step = self.trainer.global_step
+        self.tracker.record(step, metrics)
+        self.state["log_history"].append({"step": step, **metrics})
+
+    def _save_checkpoint(self) -> None:
+        folder = self.directory.save_checkpoint(self.trainer.adapter, self._current_state())
+        self.tracker.checkpoint(self.trainer.global_step, folder)
+
+    def _keep_best(self) -> tuple[int, torch.Tensor]:
+        adapter, best_step = self.trainer.adapter, self.trainer.global_step
+        if self.config.load_best_model_at_end and self.state["best_global_step"] is not None:
+            best_step = self.state["best_global_step"]
+            adapter.load_weights(self.directory.best)
+        adapter.save_pretrained(self.directory.adapter)
+        self.directory.save_state(self._current_state())
+        return best_step, adapter.theta
+
+    def _current_state(self) -> dict[str, Any]:
+        self.state["global_step"] = self.trainer.global_step
+        return self.state
