@@ -74,8 +74,11 @@ def train_tokenizer(documents: list[str], recipe: Recipe, folder: Path) -> None:
         pair=f"{EOS} $A {EOS} $B",
         special_tokens=[(EOS, tokenizer.token_to_id(EOS))],
     )
+    # The model continues a text, so a conversation is its messages, one after the other.
+    chat_template = "{{ bos_token }}{% for message in messages %}{{ message['content'] }}{% endfor %}"
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
+        chat_template=chat_template,
         bos_token=EOS,
         eos_token=EOS,
         pad_token=PAD,

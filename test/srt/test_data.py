@@ -355,3 +355,24 @@ def test_epochs_are_ordered_differently():
 
 def test_epoch_counts_the_examples_seen():
     assert [BatchStream(32, 8, seed=0).epoch(step) for step in (0, 2, 4, 6)] == [0.0, 0.5, 1.0, 1.5]
+
+
+def test_examples_that_are_added_count_from_their_step_on_and_change_nothing_before():
+    plain, extended = BatchStream(20, 4, seed=3), BatchStream(20, 4, seed=3)
+    extended.extend(7, 12)
+    assert [extended.batch(step) for step in range(7)] == [plain.batch(step) for step in range(7)]
+    later = [index for step in range(7, 15) for index in extended.batch(step)]
+    assert sorted(later) == list(range(32)), "the first pass over all of them takes each once"
+    assert extended.epoch(7) == plain.epoch(7) and extended.epoch(15) == plain.epoch(7) + 1
+    assert extended.parts == [(0, 20), (7, 12)]
+
+
+def test_a_stream_with_additions_is_a_pure_function_of_the_step():
+    stream, other = BatchStream(20, 4, seed=3), BatchStream(20, 4, seed=3)
+    for target in (stream, other):
+        target.extend(5, 3)
+        target.extend(5, 2)
+        target.extend(9, 7)
+    assert stream.parts == [(0, 20), (5, 5), (9, 7)]
+    forwards = [stream.batch(step) for step in range(30)]
+    assert [other.batch(step) for step in reversed(range(30))] == forwards[::-1]

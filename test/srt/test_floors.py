@@ -17,7 +17,7 @@ FLOORS = {
     2: ("engine", "forward", "head", "prefix", "slots", "scorer"),
     3: ("evaluate", "run_directory", "tracking", "run", "trainer", "finetune", "plots"),
     4: ("service",),
-    5: ("plugin", "hooks", "overlay", "platform", "cpu", "alora_serving", "online"),
+    5: ("plugin", "hooks", "overlay", "platform", "cpu", "alora_serving", "online", "cli"),
 }
 FLOOR_OF = {module: floor for floor, modules in FLOORS.items() for module in modules}
 KNOWS_SGLANG = {2, 4, 5}

@@ -17,6 +17,7 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 OURS = "sglang_mezo"
+SUFFIXES = {".py", ".html", ".css", ".js"}
 
 CHECK = """
 import sys
@@ -155,8 +156,8 @@ def test_wheel_holds_what_the_source_tree_holds(tmp_path, source_tree):
         cwd=tmp_path,
     )
     (wheel,) = tmp_path.glob("sglang_mezo-*.whl")
-    packed = {name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".py")}
+    packed = {name for name in zipfile.ZipFile(wheel).namelist() if Path(name).suffix in SUFFIXES}
     package, models = source_tree / "python/sglang/srt/mezo", source_tree / "python/sglang/srt/models"
-    expected = {f"sglang/srt/mezo/{path.relative_to(package).as_posix()}" for path in package.rglob("*.py")}
+    expected = {f"sglang/srt/mezo/{path.relative_to(package).as_posix()}" for path in package.rglob("*") if path.suffix in SUFFIXES}
     expected |= {f"sglang/srt/mezo/_models/{path.relative_to(models).as_posix()}" for path in models.rglob("*.py")}
     assert packed == expected

@@ -143,7 +143,7 @@ def test_a_run_writes_everything_and_the_log_rebuilds_the_adapter(engine, spec, 
     result, stats = engine.call(run, config, spec, TRAIN, EVALUATION)
     folder = Path(config.output_dir)
     assert result.global_step == 12
-    assert {"config.json", "seed_log", "metrics.jsonl", "trainer_state.json", "initial_adapter", "best", "adapter"} <= {
+    assert {"config.json", "seed_log", "metrics.jsonl", "trainer_state.json", "initial_adapter", f"best-{result.best_step}", "adapter"} <= {
         path.name for path in folder.iterdir()
     }
     assert not [path for path in folder.iterdir() if path.name.startswith(".")]

@@ -78,6 +78,12 @@ def _before_loading(manager, lora_ref, *args, **kwargs) -> None:
     )
 
 
+def _after_unloading(result, manager, lora_ref) -> None:
+    """Forget an adapter; SGLang unloads it only when no request uses it any more."""
+    if result.success:
+        _SERVED.pop(lora_ref.lora_id, None)
+
+
 def _why_not_activated(manager, lora_id: str) -> str | None:
     from sglang.srt.model_executor.cuda_graph_config import Backend, Phase, check_cuda_graph_backend
     from sglang.srt.runtime_context import get_disagg
@@ -253,6 +259,7 @@ HOOKS = (
         _before_loading,
         "reads alora_invocation_tokens of adapters that come as tensors",
     ),
+    Hook(_MANAGER, "LoRAManager.unload_lora_adapter", "after", _after_unloading, "forgets what was known of the adapter"),
     Hook(
         _MANAGER,
         "LoRAManager.validate_lora_batch",

@@ -63,7 +63,7 @@ def read_rows(path: str, split: str, task: Task | None = None) -> list[SourceRow
     if local.suffix == ".txt" and local.is_file():
         return list(_read_lines(local))
     if local.suffix == ".jsonl" and local.is_file():
-        return list(_read_jsonl(local))
+        return list(read_jsonl(local, str(local)))
     if local.suffix in (".jsonl", ".txt"):
         raise DataError("no such file", str(local))
     return _read_with_datasets(path, split, task)
@@ -80,11 +80,12 @@ def _read_lines(path: Path) -> Iterator[SourceRow]:
             yield SourceRow({"text": line}, str(path), number)
 
 
-def _read_jsonl(path: Path) -> Iterator[SourceRow]:
+def read_jsonl(path: Path, source: str) -> Iterator[SourceRow]:
+    """Rows of a file of JSON lines, whatever its name; ``source`` is what messages call it."""
     with open(path, "rb") as file:  # json decodes each line, so that bytes that are no text are an error of their line
         for number, line in enumerate(file, 1):
             if line.strip():
-                yield SourceRow(_parse_line(line), str(path), number)
+                yield SourceRow(_parse_line(line), source, number)
 
 
 def _parse_line(line: bytes) -> Mapping[str, Any]:
@@ -293,6 +294,12 @@ class BatchStream:
         self.segments = [(0, num_examples)]
         """(first step, number of examples drawn from), in the order of the steps."""
         self._orders: dict[tuple[int, int], list[int]] = {}
+
+    @property
+    def parts(self) -> list[tuple[int, int]]:
+        """(first step, number of examples that count from it on): what ``extend`` was called with."""
+        counts = [0, *(count for _, count in self.segments)]
+        return [(first_step, count - before) for (first_step, count), before in zip(self.segments, counts)]
 
     def extend(self, first_step: int, added: int) -> None:
         """Draw from ``added`` more examples from ``first_step`` on, which must not lie before an earlier extension."""

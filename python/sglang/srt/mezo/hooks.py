@@ -4,8 +4,10 @@ SGLang logs what goes wrong in a plugin and serves on without it. A server that 
 with stale KV or the wrong adapter, so every failure here raises StartRefused, which no `except Exception` stops.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Literal
 
 from sglang.srt.mezo import overlay
@@ -49,6 +51,23 @@ def _apply(hook: Hook) -> None:
         # The registry wraps a target once: whatever comes later is dropped without a word.
         raise StartRefused(f"{hook.target} is hooked by another plugin already ({hook.why})")
     HookRegistry.register(hook.target, hook.function, HookType(hook.kind))
-    HookRegistry.apply_hooks()
-    if hook.target not in HookRegistry._patched:
-        raise StartRefused(f"the hook on {hook.target} did not take hold ({hook.why})")
+    # Only this target: apply_hooks() would wrap another plugin's target twice if its own application has led here.
+    try:
+        HookRegistry._apply_target(hook.target, HookRegistry._hooks[hook.target])
+    except Exception as error:
+        raise StartRefused(f"the hook on {hook.target} did not take hold ({hook.why}): {error}") from error
+    HookRegistry._patched.add(hook.target)
+
+
+def wrap_static(module: ModuleType, class_name: str, name: str, after: Callable) -> None:
+    """Call `after(*args)` after a static method that other plugins hook too: the registry takes one hook of all."""
+    owner = getattr(module, class_name)
+    original = getattr(owner, name)
+
+    @functools.wraps(original)
+    def wrapped(*args, **kwargs):
+        result = original(*args, **kwargs)
+        after(*args, **kwargs)
+        return result
+
+    setattr(owner, name, staticmethod(wrapped))

@@ -1,6 +1,7 @@
 """The update of MeZO (arXiv 2305.17333, algorithm 1): stochastic gradient descent along the drawn directions."""
 
 import math
+import struct
 from collections.abc import Sequence
 from typing import Literal
 
@@ -46,6 +47,11 @@ def apply_update(
         theta.mul_(1.0 - learning_rate * weight_decay)
     for z, projected_grad in zip(directions, projected_grads, strict=True):
         theta.add_(z, alpha=-learning_rate * projected_grad / len(directions))
+
+
+def round_to_log(projected_grad: float) -> float:
+    """The nearest number that the seed log can hold: a float32."""
+    return struct.unpack("<f", struct.pack("<f", projected_grad))[0]
 
 
 def replay_update(

@@ -3,7 +3,7 @@
 from importlib.metadata import version
 from types import ModuleType
 
-from sglang.srt.mezo import alora_serving, overlay
+from sglang.srt.mezo import alora_serving, online, overlay
 from sglang.srt.mezo.hooks import StartRefused, install
 
 SGLANG_VERSION = "0.5.23"
@@ -28,6 +28,7 @@ def register() -> None:
         _register_cpu_backends()
         for hook in alora_serving.HOOKS:
             install(hook)
+        online.register()
     except Exception as error:
         raise StartRefused(f"{type(error).__name__}: {error}") from error
     _registered = True

@@ -3,7 +3,6 @@
 Every tensor-parallel rank goes through the same passes; files, metrics and what depends on them are the leader's.
 """
 
-import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,8 +20,6 @@ from sglang.srt.mezo.tracking import Tracker
 
 if TYPE_CHECKING:
     from sglang.srt.mezo.trainer import MezoTrainer
-
-logger = logging.getLogger(__name__)
 
 _MAX_LOST_SHARE = 0.1  # of elements whose perturbation vanishes in the slot's dtype, before a warning
 _SMOOTHED_STEPS = 20  # what is shown as the loss is the mean of so many steps
@@ -71,14 +68,19 @@ class TrainingRun:
         self.config = trainer.config
         self.directory = RunDirectory(trainer.config)
         self.train_seconds = 0.0
+        self._saved_at: int | None = None
+        self.last_step: StepResult | None = None
         self._make_tracker = make_tracker
         self._on_leader = trainer.handle.on_leader
         self._recent: list[float] = []
 
-    def open(self) -> Passes[None]:
-        """Start the run directory, or bring the adapter to where the earlier run in it stopped."""
+    def open(self, served_only: bool = False) -> Passes[None]:
+        """Start the run directory, or bring the adapter to where the earlier run in it stopped.
+
+        served_only: of a run that ended with an earlier step's adapter, only to that step.
+        """
         trainer = self.trainer
-        theta, records, self.state = self._on_leader(self._open_directory)
+        theta, records, self.state = self._on_leader(self._open_directory, served_only)
         trainer.adapter.theta.copy_(theta)
         for record in records:
             trainer.apply(record)
@@ -93,6 +95,9 @@ class TrainingRun:
         while True:
             step = trainer.global_step
             done = step >= trainer.max_steps
+            if config.save_steps and step and step % config.save_steps == 0 and self._saved_at != step:
+                self._on_leader(self._save_checkpoint)
+                self._saved_at = step
             if trainer.eval_plans and (step % config.eval_steps == 0 or done) and self.evaluated_at != step:
                 self._on_leader(self._report_evaluation, (yield from trainer.evaluation_passes()))
                 self.evaluated_at = step
@@ -106,24 +111,23 @@ class TrainingRun:
 
     def apply(self, record: LogRecord) -> None:
         """Take a step that somebody else has worked out."""
-        self._on_leader(lambda: self.log.append(record))
+        self._on_leader(self._append_update, record)
         self.trainer.apply(record)
 
     def save_segments(self) -> None:
         """From which step on which training examples count, for a run that resumes."""
-        self._on_leader(lambda: write_json(self.directory.segments, self.trainer.stream.segments))
+        self._on_leader(lambda: write_json(self.directory.segments, self.trainer.stream.parts))
 
     def _step(self) -> Passes[None]:
         trainer, config = self.trainer, self.config
         passes = trainer.step_passes(trainer.batch(trainer.global_step))
         result = yield from self._timed(passes)
         self._on_leader(self._report_step, result)
+        self.last_step = result
         step = trainer.global_step
         if config.noise_floor_steps and step % config.noise_floor_steps == 0:
             noise_floor = yield from trainer.noise_floor(trainer.batch(step))
             self._on_leader(self._record, {"noise_floor": noise_floor})
-        if config.save_steps and step % config.save_steps == 0:
-            self._on_leader(self._save_checkpoint)
 
     def _timed(self, passes: Passes[StepResult]) -> Passes[StepResult]:
         """Pass on a step and count the time of its pieces, not the time between them."""
@@ -147,10 +151,21 @@ class TrainingRun:
 
     # --- on the leader ---------------------------------------------------------------------------------------------------
 
-    def _open_directory(self) -> tuple[torch.Tensor, list[LogRecord], dict[str, Any]]:
+    def _open_directory(self, served_only: bool) -> tuple[torch.Tensor, list[LogRecord], dict[str, Any]]:
         self.log: SeedLog = self.directory.open(self.trainer.adapter)
-        new = {"global_step": 0, "evaluated_at": None, "best_global_step": None, "best_metric": None, "log_history": []}
-        return self.trainer.adapter.theta, self.log.records(), new | (self.directory.load_state() or {})
+        records = self.log.records()
+        state = {"global_step": 0, "evaluated_at": None, "best_global_step": None, "best_metric": None, "log_history": []}
+        state |= self.directory.load_state() or {}
+        if served_only and len(records) >= self.trainer.max_steps and self.config.load_best_model_at_end:
+            records = records[: state["best_global_step"]]
+        return self.trainer.adapter.theta, records, state
+
+    def _append_update(self, record: LogRecord) -> None:
+        """What the run did after the adapter that was taken up is dropped: the log is the way to this adapter."""
+        self.log.truncate(self.trainer.global_step)
+        self.log.append(record)
+        self.state.update(best_metric=None, best_global_step=None)
+        self.directory.save_state(self._current_state())
 
     def _open_tracker(self) -> None:
         trainer = self.trainer
@@ -200,19 +215,23 @@ class TrainingRun:
         z = direction(result.zo_random_seed, 0, self.trainer.adapter.numel, self.config.perturbation)
         share = self.trainer.lost_perturbations(z)
         if share > _MAX_LOST_SHARE:
-            logger.warning(
-                "zo_eps=%g is lost in %s for %.0f %% of the parameters: raise zo_eps or serve the model in float32",
-                self.config.zo_eps, self.trainer.slot_dtype, 100 * share,
-            )  # fmt: skip
+            self.tracker.warn(
+                f"zo_eps={self.config.zo_eps:g} is lost in {self.trainer.slot_dtype} for {share:.0%} of the parameters: "
+                "raise zo_eps or serve the model in float32",
+                self.trainer.global_step,
+            )
 
     def _report_evaluation(self, metrics: dict[str, float]) -> None:
         step = self.trainer.global_step
         self._record({**metrics, "forward_passes": 2 * self.config.num_perturbations * step})
         self.tracker.say(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
-        if self._is_best(metrics) and self.config.load_best_model_at_end:
-            self.trainer.adapter.save_pretrained(self.directory.best)
+        keeps = self._is_best(metrics) and self.config.load_best_model_at_end
+        if keeps:
+            self.trainer.adapter.save_pretrained(self.directory.best(step))
         self.state["evaluated_at"] = step
         self.directory.save_state(self._current_state())
+        if keeps:
+            self.directory.drop_best_but(step)
 
     def _is_best(self, metrics: dict[str, float]) -> bool:
         name = self.config.metric_for_best_model or "eval_loss"
@@ -228,6 +247,9 @@ class TrainingRun:
         self.state["log_history"].append({"step": step, **metrics})
 
     def _save_checkpoint(self) -> None:
+        """Unless the process ended between this and the next step the last time."""
+        if self.directory.checkpoint(self.trainer.global_step).exists():
+            return
         folder = self.directory.save_checkpoint(self.trainer.adapter, self._current_state())
         self.tracker.checkpoint(self.trainer.global_step, folder)
 
@@ -235,7 +257,7 @@ class TrainingRun:
         adapter, best_step = self.trainer.adapter, self.trainer.global_step
         if self.config.load_best_model_at_end and self.state["best_global_step"] is not None:
             best_step = self.state["best_global_step"]
-            adapter.load_weights(self.directory.best)
+            adapter.load_weights(self.directory.best(best_step))
         adapter.save_pretrained(self.directory.adapter)
         self.directory.save_state(self._current_state())
         return best_step, adapter.theta

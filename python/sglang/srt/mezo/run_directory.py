@@ -25,9 +25,9 @@ class RunDirectory:
         self.path = Path(config.output_dir)
         self._config = config
 
-    @property
-    def best(self) -> Path:
-        return self.path / "best"
+    def best(self, step: int) -> Path:
+        """The adapter of the best step so far; the step is in the name, so that a new one never replaces what is needed."""
+        return self.path / f"best-{step}"
 
     @property
     def adapter(self) -> Path:
@@ -102,8 +102,16 @@ class RunDirectory:
             raise
         return log
 
+    def checkpoint(self, step: int) -> Path:
+        return self.path / f"checkpoint-{step}"
+
+    def drop_best_but(self, step: int) -> None:
+        for folder in self.path.glob("best-*"):
+            if folder != self.best(step):
+                shutil.rmtree(folder)
+
     def save_checkpoint(self, adapter: Adapter, state: dict[str, Any]) -> Path:
-        folder = self.path / f"checkpoint-{state['global_step']}"
+        folder = self.checkpoint(state["global_step"])
         with atomic_directory(folder) as checkpoint:
             adapter.save_pretrained(checkpoint)
             write_json(checkpoint / "trainer_state.json", state)

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +37,11 @@ def adapted_sites(handle: EngineHandle, target_modules: Sequence[str]) -> list[S
         ConfigError: the engine's pool or the model has no such layer.
     """
     return [site for layer in _layers(handle, target_modules) for site in layer.sites]
+
+
+def adaptable_modules(handle: EngineHandle) -> list[str]:
+    """Names of the linear layers that the engine's LoRA pool can adapt, as ``target_modules`` has them."""
+    return sorted({part.path.rpartition(".")[2] for modules in handle.lora_manager.lora_modules for name, module in modules.items() for part in _parts(name, module)})
 
 
 class Slot:
@@ -132,8 +138,7 @@ def _layers(handle: EngineHandle, target_modules: Sequence[str]) -> list[_Layer]
     found = {site.path.rpartition(".")[2] for layer in layers for site in layer.sites}
     missing = sorted(set(target_modules) - found)
     if missing:
-        available = sorted({part.path.rpartition(".")[2] for modules in manager.lora_modules for name, module in modules.items() for part in _parts(name, module)})
-        raise ConfigError("target_modules", list(target_modules), f"the engine's LoRA pool has {available}, not {missing}")
+        raise ConfigError("target_modules", list(target_modules), f"the engine's LoRA pool has {adaptable_modules(handle)}, not {missing}")
     return layers
 
 
@@ -168,9 +173,14 @@ class PerturbedSlots:
         self._adapter = adapter
         layout = SlotLayout(handle, adapter)
         names = [f"mezo-{k}{sign}" for k, sign in itertools.product(range(num_perturbations), "+-")]
-        slots = [Slot(handle, adapter.spec, layout, name) for name in names]
-        self.pairs = list(zip(slots[0::2], slots[1::2]))
-        self.current = Slot(handle, adapter.spec, layout, "mezo-current")
+        with ExitStack() as release_on_error:
+            slots = []
+            for name in (*names, "mezo-current"):
+                slots.append(Slot(handle, adapter.spec, layout, name))
+                release_on_error.callback(slots[-1].release)
+            release_on_error.pop_all()
+        self.pairs = list(zip(slots[:-1:2], slots[1:-1:2]))
+        self.current = slots[-1]
 
     def write_perturbed(self, directions: Sequence[torch.Tensor], zo_eps: float) -> None:
         """theta + zo_eps z_k and theta - zo_eps z_k, each formed in float32 and rounded once to the pool's dtype."""

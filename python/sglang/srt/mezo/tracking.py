@@ -1,12 +1,15 @@
 """What a run shows and writes while it goes: progress bar, metrics.jsonl, tensorboard."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 
 from sglang.srt.mezo.config import MezoConfig
+
+logger = logging.getLogger(__name__)
 
 
 class Tracker:
@@ -39,6 +42,10 @@ class Tracker:
     def say(self, line: str) -> None:
         """A line of text above the bar."""
         self._bar.write(line)
+
+    def warn(self, message: str, step: int) -> None:
+        """Something that the user should look at, seen at ``step``."""
+        logger.warning(message)
 
     def checkpoint(self, step: int, directory: Path) -> None:
         """A checkpoint has been written."""

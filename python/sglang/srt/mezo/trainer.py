@@ -4,7 +4,6 @@ What takes long comes as ``Passes``, one forward pass at a time; each has a twin
 """
 
 import math
-import struct
 from collections.abc import Sequence
 from contextlib import closing
 
@@ -17,7 +16,7 @@ from sglang.srt.mezo.engine import EngineHandle
 from sglang.srt.mezo.errors import ConfigError, DataError, DivergedError
 from sglang.srt.mezo.evaluate import evaluation_passes
 from sglang.srt.mezo.noise import direction, step_seed
-from sglang.srt.mezo.optimizer import apply_update, learning_rate_at, replay_update
+from sglang.srt.mezo.optimizer import apply_update, learning_rate_at, replay_update, round_to_log
 from sglang.srt.mezo.passes import Passes, drain
 from sglang.srt.mezo.plan import ExamplePlan, Planner
 from sglang.srt.mezo.readout import batch_loss
@@ -38,6 +37,8 @@ class MezoTrainer:
         train_dataset, eval_dataset: tokenised examples. Without ``eval_dataset`` the last adapter is kept.
         objective: what ``config.objective`` leaves open.
         kept_tokens: most KV tokens of base-model prefixes that stay locked between steps.
+        segments: (step from which they count, number) of the training examples in their order, where a run that
+            resumes was given some later; by default all count from step 0.
 
     Raises:
         ConfigError, DataError, CapacityError: before anything is written or trained.
@@ -52,6 +53,7 @@ class MezoTrainer:
         eval_dataset: Sequence[Example] = (),
         objective: Objective = "classification",
         kept_tokens: int = 0,
+        segments: Sequence[tuple[int, int]] = (),
     ):
         _check_invocation(config, spec)
         self.config = config
@@ -61,10 +63,15 @@ class MezoTrainer:
         self.handle = handle
         self.train_plans = [planner.plan(example) for example in train_dataset]
         self.eval_plans = [planner.plan(example) for example in eval_dataset]
-        self._require_usable(self.train_plans + self.eval_plans)
+        self.require_usable(self.train_plans + self.eval_plans)
         self._require_metric()
-        self.max_steps = config.steps_for(len(self.train_plans))
-        self.stream = BatchStream(len(self.train_plans), config.train_batch_size, config.seed)
+        (_, initial), *later = segments or [(0, len(self.train_plans))]
+        if initial + sum(added for _, added in later) != len(self.train_plans):
+            raise ConfigError("segments", list(segments), f"{len(self.train_plans)} examples, as many as there are, in all")
+        self.max_steps = config.steps_for(initial)
+        self.stream = BatchStream(initial, config.train_batch_size, config.seed)
+        for first_step, added in later:
+            self.stream.extend(first_step, added)
         self.adapter = Adapter.initial(spec, adapted_sites(handle, spec.target_modules), config.seed)
         self.scorer = Scorer(handle, planner.scope, config.max_tokens_per_batch, config.prefix_reuse, kept_tokens)
         self.slots = PerturbedSlots(handle, self.adapter, config.num_perturbations)
@@ -124,6 +131,13 @@ class MezoTrainer:
         losses = self.handle.share(batch_loss(batch, values, self.objective).mean.tolist())
         return losses[0::2], losses[1::2]
 
+    def perturbed_passes(self, batch: Sequence[ExamplePlan], zo_random_seed: int, zo_eps: float) -> Passes[dict[str, list[float]]]:
+        """``loss_plus``, ``loss_minus`` and ``projected_grad`` along the directions of a seed; theta stays as it is."""
+        z = yield from self.directions(zo_random_seed)
+        loss_plus, loss_minus = yield from self.paired_passes(batch, z, zo_eps)
+        projected_grad = [(plus - minus) / (2 * zo_eps) for plus, minus in zip(loss_plus, loss_minus)]
+        return {"loss_plus": loss_plus, "loss_minus": loss_minus, "projected_grad": projected_grad}
+
     def apply(self, record: LogRecord) -> None:
         """Take the step that a record of the seed log describes."""
         config = self.config
@@ -153,7 +167,7 @@ class MezoTrainer:
         bound = self.config.clip_projected_grad
         if bound is not None:
             projected_grad = max(-bound, min(bound, projected_grad))
-        return struct.unpack("<f", struct.pack("<f", projected_grad))[0]
+        return round_to_log(projected_grad)
 
     def _learning_rate(self) -> float:
         return learning_rate_at(
@@ -176,7 +190,7 @@ class MezoTrainer:
         ``max_steps`` stays as it is.
         """
         plans = [self.planner.plan(example) for example in examples]
-        self._require_usable(plans)
+        self.require_usable(plans)
         self.train_plans += plans
         first_step = self.global_step + 1
         self.stream.extend(first_step, len(plans))
@@ -209,7 +223,8 @@ class MezoTrainer:
             drain(run.open())
             return drain(run.passes())
 
-    def _require_usable(self, plans: Sequence[ExamplePlan]) -> None:
+    def require_usable(self, plans: Sequence[ExamplePlan]) -> None:
+        """Raise ConfigError or DataError for an example that this run cannot score."""
         for plan in plans:
             if self.objective == "classification" and len(plan.option_lengths) < 2:
                 raise ConfigError("objective", self.objective, "completion, as an example has one option only: its loss would be 0")

@@ -1,0 +1,206 @@
+"""Fine-tuning in a running server: flags, defaults of server arguments, and the hooks into its processes.
+
+Without ``--enable-mezo`` only the flags are there.
+"""
+
+import argparse
+import os
+from collections.abc import Callable
+from contextlib import asynccontextmanager
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from sglang.srt.mezo import overlay, platform
+from sglang.srt.mezo.errors import ConfigError
+from sglang.srt.mezo.hooks import Hook, StartRefused, install, wrap_static
+from sglang.srt.mezo.service.settings import ENABLE_FLAG, ENABLE_VARIABLE, SETTINGS, ServiceSettings, default
+
+if TYPE_CHECKING:
+    from sglang.srt.mezo.service.runner import MezoRunner
+
+_DEFAULT_RANK = 16
+
+
+def register() -> None:
+    """Install what every process needs; the scheduler's hooks only where training is on.
+
+    The process that parses the command line learns of the flag after this, and asks again when it matters.
+    """
+    overlay.on_import("sglang.srt.server_args", lambda module: wrap_static(module, "ServerArgs", "add_cli_args", _add_flags))
+    install(Hook("sglang.srt.server_args", "ServerArgs.resolve_once", "before", _fill_server_args, "room for adapters in training"))
+    install(Hook(_CONTROL, "TokenizerControlMixin.init_communicators", "around", _around_communicators, "commands to the scheduler, and its events"))
+    overlay.on_import("sglang.srt.entrypoints.http_server", _extend_app)
+    if _settings().enabled:
+        for hook in SCHEDULER_HOOKS:
+            install(hook)
+
+
+def _settings() -> ServiceSettings:
+    try:
+        return ServiceSettings.from_environment()
+    except ConfigError as error:
+        raise StartRefused(str(error)) from error
+
+
+# --- command line ------------------------------------------------------------------------------------------------------
+
+
+class _ToEnvironment(argparse.Action):
+    """SGLang drops flags that it does not know; processes that it starts inherit the environment."""
+
+    def __init__(self, *args, variable: str, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._variable = variable
+
+    def __call__(self, parser, namespace, value, option_string=None):
+        os.environ[self._variable] = "1" if self.nargs == 0 else str(value)
+
+
+def _add_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("sglang-mezo", "Fine-tuning with forward passes, in the server.")
+    common = {"action": _ToEnvironment, "default": argparse.SUPPRESS}
+    group.add_argument(ENABLE_FLAG, nargs=0, variable=ENABLE_VARIABLE, help=f"Serve the fine-tuning API. [{ENABLE_VARIABLE}]", **common)
+    for setting in SETTINGS:
+        help = f"{setting.help} [{setting.variable}; {default(setting.name)}]".replace("%", "%%")
+        group.add_argument(setting.flag, type=setting.kind, variable=setting.variable, help=help, **common)
+
+
+def _fill_server_args(server_args) -> None:
+    """Fill what the user left open, and refuse what training cannot run beside. Runs once for each record."""
+    if not _settings().enabled or getattr(server_args, "_resolution_finished", False):
+        return
+    from sglang.srt.server_args import _declared_default
+
+    for field, allowed in (("dp_size", 1), ("pp_size", 1), ("tokenizer_worker_num", 1)):
+        if getattr(server_args, field) != allowed:
+            raise StartRefused(f"{ENABLE_FLAG} needs {field}={allowed}, not {getattr(server_args, field)}")
+    if server_args.page_size not in (None, 1):
+        raise StartRefused(f"{ENABLE_FLAG} needs page_size=1, not {server_args.page_size}: prefixes are cut at any token")
+    server_args.page_size = 1
+    if not server_args.lora_paths:
+        server_args.enable_lora = True
+        server_args.max_lora_rank = server_args.max_lora_rank or _DEFAULT_RANK
+        server_args.lora_target_modules = server_args.lora_target_modules or _attention_modules(server_args)
+    if not platform.is_active() and server_args.lora_backend == _declared_default("lora_backend"):
+        server_args.lora_backend = "triton"  # of SGLang's backends the one that can serve aLoRA adapters
+
+
+def _attention_modules(server_args) -> list[str]:
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(server_args.model_path, trust_remote_code=server_args.trust_remote_code, revision=server_args.revision)
+    return ["q_proj", "k_proj", "v_proj", "out_proj" if config.model_type == "opt" else "o_proj"]
+
+
+# --- HTTP process ------------------------------------------------------------------------------------------------------
+
+
+def _around_communicators(original: Callable, manager) -> None:
+    if not _settings().enabled:
+        return original(manager)
+    from sglang.srt.managers import tokenizer_control_mixin
+    from sglang.srt.mezo.service import messages
+    from sglang.utils import TypeBasedDispatcher
+
+    messages.register()
+    spec = ("mezo_control", messages.MezoReqOutput)
+    if spec not in tokenizer_control_mixin._COMMUNICATOR_SPECS:
+        tokenizer_control_mixin._COMMUNICATOR_SPECS.append(spec)
+    original(manager)
+    manager.mezo_service = None  # set by the application, where there is one
+    manager._result_dispatcher += TypeBasedDispatcher([(messages.MezoEvent, lambda event: _dispatch(manager, event))])
+
+
+def _dispatch(manager, event) -> None:
+    if manager.mezo_service is not None:
+        manager.mezo_service.on_event(event)
+
+
+def _extend_app(http_server: ModuleType) -> None:
+    """Add the routes, and start and stop the service with the application."""
+    settings = _settings()
+    if not settings.enabled:
+        return
+    from sglang.srt.mezo.service import latency, native, page, routes
+    from sglang.srt.mezo.service.app import Service
+
+    service = Service(settings)
+    routes.install(http_server.app, service)
+    native.install(http_server.app, service)
+    page.install(http_server.app)
+    install(Hook(_TOKENIZER, "TokenizerManager._handle_batch_output", "around", latency.around_batch_output, "latency of served requests"))
+    install(Hook("sglang.srt.utils.auth", "add_api_key_middleware", "after", page.after_keys, "the page asks for the key itself"))
+    upstream = http_server.app.router.lifespan_context
+
+    @asynccontextmanager
+    async def lifespan(app):
+        async with upstream(app) as state:
+            manager = http_server.get_global_state().tokenizer_manager
+            await service.start(manager)
+            manager.mezo_service = service
+            try:
+                yield state
+            finally:
+                manager.mezo_service = None
+                await service.stop()
+
+    http_server.app.router.lifespan_context = lifespan
+
+
+# --- scheduler ---------------------------------------------------------------------------------------------------------
+
+
+def _after_dispatcher(result: None, scheduler) -> None:
+    """Take commands; the runner is built at the first one, when the scheduler is whole."""
+    from sglang.srt.mezo.service import messages
+    from sglang.utils import TypeBasedDispatcher
+
+    messages.register()
+    import peft  # noqa: F401  takes seconds, which requests would wait for if it came with the first adapter to be saved
+
+    scheduler.mezo_runner = None
+    scheduler._request_dispatcher += TypeBasedDispatcher([(messages.MezoReqInput, lambda request: _runner(scheduler).handle(request))])
+
+
+def _runner(scheduler) -> "MezoRunner":
+    from sglang.srt.mezo.service.runner import MezoRunner
+
+    if scheduler.mezo_runner is None:
+        scheduler.mezo_runner = MezoRunner(scheduler, _settings())
+    return scheduler.mezo_runner
+
+
+def _before_batch(scheduler, *args, **kwargs) -> None:
+    if scheduler.mezo_runner is not None:
+        scheduler.mezo_runner.tick()
+
+
+def _around_sleep(original: Callable, scheduler) -> None:
+    if scheduler.mezo_runner is None or not scheduler.mezo_runner.has_work:
+        original(scheduler)
+
+
+def _around_flush(original: Callable, scheduler, *args, **kwargs) -> bool:
+    flushed = original(scheduler, *args, **kwargs)
+    if flushed and scheduler.mezo_runner is not None:
+        scheduler.mezo_runner.on_flush()
+    return flushed
+
+
+def _before_queue(scheduler, request, *args, **kwargs) -> None:
+    """The time of the first token is sent along with --enable-metrics only, and not to be seen from outside if nothing streams."""
+    if not request.stream:
+        request.time_stats.has_timing_data = True
+
+
+_CONTROL = "sglang.srt.managers.tokenizer_control_mixin"
+_TOKENIZER = "sglang.srt.managers.tokenizer_manager"
+_SCHEDULER = "sglang.srt.managers.scheduler"
+
+SCHEDULER_HOOKS = (
+    Hook(_SCHEDULER, "Scheduler.init_request_dispatcher", "after", _after_dispatcher, "takes commands about training"),
+    Hook(_SCHEDULER, "Scheduler.get_next_batch_to_run", "before", _before_batch, "runs a piece of training"),
+    Hook(_SCHEDULER, "Scheduler.maybe_sleep_on_idle", "around", _around_sleep, "keeps the loop awake while a job has work"),
+    Hook(_SCHEDULER, "Scheduler.flush_cache", "around", _around_flush, "training gives up its locks with the cache"),
+    Hook(_SCHEDULER, "Scheduler._add_request_to_queue", "before", _before_queue, "tells when the first token was there"),
+)

@@ -1,0 +1,60 @@
+"""The service's parts in the HTTP process, and their life."""
+
+import logging
+from typing import TYPE_CHECKING
+
+from sglang.srt.mezo.service.client import EngineClient
+from sglang.srt.mezo.service.latency import LatencyRecorder
+from sglang.srt.mezo.service.manager import JobManager
+from sglang.srt.mezo.service.messages import EngineDescription, MezoEvent
+from sglang.srt.mezo.service.metrics import JobMetrics
+from sglang.srt.mezo.service.settings import ServiceSettings
+from sglang.srt.mezo.service.store import Store
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.tokenizer_manager import TokenizerManager
+
+logger = logging.getLogger(__name__)
+
+
+class Service:
+    """Built with the application, before the engine is up; the parts are there between ``start`` and ``stop``."""
+
+    def __init__(self, settings: ServiceSettings):
+        self.settings = settings
+        self.ready = False
+        self.latency = LatencyRecorder()
+        self.client: EngineClient
+        self.engine: EngineDescription
+        self.store: Store
+        self.manager: JobManager
+
+    async def start(self, tokenizer_manager: "TokenizerManager") -> None:
+        """Called in the event loop, once the engine answers."""
+        directory = self.settings.directory
+        directory.mkdir(parents=True, exist_ok=True)
+        self.client = EngineClient(tokenizer_manager)
+        self.store = Store(directory)
+        self._job_metrics = JobMetrics(self.store) if tokenizer_manager.enable_metrics else None
+        self.store.listener = self._on_job_change
+        self._on_job_change()
+        self.manager = JobManager(self.settings, self.store, self.client)
+        await self.manager.start()
+        self.engine = self.manager.engine
+        self.ready = True
+        logger.info("fine-tuning is on: %s, pieces of %d tokens", directory, self.engine.micro_step_tokens)
+
+    async def stop(self) -> None:
+        self.ready = False
+        await self.manager.stop()
+        self.store.close()
+
+    def _on_job_change(self) -> None:
+        self.latency.set_training("running" in self.store.job_counts())
+        if self._job_metrics is not None:
+            self._job_metrics.update()
+
+    def on_event(self, event: MezoEvent) -> None:
+        """An event from the scheduler; called in the event loop."""
+        if self.ready:
+            self.manager.on_event(event)

@@ -1,0 +1,47 @@
+"""Commands to the scheduler, from the HTTP process."""
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+from sglang.srt.mezo.service.errors import EngineRefused
+from sglang.srt.mezo.service.messages import Command, MezoReqInput
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.tokenizer_manager import TokenizerManager
+    from transformers import PreTrainedTokenizerBase
+
+
+class EngineClient:
+    """The engine as the service sees it."""
+
+    def __init__(self, tokenizer_manager: "TokenizerManager"):
+        self.tokenizer_manager = tokenizer_manager
+
+    @property
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
+        return self.tokenizer_manager.tokenizer
+
+    @property
+    def served_model_name(self) -> str:
+        return self.tokenizer_manager.served_model_name
+
+    @property
+    def context_length(self) -> int:
+        return self.tokenizer_manager.context_len
+
+    async def call(self, command: Command) -> dict[str, Any]:
+        """Send a command to every rank and return the result of the first.
+
+        Raises:
+            EngineRefused: with the scheduler's message and the field at fault.
+        """
+        # SGLang's communicator hands the answer of a call that was cancelled to the next one: ours are waited for.
+        return await asyncio.shield(self._exchange(command))
+
+    async def _exchange(self, command: Command) -> dict[str, Any]:
+        self.tokenizer_manager.auto_create_handle_loop()
+        replies = await self.tokenizer_manager.mezo_control_communicator(MezoReqInput(command=command))
+        for reply in replies:
+            if not reply.success:
+                raise EngineRefused(reply.message, reply.param)
+        return replies[0].result

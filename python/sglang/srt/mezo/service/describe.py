@@ -1,0 +1,62 @@
+"""What this engine can train, and how many of its tokens make a piece of training short enough."""
+
+import time
+from typing import Any
+
+import msgspec
+import torch
+
+from sglang.srt.mezo.engine import EngineHandle
+from sglang.srt.mezo.forward import Sequenced, extend
+from sglang.srt.mezo.service.messages import EngineDescription
+from sglang.srt.mezo.service.settings import ServiceSettings
+from sglang.srt.mezo.slots import adaptable_modules
+
+_TOKENS_PER_SEQUENCE = 4
+_MIN_TOKENS, _MAX_TOKENS = 8, 4096
+
+
+def describe(handle: EngineHandle, settings: ServiceSettings) -> dict[str, Any]:
+    """The fields of ``EngineDescription``. Called on every rank, as it runs the model."""
+    manager, runner = handle.lora_manager, handle.model_runner
+    modules = adaptable_modules(handle)
+    defaults = {"alora": ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj"), "lora": ("q_proj", "v_proj")}
+    return msgspec.to_builtins(
+        EngineDescription(
+            model_path=runner.model_config.model_path,
+            dtype=str(runner.dtype).removeprefix("torch."),
+            context_length=handle.context_length,
+            kv_capacity=handle.kv_capacity,
+            max_lora_rank=manager.max_lora_rank,
+            max_loras_per_batch=manager.max_loras_per_batch,
+            target_modules=modules,
+            default_target_modules={tuning: [name for name in names if name in modules] for tuning, names in defaults.items()},
+            micro_step_tokens=tokens_within(handle, settings.micro_step_ms / 1000),
+            alora=hasattr(manager.lora_backend, "prepare_lora_token_segments"),
+        )
+    )
+
+
+def tokens_within(handle: EngineHandle, seconds: float) -> int:
+    """The largest power of two of tokens that one forward pass runs in ``seconds``, by measuring it."""
+    tokens = _MIN_TOKENS
+    while tokens < _MAX_TOKENS and _fits(handle, 2 * tokens) and _seconds(handle, 2 * tokens) <= seconds:
+        tokens *= 2
+    return tokens
+
+
+def _fits(handle: EngineHandle, tokens: int) -> bool:
+    return tokens // _TOKENS_PER_SEQUENCE <= handle.free_rows and tokens <= handle.free_kv_tokens
+
+
+def _seconds(handle: EngineHandle, tokens: int) -> float:
+    """The better of three forward passes, the same number on every rank."""
+    sequence = Sequenced(torch.empty(0, dtype=torch.int64), [1] * _TOKENS_PER_SEQUENCE, ((None, _TOKENS_PER_SEQUENCE),))
+    times = []
+    for _ in range(3):
+        started = time.perf_counter()
+        hidden, kv_indices = extend(handle, [sequence] * (tokens // _TOKENS_PER_SEQUENCE))
+        hidden[-1].cpu()  # an accelerator is done with it only now
+        handle.kv_allocator.free(kv_indices)
+        times.append(time.perf_counter() - started)
+    return handle.share(min(times))

@@ -1,0 +1,50 @@
+"""What a request to the service can be answered with instead of a result. The same fields make a job's ``error``."""
+
+from typing import Any
+
+from sglang.srt.mezo.errors import MezoError
+
+
+class RequestError(MezoError):
+    """A request that cannot be carried out.
+
+    Attributes:
+        status: HTTP status.
+        message: names the field, the value and what is allowed.
+        param: the field at fault, None where there is none.
+        code: short name of the reason, for programs.
+    """
+
+    def __init__(self, status: int, message: str, param: str | None, code: str):
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.param = param
+        self.code = code
+
+    def to_dict(self) -> dict[str, Any]:
+        """The ``error`` of a job."""
+        return {"code": self.code, "message": self.message, "param": self.param}
+
+
+class NotFound(RequestError, LookupError):
+    """No such thing in the store. ``what`` is its kind, such as "file"; ``param`` the field that named it."""
+
+    def __init__(self, what: str, id: str, param: str | None = None):
+        super().__init__(404, f"no such {what}: {id!r}", param, "not_found")
+        self.what = what
+        self.id = id
+
+
+class EngineRefused(RequestError):
+    """The scheduler did not take a command."""
+
+    def __init__(self, message: str, param: str | None = None):
+        super().__init__(400, message, param, "engine_refused")
+
+
+class PublishError(RequestError):
+    """An adapter could not be loaded for serving; what was served before still is."""
+
+    def __init__(self, message: str):
+        super().__init__(503, message, None, "publish_failed")

@@ -1,0 +1,195 @@
+"""From the hyperparameters that a client sends to the settings of a run.
+
+OpenAI's three come beside the settings of ``MezoConfig`` that a job may choose; "auto" stands for the default of each.
+"""
+
+import math
+import reprlib
+from collections.abc import Mapping
+from types import NoneType
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
+
+from sglang.srt.mezo.config import MezoConfig
+from sglang.srt.mezo.errors import ConfigError
+from sglang.srt.mezo.service.errors import RequestError
+from sglang.srt.mezo.service.messages import EngineDescription
+
+_SETTINGS = (
+    "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "clip_projected_grad",
+    "zo_eps", "num_perturbations", "perturbation",
+    "tuning", "invocation", "r", "lora_alpha", "target_modules",
+    "max_steps", "objective", "gradient_accumulation_steps", "max_tokens_per_batch",
+    "eval_steps", "logging_steps", "save_steps", "noise_floor_steps", "load_best_model_at_end", "metric_for_best_model",
+)  # fmt: skip
+"""Fields of ``MezoConfig`` that a job may set; the others name files, or are the server's business."""
+
+_TYPES = get_type_hints(MezoConfig)
+KINDS: dict[str, Any] = {
+    "n_epochs": int,
+    "batch_size": int,
+    "learning_rate_multiplier": float,
+    **{name: _TYPES[name] for name in _SETTINGS},
+}
+"""Every hyperparameter and its type."""
+
+_PLACES = ("hyperparameters", "method.supervised.hyperparameters")
+_WIRE_NAMES = {"per_device_train_batch_size": "batch_size", "num_train_epochs": "n_epochs"}
+_UNSTORED = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint")  # where a run lies, and whether it goes on
+_AUTO_STEPS = 2000
+_MOST = {"n_epochs": math.inf, "max_steps": math.inf, "batch_size": 4096, "gradient_accumulation_steps": 256}
+"""What keeps a step an affair of minutes, and its list of examples a short one."""
+_METRICS = ("eval_loss", "eval_accuracy")
+
+
+class _Given(NamedTuple):
+    """A hyperparameter as it was sent, and where."""
+
+    path: str
+    value: Any
+
+
+def resolve(request: Mapping[str, Any], engine: EngineDescription, num_train: int, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Settle everything that a job leaves open.
+
+    Args:
+        request: body of the job's creation.
+        engine: what the server can train.
+        num_train: training examples, 1 or more.
+        seed: the job's.
+
+    Raises:
+        RequestError: 400; ``param`` is the path of the hyperparameter in the body.
+
+    Returns:
+        Fields of ``MezoConfig`` but for those that name the run's folder, and OpenAI's three hyperparameters. What a
+        client gives as n_epochs stays so, as a long text becomes several examples.
+    """
+    given = _given(request)
+    _check_together(given)
+    values = {name: sent.value for name, sent in given.items()}
+    batch_size = values.pop("batch_size", min(16, num_train))
+    multiplier = values.pop("learning_rate_multiplier", 1)
+    n_epochs = values.pop("n_epochs", None)
+
+    fields = _online_defaults(values, engine) | values
+    fields["learning_rate"] = multiplier * fields.get("learning_rate", MezoConfig.learning_rate)
+    fields["per_device_train_batch_size"] = batch_size
+    fields["seed"] = seed
+    if n_epochs is None:
+        fields.setdefault("max_steps", _AUTO_STEPS)
+    else:
+        fields["num_train_epochs"] = n_epochs
+    config = _validated(fields, given)
+    _check_against(engine, config, given)
+
+    if "max_steps" in fields:
+        n_epochs = max(1, math.ceil(config.max_steps * config.train_batch_size / num_train))
+    stored = config.to_dict() | {"num_train_epochs": n_epochs}
+    for name in _UNSTORED:
+        del stored[name]
+    return stored, {"n_epochs": n_epochs, "batch_size": batch_size, "learning_rate_multiplier": multiplier}
+
+
+def reported(config: Mapping[str, Any], hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``resolve`` returned, under the names that a client uses; max_steps is "auto" where n_epochs decides."""
+    settings = {name: config[name] for name in _SETTINGS}
+    return {**hyperparameters, **settings, "max_steps": settings["max_steps"] if settings["max_steps"] >= 1 else "auto"}
+
+
+def _given(request: Mapping[str, Any]) -> dict[str, _Given]:
+    """Everything that is not "auto", by name, with the right type."""
+    method = (request.get("method") or {}).get("supervised") or {}
+    given: dict[str, _Given] = {}
+    for place, sent in zip(_PLACES, (request.get("hyperparameters"), method.get("hyperparameters"))):
+        for name, value in (sent or {}).items():
+            path = f"{place}.{name}"
+            if name not in KINDS:
+                raise RequestError(400, f"{path} is not a hyperparameter; there are {', '.join(KINDS)}", path, "unknown_parameter")
+            if name in given:
+                raise _refusal(given[name], f"it is given as {path} as well; one place is enough")
+            if value != "auto":
+                given[name] = _Given(path, value)
+                _require_type(given[name], KINDS[name])
+    return given
+
+
+def _require_type(sent: _Given, kind: Any) -> None:
+    """A boolean is no number, and a string neither."""
+    try:
+        TypeAdapter(kind).validate_python(sent.value, strict=True)
+    except ValidationError:
+        raise _refusal(sent, f'{_describe(kind)}, or "auto"') from None
+
+
+def _describe(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(get_args(kind))}"
+    choices = [choice for choice in get_args(kind) if choice is not NoneType]
+    if NoneType in get_args(kind):
+        return f"{_describe(choices[0])}, null"
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "a string", list[str]: "a list of strings"}[kind]
+
+
+def _check_together(given: Mapping[str, _Given]) -> None:
+    """What ``MezoConfig`` does not know of."""
+    for name, most in _MOST.items():
+        if name in given and not 1 <= given[name].value <= most:
+            raise _refusal(given[name], "at least 1" if most == math.inf else f"from 1 to {most}")
+    multiplier = given.get("learning_rate_multiplier")
+    if multiplier is not None and not 0 < multiplier.value < math.inf:
+        raise _refusal(multiplier, "a positive number")
+    if multiplier is not None and multiplier.value != 1 and "learning_rate" in given:
+        raise _refusal(multiplier, "1 beside learning_rate, as it multiplies the default learning rate")
+    metric = given.get("metric_for_best_model")
+    if metric is not None and metric.value not in (None, *_METRICS):
+        raise _refusal(metric, f"one of {', '.join(_METRICS)}, null")
+
+
+def _online_defaults(values: Mapping[str, Any], engine: EngineDescription) -> dict[str, Any]:
+    """Where a server has a better answer than ``MezoConfig``: an adapter needs an invocation to be an aLoRA adapter."""
+    tuning = values.get("tuning", "lora" if values.get("invocation") is None else "alora")
+    return {
+        "tuning": tuning,
+        "target_modules": engine.default_target_modules.get(tuning, []),
+        "max_tokens_per_batch": engine.micro_step_tokens,
+        "save_steps": values.get("eval_steps", MezoConfig.eval_steps),
+    }
+
+
+def _validated(fields: dict[str, Any], given: Mapping[str, _Given]) -> MezoConfig:
+    try:
+        return MezoConfig(**fields)
+    except ConfigError as error:
+        raise _refused(_WIRE_NAMES.get(error.field, error.field), error.value, error.allowed, given) from error
+
+
+def _check_against(engine: EngineDescription, config: MezoConfig, given: Mapping[str, _Given]) -> None:
+    def require(name: str, condition: bool, allowed: str) -> None:
+        if not condition:
+            raise _refused(name, getattr(config, name), allowed, given)
+
+    if config.tuning == "alora":
+        require("tuning", engine.alora, "lora, as this server's LoRA backend cannot serve aLoRA adapters")
+        require("invocation", bool(config.invocation), "the text from which activated LoRA acts, such as ' It was'")
+    else:
+        require("invocation", config.invocation is None, "null, as ordinary LoRA acts on every token")
+    require("r", config.r <= engine.max_lora_rank, f"from 1 to {engine.max_lora_rank}, the server's --max-lora-rank")
+    targets, adaptable = config.target_modules or [], engine.target_modules
+    require("target_modules", set(targets) <= set(adaptable), f"some of {', '.join(adaptable)}, which this server adapts")
+    require("target_modules", len(set(targets)) == len(targets), "each module once")
+    # Two slots a direction and one for the adapter as it is; one more serves the base model, and one is left to serve an adapter.
+    most = (engine.max_loras_per_batch - 3) // 2
+    require("num_perturbations", config.num_perturbations <= most,
+            f"at most {most}, as each takes two of the server's --max-loras-per-batch={engine.max_loras_per_batch}")  # fmt: skip
+    require("max_tokens_per_batch", config.max_tokens_per_batch <= engine.kv_capacity,
+            f"from 1 to {engine.kv_capacity}, the size of the KV pool")  # fmt: skip
+
+
+def _refused(name: str, value: Any, allowed: str, given: Mapping[str, _Given]) -> RequestError:
+    return _refusal(_Given(given[name].path if name in given else f"{_PLACES[1]}.{name}", value), allowed)
+
+
+def _refusal(sent: _Given, allowed: str) -> RequestError:
+    return RequestError(400, f"{sent.path}={reprlib.repr(sent.value)} is not allowed: {allowed}", sent.path, "invalid_value")

@@ -1,0 +1,180 @@
+"""One job in the scheduler: the trainer, its run, and the piece of work that comes next."""
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from sglang.srt.mezo.adapter import AdapterSpec
+from sglang.srt.mezo.config import MezoConfig
+from sglang.srt.mezo.data import Example
+from sglang.srt.mezo.engine import EngineHandle
+from sglang.srt.mezo.errors import ConfigError
+from sglang.srt.mezo.optimizer import round_to_log
+from sglang.srt.mezo.passes import Passes
+from sglang.srt.mezo.run import TrainingRun, TrainResult
+from sglang.srt.mezo.seed_log import LogRecord
+from sglang.srt.mezo.service.messages import StartJob
+from sglang.srt.mezo.tracking import Tracker
+from sglang.srt.mezo.trainer import MezoTrainer
+
+Emit = Callable[..., None]
+"""emit(kind, step, message="", **data) sends a ``MezoEvent`` of this job."""
+
+_SECONDS_BETWEEN_EVENTS = 0.5
+
+
+class Job:
+    """Advances by one bounded piece at a time; between pieces the engine is free for requests."""
+
+    def __init__(self, command: StartJob, trainer: MezoTrainer, run: TrainingRun, emit: Emit):
+        self.job_id = command.job_id
+        self.manual = command.manual
+        self.trainer = trainer
+        self.emit = emit
+        self.run = run
+        self._opened = False
+        self._operation: str | None = None
+        self._work: Passes | None = self.run.open(served_only=command.manual)
+
+    @classmethod
+    def start(
+        cls, handle: EngineHandle, command: StartJob, train: Sequence[Example], evaluation: Sequence[Example], emit: Emit, kept_tokens: int
+    ) -> Self:
+        """Claim slots for the job.
+
+        Raises:
+            ConfigError, DataError, CapacityError: nothing is held then.
+        """
+        config = MezoConfig(**command.config)
+        spec = AdapterSpec(
+            command.base_model, config.r, config.lora_alpha, tuple(command.target_modules), tuple(command.invocation)
+        )
+        trainer = MezoTrainer(handle, config, spec, train, evaluation, command.objective, kept_tokens, segments=command.segments)
+
+        def make_tracker(config: MezoConfig, path: Path, first_step: int, max_steps: int) -> Tracker:
+            return EventTracker(config, path, first_step, max_steps, emit)
+
+        return cls(command, trainer, TrainingRun(trainer, make_tracker), emit)
+
+    @property
+    def has_work(self) -> bool:
+        return self._work is not None
+
+    def advance(self) -> bool:
+        """Do the next piece; True once the job has ended by itself.
+
+        Raises whatever the piece raises; the job is then to be stopped.
+        """
+        try:
+            next(self._work)
+        except StopIteration as stop:
+            return self._finish_work(stop.value)
+        return False
+
+    def restart_work(self) -> None:
+        """What the engine held between two pieces is gone or stale: begin the step in progress anew."""
+        if not self._opened or self._work is None:
+            return
+        if self.manual:
+            self._fail_operation("the engine's cache was flushed, or requests took its room: ask again")
+        else:
+            self._work = self.run.passes()
+
+    def stop(self) -> None:
+        """Give back the slots and the locks, close the files."""
+        if self._operation is not None:
+            self._fail_operation("the job was stopped")
+        self.trainer.scorer.base_prefixes.release()
+        self.trainer.close()
+        self.run.close()
+
+    def extend(self, examples: Sequence[Example]) -> int:
+        self._require_open()
+        step = self.trainer.extend(examples)
+        self.run.save_segments()
+        return step
+
+    def save(self, directory: str) -> int:
+        self._require_open()
+        self.trainer.handle.on_leader(self.trainer.adapter.save_pretrained, Path(directory))
+        return self.trainer.global_step
+
+    def evaluate(self, operation: str, examples: Sequence[Example], zo_random_seed: int, zo_eps: float) -> None:
+        """Begin to evaluate a perturbation; the result is emitted as "evaluated"."""
+        self._require_manual()
+        plans = [self.trainer.planner.plan(example) for example in examples]
+        self.trainer.require_usable(plans)
+        self._operation = operation
+        self._work = self.trainer.perturbed_passes(plans, zo_random_seed, zo_eps)
+
+    def update(self, zo_random_seed: int, projected_grad: Sequence[float], learning_rate: float) -> int:
+        """Take one step along the directions of ``zo_random_seed``; it is in the seed log when this returns."""
+        self._require_manual()
+        directions = self.trainer.config.num_perturbations
+        if len(projected_grad) != directions:
+            raise ConfigError("projected_grad", list(projected_grad), f"{directions} numbers, as many as num_perturbations")
+        self.run.apply(LogRecord(zo_random_seed, learning_rate, tuple(map(round_to_log, projected_grad))))
+        return self.trainer.global_step
+
+    def _finish_work(self, value: Any) -> bool:
+        self._work = None
+        step = self.trainer.global_step
+        if not self._opened:
+            self._opened = True
+            self.emit("started", step)
+            self._work = None if self.manual else self.run.passes()
+            return False
+        if self.manual:
+            operation, self._operation = self._operation, None
+            self.emit("evaluated", step, operation=operation, **value)
+            return False
+        self._emit_success(value)
+        return True
+
+    def _emit_success(self, result: TrainResult) -> None:
+        self.emit(
+            "succeeded", result.global_step, best_step=result.best_step, metrics=result.metrics,
+            train_seconds=result.train_seconds, trained_tokens=self.trainer.trained_tokens(),
+        )  # fmt: skip
+
+    def _fail_operation(self, reason: str) -> None:
+        operation, self._operation, self._work = self._operation, None, None
+        self.emit("evaluated", self.trainer.global_step, operation=operation, error=reason)
+
+    def _require_open(self) -> None:
+        if not self._opened:
+            raise ConfigError("job", self.job_id, "a job that has started; it is being brought to its last step")
+
+    def _require_manual(self) -> None:
+        self._require_open()
+        if not self.manual or self._operation is not None:
+            raise ConfigError("job", self.job_id, "a job that is held for single operations, one at a time")
+
+
+class EventTracker(Tracker):
+    """Writes metrics.jsonl, and tells the HTTP process a few times a second."""
+
+    def __init__(self, config: MezoConfig, path: Path, first_step: int, max_steps: int, emit: Emit):
+        super().__init__(config, path, first_step, max_steps)
+        self._emit = emit
+        self._max_steps = max_steps
+        self._last_event = 0.0
+
+    def record(self, step: int, metrics: dict[str, Any]) -> None:
+        super().record(step, metrics)
+        if "eval_loss" in metrics:
+            self._emit("evaluated_dev", step, max_steps=self._max_steps, **metrics)
+        elif "loss" in metrics and (step == self._max_steps or time.monotonic() - self._last_event > _SECONDS_BETWEEN_EVENTS):
+            self._last_event = time.monotonic()
+            self._emit("step", step, max_steps=self._max_steps, **metrics)
+
+    def say(self, line: str) -> None:
+        """Nobody looks at the server's standard output."""
+
+    def warn(self, message: str, step: int) -> None:
+        super().warn(message, step)
+        self._emit("warning", step, message)
+
+    def checkpoint(self, step: int, directory: Path) -> None:
+        self._emit("checkpoint", step, directory=str(directory))

@@ -1,0 +1,190 @@
+"""From a job's files, and the rows that it was given later, to examples. The same rows give the same examples every time."""
+
+import copy
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sglang.srt.mezo.config import Objective
+from sglang.srt.mezo.data import Encoder, Example, SourceRow, default_objective, read_jsonl
+from sglang.srt.mezo.errors import DataError
+from sglang.srt.mezo.service.errors import RequestError
+from sglang.srt.mezo.service.messages import TokenizedExample
+from sglang.srt.mezo.service.records import StoredJob
+from sglang.srt.mezo.service.store import Store
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Of one command: the scheduler takes it in between two batches.
+MAX_EXAMPLES = 256
+MAX_TOKENS = 65_536
+
+
+def shared_tokenizer(tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedTokenizerBase":
+    """A copy that threads can share. What another user of ``tokenizer`` sets would be an error in the midst of a call."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer("Settles truncation and padding, which no later call changes.")
+    return tokenizer
+
+
+@dataclass(frozen=True)
+class JobData:
+    """Tokenised examples of a job's files."""
+
+    train: list[Example]
+    evaluation: list[Example]
+    objective: Objective
+
+
+class JobReader:
+    """Reads and tokenises what jobs train on. Its methods block, for minutes where a file is large.
+
+    Args:
+        tokenizer: from ``shared_tokenizer``.
+        max_length: most tokens of a sequence.
+    """
+
+    def __init__(self, store: Store, tokenizer: "PreTrainedTokenizerBase", max_length: int):
+        self._store = store
+        self._tokenizer = tokenizer
+        self._max_length = max_length
+
+    def read(self, job: StoredJob) -> JobData:
+        """Examples of the training and the validation file.
+
+        Raises:
+            RequestError: naming the file, line and reason of the first row that cannot be used.
+        """
+        encoder = self._encoder(job)
+        train, objective = self._read_file(job.training_file, "training_file", encoder, job.config["objective"])
+        if job.validation_file is None:
+            return JobData(train, [], objective)
+        evaluation, _ = self._read_file(job.validation_file, "validation_file", encoder, objective)
+        return JobData(train, evaluation, objective)
+
+    def encode(self, job: StoredJob, rows: Sequence[Mapping[str, Any]]) -> list[Example]:
+        """Examples of rows in a request.
+
+        Raises:
+            RequestError: naming the first row that cannot be used, or there are more than go into one request.
+        """
+        sources = [SourceRow(row, "rows", number) for number, row in enumerate(rows)]
+        try:
+            examples, _ = _encode(sources, self._encoder(job), job.config["objective"])
+        except DataError as error:
+            raise RequestError(400, f"rows[{error.line}]: {error.reason}", f"rows.{error.line}", "invalid_row") from error
+        tokens = sum(map(num_tokens, examples))
+        if len(examples) > MAX_EXAMPLES or tokens > MAX_TOKENS:
+            raise RequestError(
+                400,
+                f"rows of {len(examples)} examples and {tokens} tokens are too many for one request: "
+                f"at most {MAX_EXAMPLES} examples and {MAX_TOKENS} tokens",
+                "rows",
+                "too_many_rows",
+            )
+        return examples
+
+    def encode_file(self, job: StoredJob, path: Path) -> list[Example]:
+        """Examples of a file that ``AppendedRows`` wrote."""
+        examples, _ = _encode(list(read_jsonl(path, path.name)), self._encoder(job), job.config["objective"])
+        return examples
+
+    def invocation(self, job: StoredJob) -> tuple[int, ...]:
+        """Tokens from which the job's adapter acts; none for ordinary LoRA."""
+        if job.config["tuning"] == "lora":
+            return ()
+        return tuple(self._tokenizer(job.config["invocation"], add_special_tokens=False).input_ids)
+
+    def _encoder(self, job: StoredJob) -> Encoder:
+        return Encoder(self._tokenizer, self._max_length, invocation=self.invocation(job))
+
+    def _read_file(self, file_id: str, param: str, encoder: Encoder, objective: Objective | None) -> tuple[list[Example], Objective]:
+        filename = self._store.file(file_id).filename
+        try:
+            rows = list(read_jsonl(self._store.file_path(file_id), filename))
+            if not rows:
+                raise DataError("no row", filename)
+            return _encode(rows, encoder, objective)
+        except DataError as error:
+            raise RequestError(400, str(error), param, f"invalid_{param}") from error
+
+
+def _encode(rows: Sequence[SourceRow], encoder: Encoder, objective: Objective | None) -> tuple[list[Example], Objective]:
+    """Examples, and the objective that they suggest where the job names none."""
+    examples, rows_of_examples = [], []
+    for row in rows:
+        of_row = encoder.encode_rows([row])
+        examples += of_row
+        rows_of_examples += [row] * len(of_row)
+    objective = objective or default_objective(examples, rows)
+    for row, example in zip(rows_of_examples, examples):
+        if objective == "classification" and len(example.options) < 2:
+            raise DataError("one option leaves nothing to choose from, which classification needs", row.source, row.line)
+    return examples, objective
+
+
+def num_tokens(example: Example) -> int:
+    return len(example.prompt) + sum(map(len, example.options))
+
+
+def parts(examples: Sequence[Example]) -> Iterator[list[TokenizedExample]]:
+    """The examples in order, as many at a time as go into one command."""
+    part: list[TokenizedExample] = []
+    tokens = 0
+    for example in examples:
+        tokens += num_tokens(example)
+        if part and (len(part) == MAX_EXAMPLES or tokens > MAX_TOKENS):
+            yield part
+            part, tokens = [], num_tokens(example)
+        part.append(to_message(example))
+    if part:
+        yield part
+
+
+def to_message(example: Example) -> TokenizedExample:
+    return list(example.prompt), list(map(list, example.options)), example.label
+
+
+class AppendedRows:
+    """Rows that a job was given after its creation: a file for each request, in the order in which they came."""
+
+    def __init__(self, job_directory: Path):
+        self._directory = job_directory
+
+    def files(self) -> list[Path]:
+        return sorted(self._directory.glob("appended-*.jsonl"), key=_number)
+
+    def add(self, rows: Sequence[Mapping[str, Any]]) -> Path:
+        """Write a file that is on disk, whole, when this returns."""
+        self._directory.mkdir(parents=True, exist_ok=True)
+        last = _number(files[-1]) if (files := self.files()) else 0
+        path = self._directory / f"appended-{last + 1}.jsonl"
+        partial = path.with_suffix(".partial")
+        try:
+            with open(partial, "w", encoding="utf-8") as file:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
+                file.flush()
+                os.fsync(file.fileno())
+            os.rename(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+        for directory in (self._directory, self._directory.parent):
+            _sync(directory)
+        return path
+
+
+def _number(path: Path) -> int:
+    return int(path.stem.removeprefix("appended-"))
+
+
+def _sync(directory: Path) -> None:
+    """Bring the names in a folder to the disk."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,243 @@
+"""Fine-tuning jobs from their creation to their end: what the routes call, and what the scheduler's events come to."""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from sglang.srt.mezo.errors import ConfigError
+from sglang.srt.mezo.service.client import EngineClient
+from sglang.srt.mezo.service.errors import EngineRefused, NotFound, RequestError
+from sglang.srt.mezo.service.job_data import JobReader, shared_tokenizer
+from sglang.srt.mezo.service.manual import ManualWork
+from sglang.srt.mezo.service.messages import Describe, EngineDescription, MezoEvent
+from sglang.srt.mezo.service.published import PublishedAdapters
+from sglang.srt.mezo.service.records import JobStatus, StoredEvent, StoredJob
+from sglang.srt.mezo.service.runs import Runs
+from sglang.srt.mezo.service.session import Sessions
+from sglang.srt.mezo.service.settings import ServiceSettings
+from sglang.srt.mezo.service.states import change, fail, require
+from sglang.srt.mezo.service.store import Store
+from sglang.srt.mezo.service.training import Training
+
+logger = logging.getLogger(__name__)
+
+_RETRY_SECONDS = 1.0  # after an error that could not be written to the store either
+
+
+class JobManager:
+    """Runs in one event loop, that of the HTTP process. One job trains at a time, the others wait in the order they came.
+
+    Attributes:
+        engine: what the engine can train; known after ``start``.
+    """
+
+    engine: EngineDescription
+
+    def __init__(self, settings: ServiceSettings, store: Store, client: EngineClient):
+        self.settings = settings
+        self.store = store
+        self.client = client
+        self._published = PublishedAdapters(store, client)
+        self._sessions = Sessions(client)
+        self._state = asyncio.Lock()
+        self._work = asyncio.Event()
+        self._tasks: list[asyncio.Task] = []
+
+    async def start(self) -> None:
+        """Take up what an earlier server has left, and begin to work.
+
+        Raises:
+            ConfigError: the server runs without a tokenizer.
+        """
+        if self.client.tokenizer is None:
+            raise ConfigError("--skip-tokenizer-init", True, "a tokenizer is needed to train on text")
+        self.engine = msgspec.convert(await self.client.call(Describe()), EngineDescription)
+        tokenizer = await asyncio.to_thread(shared_tokenizer, self.client.tokenizer)
+        self._reader = JobReader(self.store, tokenizer, self.engine.context_length)
+        self._runs = Runs(self.store, self._reader, self.engine)
+        self._training = Training(self.store, self.client, self._sessions, self._runs, self._published, self._state)
+        self._manual = ManualWork(
+            self.store, self.client, self._sessions, self._runs, self._reader, self._published, self._training, self._state
+        )
+        self._take_up_interrupted()
+        self._published.announce_all()
+        self._tasks = [
+            asyncio.create_task(self._work_on("validating_files", self._validate)),
+            asyncio.create_task(self._work_on("queued", self._training.train)),
+        ]
+
+    async def stop(self) -> None:
+        """End the work of this process. A job that is running stays so, and is taken up by the next server."""
+        self._manual.stop()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def on_event(self, event: MezoEvent) -> None:
+        """Called in the event loop for each event from the scheduler, in their order."""
+        try:
+            self._training.on_event(event)
+        except Exception:
+            logger.exception("an event of job %s was not recorded: %s", event.job_id, event.kind)
+        self._sessions.on_event(event)
+
+    # --- jobs ------------------------------------------------------------------------------------------------------------
+
+    def adapter_name_for(self, job_id: str, suffix: str | None) -> str:
+        """The name of a new job's adapter; RequestError where the suffix cannot be one, or is taken."""
+        return self._published.name_for(job_id, suffix)
+
+    async def create_job(self, job: StoredJob) -> StoredJob:
+        """Store a job, whose files are validated then.
+
+        Raises:
+            NotFound: one of its files has been deleted.
+            RequestError: its name has been taken.
+        """
+        self._published.require_free(job.adapter_name)
+        files = " and ".join(
+            f"{kind} file: {file_id}" for kind, file_id in (("training", job.training_file), ("validation", job.validation_file)) if file_id
+        )
+        job = self.store.add_job(
+            job, StoredEvent(job.id, f"Created fine-tuning job: {job.id}"), StoredEvent(job.id, f"Validating {files}")
+        )
+        self._work.set()
+        return job
+
+    async def cancel(self, job_id: str) -> StoredJob:
+        """End a job for good. Its checkpoints stay, and what has been published."""
+        async with self._state:
+            require(self.store.job(job_id), "cancel")
+            stopped = await self._take_off_engine(job_id)
+            return change(self.store, job_id, "cancel", StoredEvent(job_id, "The job has been cancelled"), **stopped)
+
+    async def pause(self, job_id: str) -> StoredJob:
+        """Let a job wait until it is resumed; it then goes on where it stopped, bit for bit."""
+        async with self._state:
+            require(self.store.job(job_id), "pause")
+            stopped = await self._take_off_engine(job_id)
+            return change(self.store, job_id, "pause", StoredEvent(job_id, "The job has been paused"), **stopped)
+
+    async def resume(self, job_id: str) -> StoredJob:
+        async with self._state:
+            job = change(self.store, job_id, "resume", StoredEvent(job_id, "The job has been resumed, and waits for its turn"))
+        self._work.set()
+        return job
+
+    async def append_rows(self, job_id: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Give a job more to train on. The rows are on disk when this returns.
+
+        Raises:
+            RequestError: naming the row that cannot be used; none of them is then.
+
+        Returns:
+            ``examples``, their number, and ``step``, the first that draws from them; None where the job is not running
+            yet, and they count from when it is.
+        """
+        require(self.store.job(job_id), "append rows to")
+        examples = await asyncio.to_thread(self._reader.encode, self.store.job(job_id), rows)
+        async with self._state:
+            require(self.store.job(job_id), "append rows to")
+            path = await asyncio.to_thread(self._runs.appended(job_id).add, rows)
+            session = self._sessions.of(job_id)
+            step = None
+            if session is not None and not session.manual and session.has_started:
+                step = (await self._training.send_appended(session)).get(path)
+            if isinstance(step, EngineRefused):
+                raise step
+        return {"examples": len(examples), "step": step}
+
+    # --- adapters --------------------------------------------------------------------------------------------------------
+
+    async def publish_checkpoint(self, job_id: str, checkpoint: str | None) -> str:
+        """Have an adapter served now.
+
+        Args:
+            checkpoint: id of one of the job's; None for the adapter as it is now.
+
+        Returns:
+            The model's name in requests.
+        """
+        job = self.store.job(job_id)
+        if checkpoint is not None:
+            stored = self.store.checkpoint(checkpoint)
+            if stored.job_id != job_id:
+                raise NotFound("checkpoint", checkpoint, "checkpoint")
+            return await self._published.load_checkpoint(job, stored)
+        require(job, "publish")
+        if job.status == "paused":
+            return await self._manual.publish_paused(job_id)
+        async with self._state:
+            job = self.store.job(job_id)
+            require(job, "publish")
+            if job.status == "succeeded":
+                return self._published.served_model(job)
+            return await self._manual.publish_current(job_id)
+
+    async def evaluate(
+        self, job_id: str, rows: Sequence[Mapping[str, Any]], zo_random_seed: int, zo_eps: float
+    ) -> dict[str, Any]:
+        """Losses of a paused or succeeded job's adapter at theta + zo_eps z and theta - zo_eps z; see ``ManualWork``."""
+        return await self._manual.evaluate(job_id, rows, zo_random_seed, zo_eps)
+
+    async def update(
+        self, job_id: str, zo_random_seed: int, projected_grad: Sequence[float], learning_rate: float, publish: bool = True
+    ) -> dict[str, Any]:
+        """A step of a paused or succeeded job's adapter; see ``ManualWork``."""
+        return await self._manual.update(job_id, zo_random_seed, projected_grad, learning_rate, publish)
+
+    async def delete_model(self, name: str) -> None:
+        """Serve an adapter and its checkpoints no more; its name is free again.
+
+        Raises:
+            NotFound, RequestError: no job has made it, it is a checkpoint, or its job is still going.
+        """
+        async with self._state:
+            await self._published.delete(name)
+
+    # --- work ------------------------------------------------------------------------------------------------------------
+
+    async def _work_on(self, status: JobStatus, work: Callable[[StoredJob], Awaitable[None]]) -> None:
+        """Take the oldest job of a status, again and again. What goes wrong with one is kept to it."""
+        while True:
+            self._work.clear()
+            try:
+                while (job := self.store.oldest(status)) is not None:
+                    await self._attempt(job, work)
+            except Exception:
+                logger.exception("jobs that are %s have to wait", status)
+                await asyncio.sleep(_RETRY_SECONDS)
+            else:
+                await self._work.wait()
+
+    async def _attempt(self, job: StoredJob, work: Callable[[StoredJob], Awaitable[None]]) -> None:
+        try:
+            await work(job)
+        except RequestError as error:
+            fail(self.store, job.id, error)
+        except Exception as error:
+            logger.exception("job %s failed", job.id)
+            message = f"{type(error).__name__} in the server, whose log has more"
+            fail(self.store, job.id, RequestError(500, message, None, "internal_error"))
+
+    async def _validate(self, job: StoredJob) -> None:
+        data = await asyncio.to_thread(self._reader.read, job)
+        if self.store.job(job.id).status == "validating_files":
+            event = StoredEvent(job.id, "Files validated, moving job to queued state")
+            change(self.store, job.id, "queue", event, config={**job.config, "objective": data.objective})
+            self._work.set()
+
+    async def _take_off_engine(self, job_id: str) -> dict[str, int]:
+        """Stop a job's training; returns its last ``step``, where the engine had it."""
+        session = self._sessions.of(job_id)
+        return {} if session is None or session.manual else await self._sessions.stop(job_id)
+
+    def _take_up_interrupted(self) -> None:
+        for job in self.store.with_status("running"):
+            if self.settings.on_restart == "resume":
+                change(self.store, job.id, "requeue", StoredEvent(job.id, "The job is resumed after a restart of the server"))
+            else:
+                fail(self.store, job.id, RequestError(503, "the server was restarted while the job was running", None, "server_restarted"))

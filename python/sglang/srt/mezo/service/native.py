@@ -1,0 +1,149 @@
+"""Routes beyond OpenAI's: more examples for a running job, its adapter as it is now, single evaluations and updates."""
+
+import asyncio
+import itertools
+import json
+import math
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+from fastapi import FastAPI, Query
+from pydantic import Field
+from starlette.requests import Request
+
+from sglang.srt.mezo.service.endpoint import Endpoint, Service, Wire, add_routes, changes, read_json, reads
+from sglang.srt.mezo.service.errors import RequestError
+from sglang.srt.mezo.service.protocol import Json, job_object
+from sglang.srt.mezo.service.records import StoredJob
+
+_MAX_ROWS_BYTES = 16 << 20  # of a request: far more than it may have tokens, and parsing it holds up serving
+_MAX_LINES = 1000  # of metrics in one answer
+_MAX_FLOAT32 = 3.4028234663852886e38  # what the seed log can keep
+
+Seed = Annotated[int, Field(ge=0, lt=2**64)]
+Finite = Annotated[float, Field(ge=-_MAX_FLOAT32, le=_MAX_FLOAT32)]
+Positive = Annotated[float, Field(gt=0, lt=math.inf)]
+Line = Annotated[int, Query(ge=0)]
+
+
+class AppendExamples(Wire):
+    rows: Annotated[list[Json], Field(min_length=1)]
+
+
+class Publish(Wire):
+    """checkpoint: id of one of the job's checkpoints; null for the adapter as it is now."""
+
+    checkpoint: str | None = None
+
+
+class Evaluate(Wire):
+    """zo_eps: the job's own where it is null."""
+
+    rows: Annotated[list[Json], Field(min_length=1)]
+    zo_random_seed: Seed
+    zo_eps: Positive | None = None
+
+
+class Update(Wire):
+    zo_random_seed: Seed
+    projected_grad: list[Finite]
+    learning_rate: Positive
+    publish: bool = True
+
+
+def install(app: FastAPI, service: Service) -> None:
+    """Add the routes to SGLang's app."""
+    add_routes(app, _Native(service).endpoints(), service)
+
+
+class _Native:
+    def __init__(self, service: Service):
+        self._service = service
+
+    def endpoints(self) -> list[Endpoint]:
+        job = "/mezo/jobs/{job_id}"
+        return [
+            Endpoint("GET", "/mezo/status", self.status),
+            Endpoint("GET", f"{job}/metrics", self.metrics),
+            Endpoint("POST", f"{job}/examples", self.append_examples),
+            Endpoint("POST", f"{job}/publish", self.publish),
+            Endpoint("POST", f"{job}/evaluate", self.evaluate),
+            Endpoint("POST", f"{job}/update", self.update),
+        ]
+
+    @reads
+    async def status(self) -> Json:
+        service = self._service
+        settings = service.settings
+        running = service.store.with_status("running")
+        return {
+            "engine": msgspec.to_builtins(service.engine),
+            "served_model_name": service.client.served_model_name,
+            "settings": {
+                "share": settings.share,
+                "micro_step_ms": settings.micro_step_ms,
+                "kv_share": settings.kv_share,
+                "max_file_bytes": settings.max_file_bytes,
+                "on_restart": settings.on_restart,
+            },
+            "current_job": job_object(running[0]) if running else None,
+            "serving": latency.summary() if (latency := getattr(service, "latency", None)) else None,
+        }
+
+    @reads
+    async def metrics(self, job_id: str, after: Line = 0) -> Json:
+        """Lines of the job's metrics.jsonl behind the first ``after``; ``next`` is the ``after`` of the next request."""
+        job = self._service.store.job(job_id)
+        path = self._service.store.job_directory(job.id) / "run" / "metrics.jsonl"
+        lines = await asyncio.to_thread(_read_lines, path, after)
+        return {"data": lines, "next": after + len(lines)}
+
+    @changes
+    async def append_examples(self, job_id: str, request: Request) -> Json:
+        """``step``: the first that draws from the rows; null where the job does not run, and they count once it does."""
+        self._service.store.job(job_id)
+        body = await read_json(request, AppendExamples, self._max_rows_bytes)
+        appended = await self._service.manager.append_rows(job_id, body.rows)
+        return {"step": appended["step"], "added": appended["examples"]}
+
+    @changes
+    async def publish(self, job_id: str, request: Request) -> Json:
+        self._service.store.job(job_id)
+        body = await read_json(request, Publish)
+        return {"model": await self._service.manager.publish_checkpoint(job_id, body.checkpoint)}
+
+    @changes
+    async def evaluate(self, job_id: str, request: Request) -> Json:
+        job = self._service.store.job(job_id)
+        body = await read_json(request, Evaluate, self._max_rows_bytes)
+        zo_eps = job.config["zo_eps"] if body.zo_eps is None else body.zo_eps
+        return await self._service.manager.evaluate(job_id, body.rows, body.zo_random_seed, zo_eps)
+
+    @changes
+    async def update(self, job_id: str, request: Request) -> Json:
+        job = self._service.store.job(job_id)
+        body = await read_json(request, Update)
+        _require_directions(job, body.projected_grad)
+        return await self._service.manager.update(job_id, body.zo_random_seed, body.projected_grad, body.learning_rate, body.publish)
+
+    @property
+    def _max_rows_bytes(self) -> int:
+        return min(_MAX_ROWS_BYTES, self._service.settings.max_file_bytes)
+
+
+def _require_directions(job: StoredJob, projected_grad: list[float]) -> None:
+    count = job.config["num_perturbations"]
+    if len(projected_grad) != count:
+        message = f"projected_grad has {len(projected_grad)} numbers, and the job's num_perturbations={count} needs as many"
+        raise RequestError(400, message, "projected_grad", "invalid_value")
+
+
+def _read_lines(path: Path, after: int) -> list[dict[str, Any]]:
+    """Whole lines only: the last one may still be in the making."""
+    try:
+        with open(path, "rb") as file:
+            lines = list(itertools.islice(file, after, after + _MAX_LINES))
+    except FileNotFoundError:
+        return []
+    return [json.loads(line) for line in lines if line.endswith(b"\n")]

@@ -1,0 +1,145 @@
+"""Versions of a job's adapter that are served, and its checkpoints: their folders, their names, their rows."""
+
+import asyncio
+import logging
+import re
+import shutil
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+from sglang.srt.mezo.service import publish
+from sglang.srt.mezo.service.client import EngineClient
+from sglang.srt.mezo.service.errors import RequestError
+from sglang.srt.mezo.service.records import LIVE, StoredCheckpoint, StoredEvent, StoredJob
+from sglang.srt.mezo.service.store import Store
+
+logger = logging.getLogger(__name__)
+
+# Of a suffix. No ":", which SGLang splits a model's name at, and nothing that means something in a path.
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+class PublishedAdapters:
+    """What the server answers to beside its base model."""
+
+    def __init__(self, store: Store, client: EngineClient):
+        self._store = store
+        self._client = client
+
+    def model_name(self, adapter_name: str) -> str:
+        """What requests call an adapter."""
+        return f"{self._client.served_model_name}:{adapter_name}"
+
+    def served_model(self, job: StoredJob) -> str:
+        """What requests call a job's adapter; RequestError where it has been deleted."""
+        _require_name(job)
+        return self.model_name(job.adapter_name)
+
+    def name_for(self, job_id: str, suffix: str | None) -> str:
+        """The name of a new job's adapter.
+
+        Raises:
+            RequestError: 400 for a suffix that cannot be a name, 409 for one that is taken.
+        """
+        if suffix is None:
+            return f"ft-{job_id[-8:]}"
+        if not _NAME.fullmatch(suffix):
+            allowed = "1 to 64 letters, digits, '.', '_' or '-', a letter or digit first"
+            raise RequestError(400, f"suffix={suffix!r} is not allowed: {allowed}", "suffix", "invalid_value")
+        self.require_free(suffix)
+        return suffix
+
+    def require_free(self, name: str) -> None:
+        served = publish.names(self._client.tokenizer_manager)
+        holders = [job.id for job in self._store.with_status(*LIVE, "succeeded") if job.adapter_name == name]
+        if holders or any(other.partition(":")[0] == name for other in served):
+            holder = f"job {holders[0]}" if holders else "an adapter that is served"
+            raise RequestError(409, f"suffix={name!r} is not allowed: {holder} has that name", "suffix", "name_taken")
+
+    def announce_all(self) -> None:
+        """After a restart: answer to every name again. Adapters are loaded as they are asked for."""
+        for adapter in self._store.served():
+            if adapter.directory.is_dir():
+                publish.announce(self._client.tokenizer_manager, adapter.name, adapter.directory)
+            else:
+                logger.error("adapter %r is not served: %s is gone", adapter.name, adapter.directory)
+
+    def add_checkpoint(self, job: StoredJob, step: int, folder: Path, metrics: dict[str, Any]) -> None:
+        """Take note of a checkpoint and answer to its name; one that is known already stays as it is."""
+        known = self._store.add_checkpoint(
+            StoredCheckpoint(
+                job.id,
+                step,
+                name=f"{job.adapter_name}:ckpt-step-{step}",
+                directory=str(folder.relative_to(self._store.job_directory(job.id))),
+                metrics={"step": step, **metrics},
+            ),
+            StoredEvent(job.id, f"Checkpoint created at step {step}"),
+        )
+        publish.announce(self._client.tokenizer_manager, known.name, folder)
+
+    async def load_checkpoint(self, job: StoredJob, checkpoint: StoredCheckpoint) -> str:
+        """Have a checkpoint loaded now, not when it is first asked for; returns what requests call it."""
+        _require_name(job)
+        if checkpoint.name not in self._client.tokenizer_manager.lora_registry.get_all_adapters():
+            directory = self._store.job_directory(job.id) / checkpoint.directory
+            await publish.publish(self._client.tokenizer_manager, checkpoint.name, directory)
+        return self.model_name(checkpoint.name)
+
+    async def add_version(
+        self, job_id: str, write: Callable[[Path], Awaitable[Any]], record: Callable[[int], StoredJob]
+    ) -> StoredJob:
+        """Publish the next version of a job's adapter.
+
+        Args:
+            write: makes the PEFT folder.
+            record: stores the version; what the server answers to is on record when this returns.
+
+        Raises:
+            PublishError: the version before is served as before.
+        """
+        job = self._store.job(job_id)
+        _require_name(job)
+        directory = self._store.version_directory(job_id, job.version + 1)
+        try:
+            await asyncio.to_thread(_remove, directory)
+            await write(directory)
+            await publish.publish(self._client.tokenizer_manager, job.adapter_name, directory)
+        except Exception:
+            _remove(directory)
+            raise
+        job = record(job.version + 1)
+        # The engine keeps the weights of a version that requests still use; its folder is not read again.
+        await asyncio.to_thread(_remove, *(path for path in directory.parent.iterdir() if path != directory))
+        return job
+
+    async def delete(self, name: str) -> None:
+        """Answer to a job's adapter and its checkpoints no more; the name is free again.
+
+        Raises:
+            NotFound: no job's adapter has that name.
+            RequestError: it is a checkpoint's, or the job is still going.
+        """
+        adapter_name, _, checkpoint = name.partition(":")
+        job = self._store.job_by_adapter(adapter_name)
+        if checkpoint:
+            message = f"model={name!r} cannot be deleted: a checkpoint goes with its model, {adapter_name!r}"
+            raise RequestError(400, message, "model", "invalid_value")
+        if job.status in LIVE:
+            raise RequestError(409, f"model={name!r} cannot be deleted: its job {job.id} is {job.status}", "model", "invalid_state")
+        names = [adapter.name for adapter in self._store.served() if adapter.job_id == job.id]
+        self._store.update_job(job.id, StoredEvent(job.id, f"Deleted model: {self.model_name(name)}"), adapter_name="", version=0)
+        for served in names:
+            await publish.withdraw(self._client.tokenizer_manager, served)
+        await asyncio.to_thread(_remove, self._store.version_directory(job.id, 1).parent)
+
+
+def _require_name(job: StoredJob) -> None:
+    if not job.adapter_name:
+        raise RequestError(409, f"the model of job {job.id} has been deleted", None, "model_deleted")
+
+
+def _remove(*folders: Path) -> None:
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)

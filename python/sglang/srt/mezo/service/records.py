@@ -1,0 +1,97 @@
+"""What the service keeps about files, jobs, events and checkpoints. Times are seconds of the Unix epoch."""
+
+import secrets
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+JobStatus = Literal["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
+LIVE: tuple[JobStatus, ...] = ("validating_files", "queued", "running", "paused")
+
+
+def new_id(prefix: str) -> str:
+    """``prefix`` and 24 random hexadecimal digits."""
+    return prefix + secrets.token_hex(12)
+
+
+def now() -> int:
+    return int(time.time())
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """``id`` names the content on disk; ``filename`` is what the client called it, and never a path of ours."""
+
+    id: str
+    filename: str
+    purpose: str
+    bytes: int
+    created_at: int
+    status: str
+
+
+@dataclass(frozen=True)
+class StoredJob:
+    """A fine-tuning job.
+
+    adapter_name: what the server answers to; "" once the model has been deleted. request: the body that created the job.
+    hyperparameters: resolved n_epochs, batch_size, learning_rate_multiplier. config: fields of ``MezoConfig`` without
+    ``output_dir``. error: code, message and param. version: of the adapter that is served, 0 for none.
+    """
+
+    id: str
+    created_at: int
+    finished_at: int | None
+    status: JobStatus
+    model: str
+    training_file: str
+    validation_file: str | None
+    seed: int
+    suffix: str | None
+    adapter_name: str
+    metadata: dict[str, str]
+    request: dict[str, Any]
+    hyperparameters: dict[str, Any]
+    config: dict[str, Any]
+    fine_tuned_model: str | None
+    trained_tokens: int | None
+    error: dict[str, Any] | None
+    step: int
+    version: int
+
+
+@dataclass(frozen=True)
+class StoredEvent:
+    """level: info, warn or error. type: message or metrics."""
+
+    job_id: str
+    message: str
+    level: str = "info"
+    type: str = "message"
+    data: dict[str, Any] = field(default_factory=dict)
+    id: str = field(default_factory=lambda: new_id("ftevent-"))
+    created_at: int = field(default_factory=now)
+
+
+@dataclass(frozen=True)
+class StoredCheckpoint:
+    """An adapter of an earlier step: its name for requests, and its PEFT folder, relative to the job's directory."""
+
+    job_id: str
+    step: int
+    name: str
+    directory: str
+    metrics: dict[str, Any]
+    id: str = field(default_factory=lambda: new_id("ftckpt_"))
+    created_at: int = field(default_factory=now)
+
+
+@dataclass(frozen=True)
+class ServedAdapter:
+    """A name that the server answers to, and the PEFT folder behind it."""
+
+    name: str
+    directory: Path
+    job_id: str
+    created_at: int

@@ -1,0 +1,189 @@
+"""Queued jobs, one after the other: each gets the engine until it has ended or is stopped."""
+
+import asyncio
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+from sglang.srt.mezo.adapter import atomic_directory
+from sglang.srt.mezo.service.client import EngineClient
+from sglang.srt.mezo.service.errors import EngineRefused, RequestError
+from sglang.srt.mezo.service.job_data import to_message
+from sglang.srt.mezo.service.messages import AppendExamples, MezoEvent
+from sglang.srt.mezo.service.published import PublishedAdapters
+from sglang.srt.mezo.service.records import StoredEvent, StoredJob
+from sglang.srt.mezo.service.runs import Runs
+from sglang.srt.mezo.service.session import Session, Sessions
+from sglang.srt.mezo.service.states import change
+from sglang.srt.mezo.service.store import Store
+
+logger = logging.getLogger(__name__)
+
+_CHECKPOINT_METRICS = {
+    "eval_loss": ("valid_loss", "full_valid_loss"),
+    "eval_accuracy": ("valid_mean_token_accuracy", "full_valid_mean_token_accuracy"),
+}
+"""Ours to OpenAI's: the validation file is used as a whole each time. Accuracy is the share of its rows whose right option is
+the likeliest."""
+
+
+class Training:
+    """Trains jobs and keeps record of what they report.
+
+    Args:
+        state: held by whoever takes a job to another state in more than one step.
+    """
+
+    def __init__(
+        self, store: Store, client: EngineClient, sessions: Sessions, runs: Runs, published: PublishedAdapters, state: asyncio.Lock
+    ):
+        self.current: str | None = None
+        """The job that has the engine, or is the next to get it."""
+        self._store = store
+        self._client = client
+        self._sessions = sessions
+        self._runs = runs
+        self._published = published
+        self._state = state
+
+    async def train(self, job: StoredJob) -> None:
+        """Run a queued job until it ends or is stopped. Its errors are the caller's to record."""
+        self.current = job.id
+        try:
+            async with self._sessions.lock:
+                if self._sessions.current is not None:
+                    await self._sessions.stop(self._sessions.current.job_id)
+                session = await self._start(job.id)
+                if session is not None:
+                    await self._see_through(session)
+        finally:
+            self.current = None
+
+    async def _start(self, job_id: str) -> Session | None:
+        """None where the job has been stopped in the meantime."""
+        data, segments, applied = await asyncio.to_thread(self._runs.prepare, self._store.job(job_id))
+        if self._store.job(job_id).status != "queued":
+            return None
+        try:
+            await self._sessions.load(job_id, data)
+            async with self._state:
+                if self._store.job(job_id).status == "queued":
+                    return await self._open(job_id, segments, applied)
+        except Exception:
+            await self._sessions.stop(job_id)
+            raise
+        await self._sessions.stop(job_id)
+        return None
+
+    async def _open(self, job_id: str, segments: list[tuple[int, int]], applied: int) -> Session:
+        begun = self._runs.has_begun(job_id)
+        message = "Fine-tuning job goes on from its last step" if begun else "Fine-tuning job started"
+        job = change(self._store, job_id, "start", StoredEvent(job_id, message))
+        for step, folder in self._runs.checkpoints(job_id):  # of which a server that was stopped has not heard
+            self._published.add_checkpoint(job, step, folder, {})
+        command = await asyncio.to_thread(self._runs.start_command, job, segments)
+        return await self._sessions.open(command, applied)
+
+    async def _see_through(self, session: Session) -> None:
+        try:
+            if await session.started():
+                async with self._state:
+                    await self.send_appended(session)
+            event = await session.ended()
+            if event is not None:
+                async with self._state:
+                    if self._store.job(session.job_id).status == "running":
+                        await self._finish(event)
+        except Exception:
+            await self._sessions.stop(session.job_id)
+            raise
+
+    async def send_appended(self, session: Session) -> dict[Path, int | EngineRefused]:
+        """Give the engine all appended rows that it does not have, in their order. Called with ``state`` held.
+
+        Returns:
+            For every file the first step that draws from it, or why the engine does not take it; it is dropped then.
+        """
+        answers: dict[Path, int | EngineRefused] = {}
+        job = self._store.job(session.job_id)
+        for path in self._runs.appended(job.id).files()[session.applied :]:
+            if not session.has_started:
+                break
+            examples = await asyncio.to_thread(self._runs.encode_appended, job, path)
+            try:
+                result = await self._client.call(AppendExamples(job_id=job.id, examples=list(map(to_message, examples))))
+            except EngineRefused as error:
+                answers[path] = error
+                path.unlink()
+                self._store.add_event(job.id, "error", f"{len(examples)} appended examples were not taken: {error.message}")
+            else:
+                session.applied += 1
+                answers[path] = result["step"]
+                message = f"{len(examples)} appended examples are drawn from step {result['step']} on"
+                self._store.add_event(job.id, "info", message, data={"step": result["step"], "examples": len(examples)})
+        return answers
+
+    # --- what a job reports ----------------------------------------------------------------------------------------------
+
+    def on_event(self, event: MezoEvent) -> None:
+        """Keep record of progress, as long as the job is running."""
+        session = self._sessions.of(event.job_id)
+        if session is None or session.manual or session.has_ended or self._store.job(event.job_id).status != "running":
+            return
+        job_id, step = event.job_id, event.step
+        match event.kind:
+            case "started":
+                self._store.update_job(job_id, step=step)
+            case "step":
+                session.train_loss = event.data["loss"]
+                data = {"step": step, "train_loss": event.data["loss"], **event.data}
+                self._metrics(job_id, step, f"{_progress(event)}: training loss={event.data['loss']:.4f}", data)
+            case "evaluated_dev":
+                accuracy = f", accuracy={event.data['eval_accuracy']:.4f}" if "eval_accuracy" in event.data else ""
+                message = f"{_progress(event)}: validation loss={event.data['eval_loss']:.4f}{accuracy}"
+                self._metrics(job_id, step, message, {"step": step, "valid_loss": event.data["eval_loss"], **event.data})
+                metrics = {name: event.data[ours] for ours, names in _CHECKPOINT_METRICS.items() if ours in event.data for name in names}
+                self._store.add_checkpoint_metrics(job_id, step, metrics)  # which is made before its step is evaluated
+            case "checkpoint":
+                self._store.update_job(job_id, step=step)
+                metrics = {} if session.train_loss is None else {"train_loss": session.train_loss}
+                self._published.add_checkpoint(self._store.job(job_id), step, Path(event.data["directory"]), metrics)
+            case "warning":
+                self._store.add_event(job_id, "warn", event.message)
+
+    def _metrics(self, job_id: str, step: int, message: str, data: dict[str, Any]) -> None:
+        self._store.update_job(job_id, StoredEvent(job_id, message, type="metrics", data=data), step=step)
+
+    async def _finish(self, event: MezoEvent) -> None:
+        if event.kind == "failed":
+            raise RequestError(400, event.message, None, event.data["code"])
+        name = self._published.model_name(self._store.job(event.job_id).adapter_name)
+
+        async def copy(directory: Path) -> None:
+            await asyncio.to_thread(_copy, self._runs.directory(event.job_id) / "adapter", directory)
+
+        def record(version: int) -> StoredJob:
+            return change(
+                self._store,
+                event.job_id,
+                "succeed",
+                StoredEvent(event.job_id, f"New fine-tuned model created: {name}", data={"best_step": event.data["best_step"]}),
+                StoredEvent(event.job_id, "The job has successfully completed"),
+                fine_tuned_model=name,
+                trained_tokens=event.data["trained_tokens"],
+                step=event.step,
+                version=version,
+            )
+
+        await self._published.add_version(event.job_id, copy, record)
+
+
+def _progress(event: MezoEvent) -> str:
+    return f"Step {event.step}/{event.data['max_steps']}"
+
+
+def _copy(source: Path, target: Path) -> None:
+    """A folder that appears whole or not at all."""
+    with atomic_directory(target) as partial:
+        shutil.copytree(source, partial, dirs_exist_ok=True)

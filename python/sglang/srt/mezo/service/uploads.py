@@ -1,0 +1,194 @@
+"""Uploaded files, streamed to disk under an id of ours; what the client calls a file is kept as data only."""
+
+import asyncio
+import errno
+import os
+from collections.abc import Callable
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any
+
+from python_multipart import MultipartParser
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import parse_options_header
+from starlette.requests import Request
+
+from sglang.srt.mezo.service.endpoint import require_length, too_large
+from sglang.srt.mezo.service.errors import RequestError
+from sglang.srt.mezo.service.records import StoredFile, new_id, now
+from sglang.srt.mezo.service.store import Store
+
+PURPOSE = "fine-tune"
+_MAX_FILENAME = 255
+_FORM_BYTES = 1 << 16  # of a form's body that are not the file: boundaries, headers, the purpose
+_MAX_FIELD_BYTES = 1024
+
+
+async def receive_file(request: Request, store: Store, max_bytes: int) -> StoredFile:
+    """Store the file of a multipart form. Whatever goes wrong, nothing of it is left behind.
+
+    Raises:
+        RequestError: 413 as soon as the file is known to be too large, 400 for another form than OpenAI's.
+        ClientDisconnect: the client has gone away.
+    """
+    boundary = _boundary(request)
+    require_length(request, max_bytes + _FORM_BYTES)
+    file_id = new_id("file-")
+    path = store.file_path(file_id)
+    partial = path.with_name(f".{file_id}.partial")
+    try:
+        with await asyncio.to_thread(_Form, boundary, partial, max_bytes) as form:
+            async for chunk in request.stream():
+                await asyncio.to_thread(form.feed, chunk)
+            await asyncio.to_thread(form.finish)
+        await asyncio.to_thread(_rename, partial, path)
+        return store.add_file(StoredFile(file_id, form.filename, PURPOSE, form.file_bytes, now(), "processed"))
+    except BaseException as error:
+        path.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise RequestError(HTTPStatus.INSUFFICIENT_STORAGE, "no room is left on the server's disk", "file", "disk_full") from error
+        raise
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _boundary(request: Request) -> bytes:
+    content_type, parameters = parse_options_header(request.headers.get("content-type"))
+    if content_type != b"multipart/form-data" or not parameters.get(b"boundary"):
+        raise _bad("a file is sent as multipart/form-data with the fields purpose and file", "Content-Type")
+    return parameters[b"boundary"]
+
+
+def _rename(partial: Path, path: Path) -> None:
+    os.rename(partial, path)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+class _Form:
+    """OpenAI's form, ``purpose`` and ``file`` in either order, as it comes in. Its methods block."""
+
+    def __init__(self, boundary: bytes, partial: Path, max_bytes: int):
+        self.filename = ""
+        self.file_bytes = 0
+        self._max_bytes = max_bytes
+        self._form_bytes = 0
+        self._fields: dict[str, bytearray] = {}
+        self._name = ""
+        self._headers: dict[bytes, bytearray] = {}
+        self._header = bytearray()
+        self._ended = False
+        callbacks: dict[str, Callable[..., Any]] = {
+            "on_part_begin": self._on_part_begin,
+            "on_header_begin": self._on_header_begin,
+            "on_header_field": self._on_header_field,
+            "on_header_value": self._on_header_value,
+            "on_headers_finished": self._on_headers_finished,
+            "on_part_data": self._on_part_data,
+            "on_end": self._on_end,
+        }
+        try:
+            self._parser = MultipartParser(boundary, callbacks, max_header_size=_FORM_BYTES)
+        except FormParserError as error:
+            raise _bad(f"the form's boundary cannot be used: {error}", "Content-Type") from error
+        self._file = open(partial, "xb")
+
+    def __enter__(self) -> "_Form":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def feed(self, chunk: bytes) -> None:
+        """Parse and write a part of the body."""
+        before = self.file_bytes
+        try:
+            self._parser.write(chunk)
+        except FormParserError as error:
+            raise _bad(f"the form is not multipart/form-data: {error}", None) from error
+        self._form_bytes += len(chunk) - (self.file_bytes - before)
+        if self._form_bytes > _FORM_BYTES:
+            raise too_large(self._max_bytes, "file")
+
+    def finish(self) -> None:
+        """Check that all is there and bring it to the disk."""
+        if not self._ended:
+            raise _bad("the form ends before its last boundary", None)
+        for name in ("purpose", "file"):
+            if name not in self._fields:
+                raise _bad(f"the form has no {name}", name)
+        _require_purpose(self._text("purpose"))
+        if self.file_bytes == 0:
+            raise _bad(f"the file {self.filename!r} is empty", "file")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def _text(self, name: str) -> str:
+        return self._fields[name].decode(errors="replace")
+
+    # --- called by the parser ------------------------------------------------------------------------------------------
+
+    def _on_part_begin(self) -> None:
+        self._headers = {}
+
+    def _on_header_begin(self) -> None:
+        self._header = bytearray()
+
+    def _on_header_field(self, data: bytes, start: int, end: int) -> None:
+        self._header += data[start:end]
+
+    def _on_header_value(self, data: bytes, start: int, end: int) -> None:
+        self._headers.setdefault(bytes(self._header).lower(), bytearray()).extend(data[start:end])
+
+    def _on_headers_finished(self) -> None:
+        disposition = bytes(self._headers.get(b"content-disposition", b""))
+        _, options = parse_options_header(disposition)
+        self._name = options.get(b"name", b"").decode(errors="replace")
+        if self._name not in ("purpose", "file"):
+            raise _bad(f"the form's field {self._name[:100]!r} is not supported: purpose and file are", self._name[:100] or None)
+        if self._name in self._fields:
+            raise _bad(f"the form has more than one {self._name}", self._name)
+        self._fields[self._name] = bytearray()
+        if self._name == "file":
+            if "purpose" in self._fields:
+                _require_purpose(self._text("purpose"))
+            self.filename = _filename(options)
+
+    def _on_part_data(self, data: bytes, start: int, end: int) -> None:
+        if self._name == "file":
+            self.file_bytes += end - start
+            if self.file_bytes > self._max_bytes:
+                raise too_large(self._max_bytes, "file")
+            self._file.write(memoryview(data)[start:end])
+        else:
+            self._fields[self._name] += data[start:end]
+            if len(self._fields[self._name]) > _MAX_FIELD_BYTES:
+                raise _bad(f"{self._name} is longer than {_MAX_FIELD_BYTES} bytes", self._name)
+
+    def _on_end(self) -> None:
+        self._ended = True
+
+
+def _filename(options: dict[bytes, bytes]) -> str:
+    if b"filename" not in options:
+        raise _bad("the field file is no file: it comes without a filename", "file")
+    raw = options[b"filename"]
+    try:
+        filename = raw.decode()
+    except UnicodeDecodeError:
+        filename = raw.decode("latin-1")
+    if not 1 <= len(filename) <= _MAX_FILENAME:
+        raise _bad(f"the filename has {len(filename)} characters, and 1 to {_MAX_FILENAME} are allowed", "file")
+    return filename
+
+
+def _require_purpose(purpose: str) -> None:
+    if purpose != PURPOSE:
+        raise RequestError(400, f"purpose={purpose[:100]!r} is not allowed: {PURPOSE}", "purpose", "invalid_value")
+
+
+def _bad(message: str, param: str | None) -> RequestError:
+    return RequestError(400, message, param, "invalid_form")

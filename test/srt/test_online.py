@@ -1,0 +1,316 @@
+"""Fine-tuning through a real server with the official client: the whole way from files to answers."""
+
+import json
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import cycle
+from pathlib import Path
+
+import pytest
+import torch
+from engine_process import EngineProcess
+from live_server import MODEL, LiveServer, reviews
+from openai import NotFoundError
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from sglang.srt.mezo.adapter import AdapterSpec
+from sglang.srt.mezo.config import MezoConfig
+from sglang.srt.mezo.data import Encoder
+from sglang.srt.mezo.seed_log import SeedLog
+
+MAIN_JOB = {
+    "invocation": " It was", "learning_rate": 3e-3, "zo_eps": 3e-3, "lr_scheduler_type": "linear", "clip_projected_grad": 1.0,
+    "max_steps": 2000, "eval_steps": 500,
+}  # fmt: skip
+SHORT = {**MAIN_JOB, "max_steps": 30, "logging_steps": 1, "lr_scheduler_type": "constant", "learning_rate": 2e-2, "max_tokens_per_batch": 32}
+TEXTS = ["the plot is thin, but the acting is superb. It was", "never again will i eat here. It was", "no such words in here"]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory) -> Iterator[LiveServer]:
+    with LiveServer(tmp_path_factory.mktemp("server") / "mezo", "--enable-metrics") as server:
+        yield server
+        assert "Traceback" not in server.log_text()
+
+
+@pytest.fixture(scope="module")
+def files(server) -> tuple[str, str]:
+    return server.upload(reviews("train", 1000), "train.jsonl"), server.upload(reviews("validation", 200), "validation.jsonl")
+
+
+@pytest.fixture(scope="module")
+def trained(server, files):
+    """The main job, trained by the server."""
+    job = server.create_job(*files, suffix="reviews", **MAIN_JOB)
+    assert job.status == "validating_files" and job.fine_tuned_model is None and job.finished_at is None
+    return server.wait_for(job.id, "succeeded", seconds=400)
+
+
+def prompt_log_probs(server, model: str, prompts: list[str]) -> list[list[float]]:
+    """Log-probability of every token of the prompts but the first, as the server gives them."""
+    answer = server.client.completions.create(model=model, prompt=prompts, max_tokens=1, echo=True, logprobs=1, temperature=0)
+    choices = sorted(answer.choices, key=lambda choice: choice.index)
+    return [choice.logprobs.token_logprobs[1:-1] for choice in choices]
+
+
+def accuracy(server, model: str, rows: list[dict]) -> float:
+    """Share of rows whose right option is the likelier one."""
+    prompts = [row["prompt"] + option for row in rows for option in row["options"]]
+    scores = [values[-1] for start in range(0, len(prompts), 100) for values in prompt_log_probs(server, model, prompts[start : start + 100])]
+    return sum((scores[2 * i] < scores[2 * i + 1]) == bool(row["label"]) for i, row in enumerate(rows)) / len(rows)
+
+
+# --- from files to answers -----------------------------------------------------------------------------------------------
+
+
+def test_the_main_job_lifts_held_out_accuracy_as_it_does_offline(server, trained):
+    assert trained.status == "succeeded" and trained.fine_tuned_model == "reviews-model:reviews"
+    assert trained.trained_tokens > 100_000 and trained.finished_at >= trained.created_at and trained.error is None
+    held_out = reviews("test", 200)
+    assert accuracy(server, server.model, held_out) < 0.6
+    assert accuracy(server, trained.fine_tuned_model, held_out) >= 0.85
+
+
+def test_the_new_model_is_listed_and_answers_in_chat_and_completions(server, trained):
+    listed = {model.id: model for model in server.client.models.list()}
+    assert set(listed) == {server.model, trained.fine_tuned_model}
+    assert server.client.models.retrieve(trained.fine_tuned_model).id == trained.fine_tuned_model
+    options = {"good": [" great"], "bad": [" terrible"]}
+    for text, kind in (("the acting is superb.", "good"), ("the acting is awful.", "bad")):
+        other = options["bad" if kind == "good" else "good"][0]
+        completion = server.client.completions.create(
+            model=trained.fine_tuned_model, prompt=f"{text} It was", max_tokens=1, temperature=0, logprobs=5
+        )
+        chat = server.client.chat.completions.create(
+            model=trained.fine_tuned_model, messages=[{"role": "user", "content": f"{text} It was"}], max_tokens=1, temperature=0,
+            logprobs=True, top_logprobs=5,
+        )  # fmt: skip
+        assert chat.choices[0].message.content == completion.choices[0].text
+        (right, wrong) = (prompt_log_probs(server, trained.fine_tuned_model, [f"{text} It was{o}"])[0][-1] for o in (options[kind][0], other))
+        assert right > wrong
+
+
+def test_events_and_checkpoints_tell_the_story_and_page(server, trained):
+    jobs = server.client.fine_tuning.jobs
+    events = list(jobs.list_events(trained.id, limit=7))  # pages by itself
+    assert len({event.id for event in events}) == len(events) > 20
+    messages = [event.message for event in reversed(events)]
+    assert messages[0] == f"Created fine-tuning job: {trained.id}" and messages[-1] == "The job has successfully completed"
+    assert "Step 2000/2000: training loss=" in " ".join(messages)
+    steps = [event.data["step"] for event in reversed(events) if event.type == "metrics"]
+    assert steps == sorted(steps) and steps[-1] == 2000
+    checkpoints = list(jobs.checkpoints.list(trained.id, limit=2))
+    assert [checkpoint.step_number for checkpoint in checkpoints] == [2000, 1500, 1000, 500]
+    assert checkpoints[0].metrics.valid_loss < checkpoints[-1].metrics.valid_loss
+    assert checkpoints[0].fine_tuned_model_checkpoint == f"{trained.fine_tuned_model}:ckpt-step-2000"
+    early = accuracy(server, checkpoints[-1].fine_tuned_model_checkpoint, reviews("test", 60))
+    assert early > 0.6, "a checkpoint answers by its name"
+
+
+def test_lists_page(server, files, trained):
+    listed = list(server.client.files.list(limit=1))
+    assert {file.id for file in listed} >= set(files)
+    assert server.client.files.content(files[1]).text.splitlines()[0] == json.dumps(reviews("validation", 1)[0])
+    assert [job.id for job in server.client.fine_tuning.jobs.list(limit=1)][-1] == trained.id
+
+
+def test_a_job_can_be_paused_resumed_and_cancelled(server, files):
+    jobs = server.client.fine_tuning.jobs
+    job = server.create_job(files[0], suffix="stopped", **{**MAIN_JOB, "max_steps": 100_000})
+    server.wait_for_step(job.id, 20)
+    assert jobs.pause(job.id).status == "paused"
+    steps = len(SeedLog.open(server.run_directory(job.id) / "seed_log"))
+    assert steps >= server.last_step(job.id) >= 20
+    other = server.create_job(files[0], suffix="meanwhile", **SHORT)
+    server.wait_for(other.id, "succeeded")
+    assert len(SeedLog.open(server.run_directory(job.id) / "seed_log")) == steps
+    assert jobs.resume(job.id).status in ("queued", "running")
+    server.wait_for_step(job.id, steps + 20)
+    assert jobs.cancel(job.id).status == "cancelled"
+    with pytest.raises(NotFoundError):
+        server.client.models.retrieve("reviews-model:stopped")
+
+
+# --- what is served is what the files say -------------------------------------------------------------------------------
+
+
+def peft_log_probs(adapter: Path, texts: list[str]) -> list[torch.Tensor]:
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32), adapter).eval()
+    found = []
+    with torch.no_grad():
+        for text in texts:
+            ids = torch.tensor([tokenizer(text).input_ids])
+            log_probs = torch.log_softmax(model(input_ids=ids).logits[0], dim=-1)
+            found.append(log_probs[:-1].gather(1, ids[0, 1:, None])[:, 0])
+    return found
+
+
+def published(server, job_id: str) -> Path:
+    """The newest version of the job's adapter on disk."""
+    return max((server.directory / "jobs" / job_id / "adapters").glob("v*"), key=lambda path: int(path.name[1:]))
+
+
+@pytest.mark.parametrize("tuning", ["alora", "lora"])
+def test_answers_equal_peft_on_the_saved_files_before_and_after_updates(server, files, tuning):
+    settings = {**SHORT, "tuning": tuning, "invocation": " It was" if tuning == "alora" else None}
+    job = server.create_job(files[0], suffix=f"peft-{tuning}", **settings)
+    job = server.wait_for(job.id, "succeeded")
+    before = None
+    for update in range(4):
+        served = prompt_log_probs(server, job.fine_tuned_model, TEXTS)
+        again = prompt_log_probs(server, job.fine_tuned_model, TEXTS)  # from the cache
+        for expected, got, cached in zip(peft_log_probs(published(server, job.id), TEXTS), served, again, strict=True):
+            assert torch.allclose(torch.tensor(got), expected, atol=1e-4, rtol=0)
+            assert torch.allclose(torch.tensor(cached), expected, atol=1e-4, rtol=0)
+        assert before is None or abs(served[0][-1] - before) > 1e-3, "an update must matter"
+        before = served[0][-1]
+        batch = {"rows": reviews("train", 4), "zo_random_seed": 1000 + update}
+        losses = server.http.post(f"/mezo/jobs/{job.id}/evaluate", json=batch).raise_for_status().json()
+        (plus,), (minus,), (grad,) = losses["loss_plus"], losses["loss_minus"], losses["projected_grad"]
+        assert grad == pytest.approx((plus - minus) / (2 * SHORT["zo_eps"]), rel=1e-5)
+        step = {"zo_random_seed": 1000 + update, "projected_grad": [1.0], "learning_rate": 0.05}
+        answer = server.http.post(f"/mezo/jobs/{job.id}/update", json=step).raise_for_status().json()
+        assert answer == {"step": 31 + update, "model": job.fine_tuned_model}
+
+
+# --- the same numbers online and offline --------------------------------------------------------------------------------
+
+
+def offline_series(server, job, rows: list[dict], tmp_path: Path) -> list[tuple]:
+    """(step, loss_plus, loss_minus, projected_grad) of the job's settings on an engine without a server."""
+    sent = job.method.supervised.hyperparameters.model_dump()
+    names = MezoConfig.__dataclass_fields__.keys() & sent.keys()
+    config = MezoConfig(
+        **{name: sent[name] for name in names}, per_device_train_batch_size=sent["batch_size"], num_train_epochs=sent["n_epochs"],
+        seed=job.seed, output_dir=str(tmp_path / "offline"), disable_tqdm=True,
+    )  # fmt: skip
+    process = EngineProcess(
+        model_path=str(MODEL), r=16, target_modules=["q_proj", "k_proj", "v_proj", "out_proj"], num_slots=7, dtype="float32", max_total_tokens=20000
+    )  # fmt: skip
+    try:
+        process.call(train_offline, config, rows)
+    finally:
+        process.close()
+    return series(Path(config.output_dir))
+
+
+def train_offline(engine, config: MezoConfig, rows: list[dict]) -> None:
+    from sglang.srt.mezo.trainer import MezoTrainer
+
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    invocation = tuple(tokenizer(config.invocation, add_special_tokens=False).input_ids) if config.invocation else ()
+    encoder = Encoder(tokenizer, 512, None, invocation)
+    examples = [example for row in rows for example in encoder.encode(row)]
+    spec = AdapterSpec(str(MODEL), config.r, config.lora_alpha, tuple(config.target_modules), invocation)
+    MezoTrainer(engine.handle, config, spec, examples).train()
+
+
+def series(run: Path) -> list[tuple]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["loss_plus"][0], line["loss_minus"][0], line["projected_grad"][0]) for line in lines if "loss_plus" in line]
+
+
+@contextmanager
+def traffic(server, prompts: list[str], clients: int = 3) -> Iterator[list[str]]:
+    """Greedy requests to the base model, one after the other from each client; the answers are collected."""
+    stop, answers = threading.Event(), []
+
+    def client(index: int) -> None:
+        for prompt in cycle(prompts[index::clients]):
+            if stop.is_set():
+                return
+            answers.append((prompt, greedy(server, prompt)))
+
+    with ThreadPoolExecutor(clients) as pool:
+        running = [pool.submit(client, index) for index in range(clients)]
+        try:
+            yield answers
+        finally:
+            stop.set()
+            for future in running:
+                future.result()
+
+
+def greedy(server, prompt: str) -> str:
+    answer = server.client.completions.create(model=server.model, prompt=prompt, max_tokens=16, temperature=0, extra_body={"ignore_eos": True})
+    return answer.choices[0].text
+
+
+@pytest.mark.parametrize("tuning", ["alora", "lora"])
+def test_a_quiet_server_makes_the_offline_series_bit_for_bit_and_a_busy_one_nearly(server, tmp_path, tuning):
+    rows = reviews("train", 64)
+    file = server.upload(rows)
+    settings = {**SHORT, "tuning": tuning, "invocation": " It was" if tuning == "alora" else None, "save_steps": 0}
+    assert server.http.post("/flush_cache").status_code == 200
+    quiet = server.create_job(file, suffix=f"quiet-{tuning}", **settings)
+    server.wait_for(quiet.id, "succeeded")
+    online = series(server.run_directory(quiet.id))
+    assert len(online) == 30
+    assert online == offline_series(server, quiet, rows, tmp_path)
+    with traffic(server, [row["prompt"] for row in rows]) as answers:
+        busy = server.create_job(file, suffix=f"busy-{tuning}", **settings)
+        server.wait_for(busy.id, "succeeded")
+    assert len(answers) > 10
+    for beside, alone in zip(series(server.run_directory(busy.id)), online, strict=True):
+        assert beside[1:3] == pytest.approx(alone[1:3], rel=1e-4)
+        assert beside[3] == pytest.approx(alone[3], rel=1e-4, abs=2e-4)
+
+
+def test_answers_of_the_base_model_are_the_same_while_a_job_trains(server, files):
+    prompts = [row["prompt"].removesuffix(" It was") for row in reviews("test", 24)]
+    alone = {prompt: greedy(server, prompt) for prompt in prompts}
+    job = server.create_job(files[0], suffix="beside", **{**MAIN_JOB, "max_steps": 100_000})
+    server.wait_for_step(job.id, 5)
+    first = server.last_step(job.id)
+    with traffic(server, prompts) as answers:
+        server.until(lambda: len(answers) > 3 * len(prompts), 120)
+    server.wait_for_step(job.id, first + 5)
+    server.client.fine_tuning.jobs.cancel(job.id)
+    assert [answer for prompt, answer in answers if answer != alone[prompt]] == []
+
+
+# --- while it runs -------------------------------------------------------------------------------------------------------
+
+
+def test_examples_are_added_and_the_adapter_is_served_while_the_job_runs(server, files):
+    job = server.create_job(files[0], suffix="growing", **{**MAIN_JOB, "max_steps": 100_000})
+    server.wait_for_step(job.id, 10)
+    added = server.http.post(f"/mezo/jobs/{job.id}/examples", json={"rows": reviews("test", 20)}).raise_for_status().json()
+    assert added["added"] == 20 and added["step"] > 10
+    model = server.http.post(f"/mezo/jobs/{job.id}/publish", json={}).raise_for_status().json()["model"]
+    first = prompt_log_probs(server, model, TEXTS)
+    server.wait_for_step(job.id, added["step"] + 100)
+    assert server.http.post(f"/mezo/jobs/{job.id}/publish", json={}).raise_for_status().json()["model"] == model
+    assert prompt_log_probs(server, model, TEXTS) != first
+    server.client.fine_tuning.jobs.cancel(job.id)
+
+
+def test_flush_pause_and_health_go_together_with_a_running_job(server, files):
+    job = server.create_job(files[0], suffix="flushed", **{**MAIN_JOB, "max_steps": 100_000})
+    server.wait_for_step(job.id, 5)
+    for _ in range(3):
+        step = server.last_step(job.id)
+        assert server.http.post("/flush_cache").status_code == 200
+        assert server.http.get("/health_generate").status_code == 200
+        server.wait_for_step(job.id, step + 5)
+    assert server.http.post("/pause_generation", json={"mode": "in_place"}).status_code == 200
+    paused = len(SeedLog.open(server.run_directory(job.id) / "seed_log"))
+    threading.Event().wait(1.5)
+    assert len(SeedLog.open(server.run_directory(job.id) / "seed_log")) <= paused + 1
+    assert server.http.post("/continue_generation", json={}).status_code == 200
+    server.wait_for_step(job.id, paused + 5)
+    server.client.fine_tuning.jobs.cancel(job.id)
+    assert server.http.post("/flush_cache").status_code == 200
+
+
+def test_metrics_are_beside_those_of_sglang(server, trained):
+    metrics = server.http.get("/metrics/").text
+    values = {line.split("{")[0].split(" ")[0]: float(line.rsplit(" ", 1)[1]) for line in metrics.splitlines() if line.startswith("sglang:mezo")}
+    assert values["sglang:mezo_steps_total"] >= 2000
+    assert values["sglang:mezo_prefix_tokens_reused_total"] > values["sglang:mezo_prefix_tokens_computed_total"] > 0
+    for name in ("train_loss", "projected_grad", "learning_rate", "share", "step_seconds_count", "piece_seconds_count"):
+        assert f"sglang:mezo_{name}" in values

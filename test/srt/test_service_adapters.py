@@ -1,0 +1,384 @@
+"""Names that the server answers to: versions, checkpoints, and what single operations make of an adapter."""
+
+import asyncio
+
+import pytest
+from service_doubles import write_adapter
+from service_server import ROW, anyio_backend, eventually, runtime_context, server, serving, tokenizer  # noqa: F401
+
+from sglang.srt.mezo.service import manual, publish
+from sglang.srt.mezo.service.errors import NotFound, PublishError, RequestError
+from sglang.srt.mezo.service.messages import ApplyUpdate, EvaluatePerturbed, StartJob, StopJob
+
+pytestmark = pytest.mark.anyio
+
+ALL_SEEDS = 2**64 - 1
+
+
+@pytest.fixture(autouse=True)
+def impatience(monkeypatch):
+    monkeypatch.setattr(publish, "_GRACE_SECONDS", 0.0)
+
+
+@pytest.fixture
+def adapters(server, tmp_path):
+    """Publishes weights under a name."""
+
+    async def put(name: str, weights: str) -> None:
+        write_adapter(tmp_path / weights, weights)
+        await publish.publish(server.tokenizer_manager, name, tmp_path / weights)
+
+    return put
+
+
+async def succeeded_and_opened(server, **arguments):
+    """A succeeded job, and a scheduler that opens it for single operations as soon as it is asked to."""
+    job = await server.succeeded(**arguments)
+    open_at_once(server)
+    return job
+
+
+def open_at_once(server) -> None:
+    handle = server.scheduler.handle
+
+    async def handle_and_open(command):
+        reply = await handle(command)
+        if isinstance(command, StartJob) and command.manual and reply.success:
+            asyncio.get_running_loop().call_soon(server.scheduler.report, "started", server.scheduler.step)
+        return reply
+
+    server.scheduler.handle = handle_and_open
+
+
+def evaluation(server, **result) -> None:
+    """Report the result of the evaluation that was asked for last."""
+    [*_, command] = server.scheduler.sent(EvaluatePerturbed)
+    server.scheduler.report("evaluated", operation=command.operation, **result)
+
+
+async def evaluate(server, job, **result):
+    before = len(server.scheduler.sent(EvaluatePerturbed))
+    request = asyncio.create_task(server.manager.evaluate(job.id, [ROW], 7, 1e-2))
+    await eventually(lambda: len(server.scheduler.sent(EvaluatePerturbed)) > before)
+    evaluation(server, **result)
+    return await request
+
+
+# --- the registry ------------------------------------------------------------------------------------------------------
+
+
+async def test_a_request_keeps_the_version_that_it_came_for(server, adapters):
+    await adapters("a", "one")
+    under_way = await server.tokenizer_manager.begin("a")
+    await adapters("a", "two")
+    assert await server.answer("a") == "two"
+    await asyncio.sleep(0.05)
+    loaded = server.tokenizer_manager.loaded
+    assert loaded[under_way][1] == "one" and len(loaded) == 2
+    await server.tokenizer_manager.end(under_way)
+    await eventually(lambda: len(loaded) == 1)
+    assert await server.answer("a") == "two"
+
+
+async def test_requests_never_miss_a_name_that_changes(server, adapters):
+    await adapters("a", "0")
+    done = False
+
+    async def ask() -> list[int]:
+        answers = []
+        while not done:
+            answers.append(int(await server.answer("a")))
+            await asyncio.sleep(0)
+        return answers
+
+    asking = [asyncio.create_task(ask()) for _ in range(4)]
+    for version in range(1, 20):
+        await adapters("a", str(version))
+    done = True
+    for answers in await asyncio.gather(*asking):
+        assert answers == sorted(answers) and len(answers) > 20
+    await eventually(lambda: len(server.tokenizer_manager.loaded) == 1)
+
+
+async def test_an_adapter_that_cannot_be_loaded_leaves_the_one_before(server, adapters):
+    await adapters("a", "one")
+    server.tokenizer_manager.broken = "two"
+    with pytest.raises(PublishError, match="'a' cannot be loaded: the weights are broken"):
+        await adapters("a", "two")
+    assert await server.answer("a") == "one"
+    assert len(server.tokenizer_manager.loaded) == 1
+
+
+async def test_an_announced_adapter_is_loaded_when_it_is_asked_for(server, adapters, tmp_path):
+    write_adapter(tmp_path / "x", "lazy")
+    publish.announce(server.tokenizer_manager, "x", tmp_path / "x")
+    assert not server.tokenizer_manager.loaded and publish.names(server.tokenizer_manager) == {"x"}
+    assert await server.answer("x") == "lazy"
+    await adapters("x", "eager")
+    assert await server.answer("x") == "eager"
+
+
+async def test_a_name_that_is_withdrawn_is_unknown_once_its_requests_are_answered(server, adapters):
+    await adapters("a", "one")
+    under_way = await server.tokenizer_manager.begin("a")
+    await publish.withdraw(server.tokenizer_manager, "a")
+    with pytest.raises(ValueError, match="never been loaded"):
+        await server.answer("a")
+    assert under_way in server.tokenizer_manager.loaded
+    await server.tokenizer_manager.end(under_way)
+    await eventually(lambda: not server.tokenizer_manager.loaded)
+    await publish.withdraw(server.tokenizer_manager, "unknown")
+
+
+# --- names of jobs -----------------------------------------------------------------------------------------------------
+
+
+async def test_an_adapter_has_its_jobs_suffix_or_a_name_of_its_own(server):
+    assert (await server.create(suffix="My.model_2-b")).adapter_name == "My.model_2-b"
+    job = await server.create()
+    assert job.adapter_name == f"ft-{job.id[-8:]}"
+
+
+@pytest.mark.parametrize("suffix", ["", ".", "..", "../x", "a/b", "a:b", "a@b", "-a", "_a", "a b", "a\n", "ä", "a" * 65, "a\x00"])
+async def test_a_suffix_that_could_mean_something_else_is_refused(server, suffix):
+    with pytest.raises(RequestError, match="is not allowed") as caught:
+        server.manager.adapter_name_for("ftjob-0", suffix)
+    assert (caught.value.status, caught.value.param, caught.value.code) == (400, "suffix", "invalid_value")
+
+
+async def test_a_name_has_one_holder(server, adapters):
+    await adapters("loaded", "one")
+    job = await server.succeeded(suffix="mine")
+    failed = await server.until(await server.create("{", suffix="bad"), "failed")
+    for name in ("loaded", "mine"):
+        with pytest.raises(RequestError, match=name) as caught:
+            server.manager.adapter_name_for("ftjob-0", name)
+        assert (caught.value.status, caught.value.param, caught.value.code) == (409, "suffix", "name_taken")
+    assert server.manager.adapter_name_for("ftjob-0", failed.adapter_name) == "bad"
+    with pytest.raises(RequestError, match=job.id):  # two at the same time
+        await server.manager.create_job(job)
+
+
+async def test_checkpoints_of_a_cancelled_job_hold_its_name_until_it_is_deleted(server, tmp_path):
+    job = await server.running(suffix="mine")
+    folder = tmp_path / "jobs" / job.id / "run" / "checkpoint-4"
+    write_adapter(folder, "of step 4")
+    server.scheduler.report("checkpoint", 4, directory=str(folder))
+    await server.manager.cancel(job.id)
+    with pytest.raises(RequestError, match="an adapter that is served"):
+        server.manager.adapter_name_for("ftjob-0", "mine")
+    await server.manager.delete_model("mine")
+    assert server.manager.adapter_name_for("ftjob-0", "mine") == "mine"
+
+
+# --- publishing --------------------------------------------------------------------------------------------------------
+
+
+async def test_a_running_jobs_adapter_is_served_on_request_and_then_its_result(server, tmp_path):
+    job = await server.running()
+    for step in (4, 6):
+        server.scheduler.report("step", step, loss=0.6, max_steps=10)
+        assert await server.manager.publish_checkpoint(job.id, None) == f"opt:{job.adapter_name}"
+        assert await server.answer(job.adapter_name) == f"step {step}"
+    assert (server.store.job(job.id).version, server.store.job(job.id).fine_tuned_model) == (2, None)
+    server.scheduler.succeed()
+    done = await server.until(job, "succeeded")
+    assert done.version == 3 and await server.answer(job.adapter_name) == "trained"
+    folders = tmp_path / "jobs" / job.id / "adapters"
+    await eventually(lambda: [folder.name for folder in folders.iterdir()] == ["v3"])
+    assert await server.manager.publish_checkpoint(job.id, None) == done.fine_tuned_model
+
+
+async def test_a_publication_that_fails_leaves_the_version_before(server, tmp_path):
+    job = await server.running()
+    await server.manager.publish_checkpoint(job.id, None)
+    server.scheduler.report("step", 4, loss=0.6, max_steps=10)
+    server.tokenizer_manager.broken = "step 4"
+    with pytest.raises(PublishError):
+        await server.manager.publish_checkpoint(job.id, None)
+    assert server.store.job(job.id).version == 1 and await server.answer(job.adapter_name) == "step 0"
+    assert [folder.name for folder in (tmp_path / "jobs" / job.id / "adapters").iterdir()] == ["v1"]
+
+
+async def test_a_checkpoint_is_loaded_on_request(server, tmp_path):
+    job, other = await server.running(), await server.create()
+    folder = tmp_path / "jobs" / job.id / "run" / "checkpoint-4"
+    write_adapter(folder, "of step 4")
+    server.scheduler.report("checkpoint", 4, directory=str(folder))
+    [checkpoint] = server.store.checkpoints(job.id).data
+    for _ in range(2):
+        name = await server.manager.publish_checkpoint(job.id, checkpoint.id)
+    assert name == f"opt:{job.adapter_name}:ckpt-step-4"
+    assert [weights for _, weights in server.tokenizer_manager.loaded.values()] == ["of step 4"]
+    for job_id, id in ((job.id, "ftckpt_unknown"), (other.id, checkpoint.id)):
+        with pytest.raises(NotFound, match="checkpoint"):
+            await server.manager.publish_checkpoint(job_id, id)
+
+
+async def test_what_was_served_is_served_after_a_restart(tmp_path, tokenizer):  # noqa: F811
+    async with serving(tmp_path, tokenizer) as server:  # noqa: F811
+        job = await server.running(suffix="mine")
+        folder = tmp_path / "jobs" / job.id / "run" / "checkpoint-4"
+        write_adapter(folder, "of step 4")
+        server.scheduler.report("checkpoint", 4, directory=str(folder))
+        server.scheduler.succeed()
+        await server.until(job, "succeeded")
+        deleted = await server.succeeded(suffix="gone")
+        await server.manager.delete_model("gone")
+    async with serving(tmp_path, tokenizer) as server:
+        assert await server.answer("mine") == "trained"
+        assert await server.answer("mine:ckpt-step-4") == "of step 4"
+        assert server.store.job(deleted.id).fine_tuned_model == "opt:gone"
+        with pytest.raises(ValueError, match="never been loaded"):
+            await server.answer("gone")
+
+
+async def test_a_deleted_model_is_gone_and_cannot_be_worked_on(server):
+    job = await succeeded_and_opened(server, suffix="mine")
+    await server.manager.delete_model("mine")
+    with pytest.raises(ValueError, match="never been loaded"):
+        await server.answer("mine")
+    with pytest.raises(NotFound):
+        await server.manager.delete_model("mine")
+    for call in (server.manager.publish_checkpoint(job.id, None), server.manager.update(job.id, 1, [0.5], 1e-3)):
+        with pytest.raises(RequestError, match="has been deleted"):
+            await call
+    again = await server.succeeded(suffix="mine")
+    assert again.adapter_name == "mine" and await server.answer("mine") == "trained"
+
+
+async def test_what_cannot_be_deleted(server, tmp_path):
+    job = await server.running(suffix="mine")
+    folder = tmp_path / "jobs" / job.id / "run" / "checkpoint-4"
+    write_adapter(folder, "of step 4")
+    server.scheduler.report("checkpoint", 4, directory=str(folder))
+    for name, status in (("mine", 409), ("mine:ckpt-step-4", 400), ("other", 404)):
+        with pytest.raises(RequestError) as caught:
+            await server.manager.delete_model(name)
+        assert (caught.value.status, caught.value.param) == (status, "model")
+    assert await server.answer("mine:ckpt-step-4") == "of step 4"
+
+
+# --- single operations -------------------------------------------------------------------------------------------------
+
+
+async def test_a_perturbation_of_a_succeeded_job_is_evaluated(server):
+    job = await succeeded_and_opened(server)
+    losses = {"loss_plus": [0.6], "loss_minus": [0.5], "projected_grad": [5.0]}
+    assert await evaluate(server, job, **losses) == {"step": 10, **losses}
+    [command] = server.scheduler.sent(EvaluatePerturbed)
+    assert (command.zo_random_seed, command.zo_eps, len(command.examples)) == (7, 1e-2, 1)
+    start = server.scheduler.sent(StartJob)[-1]
+    assert start.manual and start.config["resume_from_checkpoint"] and start.segments == []
+    await evaluate(server, job, **losses)
+    assert len(server.scheduler.sent(StartJob)) == 2  # the training, and one for both evaluations
+
+
+async def test_an_update_of_a_succeeded_job_is_served_at_once(server):
+    job = await succeeded_and_opened(server)
+    under_way = await server.tokenizer_manager.begin(job.adapter_name)
+    answer = await server.manager.update(job.id, ALL_SEEDS, [0.5], 1e-3)
+    assert answer == {"step": 11, "model": job.fine_tuned_model}
+    assert await server.answer(job.adapter_name) == "step 11"
+    assert server.tokenizer_manager.loaded[under_way][1] == "trained"
+    [command] = server.scheduler.sent(ApplyUpdate)
+    assert (command.zo_random_seed, command.projected_grad, command.learning_rate) == (ALL_SEEDS, [0.5], 1e-3)
+    assert await server.manager.update(job.id, 1, [0.5], 1e-3, publish=False) == {"step": 12, "model": None}
+    assert await server.answer(job.adapter_name) == "step 11"
+    after = server.store.job(job.id)
+    assert (after.status, after.step, after.version) == ("succeeded", 12, 2)
+
+
+async def test_a_paused_job_is_updated_served_and_resumed(server):
+    job = await server.running()
+    server.scheduler.report("step", 4, loss=0.6, max_steps=10)
+    await server.manager.pause(job.id)
+    open_at_once(server)
+    assert await server.manager.update(job.id, 1, [0.5], 1e-3) == {"step": 5, "model": None}
+    assert await server.manager.publish_checkpoint(job.id, None) == f"opt:{job.adapter_name}"
+    assert await server.answer(job.adapter_name) == "step 5"
+    await server.manager.resume(job.id)
+    await eventually(lambda: server.scheduler.job is not None and not server.scheduler.job.manual)
+    assert server.scheduler.commands[-3] == StopJob(job_id=job.id)
+    server.scheduler.report("started", 5)
+    server.scheduler.succeed()
+    await server.until(job, "succeeded")
+
+
+async def test_an_operation_that_the_engine_gives_up_says_why(server):
+    job = await succeeded_and_opened(server)
+    with pytest.raises(RequestError, match="the cache was flushed"):
+        await evaluate(server, job, error="the cache was flushed")
+    server.scheduler.report("failed", 10, "out of memory", job_id=job.id, code="CapacityError")
+    await evaluate(server, job, loss_plus=[0.5])
+    assert server.store.job(job.id).status == "succeeded"
+
+
+async def test_a_session_that_ends_in_mid_operation_fails_it(server):
+    job = await succeeded_and_opened(server)
+    request = asyncio.create_task(server.manager.evaluate(job.id, [ROW], 7, 1e-2))
+    await eventually(lambda: server.scheduler.sent(EvaluatePerturbed))
+    server.scheduler.report("failed", 10, "out of memory", code="CapacityError")
+    with pytest.raises(RequestError, match="out of memory"):
+        await request
+
+
+async def test_training_goes_before_single_operations(server):
+    job = await succeeded_and_opened(server)
+    training = await server.running()
+    for call in (
+        server.manager.evaluate(job.id, [ROW], 7, 1e-2),
+        server.manager.update(job.id, 1, [0.5], 1e-3),
+    ):
+        with pytest.raises(RequestError, match=training.id) as caught:
+            await call
+        assert (caught.value.status, caught.value.code) == (409, "engine_busy")
+    server.scheduler.succeed()
+    await server.until(training, "succeeded")
+    await evaluate(server, job, loss_plus=[0.5])
+
+
+async def test_an_operation_is_finished_before_training_begins(server):
+    job = await succeeded_and_opened(server)
+    request = asyncio.create_task(server.manager.evaluate(job.id, [ROW], 7, 1e-2))
+    await eventually(lambda: server.scheduler.sent(EvaluatePerturbed))
+    waiting = await server.until(await server.create(), "queued")
+    await asyncio.sleep(0.05)
+    assert server.scheduler.job.manual
+    evaluation(server, loss_plus=[0.5])
+    await request
+    await server.started(waiting)
+
+
+async def test_the_engine_is_given_back_after_a_while(server, monkeypatch):
+    job = await succeeded_and_opened(server)
+    for _ in range(3):
+        await evaluate(server, job, loss_plus=[0.5])
+    clocks = [task for task in asyncio.all_tasks() if task.get_coro().__name__ == "_give_back" and not task.cancelling()]
+    assert len(clocks) == 1
+    monkeypatch.setattr(manual, "_IDLE_SECONDS", 0.05)
+    for _ in range(2):
+        await evaluate(server, job, loss_plus=[0.5])
+        await eventually(lambda: server.scheduler.job is None)
+
+
+async def test_an_engine_that_never_finds_the_time_is_left_alone(server, monkeypatch):
+    monkeypatch.setattr(manual, "_TIMEOUT_SECONDS", 0.05)
+    job = await server.succeeded()
+    with pytest.raises(RequestError, match="did not find the time") as caught:  # to take the adapter up
+        await server.manager.evaluate(job.id, [ROW], 7, 1e-2)
+    assert caught.value.status == 503 and server.scheduler.job is None
+    open_at_once(server)
+    with pytest.raises(RequestError, match="did not find the time"):  # to evaluate
+        await server.manager.evaluate(job.id, [ROW], 7, 1e-2)
+    assert server.scheduler.job is None
+
+
+@pytest.mark.parametrize("status", ["running", "queued", "failed", "cancelled"])
+async def test_single_operations_are_for_paused_and_succeeded_jobs(server, status):
+    job = await server.succeeded()
+    server.store.update_job(job.id, status=status)
+    with pytest.raises(RequestError, match=f"cannot evaluate a job that is {status}"):
+        await server.manager.evaluate(job.id, [ROW], 7, 1e-2)
+    with pytest.raises(RequestError, match=f"cannot update a job that is {status}"):
+        await server.manager.update(job.id, 1, [0.5], 1e-3)

@@ -1,0 +1,237 @@
+"""What a client leaves open is settled from one place; what it gets wrong is named with its path, value and range."""
+
+import json
+
+import pytest
+
+from sglang.srt.mezo.config import MezoConfig
+from sglang.srt.mezo.service.errors import RequestError
+from sglang.srt.mezo.service.hyperparameters import KINDS, reported, resolve
+from sglang.srt.mezo.service.messages import EngineDescription
+
+ENGINE = EngineDescription(
+    model_path="/models/tiny",
+    dtype="float32",
+    context_length=128,
+    kv_capacity=4000,
+    max_lora_rank=16,
+    max_loras_per_batch=8,
+    target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
+    default_target_modules={"alora": ["q_proj", "k_proj", "v_proj", "o_proj"], "lora": ["q_proj", "v_proj"]},
+    micro_step_tokens=256,
+    alora=True,
+)
+PLACE = "method.supervised.hyperparameters"
+
+
+def request(**hyperparameters):
+    return {"method": {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}}}
+
+
+def resolved(num_train=1000, engine=ENGINE, **hyperparameters):
+    return resolve(request(**hyperparameters), engine, num_train, seed=7)
+
+
+def refused(body, engine=ENGINE):
+    with pytest.raises(RequestError) as caught:
+        resolve(body, engine, 1000, seed=7)
+    assert caught.value.status == 400
+    return caught.value
+
+
+@pytest.mark.parametrize("body", [{}, {"method": None}, {"method": {"type": "supervised"}}, {"hyperparameters": None}, request()])
+def test_nothing_given_is_the_default_of_a_server(body):
+    config, hyperparameters = resolve(body, ENGINE, 1000, seed=7)
+    assert hyperparameters == {"n_epochs": 32, "batch_size": 16, "learning_rate_multiplier": 1}
+    expected = MezoConfig(
+        tuning="lora", target_modules=["q_proj", "v_proj"], max_tokens_per_batch=256, max_steps=2000, num_train_epochs=32, seed=7,
+        save_steps=250,
+    )
+    assert MezoConfig(**config) == expected
+    assert not {"output_dir", "overwrite_output_dir", "resume_from_checkpoint"} & config.keys()
+
+
+def test_auto_is_the_default_of_every_hyperparameter():
+    assert resolved(**dict.fromkeys(KINDS, "auto")) == resolved()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "field"),
+    [
+        ("learning_rate", 1, "learning_rate"),
+        ("learning_rate", 3e-4, "learning_rate"),
+        ("lr_scheduler_type", "cosine", "lr_scheduler_type"),
+        ("warmup_steps", 0.1, "warmup_steps"),
+        ("warmup_steps", 10, "warmup_steps"),
+        ("weight_decay", 0.01, "weight_decay"),
+        ("clip_projected_grad", 5, "clip_projected_grad"),
+        ("clip_projected_grad", None, "clip_projected_grad"),
+        ("zo_eps", 1e-3, "zo_eps"),
+        ("num_perturbations", 2, "num_perturbations"),
+        ("perturbation", "rademacher", "perturbation"),
+        ("tuning", "lora", "tuning"),
+        ("invocation", " It was", "invocation"),
+        ("invocation", None, "invocation"),
+        ("r", 16, "r"),
+        ("lora_alpha", 32, "lora_alpha"),
+        ("target_modules", ["o_proj"], "target_modules"),
+        ("max_steps", 3, "max_steps"),
+        ("objective", "completion", "objective"),
+        ("objective", None, "objective"),
+        ("eval_steps", 5, "eval_steps"),
+        ("logging_steps", 1, "logging_steps"),
+        ("save_steps", 0, "save_steps"),
+        ("gradient_accumulation_steps", 4, "gradient_accumulation_steps"),
+        ("noise_floor_steps", 100, "noise_floor_steps"),
+        ("load_best_model_at_end", False, "load_best_model_at_end"),
+        ("metric_for_best_model", "eval_accuracy", "metric_for_best_model"),
+        ("metric_for_best_model", None, "metric_for_best_model"),
+        ("max_tokens_per_batch", 4000, "max_tokens_per_batch"),
+        ("batch_size", 4, "per_device_train_batch_size"),
+        ("n_epochs", 2, "num_train_epochs"),
+    ],
+)
+def test_a_value_reaches_its_setting_and_is_reported(name, value, field):
+    config, hyperparameters = resolved(**{name: value})
+    assert config[field] == value
+    assert reported(config, hyperparameters)[name] == value
+    MezoConfig(**config)
+
+
+def test_every_hyperparameter_is_reported_under_its_own_name():
+    report = reported(*resolved())
+    assert report.keys() == KINDS.keys()
+    assert json.loads(json.dumps(report)) == report
+
+
+def test_what_is_reported_makes_the_same_job_again():
+    config, hyperparameters = resolved(r=4, n_epochs=3, zo_eps=1e-3, invocation=" It was", num_perturbations=2)
+    assert resolved(**reported(config, hyperparameters)) == (config, hyperparameters)
+
+
+WRONG_TYPES = {
+    int: ["3", 1.5, True, None, [1], {}],
+    float: ["3", True, None, [1], {}],
+    bool: [0, "true", None],
+    str: [0, True, ["a"]],
+    list[str]: ["q_proj", [1], {}, [None]],
+}
+
+
+def wrong_values():
+    for name, kind in KINDS.items():
+        base = next((base for base in WRONG_TYPES if base == kind or base in getattr(kind, "__args__", ())), str)
+        nullable = type(None) in getattr(kind, "__args__", ())
+        yield from ((name, value) for value in WRONG_TYPES[base] if not (nullable and value is None))
+
+
+@pytest.mark.parametrize(("name", "value"), list(wrong_values()))
+def test_a_wrong_type_is_named_with_its_path_and_what_is_allowed(name, value):
+    error = refused(request(**{name: value}))
+    assert error.param == f"{PLACE}.{name}"
+    assert error.code == "invalid_value"
+    assert error.message.startswith(f"{PLACE}.{name}={value!r} is not allowed: ")
+    assert error.message.endswith('or "auto"')
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        *((name, value, "a positive number") for value in (0, -1.0) for name in (
+            "learning_rate", "zo_eps", "lora_alpha", "clip_projected_grad", "learning_rate_multiplier",
+        )),
+        *((name, 0, "at least 1") for name in (
+            "r", "num_perturbations", "eval_steps", "logging_steps", "max_tokens_per_batch", "n_epochs", "max_steps",
+        )),
+        *((name, -1, "zero or more") for name in ("weight_decay", "warmup_steps", "save_steps", "noise_floor_steps")),
+        ("batch_size", 0, "from 1 to 4096"),
+        ("batch_size", 4097, "from 1 to 4096"),
+        ("gradient_accumulation_steps", 0, "from 1 to 256"),
+        ("gradient_accumulation_steps", 257, "from 1 to 256"),
+        ("r", 17, "from 1 to 16, the server's --max-lora-rank"),
+        ("num_perturbations", 3, "at most 2, as each takes two of the server's --max-loras-per-batch=8"),
+        ("max_tokens_per_batch", 4001, "from 1 to 4000, the size of the KV pool"),
+        ("target_modules", [], "at least one module"),
+        ("target_modules", ["fc1"], "some of q_proj, k_proj, v_proj, o_proj, which this server adapts"),
+        ("target_modules", ["v_proj", "v_proj"], "each module once"),
+        ("metric_for_best_model", "f1", "one of eval_loss, eval_accuracy, null"),
+        ("lr_scheduler_type", "polynomial", 'one of constant, linear, cosine, or "auto"'),
+        ("objective", "f1", 'one of classification, completion, language_modeling, null, or "auto"'),
+    ],
+)  # fmt: skip
+def test_a_value_out_of_range_is_named_with_what_is_allowed(name, value, allowed):
+    error = refused(request(**{name: value}))
+    assert error.message == f"{PLACE}.{name}={value!r} is not allowed: {allowed}"
+    assert (error.param, error.code) == (f"{PLACE}.{name}", "invalid_value")
+
+
+@pytest.mark.parametrize(
+    "name", ["output_dir", "report_to", "seed", "resume_from_checkpoint", "prefix_reuse", "zo_epsilon", "per_device_train_batch_size"]
+)
+def test_what_a_job_may_not_set_is_refused_with_what_it_may(name):
+    error = refused(request(**{name: "/etc"}))
+    assert error.message.startswith(f"{PLACE}.{name} is not a hyperparameter; there are n_epochs, batch_size, ")
+    assert (error.param, error.code) == (f"{PLACE}.{name}", "unknown_parameter")
+
+
+def test_the_older_place_does_as_well_and_errors_name_it():
+    assert resolve({"hyperparameters": {"n_epochs": 2}}, ENGINE, 1000, seed=7) == resolved(n_epochs=2)
+    assert refused({"hyperparameters": {"zo_eps": "x"}}).param == "hyperparameters.zo_eps"
+    assert refused({"hyperparameters": {"r": 99}}).param == "hyperparameters.r"
+    both = refused({"hyperparameters": {"r": 4}, **request(r=4)})
+    assert both.message == f"hyperparameters.r=4 is not allowed: it is given as {PLACE}.r as well; one place is enough"
+    assert resolve({"hyperparameters": {"r": 4}, **request(n_epochs=2)}, ENGINE, 1000, seed=7) == resolved(r=4, n_epochs=2)
+
+
+@pytest.mark.parametrize(
+    ("hyperparameters", "num_train", "n_epochs", "batch_size", "max_steps"),
+    [
+        ({}, 1000, 32, 16, 2000),
+        ({}, 5, 2000, 5, 2000),
+        ({}, 1_000_000, 1, 16, 2000),
+        ({"batch_size": 8}, 1000, 16, 8, 2000),
+        ({"gradient_accumulation_steps": 2}, 1000, 64, 16, 2000),
+        ({"max_steps": 10}, 1000, 1, 16, 10),
+        ({"max_steps": 10, "n_epochs": 7}, 20, 8, 16, 10),
+        ({"n_epochs": 3}, 1000, 3, 16, -1),
+    ],
+)
+def test_steps_and_epochs_agree(hyperparameters, num_train, n_epochs, batch_size, max_steps):
+    config, resolved_three = resolved(num_train, **hyperparameters)
+    assert resolved_three == {"n_epochs": n_epochs, "batch_size": batch_size, "learning_rate_multiplier": 1}
+    assert (config["max_steps"], config["num_train_epochs"]) == (max_steps, n_epochs)
+
+
+def test_epochs_that_a_client_asks_for_are_counted_in_examples_later():
+    config, hyperparameters = resolved(n_epochs=3, num_train=1)
+    assert MezoConfig(**config).steps_for(160) == 480
+    assert reported(config, hyperparameters)["max_steps"] == "auto"
+
+
+def test_the_multiplier_is_of_the_default_learning_rate_only():
+    config, hyperparameters = resolved(learning_rate_multiplier=2)
+    assert config["learning_rate"] == 2 * MezoConfig.learning_rate
+    assert hyperparameters["learning_rate_multiplier"] == 2
+    assert resolved(learning_rate_multiplier=1, learning_rate=0.5)[0]["learning_rate"] == 0.5
+    error = refused(request(learning_rate_multiplier=2, learning_rate=0.5))
+    assert error.param == f"{PLACE}.learning_rate_multiplier"
+    assert "multiplies the default learning rate" in error.message
+
+
+def test_an_invocation_makes_the_adapter_an_activated_one():
+    config, _ = resolved(invocation=" It was")
+    assert (config["tuning"], config["target_modules"]) == ("alora", ["q_proj", "k_proj", "v_proj", "o_proj"])
+    assert resolved(tuning="alora", invocation=" It was")[0] == config
+    assert refused(request(tuning="alora")).param == f"{PLACE}.invocation"
+    assert refused(request(tuning="alora", invocation="")).param == f"{PLACE}.invocation"
+    assert refused(request(tuning="lora", invocation=" It was")).param == f"{PLACE}.invocation"
+
+
+def test_a_backend_without_activated_adapters_says_so():
+    engine = EngineDescription(**{name: getattr(ENGINE, name) for name in ENGINE.__struct_fields__} | {"alora": False})
+    assert "this server's LoRA backend cannot serve aLoRA" in refused(request(invocation=" It was"), engine).message
+    assert resolve(request(), engine, 10, seed=7)[0]["tuning"] == "lora"
+
+
+def test_a_long_value_is_cut_in_the_message():
+    assert len(refused(request(r="x" * 100_000)).message) < 200

@@ -1,0 +1,501 @@
+"""Jobs from their creation to their end, with a scheduler that says what a test lets it say."""
+
+import asyncio
+import json
+from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+from service_doubles import ENGINE, Refusal, write_adapter
+from service_server import ROW, ROWS, Server, anyio_backend, eventually, runtime_context, server, serving, tokenizer  # noqa: F401
+
+from sglang.srt.managers.communicator import FanOutCommunicator
+from sglang.srt.mezo.config import MezoConfig
+from sglang.srt.mezo.data import Encoder
+from sglang.srt.mezo.service import publish
+from sglang.srt.mezo.service.client import EngineClient
+from sglang.srt.mezo.service.errors import NotFound, RequestError
+from sglang.srt.mezo.service.job_data import JobReader, parts, shared_tokenizer
+from sglang.srt.mezo.service.messages import AppendExamples, LoadExamples, MezoReqOutput, StartJob, StopJob
+
+pytestmark = pytest.mark.anyio
+
+
+# --- from creation to success ------------------------------------------------------------------------------------------
+
+
+async def test_a_job_trains_and_its_adapter_is_served(server):
+    job = await server.create(validation=server.upload(ROW, filename="dev.jsonl"))
+    assert job.status == "validating_files"
+    await server.started(job)
+    server.scheduler.report("step", 4, loss=0.6, learning_rate=1e-3, max_steps=10)
+    server.scheduler.report("evaluated_dev", 4, eval_loss=0.5, eval_accuracy=0.75, max_steps=10)
+    assert server.store.job(job.id).step == 4
+    server.scheduler.report("warning", 5, "zo_eps is lost")
+    assert server.store.job(job.id).fine_tuned_model is None
+    server.scheduler.succeed(step=10)
+    done = await server.until(job, "succeeded")
+    assert (done.fine_tuned_model, done.trained_tokens, done.step, done.version, done.error) == (f"opt:{job.adapter_name}", 123, 10, 1, None)
+    assert done.finished_at >= done.created_at
+    assert server.messages(job) == [
+        f"Created fine-tuning job: {job.id}",
+        f"Validating training file: {job.training_file} and validation file: {job.validation_file}",
+        "Files validated, moving job to queued state",
+        "Fine-tuning job started",
+        "Step 4/10: training loss=0.6000",
+        "Step 4/10: validation loss=0.5000, accuracy=0.7500",
+        "zo_eps is lost",
+        f"New fine-tuned model created: opt:{job.adapter_name}",
+        "The job has successfully completed",
+    ]
+    step, evaluated = server.store.events(job.id, limit=5).data[4:2:-1]
+    assert step.type == evaluated.type == "metrics"
+    assert (step.data["step"], step.data["train_loss"], step.data["max_steps"]) == (4, 0.6, 10)
+    assert (evaluated.data["valid_loss"], evaluated.data["eval_accuracy"]) == (0.5, 0.75)
+    assert await server.answer(job.adapter_name) == "trained"
+
+
+async def test_the_engine_gets_examples_and_configuration(server, tokenizer, tmp_path):
+    job = await server.running(validation=server.upload(ROW))
+    [train, evaluation] = server.scheduler.sent(LoadExamples)
+    encoder = Encoder(tokenizer, ENGINE.context_length)
+    expected = [encoder.encode(row)[0] for row in ROWS]
+    assert [(tuple(prompt), tuple(map(tuple, options)), label) for prompt, options, label in train.examples] == [
+        (example.prompt, example.options, example.label) for example in expected
+    ]
+    assert (train.split, evaluation.split, len(evaluation.examples)) == ("train", "eval", 1)
+    [start] = server.scheduler.sent(StartJob)
+    assert start.segments == [(0, 3)] and start.objective == "classification" and not start.manual
+    assert start.invocation == tokenizer(" It was", add_special_tokens=False).input_ids
+    assert (start.base_model, start.target_modules) == ("/models/opt", ["q_proj", "v_proj"])
+    config = MezoConfig(**start.config)
+    assert config.output_dir == str(tmp_path / "jobs" / job.id / "run")
+    assert config.disable_tqdm and not config.resume_from_checkpoint and config.max_steps == 10
+
+
+@pytest.mark.parametrize(
+    "row, objective",
+    [
+        (ROW, "classification"),
+        ({"prompt": "the food It was", "completion": " great"}, "completion"),
+        ({"text": " It was great and the staff is great"}, "language_modeling"),
+    ],
+)
+async def test_the_data_decides_the_objective_of_a_job_that_names_none(server, row, objective):
+    job = await server.running(row, **({"tuning": "lora", "invocation": None} if "text" in row else {}))
+    assert server.scheduler.job.objective == server.store.job(job.id).config["objective"] == objective
+    assert bool(server.scheduler.job.invocation) == ("text" not in row)
+
+
+def test_commands_carry_bounded_parts(tokenizer):  # noqa: F811
+    [example] = Encoder(tokenizer, 64).encode(ROW)
+    assert [len(part) for part in parts([example] * 600)] == [256, 256, 88]
+    long = replace(example, prompt=(5,) * 40_000)
+    assert [len(part) for part in parts([example, long, long, example])] == [2, 2]
+    assert [len(part) for part in parts([replace(example, prompt=(5,) * 70_000)] * 2)] == [1, 1]
+
+
+def test_threads_share_a_tokenizer_that_others_change(tokenizer):  # noqa: F811
+    used_elsewhere = deepcopy(tokenizer)
+    used_elsewhere.backend_tokenizer.enable_truncation(3)
+    encoder = Encoder(shared_tokenizer(used_elsewhere), 64)
+    with ThreadPoolExecutor(4) as pool:
+        examples = list(pool.map(encoder.encode, [ROW] * 400))
+    assert examples == [Encoder(tokenizer, 64).encode(ROW)] * 400
+
+
+async def test_jobs_run_one_at_a_time_in_their_order(server):
+    jobs = [await server.create() for _ in range(3)]
+    for job in jobs:
+        await server.started(job)
+        statuses = [server.store.job(other.id).status for other in jobs]
+        assert statuses.count("running") == 1 and "queued" not in statuses[: jobs.index(job)]
+        server.scheduler.succeed()
+    await server.until(jobs[-1], "succeeded")
+
+
+async def test_checkpoints_are_stored_and_served(server, tmp_path):
+    job = await server.running()
+    folder = tmp_path / "jobs" / job.id / "run" / "checkpoint-4"
+    write_adapter(folder, "of step 4")
+    server.scheduler.report("evaluated_dev", 2, eval_loss=0.9, max_steps=10)
+    server.scheduler.report("step", 4, loss=0.6, max_steps=10)
+    for _ in range(2):
+        server.scheduler.report("checkpoint", 4, directory=str(folder))
+    [checkpoint] = server.store.checkpoints(job.id).data
+    assert checkpoint.metrics == {"step": 4, "train_loss": 0.6}
+    server.scheduler.report("evaluated_dev", 4, eval_loss=0.5, eval_accuracy=0.75, max_steps=10)
+    server.scheduler.report("evaluated_dev", 6, eval_loss=0.4, max_steps=10)
+    [checkpoint] = server.store.checkpoints(job.id).data
+    assert (checkpoint.step, checkpoint.name) == (4, f"{job.adapter_name}:ckpt-step-4")
+    assert checkpoint.metrics == {
+        "step": 4, "train_loss": 0.6, "valid_loss": 0.5, "full_valid_loss": 0.5,
+        "valid_mean_token_accuracy": 0.75, "full_valid_mean_token_accuracy": 0.75,
+    }  # fmt: skip
+    assert server.messages(job).count("Checkpoint created at step 4") == 1
+    assert await server.answer(checkpoint.name) == "of step 4"
+
+
+async def test_a_command_gets_its_own_answer_after_one_whose_caller_went_away():
+    """With SGLang's communicator, which gives an answer to whoever waits."""
+    sent = []
+    communicator = FanOutCommunicator(sent.append, fan_out=1)
+    client = EngineClient(SimpleNamespace(auto_create_handle_loop=lambda: None, mezo_control_communicator=communicator))
+    gone, waiting = (asyncio.create_task(client.call(StopJob(job_id=job_id))) for job_id in ("a", "b"))
+    await asyncio.sleep(0.01)
+    gone.cancel()
+    await asyncio.sleep(0.01)
+    for answered in ("a", "b"):
+        assert sent[-1].command.job_id == answered
+        communicator.handle_recv(MezoReqOutput(success=True, result={"job": answered}))
+        await asyncio.sleep(0.01)
+    assert await waiting == {"job": "b"}
+
+
+# --- what goes wrong ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "line, reason",
+    [
+        ("{not json", "not JSON"),
+        ("[1]", "a JSON object is needed"),
+        ({"question": "?"}, "have none of the forms"),
+        ({**ROW, "label": 2}, "label=2"),
+        ({**ROW, "prompt": "no invocation"}, "invocation tokens"),
+        ({**ROW, "prompt": "good " * 70 + "It was"}, "more than the context of 64"),
+        ({"prompt": "all right. It was", "completion": " great"}, "nothing to choose from"),
+    ],
+)
+async def test_a_bad_row_fails_the_job_with_its_place(server, line, reason):
+    bad = await server.create(ROW, "", line)
+    failed = await server.until(bad, "failed")
+    assert failed.error["code"] == "invalid_training_file" and failed.error["param"] == "training_file"
+    assert failed.error["message"].startswith("train.jsonl:3: ") and reason in failed.error["message"]
+    assert failed.finished_at is not None
+    assert failed.error["message"] in server.messages(bad)[-1]
+    await server.running()
+
+
+async def test_a_bad_validation_file_is_named(server):
+    for rows, message in ((["{"], "dev.jsonl:1: not JSON"), (["", " "], "dev.jsonl: no row")):
+        failed = await server.until(await server.create(validation=server.upload(*rows, filename="dev.jsonl")), "failed")
+        assert failed.error["param"] == "validation_file" and failed.error["code"] == "invalid_validation_file"
+        assert failed.error["message"].startswith(message)
+
+
+async def test_a_job_that_the_engine_refuses_fails_alone(server):
+    server.scheduler.refuses[StartJob] = Refusal("r=99 is not allowed: at most 16", "r")
+    failed = await server.until(await server.create(), "failed")
+    assert failed.error == {"code": "engine_refused", "message": "r=99 is not allowed: at most 16", "param": "r"}
+    del server.scheduler.refuses[StartJob]
+    await server.running()
+
+
+async def test_a_job_that_fails_in_training_fails_alone(server):
+    job = await server.running()
+    server.scheduler.report("step", 4, loss=0.6, max_steps=10)
+    server.scheduler.report("failed", 5, "the losses are nan", code="DivergedError")
+    failed = await server.until(job, "failed")
+    assert failed.error == {"code": "DivergedError", "message": "the losses are nan", "param": None} and failed.step == 4
+    await server.running()
+
+
+@pytest.mark.parametrize("method", ["read", "invocation"])
+async def test_a_bug_fails_the_job_and_not_the_service(server, monkeypatch, method):
+    """``read`` is called in validation, ``invocation`` before the start as well."""
+    calls = []
+
+    def broken(self, job):
+        calls.append(job.id)
+        if method == "read" or server.store.job(job.id).status == "running":
+            raise ZeroDivisionError("secret")
+        return original(self, job)
+
+    original = getattr(JobReader, method)
+    with monkeypatch.context() as patch:
+        patch.setattr(JobReader, method, broken)
+        failed = await server.until(await server.create(), "failed")
+    assert failed.error["code"] == "internal_error" and "ZeroDivisionError" in failed.error["message"]
+    assert "secret" not in json.dumps(failed.error)
+    await server.running()
+
+
+async def test_an_adapter_that_cannot_be_loaded_fails_the_job(server, tmp_path):
+    job = await server.running()
+    server.tokenizer_manager.broken = "broken weights"
+    server.scheduler.succeed(weights="broken weights")
+    failed = await server.until(job, "failed")
+    assert failed.error["code"] == "publish_failed" and "the weights are broken" in failed.error["message"]
+    assert failed.version == 0 and not list((tmp_path / "jobs" / job.id / "adapters").iterdir())
+    await server.running()
+
+
+# --- pause, resume, cancel ---------------------------------------------------------------------------------------------
+
+
+async def test_a_paused_job_gives_the_engine_up_and_goes_on_later(server):
+    first, second = await server.running(), await server.create()
+    paused = await server.manager.pause(first.id)
+    assert paused.status == "paused" and server.scheduler.commands[-1] == StopJob(job_id=first.id)
+    await server.started(second)
+    assert (await server.manager.resume(first.id)).status == "queued"
+    server.scheduler.succeed()
+    await server.started(first)
+    assert server.scheduler.job.config["resume_from_checkpoint"]
+    assert server.messages(first)[-4:] == [
+        "Fine-tuning job started", "The job has been paused",
+        "The job has been resumed, and waits for its turn", "Fine-tuning job goes on from its last step",
+    ]  # fmt: skip
+    server.scheduler.succeed()
+    await server.until(first, "succeeded")
+
+
+async def test_a_pause_is_stored_after_the_engine_has_stopped(server):
+    job = await server.running()
+    server.scheduler.holds[StopJob] = asyncio.Event()
+    pause = asyncio.create_task(server.manager.pause(job.id))
+    await eventually(lambda: server.scheduler.sent(StopJob))
+    server.scheduler.report("step", 7, loss=0.5, max_steps=10)
+    assert (server.store.job(job.id).status, server.store.job(job.id).step) == ("running", 7)
+    server.scheduler.step = 8
+    server.scheduler.holds[StopJob].set()
+    paused = await pause
+    assert (paused.status, paused.step) == ("paused", 8)
+
+
+async def test_events_of_a_job_that_is_not_running_are_ignored(server):
+    job = await server.running()
+    await server.manager.pause(job.id)
+    before = server.store.job(job.id), server.messages(job)
+    for kind, data in (("step", {"loss": 1.0, "max_steps": 10}), ("failed", {"code": "x"}), ("succeeded", {"best_step": 1})):
+        server.scheduler.report(kind, 9, job_id=job.id, **data)
+    server.scheduler.report("step", 9, job_id="ftjob-unknown", loss=1.0, max_steps=10)
+    await asyncio.sleep(0.05)
+    assert (server.store.job(job.id), server.messages(job)) == before
+
+
+async def test_a_job_is_cancelled_for_good(server):
+    job = await server.running()
+    cancelled = await server.manager.cancel(job.id)
+    assert cancelled.status == "cancelled" and cancelled.finished_at is not None
+    with pytest.raises(RequestError, match="cannot cancel a job that is cancelled") as caught:
+        await server.manager.cancel(job.id)
+    assert (caught.value.status, caught.value.code) == (400, "invalid_state")
+    await server.running()
+
+
+async def test_a_job_that_ends_while_it_is_cancelled_is_cancelled(server):
+    job = await server.running()
+    hold = server.scheduler.holds[StopJob] = asyncio.Event()
+    cancel = asyncio.create_task(server.manager.cancel(job.id))
+    await eventually(lambda: server.scheduler.sent(StopJob))
+    server.scheduler.succeed()
+    hold.set()
+    assert (await cancel).status == "cancelled"
+    await server.running()
+    assert server.store.job(job.id).fine_tuned_model is None
+    assert job.adapter_name not in publish.names(server.tokenizer_manager)
+
+
+@pytest.mark.parametrize("action", ["cancel", "pause"])
+@pytest.mark.parametrize("moment", [LoadExamples, StartJob])
+async def test_a_job_is_stopped_on_its_way_to_the_engine(server, moment, action):
+    hold = server.scheduler.holds[moment] = asyncio.Event()
+    job = await server.create()
+    await eventually(lambda: server.scheduler.sent(moment))
+    stopping = asyncio.create_task(getattr(server.manager, action)(job.id))
+    await asyncio.sleep(0.05)
+    hold.set()
+    assert (await stopping).status == {"cancel": "cancelled", "pause": "paused"}[action]
+    await server.running()
+    assert server.scheduler.sent(StopJob) == [StopJob(job_id=job.id)]
+
+
+async def test_a_job_is_cancelled_while_its_files_are_validated(server, monkeypatch):
+    reads = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    original = JobReader.read
+
+    def slow(self, job):
+        asyncio.run_coroutine_threadsafe(reads.wait(), loop).result()
+        return original(self, job)
+
+    monkeypatch.setattr(JobReader, "read", slow)
+    job = await server.create()
+    await asyncio.sleep(0.05)
+    with pytest.raises(RequestError, match="cannot pause a job that is validating_files"):
+        await server.manager.pause(job.id)
+    await server.manager.cancel(job.id)
+    reads.set()
+    await server.running()
+    assert server.store.job(job.id).status == "cancelled"
+
+
+@pytest.mark.parametrize(
+    "status, possible",
+    [("paused", {"resume", "cancel"}), ("succeeded", set()), ("failed", set()), ("cancelled", set()), ("queued", {"pause", "cancel"})],
+)
+async def test_what_can_be_done_in_which_state(server, status, possible):
+    await server.running()
+    waiting = await server.until(await server.create(), "queued")
+    for action in ("resume", "pause", "cancel"):
+        job = server.store.update_job(waiting.id, status=status)
+        if action in possible:
+            await getattr(server.manager, action)(job.id)
+            continue
+        with pytest.raises(RequestError, match=f"cannot {action} a job that is {status}"):
+            await getattr(server.manager, action)(job.id)
+        assert server.store.job(job.id) == job
+
+
+@pytest.mark.parametrize("call", ["cancel", "pause", "resume"])
+async def test_an_unknown_job_is_not_found(server, call):
+    with pytest.raises(NotFound):
+        await getattr(server.manager, call)("ftjob-unknown")
+
+
+# --- rows that come later ----------------------------------------------------------------------------------------------
+
+
+async def test_rows_are_added_to_a_running_job(server, tmp_path):
+    job = await server.running()
+    server.scheduler.report("step", 4, loss=0.6, max_steps=10)
+    assert await server.manager.append_rows(job.id, [ROW, ROW]) == {"examples": 2, "step": 5}
+    assert await server.manager.append_rows(job.id, [ROW]) == {"examples": 1, "step": 5}
+    assert [len(command.examples) for command in server.scheduler.sent(AppendExamples)] == [2, 1]
+    written = (tmp_path / "jobs" / job.id / "appended-1.jsonl").read_text().splitlines()
+    assert list(map(json.loads, written)) == [ROW, ROW]
+    assert server.messages(job)[-1] == "1 appended examples are drawn from step 5 on"
+
+
+async def test_rows_for_a_waiting_job_count_once_it_has_started(server):
+    first = await server.running()
+    job = await server.until(await server.create(), "queued")
+    assert await server.manager.append_rows(job.id, [ROW]) == {"examples": 1, "step": None}
+    await server.manager.pause(job.id)
+    assert await server.manager.append_rows(job.id, [ROW, ROW]) == {"examples": 2, "step": None}
+    await server.manager.resume(job.id)
+    assert not server.scheduler.sent(AppendExamples)
+    await server.manager.cancel(first.id)
+    await server.started(job)
+    await eventually(lambda: len(server.scheduler.sent(AppendExamples)) == 2)
+    assert server.scheduler.segments == [(0, 3), (1, 3)]
+
+
+async def test_a_run_goes_on_with_the_rows_that_it_was_given(server, tmp_path):
+    """Two requests between the same two steps are one entry of the engine's file; a third comes later, a fourth in the pause."""
+    job = await server.running()
+    server.scheduler.report("step", 4, loss=0.6, max_steps=10)
+    await server.manager.append_rows(job.id, [ROW, ROW])
+    await server.manager.append_rows(job.id, [ROW])
+    server.scheduler.report("step", 6, loss=0.6, max_steps=10)
+    await server.manager.append_rows(job.id, [ROWS[1]] * 4)
+    await server.manager.pause(job.id)
+    await server.manager.append_rows(job.id, [ROW] * 5)
+    trained = list(server.scheduler.train)
+    assert json.loads((tmp_path / "jobs" / job.id / "run" / "segments.json").read_text()) == [[0, 3], [5, 3], [7, 4]]
+    await server.manager.resume(job.id)
+    await eventually(lambda: server.scheduler.job is not None)
+    assert server.scheduler.job.segments == [(0, 3), (5, 3), (7, 4)]
+    assert server.scheduler.train == trained
+    before = len(server.scheduler.sent(AppendExamples))
+    server.scheduler.report("started", 6)
+    await eventually(lambda: len(server.scheduler.sent(AppendExamples)) == before + 1)
+    assert len(server.scheduler.sent(AppendExamples)[-1].examples) == 5
+
+
+@pytest.mark.parametrize(
+    "rows, reason, param",
+    [
+        ([ROW, {**ROW, "label": "x"}], r"rows\[1\]: label='x'", "rows.1"),
+        ([{"prompt": "so. It was", "completion": " great"}], r"rows\[0\]: one option", "rows.0"),
+        ([ROW] * 257, "at most 256 examples", "rows"),
+    ],
+)
+async def test_rows_that_cannot_be_used_leave_no_trace(server, tmp_path, rows, reason, param):
+    job = await server.running()
+    with pytest.raises(RequestError, match=reason) as caught:
+        await server.manager.append_rows(job.id, rows)
+    assert (caught.value.status, caught.value.param) == (400, param)
+    assert not server.scheduler.sent(AppendExamples) and not list((tmp_path / "jobs" / job.id).glob("appended*"))
+
+
+async def test_rows_that_the_engine_refuses_are_dropped(server, tmp_path):
+    job = await server.running()
+    server.scheduler.refuses[AppendExamples] = Refusal("a sequence is too long", None)
+    with pytest.raises(RequestError, match="a sequence is too long"):
+        await server.manager.append_rows(job.id, [ROW])
+    assert not list((tmp_path / "jobs" / job.id).glob("appended*"))
+    assert "1 appended examples were not taken: a sequence is too long" in server.messages(job)
+    del server.scheduler.refuses[AppendExamples]
+    assert (await server.manager.append_rows(job.id, [ROW]))["step"] == 1
+
+
+async def test_rows_are_for_jobs_that_still_train(server):
+    job = await server.succeeded()
+    with pytest.raises(RequestError, match="cannot append rows to a job that is succeeded"):
+        await server.manager.append_rows(job.id, [ROW])
+
+
+# --- after a restart ---------------------------------------------------------------------------------------------------
+
+
+async def test_an_interrupted_job_goes_on_after_a_restart(tmp_path, tokenizer):
+    async with serving(tmp_path, tokenizer) as server:
+        job = await server.running()
+        server.scheduler.report("step", 4, loss=0.6, max_steps=10)
+        waiting = await server.until(await server.create(), "queued")
+        await server.manager.append_rows(job.id, [ROW])
+        write_adapter(tmp_path / "jobs" / job.id / "run" / "checkpoint-3", "of step 3")  # and killed before it was reported
+    async with serving(tmp_path, tokenizer) as server:
+        await server.started(job)
+        assert server.scheduler.job.config["resume_from_checkpoint"]
+        assert server.scheduler.job.segments == [(0, 3), (5, 1)]
+        assert "The job is resumed after a restart of the server" in server.messages(job)
+        assert [checkpoint.step for checkpoint in server.store.checkpoints(job.id).data] == [3]
+        server.scheduler.report("started", 5)  # the log had one more step than had been told
+        assert server.store.job(job.id).step == 5
+        server.scheduler.succeed()
+        await server.started(waiting)
+        assert await server.answer(job.adapter_name) == "trained"
+
+
+async def test_an_interrupted_job_fails_after_a_restart_where_that_is_wanted(tmp_path, tokenizer):
+    async with serving(tmp_path, tokenizer) as server:
+        job = await server.running()
+        waiting = await server.until(await server.create(), "queued")
+    async with serving(tmp_path, tokenizer, on_restart="fail") as server:
+        assert server.store.job(job.id).error["code"] == "server_restarted"
+        await server.started(waiting)
+
+
+async def test_rows_that_a_killed_server_had_not_sent_are_sent(tmp_path, tokenizer):
+    async with serving(tmp_path, tokenizer) as server:
+        job = await server.running()
+        server.scheduler.holds[AppendExamples] = asyncio.Event()
+        request = asyncio.create_task(server.manager.append_rows(job.id, [ROW, ROW]))
+        await eventually(lambda: server.scheduler.sent(AppendExamples))
+        request.cancel()
+    async with serving(tmp_path, tokenizer) as server:
+        await server.started(job)
+        await eventually(lambda: server.scheduler.sent(AppendExamples))
+        assert len(server.scheduler.sent(AppendExamples)[0].examples) == 2
+
+
+async def test_half_a_run_is_begun_anew(tmp_path, tokenizer):
+    async with serving(tmp_path, tokenizer) as server:
+        job = await server.running()
+        (tmp_path / "jobs" / job.id / "run" / "seed_log").write_bytes(b"")
+    async with serving(tmp_path, tokenizer) as server:
+        await server.started(job)
+        assert not server.scheduler.job.config["resume_from_checkpoint"]
+
+
+async def test_a_server_without_tokenizer_does_not_train(tmp_path):
+    server = Server(tmp_path, None)
+    with pytest.raises(ValueError, match="skip-tokenizer-init"):
+        await server.manager.start()
+    server.store.close()

@@ -1,0 +1,417 @@
+"""Training in the scheduler, piece by piece: the offline run's numbers, whatever happens between the pieces."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import oracle
+import pytest
+import torch
+from engine_process import EngineProcess
+
+from sglang.srt.mezo.adapter import Adapter, AdapterSpec
+from sglang.srt.mezo.config import MezoConfig
+from sglang.srt.mezo.seed_log import SeedLog
+
+TARGETS = ("q_proj", "v_proj")
+OPTIONS = [(11,), (12,)]
+TRAIN = oracle.examples(10, OPTIONS)
+EVALUATION = oracle.examples(6, OPTIONS, seed=1)
+
+
+# --- run in the engine's process ---------------------------------------------------------------------------------------
+
+
+def make_runner(engine, **settings):
+    """The engine's runner, kept on the scheduler as in a server; events are collected instead of sent."""
+    from sglang.srt.mezo.service.runner import MezoRunner
+    from sglang.srt.mezo.service.settings import ServiceSettings
+
+    runner = MezoRunner(engine.scheduler, ServiceSettings(enabled=True, **settings))
+    runner.events = []
+    runner._emit = runner.events.append
+    engine.runner = runner
+
+
+def send(engine, name, fields):
+    from sglang.srt.mezo.service import messages
+
+    reply = engine.runner.handle(messages.MezoReqInput(command=getattr(messages, name)(**fields)))
+    return reply.success, reply.message, reply.param, reply.result
+
+
+def tick(engine, pieces=10**6):
+    """Tick until the job has no more work, or so often; then what an idle scheduler checks must hold."""
+    while pieces and engine.runner.has_work:
+        engine.runner.tick()
+        pieces -= 1
+    checker = engine.scheduler.invariant_checker
+    leaks, messages = checker._check_all_pools(engine.scheduler.pool_stats_observer.get_pool_stats())
+    assert not leaks, messages
+    checker._check_req_pool()
+
+
+def flush(engine):
+    assert engine.scheduler.flush_cache()
+    engine.runner.on_flush()
+
+
+def events(engine):
+    taken, engine.runner.events = engine.runner.events, []
+    engine.runner._emit = engine.runner.events.append
+    return [(event.kind, event.step, event.message, event.data) for event in taken]
+
+
+def held(engine):
+    handle = engine.handle
+    return handle.free_kv_tokens, handle.free_rows, handle.lora_manager.num_pinned_loras
+
+
+def end_job(engine):
+    """What a failed test leaves."""
+    if engine.runner._job is not None:
+        engine.runner._end_job()
+
+
+def kept(engine):
+    return engine.runner._job.trainer.scorer.base_prefixes.kept_tokens
+
+
+def train_offline(engine, config, spec, train, evaluation):
+    from contextlib import closing
+
+    from sglang.srt.mezo.trainer import MezoTrainer
+
+    engine.scheduler.flush_cache()
+    with closing(MezoTrainer(engine.handle, config, spec, train, evaluation)) as trainer:
+        return trainer.train()
+
+
+# --- fixtures ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory) -> str:
+    return oracle.save_model("opt-125m", tmp_path_factory.mktemp("opt") / "model")
+
+
+@pytest.fixture(scope="module")
+def process(model_path):
+    process = EngineProcess(
+        model_path=model_path, r=4, target_modules=TARGETS, num_slots=6, dtype="float32", skip_tokenizer_init=True, max_total_tokens=3000,
+    )  # fmt: skip
+    yield process
+    process.close()
+
+
+@pytest.fixture
+def engine(process):
+    process.call(make_runner)
+    before = process.call(held)
+    yield process
+    process.call(end_job)
+    assert process.call(held) == before
+
+
+@pytest.fixture
+def config(tmp_path) -> MezoConfig:
+    return MezoConfig(
+        output_dir=str(tmp_path / "run"), max_steps=8, per_device_train_batch_size=4, eval_steps=3, logging_steps=1, save_steps=4,
+        learning_rate=5e-3, lr_scheduler_type="linear", num_perturbations=2, max_tokens_per_batch=16, disable_tqdm=True,
+    )  # fmt: skip
+
+
+def start(engine, config, model_path, job_id="job", train=TRAIN, evaluation=EVALUATION, segments=None, **fields):
+    for split, examples in (("train", train), ("eval", evaluation)):
+        parts = [(list(e.prompt), [list(o) for o in e.options], e.label) for e in examples]
+        for part in (parts[:3], parts[3:]):
+            assert engine.call(send, "LoadExamples", {"job_id": job_id, "split": split, "examples": part})[0]
+    invocation = list(oracle.INVOCATION) if config.tuning == "alora" else []
+    fields = {
+        "job_id": job_id, "config": config.to_dict(), "base_model": model_path, "target_modules": list(TARGETS), "invocation": invocation,
+        "objective": "classification", "segments": segments or [(0, len(train))], **fields,
+    }  # fmt: skip
+    return engine.call(send, "StartJob", fields)
+
+
+def stop(engine, job_id="job"):
+    assert engine.call(send, "StopJob", {"job_id": job_id})[0]
+
+
+def spec_of(config, model_path) -> AdapterSpec:
+    return AdapterSpec(model_path, config.r, config.lora_alpha, TARGETS, oracle.INVOCATION if config.tuning == "alora" else ())
+
+
+def log_of(folder: str) -> bytes:
+    return (Path(folder) / "seed_log").read_bytes()
+
+
+def series(folder: str) -> list[tuple]:
+    lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["loss_plus"], line["loss_minus"], line["projected_grad"]) for line in lines if "loss_plus" in line]
+
+
+def offline(engine, config, model_path, tmp_path) -> MezoConfig:
+    config = replace(config, output_dir=str(tmp_path / "offline"))
+    engine.call(train_offline, config, spec_of(config, model_path), TRAIN, EVALUATION)
+    return config
+
+
+# --- the properties ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tuning", ["alora", "lora"])
+def test_pieces_give_the_series_of_the_offline_run_bit_for_bit(engine, config, model_path, tmp_path, tuning):
+    config = replace(config, tuning=tuning, r=4)
+    whole = offline(engine, config, model_path, tmp_path)
+    engine.call(flush)
+    assert start(engine, config, model_path)[0]
+    engine.call(tick)
+    assert series(config.output_dir) == series(whole.output_dir)
+    assert log_of(config.output_dir) == log_of(whole.output_dir)
+    kinds = [kind for kind, *_ in engine.call(events)]
+    assert kinds[0] == "started" and kinds[-1] == "succeeded" and kinds.count("checkpoint") == 2
+
+
+def test_flushes_between_pieces_change_nothing_but_time(engine, config, model_path, tmp_path):
+    config = replace(config, r=4)
+    whole = offline(engine, config, model_path, tmp_path)
+    assert start(engine, config, model_path)[0]
+    for pieces in (1, 4, 9, 2, 30):
+        engine.call(tick, pieces)
+        engine.call(flush)
+    engine.call(tick)
+    assert [kind for kind, *_ in engine.call(events)][-1] == "succeeded"
+    # A prefix that is computed again shares its pass with others than the first time: the last bits may differ.
+    for flushed, quiet in zip(series(config.output_dir), series(whole.output_dir), strict=True):
+        assert flushed[1] + flushed[2] == pytest.approx(quiet[1] + quiet[2], rel=1e-5)
+
+
+def test_stopped_and_started_again_it_ends_as_the_whole_run(engine, config, model_path, tmp_path):
+    config = replace(config, r=4)
+    whole = offline(engine, config, model_path, tmp_path)
+    engine.call(flush)
+    resumed = config
+    for pieces in (7, 40, 3, 11):
+        assert start(engine, resumed, model_path)[0]
+        engine.call(tick, pieces)
+        stop(engine)
+        resumed = replace(config, resume_from_checkpoint=True)
+    assert start(engine, resumed, model_path)[0]
+    engine.call(tick)
+    assert log_of(config.output_dir) == log_of(whole.output_dir)
+    first, second = (json.loads((Path(c.output_dir) / "trainer_state.json").read_text()) for c in (config, whole))
+    assert (first["best_global_step"], first["best_metric"]) == (second["best_global_step"], pytest.approx(second["best_metric"]))
+
+
+def test_kept_prefixes_stay_within_their_budget_and_go_when_the_pool_is_wanted(engine, config, model_path):
+    assert start(engine, replace(config, r=4), model_path)[0]
+    engine.call(tick_to_step, 2)
+    assert 0 < engine.call(kept) <= 0.25 * 3000
+    with_pool_taken, after = engine.call(tick_with_the_pool_taken)
+    assert with_pool_taken == 0, "requests need the room"
+    assert after > 0, "the job goes on"
+    stop(engine)
+
+
+def tick_with_the_pool_taken(engine):
+    handle, runner = engine.handle, engine.runner
+    step = runner._job.trainer.global_step
+    taken = handle.kv_allocator.alloc(handle.kv_allocator.available_size())
+    runner.tick()
+    locked = kept(engine)
+    handle.kv_allocator.free(taken)
+    runner._retry_at = 0
+    while runner._job.trainer.global_step == step:
+        runner.tick()
+    return locked, kept(engine)
+
+
+def test_a_step_for_which_there_is_no_room_waits_for_requests_to_end(engine, config, model_path, tmp_path):
+    config = replace(config, r=4)
+    whole = offline(engine, config, model_path, tmp_path)
+    engine.call(flush)
+    assert start(engine, config, model_path)[0]
+    engine.call(tick_to_step, 2)
+    assert engine.call(tick_while_requests_hold_every_row) == ("job", 0)
+    engine.call(tick)
+    assert log_of(config.output_dir) == log_of(whole.output_dir)
+
+
+def tick_while_requests_hold_every_row(engine):
+    """The job that has the engine after a tick without room, and the steps that it made."""
+    pool, runner = engine.handle.req_to_token_pool, engine.runner
+    step = runner._job.trainer.global_step
+    runner._load, load = lambda: (1, 0), runner._load
+    runner._pacer.allows = lambda running, waiting: True
+    rows = pool.alloc_rows(pool.available_size())
+    for _ in range(5):
+        runner._retry_at = 0
+        runner.tick()
+    made = runner._job.trainer.global_step - step
+    pool.free_rows(rows)
+    runner._load, runner._retry_at = load, 0
+    return runner._job.job_id, made
+
+
+def test_a_job_that_never_fits_fails_and_leaves_the_engine(engine, config, model_path):
+    assert start(engine, replace(config, r=4), model_path)[0]
+    assert engine.call(tick_in_a_pool_without_room) == []
+    (kind, _, message, data) = engine.call(events)[-1]
+    assert (kind, data["code"]) == ("failed", "CapacityError") and "rows" in message
+
+
+def tick_in_a_pool_without_room(engine):
+    pool = engine.handle.req_to_token_pool
+    rows = pool.alloc_rows(pool.available_size())
+    for _ in range(50):
+        engine.runner._retry_at = 0
+        engine.runner.tick()
+    pool.free_rows(rows)
+    return [] if engine.runner._job is None else [engine.runner._job.trainer.global_step]
+
+
+def test_added_examples_count_from_the_next_step_and_after_a_restart(engine, config, model_path, tmp_path):
+    config = replace(config, r=4)
+    added = oracle.examples(6, OPTIONS, seed=2)
+    parts = [(list(e.prompt), [list(o) for o in e.options], e.label) for e in added]
+    logs = []
+    for name, interrupted in (("whole", False), ("halves", True)):
+        engine.call(flush)
+        config = replace(config, output_dir=str(tmp_path / name), resume_from_checkpoint=False)
+        assert start(engine, config, model_path, evaluation=())[0]
+        engine.call(tick_to_step, 3)
+        ok, _, _, result = engine.call(send, "AppendExamples", {"job_id": "job", "examples": parts})
+        assert ok and result == {"step": 4}
+        segments = json.loads((Path(config.output_dir) / "segments.json").read_text())
+        assert segments == [[0, 10], [4, 6]]
+        if interrupted:
+            engine.call(tick_to_step, 5)
+            stop(engine)
+            resumed = replace(config, resume_from_checkpoint=True)
+            assert start(engine, resumed, model_path, train=TRAIN + added, evaluation=(), segments=segments)[0]
+        engine.call(tick)
+        logs.append(log_of(config.output_dir))
+    assert logs[0] == logs[1]
+    plain = replace(config, output_dir=str(tmp_path / "plain"))
+    assert start(engine, plain, model_path, evaluation=())[0]
+    engine.call(tick)
+    assert log_of(plain.output_dir)[:160] == logs[0][:160] and log_of(plain.output_dir) != logs[0]
+
+
+def tick_to_step(engine, step):
+    while engine.runner._job is None or engine.runner._job.trainer.global_step < step:
+        engine.runner.tick()
+
+
+def test_single_operations_take_the_steps_of_the_run(engine, config, model_path, tmp_path):
+    """evaluate + update by hand, with a step's seed and batch, is that step."""
+    config = replace(config, r=4, max_steps=2, lr_scheduler_type="constant", load_best_model_at_end=False)
+    assert start(engine, config, model_path, evaluation=())[0]
+    engine.call(tick)
+    (record, _) = SeedLog.open(Path(config.output_dir) / "seed_log").records()
+    by_hand = replace(config, output_dir=str(tmp_path / "by_hand"))
+    assert start(engine, by_hand, model_path, evaluation=(), manual=True)[0]
+    engine.call(tick)
+    engine.call(events)
+    batch = engine.call(first_batch)
+    command = {"job_id": "job", "operation": "a", "examples": batch, "zo_random_seed": record.seed, "zo_eps": config.zo_eps}
+    assert engine.call(send, "EvaluatePerturbed", command)[0]
+    assert engine.call(send, "EvaluatePerturbed", command)[2] == "job", "one at a time"
+    engine.call(tick)
+    ((kind, _, _, data),) = engine.call(events)
+    assert (kind, data["operation"]) == ("evaluated", "a")
+    assert data["projected_grad"] == pytest.approx(record.projected_grads, rel=1e-6)
+    update = {"job_id": "job", "zo_random_seed": record.seed, "projected_grad": data["projected_grad"], "learning_rate": record.learning_rate}
+    assert engine.call(send, "ApplyUpdate", update)[3] == {"step": 1}
+    assert engine.call(send, "ApplyUpdate", {**update, "projected_grad": [1.0]})[2] == "projected_grad"
+    folder = tmp_path / "saved"
+    assert engine.call(send, "SaveAdapter", {"job_id": "job", "directory": str(folder)})[3] == {"step": 1}
+    stop(engine)
+    assert SeedLog.open(Path(by_hand.output_dir) / "seed_log").records() == [record]
+    saved, rebuilt = (empty_adapter(by_hand, model_path) for _ in range(2))
+    saved.load_weights(folder)
+    rebuilt.load_weights(Path(by_hand.output_dir) / "initial_adapter")
+    SeedLog.open(Path(by_hand.output_dir) / "seed_log").replay(rebuilt.theta)
+    assert torch.equal(saved.theta, rebuilt.theta)
+
+
+def first_batch(engine):
+    trainer = engine.runner._job.trainer
+    chosen = [TRAIN[i] for i in trainer.stream.batch(0)]
+    return [(list(e.prompt), [list(o) for o in e.options], e.label) for e in chosen]
+
+
+def empty_adapter(config, model_path) -> Adapter:
+    from safetensors.torch import load_file
+
+    from sglang.srt.mezo.adapter import Site
+
+    state = load_file(Path(config.output_dir) / "initial_adapter" / "adapter_model.safetensors")
+    names = sorted({name.removeprefix("base_model.model.").rsplit(".", 2)[0] for name in state})
+    sites = [
+        Site(name, state[f"base_model.model.{name}.lora_A.weight"].shape[1], state[f"base_model.model.{name}.lora_B.weight"].shape[0])
+        for name in names
+    ]
+    return Adapter(spec_of(config, model_path), sites)
+
+
+def test_updates_of_a_finished_job_go_on_from_the_adapter_that_is_served(engine, config, model_path):
+    config = replace(config, r=4)
+    assert start(engine, config, model_path)[0]
+    engine.call(tick)
+    (_, steps, _, data) = engine.call(events)[-1]
+    best = data["best_step"]
+    assert best < steps == 8, "the case of interest"
+    again = replace(config, resume_from_checkpoint=True)
+    for expected in (best + 1, best + 2):
+        assert start(engine, again, model_path, manual=True)[0]
+        engine.call(tick)
+        update = {"job_id": "job", "zo_random_seed": 7, "projected_grad": [0.5, -0.5], "learning_rate": 1e-3}
+        assert engine.call(send, "ApplyUpdate", update)[3] == {"step": expected}
+        stop(engine)
+        assert len(SeedLog.open(Path(config.output_dir) / "seed_log")) == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "fields", "param", "message"),
+    [
+        ({"r": 64}, {}, None, "rank"),
+        ({"num_perturbations": 9}, {}, None, "adapter slots are needed"),
+        ({}, {"target_modules": ["gate_proj"]}, "target_modules", "gate_proj"),
+        ({"zo_eps": -1.0}, {}, "zo_eps", "positive"),
+        ({}, {"segments": [(0, 10), (4, 6)]}, "segments", "10 examples"),
+    ],
+)
+def test_a_job_that_cannot_start_is_refused_and_holds_nothing(engine, config, model_path, settings, fields, param, message):
+    raw = {**replace(config, r=4).to_dict(), **settings}
+
+    class Raw:
+        tuning, to_dict = "alora", staticmethod(lambda: raw)
+
+    ok, text, at, _ = start(engine, Raw, model_path, **fields)
+    assert not ok and at == param and message in text
+    assert start(engine, replace(config, r=4), model_path)[0], "the engine is free"
+    stop(engine)
+
+
+def test_commands_for_another_job_are_refused(engine, config, model_path):
+    assert engine.call(send, "SaveAdapter", {"job_id": "job", "directory": "x"})[1].endswith("(none has)")
+    assert start(engine, replace(config, r=4), model_path)[0]
+    ok, message, param, _ = start(engine, replace(config, r=4), model_path, job_id="second")
+    assert (ok, param) == (False, "job") and "one job at a time" in message
+    assert engine.call(send, "AppendExamples", {"job_id": "second", "examples": []})[2] == "job"
+    assert engine.call(send, "SaveAdapter", {"job_id": "job", "directory": "x"})[1].endswith("brought to its last step")
+    stop(engine, "second")
+    engine.call(tick_to_step, 1)
+    stop(engine)
+
+
+def test_the_description_says_what_a_job_may_ask(engine):
+    ok, _, _, description = engine.call(send, "Describe", {})
+    assert ok and description["max_lora_rank"] == 4 and description["max_loras_per_batch"] == 7
+    assert description["target_modules"] == ["k_proj", "q_proj", "v_proj"]
+    assert description["default_target_modules"] == {"alora": ["q_proj", "k_proj", "v_proj"], "lora": ["q_proj", "v_proj"]}
+    assert description["context_length"] == 128 and description["kv_capacity"] == 3000 and description["alora"]
+    tokens = description["micro_step_tokens"]
+    assert tokens >= 8 and tokens & (tokens - 1) == 0
