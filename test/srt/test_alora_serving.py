@@ -1,15 +1,9 @@
 """Adapters served by the engine, aLoRA above all, against PEFT on a small random Llama in fp32."""
 
-from array import array
-from itertools import count
-
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
-
-from engine_process import EngineProcess
-from sglang.srt.mezo import alora_serving
 
 INVOCATION = [7, 8, 9]
 DOCUMENT = list(range(100, 164))
@@ -176,89 +170,3 @@ def test_adapter_that_is_loaded_again_serves_no_old_kv(engine, models, tmp_path)
 
 def peft_answer_at(root, folder, prompt) -> list[int]:
     return peft_answer(root, prompt, folder)[0]
-
-
-# --- editing in place, inside the scheduler's process ------------------------------------------------------------
-
-
-def next_logprobs(engine, prompt, lora_id) -> tuple[int, torch.Tensor]:
-    """Cached tokens, and the log-probabilities of the prompt's last token but one onwards, of one request."""
-    from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
-    from sglang.srt.sampling.sampling_params import SamplingParams
-
-    scheduler, sampling = engine.scheduler, SamplingParams(max_new_tokens=1, temperature=0, ignore_eos=True)
-    sampling.normalize(None)
-    scheduler.handle_generate_request(
-        TokenizedGenerateReqInput(
-            rid=f"request {next(_IDS)}",
-            input_text=None,
-            input_ids=array("q", prompt),
-            input_embeds=None,
-            mm_inputs=None,
-            token_type_ids=None,
-            sampling_params=sampling,
-            return_logprob=True,
-            logprob_start_len=len(prompt) - 1,
-            top_logprobs_num=0,
-            token_ids_logprob=list(range(20)),
-            stream=False,
-            lora_id=lora_id,
-        )
-    )
-    req = scheduler.waiting_queue[-1]
-    with torch.inference_mode():
-        while not req.finished():
-            plan = scheduler.get_next_batch_to_run(
-                running_batch=scheduler.running_batch, last_batch=scheduler.last_batch
-            )
-            scheduler.running_batch, scheduler.last_batch = plan.running_batch, plan.batch_to_run
-            scheduler.process_batch_result(plan.batch_to_run, scheduler.run_batch(plan.batch_to_run))
-    return req.cached_tokens, torch.tensor(req.logprob.output_token_ids_logprobs_val[0])
-
-
-_IDS = count()
-
-
-def edit_in_place(engine) -> dict[str, dict[str, tuple[int, torch.Tensor]]]:
-    """What each adapter answers before an edit, after it as it is, with a new version, and without any cache."""
-    manager, prompt, answers = engine.handle.lora_manager, DOCUMENT[:30] + INVOCATION + [40, 41], {}
-    for lora_id, ref in manager.lora_refs.items():
-        got = answers[ref.lora_name] = {"before": next_logprobs(engine, prompt, lora_id)}
-        slot = manager.memory_pool.uid_to_buffer_id[lora_id]
-        for layers in manager.memory_pool.B_buffer.values():
-            for buffer in layers:
-                buffer[slot] *= -2
-        got["unnoticed"] = next_logprobs(engine, prompt, lora_id)
-        alora_serving.bump_version(lora_id)
-        got["new version"] = next_logprobs(engine, prompt, lora_id)
-        got["again"] = next_logprobs(engine, prompt, lora_id)
-        engine.scheduler.last_batch = None
-        assert engine.scheduler.tree_cache.reset() is None
-        engine.scheduler.token_to_kv_pool_allocator.clear()
-        engine.scheduler.req_to_token_pool.clear()
-        got["no cache"] = next_logprobs(engine, prompt, lora_id)
-    return answers
-
-
-def test_edit_in_place_and_bump_serves_no_old_kv(models):
-    process = EngineProcess(
-        model_path=str(models / "base"),
-        r=8,
-        target_modules=TARGETS,
-        num_slots=3,
-        lora_paths=[f"{name}={models / name}" for name in ("lora", "alora")],
-        skip_tokenizer_init=True,
-    )
-    try:
-        answers = process.call(edit_in_place)
-    finally:
-        process.close()
-    for name, reused in (("lora", 0), ("alora", 30)):
-        got = answers[name]
-        assert got["unnoticed"][0] == got["again"][0] == 34
-        assert got["new version"][0] == reused
-        exact = got["no cache"][1]
-        assert (got["before"][1] - exact).abs().max() > 1e-2
-        assert (got["unnoticed"][1] - exact).abs().max() > 1e-3, "old KV makes no difference here"
-        for answer in ("new version", "again"):
-            torch.testing.assert_close(got[answer][1], exact, atol=1e-5, rtol=0)

@@ -44,7 +44,7 @@ def rebuilt(run: Path, steps: int) -> dict[str, torch.Tensor]:
 
 def _place(path: str) -> tuple[int]:
     """The model's own order of layers, which is the flat vector's."""
-    return (["out_proj", "q_proj", "k_proj", "v_proj"].index(path.rsplit(".", 1)[1]),)
+    return (["q_proj", "k_proj", "v_proj", "out_proj"].index(path.rsplit(".", 1)[1]),)
 
 
 def equal_to_the_log(run: Path, checkpoint: Path) -> bool:

@@ -1,12 +1,12 @@
-"""Adapters in the prefix cache: activated LoRA (aLoRA) exactly as PEFT has it, and no stale KV after an edit in place.
+"""Adapters in the prefix cache: activated LoRA (aLoRA) exactly as PEFT has it, and every version's KV apart.
 
 An aLoRA adapter acts from the start of the last occurrence of its invocation tokens in the prompt. The tokens before
 that are the base model's, so their KV is shared with all other traffic: the request lives in the base namespace of the
 radix tree, and from the invocation on its keys are *tagged* token ids that no tokenizer produces. One path of the tree
 then holds base prefix and adapter suffix, and locks, eviction and splitting work as for any other request.
 
-An ordinary adapter keeps a namespace of its own, which carries the adapter's version: it goes up with every load and
-with `bump_version`, and requests that hold no KV yet move on to it.
+An ordinary adapter keeps a namespace of its own. Tag and namespace are new with every load of an adapter: a version of it
+never meets the KV of another.
 """
 
 from array import array
@@ -25,10 +25,9 @@ _MARK = "\x1f"
 
 @dataclass
 class ServedAdapter:
-    """invocation: the tokens that activate it, empty for ordinary LoRA. tag: unique to adapter and version."""
+    """invocation: the tokens that activate it, empty for ordinary LoRA. tag: unique to this load of it."""
 
     invocation: Sequence[int]
-    version: int
     tag: int
 
 
@@ -39,26 +38,13 @@ class CacheBinding:
     start: first token under an aLoRA adapter, None under ordinary LoRA. tag: added to the tokens from there on.
     """
 
-    adapter: str
     start: int | None
     namespace: str
-    version: int
     tag: int
 
 
 _SERVED: dict[str, ServedAdapter] = {}
 _TAGS = count(1)
-
-
-def bump_version(lora_id: str) -> int:
-    """The weights of `lora_id` have been edited in place: requests that start from now on share no earlier KV.
-
-    Called in the process of the scheduler, between two batches. Returns the new version.
-    """
-    adapter = _SERVED[lora_id]
-    adapter.version += 1
-    adapter.tag = next(_TAGS) << _TAG_SHIFT
-    return adapter.version
 
 
 # --- loading -----------------------------------------------------------------------------------------------------
@@ -72,10 +58,7 @@ def _before_loading(manager, lora_ref, *args, **kwargs) -> None:
         raise ValueError(
             f"adapter {lora_ref.lora_name!r} has alora_invocation_tokens, which cannot be served: {reason}"
         )
-    previous = _SERVED.get(lora_ref.lora_id)
-    _SERVED[lora_ref.lora_id] = ServedAdapter(
-        invocation, previous.version + 1 if previous else 0, next(_TAGS) << _TAG_SHIFT
-    )
+    _SERVED[lora_ref.lora_id] = ServedAdapter(invocation, next(_TAGS) << _TAG_SHIFT)
 
 
 def _after_unloading(result, manager, lora_ref) -> None:
@@ -125,8 +108,8 @@ def _after_request_created(result: None, req, *args, **kwargs) -> None:
     if adapter.invocation and start is None:
         req.lora_id, req.extra_key = None, user_key
         return
-    namespace = _namespace(req.lora_id, adapter.version, start)
-    req.mezo_binding = CacheBinding(req.lora_id, start, namespace, adapter.version, adapter.tag)
+    namespace = _namespace(adapter.tag, start)
+    req.mezo_binding = CacheBinding(start, namespace, adapter.tag)
     req.extra_key = user_key if start is not None else namespace + (user_key or "")
     if start is not None and req.session is not None and req.session.streaming:
         # A session keeps KV outside of the tree, where a later invocation cannot take it back.
@@ -138,17 +121,19 @@ def _user_key(extra_key: str | None) -> str | None:
     return f"{_MARK}user{extra_key}" if extra_key and extra_key.startswith(_MARK) else extra_key
 
 
-def _namespace(lora_id: str, version: int, start: int | None) -> str:
-    return f"{_MARK}{lora_id}#{version}{_MARK}" if start is None else f"{_MARK}{lora_id}#{version}@{start}{_MARK}"
+def _namespace(tag: int, start: int | None) -> str:
+    version = tag >> _TAG_SHIFT
+    return f"{_MARK}{version}{_MARK}" if start is None else f"{_MARK}{version}@{start}{_MARK}"
 
 
 def _around_radix_key(original: Callable, tree_cache, req, token_ids: array, *args, **kwargs):
-    """Look a request up under the version that it will be computed with."""
+    """Look a request up where its KV lies."""
     binding = req.mezo_binding
     if binding is None:
         return original(tree_cache, req, token_ids, *args, **kwargs)
-    if req.kv.req_pool_idx is None:
-        _rebind(req, binding, shared=_shares_base(tree_cache))
+    if binding.start is not None and binding.tag and not _shares_base(tree_cache):
+        # Version and start in the namespace say what tags would say.
+        binding.tag, req.extra_key = 0, binding.namespace + (req.extra_key or "")
     return original(tree_cache, req, _tagged(binding, token_ids), *args, **kwargs)
 
 
@@ -157,18 +142,6 @@ def _shares_base(tree_cache) -> bool:
     from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
     return type(tree_cache) is UnifiedRadixCache and not tree_cache.enable_storage and tree_cache.linker is None
-
-
-def _rebind(req, binding: CacheBinding, shared: bool) -> None:
-    adapter = _SERVED[binding.adapter]
-    key = (req.extra_key or "").removeprefix(binding.namespace)
-    binding.version = adapter.version
-    binding.namespace = _namespace(binding.adapter, adapter.version, binding.start)
-    if binding.start is not None and shared:
-        binding.tag, req.extra_key = adapter.tag, key or None
-    else:
-        # Version and start in the namespace say what tags would say.
-        binding.tag, req.extra_key = 0, binding.namespace + key
 
 
 def _tagged(binding: CacheBinding, token_ids: array) -> array:
@@ -279,7 +252,7 @@ HOOKS = (
         "_req_radix_key",
         "around",
         _around_radix_key,
-        "looks KV up by adapter version and by tagged tokens",
+        "looks KV up by tagged tokens",
     ),
     Hook(
         "sglang.srt.mem_cache.unified_radix_cache",

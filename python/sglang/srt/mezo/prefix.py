@@ -121,11 +121,6 @@ class BasePrefixes:
     def _hit(self, prefix: Tokens) -> int:
         return self._match(prefix).device_prefix_len
 
-    def _match(self, prefix: Tokens):
-        from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams
-
-        return self._handle.tree_cache.match_prefix(MatchPrefixParams(key=_key(prefix)))
-
     def _pieces(self, missing: Sequence[Tokens]) -> list[Tokens]:
         """As much of the missing prefixes as one pass may compute: whole ones, and the beginning of the last."""
         pieces, room = [], self._max_tokens

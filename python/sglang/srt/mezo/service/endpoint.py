@@ -19,6 +19,7 @@ from starlette.responses import Response
 from sglang.srt.mezo.errors import CapacityError, ConfigError, DataError
 from sglang.srt.mezo.service.client import EngineClient
 from sglang.srt.mezo.service.errors import RequestError
+from sglang.srt.mezo.service.latency import LatencyRecorder
 from sglang.srt.mezo.service.manager import JobManager
 from sglang.srt.mezo.service.messages import EngineDescription
 from sglang.srt.mezo.service.settings import ServiceSettings
@@ -37,10 +38,11 @@ Handler = Callable[..., Awaitable[Any]]
 
 
 class Service(Protocol):
-    """What the routes work on. All but ``settings`` is there while it is ``ready`` only."""
+    """What the routes work on. All but ``settings`` and ``latency`` is there while it is ``ready`` only."""
 
     ready: bool
     settings: ServiceSettings
+    latency: LatencyRecorder
     store: Store
     manager: JobManager
     client: EngineClient

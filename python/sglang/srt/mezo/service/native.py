@@ -88,7 +88,7 @@ class _Native:
                 "on_restart": settings.on_restart,
             },
             "current_job": job_object(running[0]) if running else None,
-            "serving": latency.summary() if (latency := getattr(service, "latency", None)) else None,
+            "serving": service.latency.summary(),
         }
 
     @reads

@@ -83,7 +83,6 @@ def job_object(job: StoredJob, estimated_finish: int | None = None) -> Json:
         "result_files": [],
         "trained_tokens": job.trained_tokens,
         "seed": job.seed,
-        "user_provided_suffix": job.suffix,
         "metadata": job.metadata or None,
         "integrations": [],
         "hyperparameters": job.hyperparameters,
