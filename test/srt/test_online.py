@@ -1,6 +1,8 @@
 """Fine-tuning through a real server with the official client: the whole way from files to answers."""
 
 import json
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from engine_process import EngineProcess
-from live_server import MODEL, LiveServer, reviews
+from live_server import MODEL, ROOT, LiveServer, reviews
 from openai import NotFoundError
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -115,6 +117,16 @@ def test_lists_page(server, files, trained):
     assert {file.id for file in listed} >= set(files)
     assert server.client.files.content(files[1]).text.splitlines()[0] == json.dumps(reviews("validation", 1)[0])
     assert [job.id for job in server.client.fine_tuning.jobs.list(limit=1)][-1] == trained.id
+
+
+def test_the_example_runs_against_the_server(server):
+    command = [sys.executable, "examples/finetune_in_server.py", "--base-url", f"{server.url}/v1", "--suffix", "example"]
+    short = ["--hyperparameters", '{"max_steps": 20}']
+    done = subprocess.run([*command, *short], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "Step 20/20: training loss=" in done.stdout and "reviews-model:example is served:" in done.stdout
+    refused = subprocess.run([*command, *short], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert refused.returncode == 2 and "example" in refused.stderr and "Traceback" not in refused.stderr
 
 
 def test_a_job_can_be_paused_resumed_and_cancelled(server, files):
