@@ -262,8 +262,9 @@ def settings(arguments: argparse.Namespace) -> dict[str, Any]:
 def show_phase(phase: dict[str, Any]) -> None:
     ttft, tpot = ("/".join(f"{1000 * phase[f'{name}_p{p}']:.1f}" for p in (50, 90, 99)) for name in ("ttft", "tpot"))
     print(
-        f"{phase['load']:<6} share {phase['share']:<5} {'on ' if phase['training'] else 'off'} {phase['requests']} requests, {phase['failed']} failed, "
-        f"ttft {ttft} ms, tpot {tpot} ms (p50/90/99), {phase['output_tokens_per_s']:.1f} tokens/s, {phase['steps'] / phase['seconds']:.2f} steps/s, "
+        f"{phase['load']:<6} share {phase['share']:<5} {'on ' if phase['training'] else 'off'} "
+        f"{phase['requests']} requests, {phase['failed']} failed, ttft {ttft} ms, tpot {tpot} ms (p50/90/99), "
+        f"{phase['output_tokens_per_s']:.1f} tokens/s, {phase['steps'] / phase['seconds']:.2f} steps/s, "
         f"{phase['answers_differ']} answers differ from the first phase's, sent late by {1000 * phase['send_lag_p99']:.1f} ms (p99)",
         flush=True,
     )
@@ -287,7 +288,8 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     latency, steps = figure.subplots(1, 2)
     shares = [row["share"] for row in rows]
-    for name, label in (("ttft_p99_ratio", "p99 time to first token"), ("tpot_p99_ratio", "p99 time per output token"), ("throughput_ratio", "throughput")):
+    labels = {"ttft_p99_ratio": "p99 time to first token", "tpot_p99_ratio": "p99 time per output token", "throughput_ratio": "throughput"}
+    for name, label in labels.items():
         latency.plot(shares, [row[name] for row in rows], marker="o", label=label)
     latency.axhline(1, color="grey", linewidth=0.5)
     latency.set(xlabel="--mezo-share", ylabel="with training / without", ylim=(0, None))

@@ -66,7 +66,7 @@ class Server:
                 raise RuntimeError(f"the server ended with {self.process.returncode}:\n{self.log_tail()}")
             if time.monotonic() > deadline:
                 raise TimeoutError(f"{what}: not within {seconds:.0f} s; the server says:\n{self.log_tail()}")
-            time.sleep(0.2)
+            time.sleep(0.5)
         return value
 
     def log_tail(self) -> str:

@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import statistics
 import tempfile
 import threading
@@ -30,15 +31,18 @@ from soak_traffic import Models, Tally, actors
 MODEL = ROOT / "examples/assets/opt-reviews"
 REVIEWS = ROOT / "examples/assets/reviews/train.jsonl"
 KV_TOKENS = 16384  # few enough that requests and training take them from each other
-FLAGS = ("--dtype", "float32", "--max-total-tokens", str(KV_TOKENS), "--enable-metrics")
+SLOTS = 7  # two for each of the job's two directions, its adapter, the base model, a served adapter: none to lose
+FLAGS = ("--dtype", "float32", "--max-total-tokens", str(KV_TOKENS), "--max-loras-per-batch", str(SLOTS), "--enable-metrics")
 JOB = {"max_steps": 60, "num_perturbations": 2, "invocation": " It was", "logging_steps": 1, "learning_rate": 1e-4}
 
 SAMPLE_SECONDS = 10
-GROWTH = {"rss_bytes": (0.05, 64 << 20), "threads": (0.0, 4), "descriptors": (0.0, 8)}  # the larger of a share and a number
-GAUGES = ("kv_available_tokens", "kv_evictable_tokens", "kv_used_tokens", "num_running_reqs", "num_queue_reqs", "lora_pool_slots_used",
+GROWTH = {"rss_mib": (0.05, 64), "threads": (0.0, 4), "descriptors": (0.0, 8)}  # the larger of a share and a number
+GAUGES = ("kv_available_tokens", "kv_evictable_tokens", "kv_used_tokens", "num_running_reqs", "num_queue_reqs",
           "mezo_steps_total", "mezo_backoffs_total", "mezo_kept_prefix_tokens")  # fmt: skip
 QUIET_SECONDS = 120  # for jobs and sessions to end, and for SGLang's idle metrics
-_BAD_LOG = re.compile(r"Traceback|memory leak|\bERROR\b|CRITICAL|exception was never retrieved|was never awaited")
+UPSTREAM_NOISE = "lora_id must be either a string or a list of strings"  # a request for an adapter that is gone, answered with 400
+_BAD_LOG = re.compile(r"memory leak|\bERROR\b|CRITICAL|was never awaited|failed to|did not")
+_ADAPTER = re.compile(r"LoRA adapter (?P<verb>\w+)( from tensors)? completes: LoRARef\(lora_id=(?P<id>\w+)")
 
 
 def main() -> None:
@@ -48,27 +52,32 @@ def main() -> None:
     arguments = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
     tally, samples = Tally(), []
-    with tempfile.TemporaryDirectory() as folder:
-        with running_server(MODEL, Path(folder), *FLAGS) as server:
+    folder = Path(tempfile.mkdtemp(prefix="soak-"))
+    with running_server(MODEL, folder, *FLAGS) as server:
+        try:
             checks = soak(server, 60 * arguments.minutes, tally, samples)
-        log = server.log.read_text(errors="replace")
-    checks["nothing unexpected in the server's log"] = (found := bad_lines(log)) == []
+        except Exception as error:
+            checks = {f"the server lives: {error!r}": False}
+    checks["nothing unexpected in the server's log"] = (found := bad_lines(server.log)) == []
     checks["no unexpected answer"] = tally.unexpected == []
     for line in [*found[:20], *tally.unexpected[:20]]:
         print(f"  {line}")
     for name, passed in checks.items():
         print(f"{'pass' if passed else 'FAIL'}  {name}")
     passed = all(checks.values())
-    print(f"{'no leak' if passed else 'FAILED'} after {arguments.minutes:g} minutes and {sum(tally.answers.values())} requests")
+    if passed:
+        shutil.rmtree(folder)
+    verdict = "no leak" if passed else f"FAILED, see {folder},"
+    print(f"{verdict} after {arguments.minutes:g} minutes and {sum(tally.answers.values())} requests")
     if arguments.json:
         report = {"passed": passed, "checks": checks, "answers": dict(sorted(tally.answers.items())), "unexpected": tally.unexpected,
-                  "log": found[:100], "samples": samples, "machine": machine(),
+                  "log": found[:100], "samples": columns(samples), "machine": machine(),
                   "settings": {"minutes": arguments.minutes, "flags": FLAGS, "growth": GROWTH, "job": JOB}}  # fmt: skip
         arguments.json.write_text(json.dumps(report) + "\n")
     raise SystemExit(0 if passed else 1)
 
 
-def soak(server: Server, seconds: float, tally: Tally, samples: list[dict[str, Any]]) -> dict[str, bool]:
+def soak(server: Server, seconds: float, tally: Tally, samples: list[dict[str, float]]) -> dict[str, bool]:
     """Whether each check passed, by its name."""
     rows = training_rows()
     first = canary(server, rows)
@@ -89,7 +98,7 @@ def soak(server: Server, seconds: float, tally: Tally, samples: list[dict[str, A
     checks |= growth(samples)
     clear(server)
     checks["a flush gives back all KV"] = becomes_true(server, lambda: flushed(server))
-    checks["no adapter is loaded"] = becomes_true(server, lambda: server.metrics()["sglang:lora_pool_slots_used"] == 0)
+    checks["every adapter has been unloaded"] = becomes_true(server, lambda: not loaded_adapters(server.log))
     checks["the same job and requests come to the same"] = canary(server, rows) == first
     clear(server)
     checks["a flush gives back all KV again"] = becomes_true(server, lambda: flushed(server))
@@ -152,13 +161,17 @@ def becomes_true(server: Server, condition: Callable[[], bool]) -> bool:
 # --- samples -------------------------------------------------------------------------------------------------------------
 
 
-def sample(server: Server) -> dict[str, Any]:
+def sample(server: Server) -> dict[str, float]:
     metrics = server.metrics()
     return {
-        "processes": {name: figures(process) for name, process in processes(server).items()},
+        **{f"{figure} of {name}": value for name, process in processes(server).items() for figure, value in figures(process).items()},
         "adapters_listed": len(server.http.get("/v1/models").json()["data"]) - 1,
-        **{name: metrics.get(f"sglang:{name}") for name in GAUGES},
+        **{name: metrics.get(f"sglang:{name}", 0.0) for name in GAUGES},
     }
+
+
+def columns(samples: Sequence[dict[str, float]]) -> dict[str, list[float]]:
+    return {name: [sample[name] for sample in samples] for name in samples[0]}
 
 
 def processes(server: Server) -> dict[str, psutil.Process]:
@@ -169,29 +182,49 @@ def processes(server: Server) -> dict[str, psutil.Process]:
 
 
 def process_name(process: psutil.Process) -> str:
-    command = " ".join(process.cmdline())
+    command = " ".join(process.cmdline()).strip()
     return command.removeprefix("sglang::") if command.startswith("sglang::") else ""
 
 
 def figures(process: psutil.Process) -> dict[str, int]:
     with process.oneshot():
-        return {"rss_bytes": process.memory_info().rss, "threads": process.num_threads(), "descriptors": process.num_fds()}
+        return {"rss_mib": process.memory_info().rss >> 20, "threads": process.num_threads(), "descriptors": process.num_fds()}
 
 
-def growth(samples: Sequence[dict[str, Any]]) -> dict[str, bool]:
+def growth(samples: Sequence[dict[str, float]]) -> dict[str, bool]:
     """The last fifth of the samples against the second: in the first, what is used for the first time is set up."""
     fifth = len(samples) // 5
     early, late = samples[fifth : 2 * fifth], samples[-fifth:]
     checks = {}
-    for process in samples[0]["processes"]:
-        for name, (share, number) in GROWTH.items():
-            before, after = (statistics.median(sample["processes"][process][name] for sample in part) for part in (early, late))
-            checks[f"{name} of {process}: {before:.0f}, later {after:.0f}"] = after - before <= max(share * before, number)
+    for name in samples[0]:
+        if (figure := name.partition(" of ")[0]) in GROWTH:
+            share, number = GROWTH[figure]
+            before, after = (statistics.median(sample[name] for sample in part) for part in (early, late))
+            checks[f"{name}: {before:.0f}, later {after:.0f}"] = after - before <= max(share * before, number)
     return checks
 
 
-def bad_lines(log: str) -> list[str]:
-    return [line for line in log.splitlines() if _BAD_LOG.search(line)]
+def bad_lines(log: Path) -> list[str]:
+    """Lines that should not be there; of a traceback the one with its exception."""
+    found: list[str] = []
+    in_traceback = False
+    with open(log, errors="replace") as lines:
+        for line in map(str.rstrip, lines):
+            ends_traceback = in_traceback and not line.startswith(" ")
+            in_traceback = "Traceback (" in line or (in_traceback and not ends_traceback)
+            if (ends_traceback or _BAD_LOG.search(line)) and UPSTREAM_NOISE not in line:
+                found.append(line)
+    return found
+
+
+def loaded_adapters(log: Path) -> set[str]:
+    """Ids of the adapters that the scheduler has been given and has not dropped, training's own ones too."""
+    loaded: set[str] = set()
+    with open(log, errors="replace") as lines:
+        for line in lines:
+            if match := _ADAPTER.search(line):
+                (loaded.discard if match["verb"] == "unloading" else loaded.add)(match["id"])
+    return loaded
 
 
 if __name__ == "__main__":

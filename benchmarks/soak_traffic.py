@@ -73,6 +73,11 @@ class Actor(threading.Thread):
             self.tally.add_unexpected(action, f"{response.status_code} {response.text}")
         return response
 
+    def upload(self, content: bytes) -> str:
+        """The file's id."""
+        files, data = {"file": ("rows.jsonl", content)}, {"purpose": "fine-tune"}
+        return self.call("upload", "POST", "/v1/files", files=files, data=data).json()["id"]
+
     def one_of(self, actions: Sequence[tuple[int, Callable[[], Any]]]) -> Any:
         """Do one of the actions, which are given with their weights."""
         weights, functions = zip(*actions)
@@ -116,7 +121,8 @@ class ServingActor(Actor):
         return {"model": self.server.model, "max_tokens": self.draw.randint(1, 48), "temperature": self.draw.choice((0, 1)), **fields}
 
     def _complete(self) -> None:
-        self.call("completion", "POST", "/v1/completions", self._ALLOWED, json=self._body(prompt=self.text(), n=self.draw.choice((1, 1, 2))))
+        body = self._body(prompt=self.text(), n=self.draw.choice((1, 1, 2)))
+        self.call("completion", "POST", "/v1/completions", self._ALLOWED, json=body)
 
     def _chat(self) -> None:
         messages = [{"role": "user", "content": self.text()}]
@@ -133,8 +139,7 @@ class ServingActor(Actor):
         model = self.models.some(self.draw)
         if model is None:
             return
-        prompt = f"{self.draw.choice(self.rows)['prompt']}"
-        body = self._body(model=model, prompt=prompt)
+        body = self._body(model=model, prompt=self.draw.choice(self.rows)["prompt"])
         self.call("adapter", "POST", "/v1/completions", (*self._ALLOWED, 404), json=body)
         self.call("model", "GET", f"/v1/models/{model}", (200, 404))
 
@@ -154,8 +159,9 @@ class JobActor(Actor):
 
     def act(self) -> None:
         train, dev = (self._upload(self.draw.sample(self.rows, count)) for count in (self.draw.randint(16, 200), 16))
+        self._directions = self.draw.choice((1, 1, 2))
         method = {"type": "supervised", "supervised": {"hyperparameters": self._hyperparameters()}}
-        body = {"model": self.server.model, "training_file": train, "validation_file": dev, "seed": self.draw.randint(0, 99), "method": method}
+        body = {"model": self.server.model, "training_file": train, "validation_file": dev, "seed": 1, "method": method}
         self._job = self.call("create job", "POST", "/v1/fine_tuning/jobs", json=body).json()["id"]
         self._route = f"/v1/fine_tuning/jobs/{self._job}"
         self._names: list[str] = []
@@ -169,9 +175,9 @@ class JobActor(Actor):
         return {
             "tuning": tuning,
             "max_steps": self.draw.randint(5, 200 if tuning == "alora" else 30),
-            "num_perturbations": self.draw.choice((1, 1, 2)),
+            "num_perturbations": self._directions,
             "r": self.draw.choice((4, 8)),
-            "save_steps": 10,
+            "save_steps": 40,
             "eval_steps": 20,
             "learning_rate": 1e-4,
             **({"invocation": " It was"} if tuning == "alora" else {}),
@@ -191,25 +197,20 @@ class JobActor(Actor):
                     return
                 operations -= 1
                 self._use()
+            elif status == "paused":
+                self.one_of([(3, self._resume), (2, self._evaluate), (2, self._update), (1, self._append), (1, self._publish)])
             else:
-                self._disturb()
+                self.one_of([(2, self._pause), (2, self._append), (2, self._publish), (3, self._read), (1, self._evaluate)])
             self.rest(1.0)
-
-    def _disturb(self) -> None:
-        self.one_of(
-            [
-                (2, lambda: self._change("pause")),
-                (3, lambda: self._change("resume")),
-                (2, self._append),
-                (2, self._publish),
-                (1, self._evaluate),
-                (1, self._update),
-                (3, self._read),
-            ]
-        )
 
     def _use(self) -> None:
         self.one_of([(2, self._evaluate), (2, self._update), (2, self._publish), (2, self._publish_checkpoint), (2, self._read)])
+
+    def _pause(self) -> None:
+        self._change("pause")
+
+    def _resume(self) -> None:
+        self._change("resume")
 
     def _change(self, verb: str) -> None:
         self.call(f"{verb} job", "POST", f"{self._route}/{verb}", _REFUSED)
@@ -233,7 +234,7 @@ class JobActor(Actor):
         self.call("evaluate", "POST", f"/mezo/jobs/{self._job}/evaluate", _REFUSED, json=body)
 
     def _update(self) -> None:
-        body = {"zo_random_seed": self.draw.getrandbits(64), "projected_grad": [0.5], "learning_rate": 1e-4}
+        body = {"zo_random_seed": self.draw.getrandbits(64), "projected_grad": [0.5] * self._directions, "learning_rate": 1e-4}
         self.call("update", "POST", f"/mezo/jobs/{self._job}/update", _REFUSED, json=body)
 
     def _read(self) -> None:
@@ -243,7 +244,7 @@ class JobActor(Actor):
 
     def _upload(self, rows: Sequence[dict[str, Any]]) -> str:
         content = "".join(json.dumps(row) + "\n" for row in rows).encode()
-        return self.call("upload", "POST", "/v1/files", files={"file": ("rows.jsonl", content)}, data={"purpose": "fine-tune"}).json()["id"]
+        return self.upload(content)
 
     def _clean_up(self, *files: str) -> None:
         """Whatever a job leaves behind is removed, so that nothing may grow with their number."""
@@ -269,7 +270,7 @@ class FileActor(Actor):
 
     def _whole(self) -> None:
         content = json.dumps(self.draw.choice(self.rows)).encode() * self.draw.randint(1, 5000)
-        file = self.call("upload", "POST", "/v1/files", files={"file": ("a.jsonl", content)}, data={"purpose": "fine-tune"}).json()["id"]
+        file = self.upload(content)
         self.call("file content", "GET", f"/v1/files/{file}/content")
         self.call("list files", "GET", "/v1/files")
         self.call("delete file", "DELETE", f"/v1/files/{file}")
@@ -277,7 +278,8 @@ class FileActor(Actor):
     def _broken(self) -> None:
         url = httpx.URL(self.server.url)
         head = (
-            f"POST /v1/files HTTP/1.1\r\nHost: {url.host}\r\nContent-Type: multipart/form-data; boundary=x\r\nContent-Length: 1000000\r\n\r\n"
+            f"POST /v1/files HTTP/1.1\r\nHost: {url.host}\r\n"
+            "Content-Type: multipart/form-data; boundary=x\r\nContent-Length: 1000000\r\n\r\n"
             '--x\r\nContent-Disposition: form-data; name="file"; filename="gone.jsonl"\r\n\r\n'
         )
         with socket.create_connection((url.host, url.port), timeout=10) as connection:

@@ -11,7 +11,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def main() -> None:
-    for table in (step_time(), accuracy(), memory()):
+    for table in (step_time(), accuracy(), memory(), serve_while_train("serve_while_train.json"), serve_while_train("serve_while_train_curve.json")):
         print("\n".join(table), end="\n\n")
 
 
@@ -44,6 +44,22 @@ def memory() -> list[str]:
     for row in load("memory.json"):
         serving, training = (f"{row[key] / 2**20:.0f} MiB" for key in ("serving_bytes", "training_bytes"))
         lines.append(f"| OPT-125m shape, {row['tuning']}, float32 | {serving} | {training} | {row['ratio']:.3f} |")
+    return lines
+
+
+def serve_while_train(name: str) -> list[str]:
+    lines = ["| load, share | requests | p99 time to first token, off and on | p99 time per output token, off and on | throughput, on / off | training steps/s |",
+             "|---|---|---|---|---|---|"]  # fmt: skip
+    for row in load(name):
+        off, on = row["off"], row["on"]
+        ttft, tpot = (
+            f"{1000 * off[key]:.0f} and {1000 * on[key]:.0f} ms, {row[f'{key}_ratio']:.2f}x ({min(row[f'{key}_ratios']):.2f} to {max(row[f'{key}_ratios']):.2f})"
+            for key in ("ttft_p99", "tpot_p99")
+        )
+        lines.append(
+            f"| {row['load']} ({on['requests_per_s']:.2f} requests/s), {row['share']} | {off['requests']} + {on['requests']}, {off['failed'] + on['failed']} failed "
+            f"| {ttft} | {tpot} | {row['throughput_ratio']:.1%} | {on['steps_per_s']:.2f} |"
+        )
     return lines
 
 

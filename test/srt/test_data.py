@@ -15,6 +15,7 @@ from sglang.srt.mezo.data import (
     SourceRow,
     default_objective,
     get_task,
+    read_jsonl,
     read_rows,
     sample_rows,
 )
@@ -127,6 +128,10 @@ _USER, _ANSWER = {"role": "user", "content": "yes"}, {"role": "assistant", "cont
 
 BAD_ROWS = {
     "broken JSON": ('{"prompt": ', "not JSON"),
+    "deeply nested": ('{"text": ' + "[" * 100_000, "not JSON: maximum recursion depth exceeded"),
+    "half of a surrogate pair": ('{"text": "\\ud800"}', "text is no Unicode text"),
+    "option half of a surrogate pair": ('{"prompt": "it", "options": ["a", "\\udfff"], "label": 0}', "options is no Unicode text"),
+    "column of ours": ({"__broken__": 5}, "columns ['__broken__'] have none of the forms"),
     "no object": ([1, 2], "a JSON object is needed, not list"),
     "no known form": ({"question": "?"}, "columns ['question'] have none of the forms"),
     "label missing": ({"prompt": "it", "options": [" a"]}, "columns ['options', 'prompt'] have none of the forms"),
@@ -136,19 +141,24 @@ BAD_ROWS = {
     "option no text": ({**CHOICE, "options": [" great", 3]}, "must be a list of strings"),
     "label too large": ({**CHOICE, "label": 2}, "label=2 must be an index of the 2 options"),
     "label negative": ({**CHOICE, "label": -1}, "label=-1 must be an index of the 2 options"),
+    "label a boolean": ({**CHOICE, "label": True}, "label=True must be an index of the 2 options"),
     "label in words": ({**CHOICE, "label": "bad"}, "label='bad' must be an index of the 2 options"),
     "empty prompt": ({**CHOICE, "prompt": ""}, "prompt='' must be a non-empty string"),
     "prompt no text": ({"prompt": None, "completion": "a"}, "prompt=None must be a non-empty string"),
     "empty completion": ({"prompt": "it", "completion": ""}, "completion='' must be a non-empty string"),
     "empty text": ({"text": ""}, "text='' must be a non-empty string"),
-    "too long": ({"prompt": "it was" * 100, "completion": " great"}, f"tokens are more than the context of {CONTEXT}"),
+    "prompt too long": ({"prompt": "it was" * 100, "completion": " great"}, f"leaves no room for an option in the context of {CONTEXT}"),
+    "too long": ({"prompt": "it was", "completion": " great" * 100}, f"tokens are more than the context of {CONTEXT}"),
     "messages no list": ({"messages": "hello"}, "messages must be a list"),
     "no messages": ({"messages": []}, "messages must be a list"),
     "nothing to answer": ({"messages": [_ANSWER]}, "messages must be a list of two or more"),
     "no answer": ({"messages": [_ANSWER, _USER]}, "ends with an assistant message"),
     "empty answer": ({"messages": [_USER, {**_ANSWER, "content": ""}]}, "messages[-1].content='' must be"),
     "answer without content": ({"messages": [_USER, {"role": "assistant"}]}, "messages[-1].content=None must be"),
-    "message no object": ({"messages": ["yes", "no"]}, "'str' object has no attribute 'get'"),
+    "answer no object": ({"messages": ["yes", "no"]}, "ends with an assistant message"),
+    "message no object": ({"messages": ["yes", _ANSWER]}, "messages[0]='yes' must be an object with a role and a content"),
+    "message without role": ({"messages": [{"content": "yes"}, _ANSWER]}, "messages[0]={'content': 'yes'} must be an object with a role"),
+    "message without content": ({"messages": [{"role": "user"}, _ANSWER]}, "messages[0].content=None must be a string"),
     "template refuses": ({"messages": [{**_USER, "role": "judge"}, _ANSWER]}, "no such role"),
 }
 
@@ -179,6 +189,20 @@ def test_bytes_that_are_no_text_are_an_error_of_their_line(tmp_path, encoder):
     path.write_bytes(json.dumps(CHOICE).encode() + b'\n{"text": "caf\xe9"}\n')
     with pytest.raises(DataError, match="rows.jsonl:2: not JSON.*can't decode byte 0xe9"):
         encoder.encode_rows(read_rows(str(path), "train"))
+
+
+def test_a_message_shows_the_beginning_of_a_long_value(encoder):
+    with pytest.raises(DataError) as caught:
+        encoder.encode({**CHOICE, "label": "x" * 100_000})
+    assert "label='xxx" in str(caught.value) and len(str(caught.value)) < 500
+
+
+def test_a_line_may_have_a_length(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "a"}\n{"text": "abc"}\n')
+    assert len(list(read_jsonl(path, "rows.jsonl", max_line_bytes=16))) == 2
+    with pytest.raises(DataError, match="rows.jsonl:2: the line is longer than 15 bytes"):
+        list(read_jsonl(path, "rows.jsonl", max_line_bytes=15))
 
 
 @pytest.mark.parametrize(

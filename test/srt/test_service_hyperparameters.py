@@ -5,6 +5,7 @@ import json
 import pytest
 
 from sglang.srt.mezo.config import MezoConfig
+from sglang.srt.mezo.errors import shown
 from sglang.srt.mezo.service.errors import RequestError
 from sglang.srt.mezo.service.hyperparameters import KINDS, reported, resolve
 from sglang.srt.mezo.service.messages import EngineDescription
@@ -140,16 +141,24 @@ def test_a_wrong_type_is_named_with_its_path_and_what_is_allowed(name, value):
         *((name, value, "a positive number") for value in (0, -1.0) for name in (
             "learning_rate", "zo_eps", "lora_alpha", "clip_projected_grad", "learning_rate_multiplier",
         )),
-        *((name, 0, "at least 1") for name in (
-            "r", "num_perturbations", "eval_steps", "logging_steps", "max_tokens_per_batch", "n_epochs", "max_steps",
+        *((name, 0, "at least 1") for name in ("r", "num_perturbations", "eval_steps", "logging_steps")),
+        *((name, value, "from 1 to 1000000000") for name in ("n_epochs", "max_steps") for value in (0, 10**9 + 1, 2**63)),
+        *((name, 10**9 + 1, "at most 1000000000") for name in (
+            "eval_steps", "logging_steps", "save_steps", "noise_floor_steps", "warmup_steps",
         )),
+        *((name, 1e300, "at most 1000000") for name in (
+            "learning_rate", "learning_rate_multiplier", "weight_decay", "clip_projected_grad", "zo_eps", "lora_alpha",
+        )),
+        ("zo_eps", 1e-320, "at least 1e-12"),
+        ("invocation", "i" * 1001, "at most 1000 characters"),
         *((name, -1, "zero or more") for name in ("weight_decay", "warmup_steps", "save_steps", "noise_floor_steps")),
         ("batch_size", 0, "from 1 to 4096"),
         ("batch_size", 4097, "from 1 to 4096"),
-        ("gradient_accumulation_steps", 0, "from 1 to 256"),
-        ("gradient_accumulation_steps", 257, "from 1 to 256"),
+        *(("gradient_accumulation_steps", value, "from 1 to 256, as a step takes 4096 examples at most") for value in (0, 257)),
         ("r", 17, "from 1 to 16, the server's --max-lora-rank"),
         ("num_perturbations", 3, "at most 2, as each takes two of the server's --max-loras-per-batch=8"),
+        ("max_tokens_per_batch", 0, "from 1 to 8192"),
+        ("max_tokens_per_batch", 8193, "from 1 to 8192"),
         ("max_tokens_per_batch", 4001, "from 1 to 4000, the size of the KV pool"),
         ("target_modules", [], "at least one module"),
         ("target_modules", ["fc1"], "some of q_proj, k_proj, v_proj, o_proj, which this server adapts"),
@@ -161,7 +170,7 @@ def test_a_wrong_type_is_named_with_its_path_and_what_is_allowed(name, value):
 )  # fmt: skip
 def test_a_value_out_of_range_is_named_with_what_is_allowed(name, value, allowed):
     error = refused(request(**{name: value}))
-    assert error.message == f"{PLACE}.{name}={value!r} is not allowed: {allowed}"
+    assert error.message == f"{PLACE}.{name}={shown(value)} is not allowed: {allowed}"
     assert (error.param, error.code) == (f"{PLACE}.{name}", "invalid_value")
 
 
@@ -234,4 +243,4 @@ def test_a_backend_without_activated_adapters_says_so():
 
 
 def test_a_long_value_is_cut_in_the_message():
-    assert len(refused(request(r="x" * 100_000)).message) < 200
+    assert len(refused(request(r="x" * 100_000)).message) < 400

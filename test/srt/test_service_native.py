@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import math
 
 import pytest
 from starlette.testclient import TestClient
@@ -88,12 +89,16 @@ EVALUATE = {"rows": [ROW], "zo_random_seed": 3}
         ("evaluate", EVALUATE | {"zo_random_seed": True}, "zo_random_seed"),
         ("evaluate", EVALUATE | {"zo_eps": 0}, "zo_eps"),
         ("evaluate", EVALUATE | {"zo_eps": "1"}, "zo_eps"),
+        ("evaluate", EVALUATE | {"zo_eps": 1e300}, "zo_eps"),
+        ("evaluate", EVALUATE | {"zo_eps": 1e-320}, "zo_eps"),
+        ("evaluate", EVALUATE | {"rows": [ROW] * 257}, "rows"),
         ("update", UPDATE | {"projected_grad": [1.0]}, "projected_grad"),
         ("update", UPDATE | {"projected_grad": 1.0}, "projected_grad"),
         ("update", UPDATE | {"projected_grad": [1.0, "2"]}, "projected_grad.1"),
         ("update", UPDATE | {"projected_grad": [1.0, 1e39]}, "projected_grad.1"),
         ("update", UPDATE | {"learning_rate": 0}, "learning_rate"),
         ("update", UPDATE | {"learning_rate": None}, "learning_rate"),
+        ("update", UPDATE | {"learning_rate": 1e30}, "learning_rate"),
         ("update", UPDATE | {"publish": "yes"}, "publish"),
     ],
 )
@@ -101,6 +106,25 @@ def test_a_wrong_body_is_refused_with_the_field_at_fault(http, service, job_id, 
     response = http.post(f"/mezo/jobs/{job_id}/{route}", json=body)
     assert response.status_code == 400
     assert response.json()["error"]["param"] == param
+    assert service.manager.calls == []
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_losses_that_are_no_numbers_are_an_error(http, service, job_id, monkeypatch, loss):
+    async def evaluate(*args):
+        return {"step": 1, "loss_plus": [0.5, loss], "loss_minus": [0.25, 0.25], "projected_grad": [1.0, loss]}
+
+    monkeypatch.setattr(service.manager, "evaluate", evaluate)
+    response = http.post(f"/mezo/jobs/{job_id}/evaluate", json=EVALUATE | {"zo_eps": 100.0})
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert (error["param"], error["code"]) == ("zo_eps", "diverged") and "zo_eps=100.0" in error["message"]
+
+
+def test_rows_nested_too_deeply_are_refused_whole(http, service, job_id):
+    body = b'{"rows": [{"text": "a", "extra": ' + b"[" * 900 + b"]" * 900 + b"}]}"
+    response = http.post(f"/mezo/jobs/{job_id}/examples", content=body, headers={"Content-Type": "application/json"})
+    assert response.status_code == 400 and response.json()["error"]["message"] == "the body is nested too deeply"
     assert service.manager.calls == []
 
 
@@ -134,7 +158,7 @@ def test_metrics_are_followed_line_by_line(http, service, job_id):
     with open(path, "a") as file:
         file.write('ss": 0.1}\n')
     assert metrics(2502) == {"data": [{"step": 2503, "loss": 0.1}], "next": 2503}
-    for after in ("-1", "x", ""):
+    for after in ("-1", "x", "", "10000000000000000000"):
         assert http.get(f"/mezo/jobs/{job_id}/metrics", params={"after": after}).json()["error"]["param"] == "after"
 
 

@@ -213,6 +213,9 @@ def test_jobs_are_found_by_metadata(client, service):
     assert found(extra_query={"metadata": "null"}) == [none]
     with pytest.raises(openai.BadRequestError, match="metadata='x' is not allowed"):
         found(extra_query={"metadata": "x"})
+    assert found(metadata={f"k{i}": "v" for i in range(16)}) == []
+    with pytest.raises(openai.BadRequestError, match="1200 pairs of metadata are not allowed: at most 16"):
+        found(metadata={f"k{i}": "v" for i in range(1200)})
 
 
 def test_a_running_job_says_when_it_will_be_done(client, service):
@@ -274,12 +277,34 @@ def test_a_file_with_another_purpose_is_no_training_data(http, service):
         (b'{"model": "\xff"}', 400, "invalid_json"),
         (b"[" * 100_000, 400, "invalid_json"),
         (b'{"model": 1e400}', 400, "invalid_json"),
+        (b'{"integrations": ' + b"[" * 1000 + b"]" * 1000 + b"}", 400, "invalid_json"),
         (b'{"model": "' + b"x" * (1 << 20) + b'"}', 413, "file_too_large"),
     ],
 )
 def test_a_body_that_is_no_json_object_is_refused(http, content, status, code):
     response = http.post(JOBS, content=content, headers={"Content-Type": "application/json"})
     assert error_of(response, status)["code"] == code
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"model": "m" * 500_000, "training_file": "file-1"},
+        {"model": "tiny", "training_file": "f" * 500_000},
+        {"model": "tiny", "training_file": "file-1", "q" * 500_000: 1},
+        {"model": "tiny", "training_file": "file-1", **{str(number): 1 for number in range(50_000)}},
+        {"model": "tiny", "training_file": "file-1", "metadata": {"k" * 500_000: "v"}},
+        {"model": "tiny", "training_file": "file-1", "suffix": "s" * 500_000},
+    ],
+)
+def test_an_error_repeats_the_beginning_of_what_is_wrong_only(http, body):
+    response = http.post(JOBS, json=body)
+    assert response.status_code in (400, 404) and len(response.content) < 2000
+
+
+def test_an_unknown_hyperparameter_is_not_repeated_whole(http, service):
+    response = http.post(JOBS, json={"model": "tiny", "training_file": add_file(service), "hyperparameters": {"q" * 500_000: 1}})
+    assert response.status_code == 400 and len(response.content) < 2000
 
 
 def test_a_body_without_length_is_cut_off(http):
@@ -381,9 +406,17 @@ def test_a_model_is_deleted(client, service):
     assert client.models.delete("tiny:mine").deleted
     assert service.manager.calls == [("delete_model", "mine")]
     assert [model.id for model in client.models.list()] == ["tiny"]
-    for unknown in ("tiny:mine", "tiny"):
+    for unknown in ("tiny:mine", "tiny", "tiny:", "mine"):
         with pytest.raises(openai.NotFoundError, match="there is no fine-tuned model"):
             client.models.delete(unknown)
+
+
+def test_checkpoints_of_a_job_that_was_cancelled_are_deleted_by_its_models_name(client, service):
+    job = add_job(client, service, suffix="half")
+    service.store.add_checkpoint(StoredCheckpoint(job.id, 5, "half:ckpt-step-5", "run/checkpoint-5", {}))
+    service.store.update_job(job.id, status="cancelled")
+    assert client.models.delete("tiny:half").deleted
+    assert service.manager.calls == [("delete_model", "half")]
 
 
 # --- authorisation -------------------------------------------------------------------------------------------------------

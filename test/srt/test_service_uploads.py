@@ -193,7 +193,8 @@ def test_the_client_learns_that_its_file_is_too_large(service, port):
     for size in [MIB + 1, 8 * MIB] * 5:
         with pytest.raises(openai.APIStatusError) as caught:
             client.files.create(file=("a.jsonl", b"x" * size), purpose="fine-tune")
-        assert (caught.value.status_code, caught.value.code) == (413, "file_too_large")
+        assert (caught.value.status_code, caught.value.code, caught.value.param) == (413, "file_too_large", "file")
+        assert f"at most {MIB} bytes are taken" in str(caught.value)
     assert left(service) == []
 
 

@@ -6,15 +6,17 @@ Rows come as a task's columns, or in one of the free forms ``{"prompt", "complet
 
 import json
 import logging
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from sglang.srt.mezo.config import Objective
-from sglang.srt.mezo.errors import DataError
+from sglang.srt.mezo.errors import DataError, shown
 from sglang.srt.mezo.invocation import invocation_start
 from sglang.srt.mezo.noise import step_seed
 from sglang.srt.mezo.tasks import TASKS, Task, TextExample
@@ -80,25 +82,31 @@ def _read_lines(path: Path) -> Iterator[SourceRow]:
             yield SourceRow({"text": line}, str(path), number)
 
 
-def read_jsonl(path: Path, source: str) -> Iterator[SourceRow]:
-    """Rows of a file of JSON lines, whatever its name; ``source`` is what messages call it."""
+def read_jsonl(path: Path, source: str, max_line_bytes: int = sys.maxsize - 1) -> Iterator[SourceRow]:
+    """Rows of a file of JSON lines, whatever its name; ``source`` is what messages call it.
+
+    Raises:
+        DataError: a line is longer than ``max_line_bytes``.
+    """
     with open(path, "rb") as file:  # json decodes each line, so that bytes that are no text are an error of their line
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(iter(partial(file.readline, max_line_bytes + 1), b""), 1):
+            if len(line) > max_line_bytes:
+                raise DataError(f"the line is longer than {max_line_bytes} bytes", source, number)
             if line.strip():
                 yield SourceRow(_parse_line(line), source, number)
 
 
-def _parse_line(line: bytes) -> Mapping[str, Any]:
+def _parse_line(line: bytes) -> Mapping[Any, Any]:
     try:
         fields = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return {_BROKEN: f"not JSON: {error}"}
     if not isinstance(fields, dict):
         return {_BROKEN: f"a JSON object is needed, not {type(fields).__name__}"}
     return fields
 
 
-_BROKEN = "__broken__"
+_BROKEN = object()  # no key that a row could have
 
 
 def _read_with_datasets(path: str, split: str, task: Task | None) -> list[SourceRow]:
@@ -140,7 +148,7 @@ class Encoder:
         for row in rows:
             try:
                 examples += self.encode(row.fields)
-            except (DataError, KeyError, TypeError, ValueError, AttributeError) as error:
+            except (DataError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
                 problem = DataError(_reason(error), row.source, row.line)
                 if on_bad_row == "raise":
                     raise problem from error
@@ -160,13 +168,15 @@ class Encoder:
             if needed <= fields.keys():
                 return encode(self, fields)
         forms = ", ".join("{" + ", ".join(sorted(needed)) + "}" for needed, _ in self._forms)
-        raise DataError(f"columns {sorted(fields)} have none of the forms {forms}")
+        raise DataError(f"columns {shown(sorted(fields))} have none of the forms {forms}")
 
     def _encode_options(self, fields: Mapping[str, Any]) -> list[Example]:
         _require_text("prompt", fields["prompt"])
         options = fields["options"]
         if not isinstance(options, list) or not all(isinstance(option, str) for option in options):
-            raise DataError(f"options={options!r} must be a list of strings")
+            raise DataError(f"options={shown(options)} must be a list of strings")
+        for option in options:
+            _require_unicode("options", option)
         return [self._encode_text(TextExample(fields["prompt"], tuple(options), fields["label"]))]
 
     def _encode_completion(self, fields: Mapping[str, Any]) -> list[Example]:
@@ -176,8 +186,10 @@ class Encoder:
 
     def _encode_messages(self, fields: Mapping[str, Any]) -> list[Example]:
         messages = fields["messages"]
-        if not isinstance(messages, list) or len(messages) < 2 or messages[-1].get("role") != "assistant":
+        if not isinstance(messages, list) or len(messages) < 2 or not _is_answer(messages[-1]):
             raise DataError("messages must be a list of two or more that ends with an assistant message")
+        for number, message in enumerate(messages[:-1]):
+            _require_message(f"messages[{number}]", message)
         _require_text("messages[-1].content", messages[-1].get("content"))
         if self.tokenizer.chat_template is None:
             raise DataError("the tokenizer has no chat template, which messages need")
@@ -214,12 +226,14 @@ class Encoder:
 
     def _encode_text(self, text: TextExample) -> Example:
         if not text.options or not all(text.options):
-            raise DataError(f"options={list(text.options)!r}: at least one is needed, and none may be empty")
-        if not isinstance(text.label, int) or not 0 <= text.label < len(text.options):
-            raise DataError(f"label={text.label!r} must be an index of the {len(text.options)} options")
+            raise DataError(f"options={shown(list(text.options))}: at least one is needed, and none may be empty")
+        if not isinstance(text.label, int) or isinstance(text.label, bool) or not 0 <= text.label < len(text.options):
+            raise DataError(f"label={shown(text.label)} must be an index of the {len(text.options)} options")
         prompt = self.tokenizer(text.prompt).input_ids
         if not prompt:
             raise DataError("the prompt has no tokens")
+        if len(prompt) >= self.max_length:  # before every option is tokenised together with it
+            raise DataError(f"a prompt of {len(prompt)} tokens leaves no room for an option in the context of {self.max_length}")
         options = tuple(tuple(self._continuation(text.prompt, prompt, option)) for option in text.options)
         return self._checked(Example(tuple(prompt), options, text.label))
 
@@ -250,7 +264,30 @@ class Encoder:
 
 def _require_text(name: str, value: Any) -> None:
     if not isinstance(value, str) or not value:
-        raise DataError(f"{name}={value!r} must be a non-empty string")
+        raise DataError(f"{name}={shown(value)} must be a non-empty string")
+    _require_unicode(name, value)
+
+
+def _require_unicode(name: str, text: str) -> None:
+    """JSON can spell half of a surrogate pair, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{name} is no Unicode text: {error}") from error
+
+
+def _is_answer(message: Any) -> bool:
+    return isinstance(message, dict) and message.get("role") == "assistant"
+
+
+def _require_message(name: str, message: Any) -> None:
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        raise DataError(f"{name}={shown(message)} must be an object with a role and a content")
+    content = message.get("content")
+    if isinstance(content, str):
+        _require_unicode(f"{name}.content", content)
+    elif not isinstance(content, list) and not (content is None and message.get("tool_calls")):
+        raise DataError(f"{name}.content={shown(content)} must be a string")
 
 
 def _reason(error: Exception) -> str:

@@ -1,5 +1,19 @@
 """Errors that a user can cause and mend. Each message names the field or file, the value, and what is allowed."""
 
+import reprlib
+
+_MOST_CHARACTERS = 300
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = 200
+_short.maxlist = _short.maxtuple = _short.maxdict = 20
+
+
+def shown(value: object) -> str:
+    """A value as a message shows it: ``repr``, cut where it is long or deep."""
+    text = _short.repr(value)
+    return text if len(text) <= _MOST_CHARACTERS else f"{text[:_MOST_CHARACTERS]}..."
+
 
 class MezoError(Exception):
     """Base of every error that sglang-mezo raises on purpose."""

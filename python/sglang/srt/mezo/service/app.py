@@ -1,8 +1,10 @@
 """The service's parts in the HTTP process, and their life."""
 
 import logging
+import os
 from typing import TYPE_CHECKING
 
+from sglang.srt.mezo.errors import ConfigError, MezoError
 from sglang.srt.mezo.service.client import EngineClient
 from sglang.srt.mezo.service.latency import LatencyRecorder
 from sglang.srt.mezo.service.manager import JobManager
@@ -10,6 +12,7 @@ from sglang.srt.mezo.service.messages import EngineDescription, MezoEvent
 from sglang.srt.mezo.service.metrics import JobMetrics
 from sglang.srt.mezo.service.settings import ServiceSettings
 from sglang.srt.mezo.service.store import Store
+from sglang.srt.utils import kill_process_tree
 
 if TYPE_CHECKING:
     from sglang.srt.managers.tokenizer_manager import TokenizerManager
@@ -30,9 +33,21 @@ class Service:
         self.manager: JobManager
 
     async def start(self, tokenizer_manager: "TokenizerManager") -> None:
-        """Called in the event loop, once the engine answers."""
+        """Called in the event loop, once the engine answers. Where it fails, the server ends."""
+        try:
+            await self._start(tokenizer_manager)
+        except Exception as error:
+            # SGLang would wait minutes for the first answer of an application that does not start, and not say why.
+            logger.critical("sglang-mezo refuses to start: %s", error, exc_info=None if isinstance(error, MezoError) else error)
+            kill_process_tree(os.getpid(), include_parent=False, wait_timeout=None)
+            os._exit(1)
+
+    async def _start(self, tokenizer_manager: "TokenizerManager") -> None:
         directory = self.settings.directory
-        directory.mkdir(parents=True, exist_ok=True)
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError("--mezo-dir", str(directory), f"a folder that can be made ({error.strerror})") from error
         self.client = EngineClient(tokenizer_manager)
         self.store = Store(directory)
         self._job_metrics = JobMetrics(self.store) if tokenizer_manager.enable_metrics else None

@@ -38,8 +38,13 @@ def describe(handle: EngineHandle, settings: ServiceSettings) -> dict[str, Any]:
 
 
 def tokens_within(handle: EngineHandle, seconds: float) -> int:
-    """The largest power of two of tokens that one forward pass runs in ``seconds``, by measuring it."""
+    """The largest power of two of tokens that one forward pass runs in ``seconds``, by measuring it.
+
+    Where even the shortest pass takes long, as the weights are read for it, twice its time is allowed: a new request waits
+    as long for a batch of others.
+    """
     tokens = _MIN_TOKENS
+    seconds = max(seconds, 2 * _seconds(handle, tokens))
     while tokens < _MAX_TOKENS and _fits(handle, 2 * tokens) and _seconds(handle, 2 * tokens) <= seconds:
         tokens *= 2
     return tokens

@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import reprlib
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from http import HTTPStatus
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -16,7 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from sglang.srt.mezo.errors import CapacityError, ConfigError, DataError
+from sglang.srt.mezo.errors import CapacityError, ConfigError, DataError, shown
 from sglang.srt.mezo.service.client import EngineClient
 from sglang.srt.mezo.service.errors import RequestError
 from sglang.srt.mezo.service.latency import LatencyRecorder
@@ -30,6 +29,8 @@ from sglang.srt.utils.json_response import SGLangORJSONResponse
 logger = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 1 << 20
+_MAX_NAME = 100  # characters of a name from a client that a message repeats
+_MAX_NAMES = 10
 
 reads = auth_level(AuthLevel.NORMAL)
 changes = auth_level(AuthLevel.ADMIN_OPTIONAL)
@@ -143,17 +144,18 @@ def invalid(problems: Sequence[dict[str, Any]]) -> RequestError:
     """From pydantic's list of problems."""
     unknown = [_path(problem) for problem in problems if problem["type"] == "extra_forbidden"]
     if unknown:
-        return RequestError(400, f"not supported here: {', '.join(unknown)}", unknown[0], "unknown_parameter")
+        names = ", ".join(unknown[:_MAX_NAMES]) + (", ..." if len(unknown) > _MAX_NAMES else "")
+        return RequestError(400, f"not supported here: {names}", unknown[0], "unknown_parameter")
     problem = problems[0]
     param = _path(problem)
     if problem["type"] == "missing":
         return RequestError(400, f"{param} is missing", param, "missing_parameter")
     message = problem["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-    return RequestError(400, f"{param}={reprlib.repr(problem['input'])} is not allowed: {message}", param, "invalid_value")
+    return RequestError(400, f"{param}={shown(problem['input'])} is not allowed: {message}", param, "invalid_value")
 
 
 def _path(problem: dict[str, Any]) -> str:
-    return ".".join(str(part) for part in problem["loc"] if part != "[key]")
+    return ".".join(str(part)[:_MAX_NAME] for part in problem["loc"] if part != "[key]")
 
 
 async def read_json(request: Request, model: type[WireModel], max_bytes: int = MAX_BODY_BYTES) -> WireModel:
@@ -170,10 +172,7 @@ async def read_json(request: Request, model: type[WireModel], max_bytes: int = M
         body += chunk
         if len(body) > max_bytes:
             raise too_large(max_bytes)
-    try:
-        content = await asyncio.to_thread(orjson.loads, body)
-    except orjson.JSONDecodeError as error:
-        raise RequestError(400, f"the body is not JSON: {error}", None, "invalid_json") from error
+    content = await asyncio.to_thread(_parsed, body)
     if not isinstance(content, dict):
         raise RequestError(400, f"the body must be a JSON object, not {type(content).__name__}", None, "invalid_json")
     try:
@@ -182,11 +181,27 @@ async def read_json(request: Request, model: type[WireModel], max_bytes: int = M
         raise invalid(error.errors(include_url=False)) from None
 
 
+def _parsed(body: bytearray) -> Any:
+    try:
+        content = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise RequestError(400, f"the body is not JSON: {error}", None, "invalid_json") from error
+    try:
+        orjson.dumps(content)  # it writes less deep a nesting than it reads, and what Python could neither show nor store ends here
+    except orjson.JSONEncodeError as error:
+        raise RequestError(400, "the body is nested too deeply", None, "invalid_json") from error
+    return content
+
+
 def require_length(request: Request, max_bytes: int) -> None:
     """Refuse a body that says itself that it is too long, without reading it."""
-    length = request.headers.get("content-length", "")
-    if length.isdigit() and int(length) > max_bytes:
+    if says_longer(request, max_bytes):
         raise too_large(max_bytes)
+
+
+def says_longer(request: Request, max_bytes: int) -> bool:
+    length = request.headers.get("content-length", "")
+    return length.isdigit() and int(length) > max_bytes
 
 
 def too_large(max_bytes: int, param: str | None = None) -> RequestError:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from sglang.srt.mezo.errors import MezoError
+from sglang.srt.mezo.errors import MezoError, shown
 
 
 class RequestError(MezoError):
@@ -31,7 +31,7 @@ class NotFound(RequestError, LookupError):
     """No such thing in the store. ``what`` is its kind, such as "file"; ``param`` the field that named it."""
 
     def __init__(self, what: str, id: str, param: str | None = None):
-        super().__init__(404, f"no such {what}: {id!r}", param, "not_found")
+        super().__init__(404, f"no such {what}: {shown(id)}", param, "not_found")
         self.what = what
         self.id = id
 

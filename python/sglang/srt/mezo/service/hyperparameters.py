@@ -4,7 +4,6 @@ OpenAI's three come beside the settings of ``MezoConfig`` that a job may choose;
 """
 
 import math
-import reprlib
 from collections.abc import Mapping
 from types import NoneType
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
@@ -12,8 +11,9 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hint
 from pydantic import TypeAdapter, ValidationError
 
 from sglang.srt.mezo.config import MezoConfig
-from sglang.srt.mezo.errors import ConfigError
+from sglang.srt.mezo.errors import ConfigError, shown
 from sglang.srt.mezo.service.errors import RequestError
+from sglang.srt.mezo.service.job_data import MAX_PASS_TOKENS
 from sglang.srt.mezo.service.messages import EngineDescription
 
 _SETTINGS = (
@@ -38,8 +38,23 @@ _PLACES = ("hyperparameters", "method.supervised.hyperparameters")
 _WIRE_NAMES = {"per_device_train_batch_size": "batch_size", "num_train_epochs": "n_epochs"}
 _UNSTORED = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint")  # where a run lies, and whether it goes on
 _AUTO_STEPS = 2000
-_MOST = {"n_epochs": math.inf, "max_steps": math.inf, "batch_size": 4096, "gradient_accumulation_steps": 256}
-"""What keeps a step an affair of minutes, and its list of examples a short one."""
+
+LARGEST = 1e6
+"""Of what multiplies weights, perturbations or steps: nothing is learned beyond it, and float32 has room for the products."""
+SMALLEST_ZO_EPS = 1e-12
+
+_MOST_STEPS = 10**9
+_MOST_EXAMPLES = 4096  # of a step, which works on its list of examples in one piece
+_MOST_CHARACTERS = 1000  # of an invocation
+_COUNTS = {"n_epochs": _MOST_STEPS, "max_steps": _MOST_STEPS, "batch_size": _MOST_EXAMPLES, "max_tokens_per_batch": MAX_PASS_TOKENS}
+_MOST = {
+    **dict.fromkeys(("eval_steps", "logging_steps", "save_steps", "noise_floor_steps", "warmup_steps"), _MOST_STEPS),
+    **dict.fromkeys(
+        ("learning_rate", "learning_rate_multiplier", "weight_decay", "clip_projected_grad", "zo_eps", "lora_alpha"), int(LARGEST)
+    ),
+}
+"""Bounds that ``MezoConfig`` does not know of: what it counts from 1 on, and what it only bounds from below."""
+
 _METRICS = ("eval_loss", "eval_accuracy")
 
 
@@ -70,6 +85,9 @@ def resolve(request: Mapping[str, Any], engine: EngineDescription, num_train: in
     _check_together(given)
     values = {name: sent.value for name, sent in given.items()}
     batch_size = values.pop("batch_size", min(16, num_train))
+    most_batches = _MOST_EXAMPLES // batch_size
+    if not 1 <= values.get("gradient_accumulation_steps", 1) <= most_batches:
+        raise _refusal(given["gradient_accumulation_steps"], f"from 1 to {most_batches}, as a step takes {_MOST_EXAMPLES} examples at most")
     multiplier = values.pop("learning_rate_multiplier", 1)
     n_epochs = values.pop("n_epochs", None)
 
@@ -104,7 +122,7 @@ def _given(request: Mapping[str, Any]) -> dict[str, _Given]:
     given: dict[str, _Given] = {}
     for place, sent in zip(_PLACES, (request.get("hyperparameters"), method.get("hyperparameters"))):
         for name, value in (sent or {}).items():
-            path = f"{place}.{name}"
+            path = f"{place}.{name[:100]}"
             if name not in KINDS:
                 raise RequestError(400, f"{path} is not a hyperparameter; there are {', '.join(KINDS)}", path, "unknown_parameter")
             if name in given:
@@ -134,9 +152,16 @@ def _describe(kind: Any) -> str:
 
 def _check_together(given: Mapping[str, _Given]) -> None:
     """What ``MezoConfig`` does not know of."""
-    for name, most in _MOST.items():
+    for name, most in _COUNTS.items():
         if name in given and not 1 <= given[name].value <= most:
-            raise _refusal(given[name], "at least 1" if most == math.inf else f"from 1 to {most}")
+            raise _refusal(given[name], f"from 1 to {most}")
+    for name, most in _MOST.items():
+        if name in given and (given[name].value or 0) > most:
+            raise _refusal(given[name], f"at most {most}")
+    if "zo_eps" in given and 0 < given["zo_eps"].value < SMALLEST_ZO_EPS:
+        raise _refusal(given["zo_eps"], f"at least {SMALLEST_ZO_EPS}")
+    if "invocation" in given and len(given["invocation"].value or "") > _MOST_CHARACTERS:
+        raise _refusal(given["invocation"], f"at most {_MOST_CHARACTERS} characters")
     multiplier = given.get("learning_rate_multiplier")
     if multiplier is not None and not 0 < multiplier.value < math.inf:
         raise _refusal(multiplier, "a positive number")
@@ -192,4 +217,4 @@ def _refused(name: str, value: Any, allowed: str, given: Mapping[str, _Given]) -
 
 
 def _refusal(sent: _Given, allowed: str) -> RequestError:
-    return RequestError(400, f"{sent.path}={reprlib.repr(sent.value)} is not allowed: {allowed}", sent.path, "invalid_value")
+    return RequestError(400, f"{sent.path}={shown(sent.value)} is not allowed: {allowed}", sent.path, "invalid_value")

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from sglang.srt.mezo.config import Objective
 from sglang.srt.mezo.data import Encoder, Example, SourceRow, default_objective, read_jsonl
 from sglang.srt.mezo.errors import DataError
+from sglang.srt.mezo.plan import Planner, PrefixScope
 from sglang.srt.mezo.service.errors import RequestError
-from sglang.srt.mezo.service.messages import TokenizedExample
+from sglang.srt.mezo.service.messages import EngineDescription, TokenizedExample
 from sglang.srt.mezo.service.records import StoredJob
 from sglang.srt.mezo.service.store import Store
 
@@ -22,6 +23,11 @@ if TYPE_CHECKING:
 # Of one command: the scheduler takes it in between two batches.
 MAX_EXAMPLES = 256
 MAX_TOKENS = 65_536
+
+# All options of an example run in one forward pass, in which a request waits no longer than in one of SGLang's own.
+MAX_PASS_TOKENS = 8192
+MAX_OPTIONS = 128
+MAX_ROW_BYTES = 4 << 20
 
 
 def shared_tokenizer(tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedTokenizerBase":
@@ -45,13 +51,14 @@ class JobReader:
 
     Args:
         tokenizer: from ``shared_tokenizer``.
-        max_length: most tokens of a sequence.
+        engine: bounds what an example may take.
     """
 
-    def __init__(self, store: Store, tokenizer: "PreTrainedTokenizerBase", max_length: int):
+    def __init__(self, store: Store, tokenizer: "PreTrainedTokenizerBase", engine: EngineDescription):
         self._store = store
         self._tokenizer = tokenizer
-        self._max_length = max_length
+        self._max_length = engine.context_length
+        self._max_pass_tokens = min(engine.kv_capacity, max(MAX_PASS_TOKENS, 2 * engine.context_length))
 
     def read(self, job: StoredJob) -> JobData:
         """Examples of the training and the validation file.
@@ -59,11 +66,10 @@ class JobReader:
         Raises:
             RequestError: naming the file, line and reason of the first row that cannot be used.
         """
-        encoder = self._encoder(job)
-        train, objective = self._read_file(job.training_file, "training_file", encoder, job.config["objective"])
+        train, objective = self._read_file(job, job.training_file, "training_file", job.config["objective"])
         if job.validation_file is None:
             return JobData(train, [], objective)
-        evaluation, _ = self._read_file(job.validation_file, "validation_file", encoder, objective)
+        evaluation, _ = self._read_file(job, job.validation_file, "validation_file", objective)
         return JobData(train, evaluation, objective)
 
     def encode(self, job: StoredJob, rows: Sequence[Mapping[str, Any]]) -> list[Example]:
@@ -74,7 +80,7 @@ class JobReader:
         """
         sources = [SourceRow(row, "rows", number) for number, row in enumerate(rows)]
         try:
-            examples, _ = _encode(sources, self._encoder(job), job.config["objective"])
+            examples, _ = self._encode(job, sources, job.config["objective"])
         except DataError as error:
             raise RequestError(400, f"rows[{error.line}]: {error.reason}", f"rows.{error.line}", "invalid_row") from error
         tokens = sum(map(num_tokens, examples))
@@ -90,7 +96,7 @@ class JobReader:
 
     def encode_file(self, job: StoredJob, path: Path) -> list[Example]:
         """Examples of a file that ``AppendedRows`` wrote."""
-        examples, _ = _encode(list(read_jsonl(path, path.name)), self._encoder(job), job.config["objective"])
+        examples, _ = self._encode(job, list(read_jsonl(path, path.name)), job.config["objective"])
         return examples
 
     def invocation(self, job: StoredJob) -> tuple[int, ...]:
@@ -99,32 +105,50 @@ class JobReader:
             return ()
         return tuple(self._tokenizer(job.config["invocation"], add_special_tokens=False).input_ids)
 
-    def _encoder(self, job: StoredJob) -> Encoder:
-        return Encoder(self._tokenizer, self._max_length, invocation=self.invocation(job))
-
-    def _read_file(self, file_id: str, param: str, encoder: Encoder, objective: Objective | None) -> tuple[list[Example], Objective]:
+    def _read_file(self, job: StoredJob, file_id: str, param: str, objective: Objective | None) -> tuple[list[Example], Objective]:
         filename = self._store.file(file_id).filename
         try:
-            rows = list(read_jsonl(self._store.file_path(file_id), filename))
+            rows = list(read_jsonl(self._store.file_path(file_id), filename, MAX_ROW_BYTES))
             if not rows:
                 raise DataError("no row", filename)
-            return _encode(rows, encoder, objective)
+            return self._encode(job, rows, objective)
         except DataError as error:
             raise RequestError(400, str(error), param, f"invalid_{param}") from error
 
+    def _encode(self, job: StoredJob, rows: Sequence[SourceRow], objective: Objective | None) -> tuple[list[Example], Objective]:
+        """Examples, and the objective that they suggest where the job names none."""
+        invocation = self.invocation(job)
+        encoder = Encoder(self._tokenizer, self._max_length, invocation=invocation)
+        planner = Planner(job.config["tuning"], invocation)
+        examples, rows_of_examples = [], []
+        for row in rows:
+            _require_few_options(row)
+            of_row = encoder.encode_rows([row])
+            for example in of_row:
+                self._require_one_pass(planner, example, row)
+            examples += of_row
+            rows_of_examples += [row] * len(of_row)
+        objective = objective or default_objective(examples, rows)
+        for row, example in zip(rows_of_examples, examples):
+            if objective == "classification" and len(example.options) < 2:
+                raise DataError("one option leaves nothing to choose from, which classification needs", row.source, row.line)
+        return examples, objective
 
-def _encode(rows: Sequence[SourceRow], encoder: Encoder, objective: Objective | None) -> tuple[list[Example], Objective]:
-    """Examples, and the objective that they suggest where the job names none."""
-    examples, rows_of_examples = [], []
-    for row in rows:
-        of_row = encoder.encode_rows([row])
-        examples += of_row
-        rows_of_examples += [row] * len(of_row)
-    objective = objective or default_objective(examples, rows)
-    for row, example in zip(rows_of_examples, examples):
-        if objective == "classification" and len(example.options) < 2:
-            raise DataError("one option leaves nothing to choose from, which classification needs", row.source, row.line)
-    return examples, objective
+    def _require_one_pass(self, planner: Planner, example: Example, row: SourceRow) -> None:
+        rows = planner.plan(example).rows
+        prefixes = sum(map(len, {row.prefix for row in rows}))  # run once for both signs where the base model's KV serves
+        suffixes = sum(len(row.suffix) for row in rows)
+        tokens = 2 * suffixes + (prefixes if planner.scope is PrefixScope.BASE else 2 * prefixes)
+        if tokens > self._max_pass_tokens:
+            taken = f"its {len(example.options)} options take {tokens} tokens in one forward pass"
+            raise DataError(f"{taken}, and at most {self._max_pass_tokens} go into one", row.source, row.line)
+
+
+def _require_few_options(row: SourceRow) -> None:
+    """Before they are tokenised, each with its prompt."""
+    options = row.fields.get("options")
+    if isinstance(options, list) and len(options) > MAX_OPTIONS:
+        raise DataError(f"{len(options)} options are too many: at most {MAX_OPTIONS}", row.source, row.line)
 
 
 def num_tokens(example: Example) -> int:

@@ -12,23 +12,28 @@ from fastapi import FastAPI, Query
 from pydantic import Field
 from starlette.requests import Request
 
+from sglang.srt.mezo.errors import shown
 from sglang.srt.mezo.service.endpoint import Endpoint, Service, Wire, add_routes, changes, read_json, reads
 from sglang.srt.mezo.service.errors import RequestError
+from sglang.srt.mezo.service.hyperparameters import LARGEST, SMALLEST_ZO_EPS
+from sglang.srt.mezo.service.job_data import MAX_EXAMPLES
 from sglang.srt.mezo.service.protocol import Json, job_object
 from sglang.srt.mezo.service.records import StoredJob
 
-_MAX_ROWS_BYTES = 16 << 20  # of a request: far more than it may have tokens, and parsing it holds up serving
+_MAX_ROWS_BYTES = 4 << 20  # of a request: far more than it may have tokens, and parsing it holds up serving
 _MAX_LINES = 1000  # of metrics in one answer
-_MAX_FLOAT32 = 3.4028234663852886e38  # what the seed log can keep
+_MAX_GRAD = 1e30  # times the largest learning rate, a float32 still: a step of the seed log can be taken
 
+Rows = Annotated[list[Json], Field(min_length=1, max_length=MAX_EXAMPLES)]
 Seed = Annotated[int, Field(ge=0, lt=2**64)]
-Finite = Annotated[float, Field(ge=-_MAX_FLOAT32, le=_MAX_FLOAT32)]
-Positive = Annotated[float, Field(gt=0, lt=math.inf)]
-Line = Annotated[int, Query(ge=0)]
+Grad = Annotated[float, Field(ge=-_MAX_GRAD, le=_MAX_GRAD)]
+LearningRate = Annotated[float, Field(gt=0, le=LARGEST)]
+ZoEps = Annotated[float, Field(ge=SMALLEST_ZO_EPS, le=LARGEST)]
+Line = Annotated[int, Query(ge=0, lt=2**31)]
 
 
 class AppendExamples(Wire):
-    rows: Annotated[list[Json], Field(min_length=1)]
+    rows: Rows
 
 
 class Publish(Wire):
@@ -40,15 +45,15 @@ class Publish(Wire):
 class Evaluate(Wire):
     """zo_eps: the job's own where it is null."""
 
-    rows: Annotated[list[Json], Field(min_length=1)]
+    rows: Rows
     zo_random_seed: Seed
-    zo_eps: Positive | None = None
+    zo_eps: ZoEps | None = None
 
 
 class Update(Wire):
     zo_random_seed: Seed
-    projected_grad: list[Finite]
-    learning_rate: Positive
+    projected_grad: list[Grad]
+    learning_rate: LearningRate
     publish: bool = True
 
 
@@ -118,7 +123,10 @@ class _Native:
         job = self._service.store.job(job_id)
         body = await read_json(request, Evaluate, self._max_rows_bytes)
         zo_eps = job.config["zo_eps"] if body.zo_eps is None else body.zo_eps
-        return await self._service.manager.evaluate(job_id, body.rows, body.zo_random_seed, zo_eps)
+        losses = await self._service.manager.evaluate(job_id, body.rows, body.zo_random_seed, zo_eps)
+        if not all(map(math.isfinite, losses["loss_plus"] + losses["loss_minus"])):
+            raise RequestError(400, f"the losses at zo_eps={zo_eps} are {shown(losses)}: lower zo_eps", "zo_eps", "diverged")
+        return losses
 
     @changes
     async def update(self, job_id: str, request: Request) -> Json:

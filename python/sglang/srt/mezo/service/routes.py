@@ -11,6 +11,7 @@ from fastapi.routing import APIRoute
 from starlette.requests import Request
 from starlette.responses import FileResponse
 
+from sglang.srt.mezo.errors import shown
 from sglang.srt.mezo.service.endpoint import Endpoint, Handler, Service, add_routes, changes, read_json, reads
 from sglang.srt.mezo.service.errors import NotFound, RequestError
 from sglang.srt.mezo.service.hyperparameters import resolve
@@ -32,6 +33,7 @@ from sglang.srt.mezo.service.uploads import PURPOSE, receive_file
 Limit = Annotated[int, Query(ge=1, le=100)]
 FileLimit = Annotated[int, Query(ge=1, le=10_000)]
 
+_MAX_PAIRS = 16  # of metadata, as many as a job can have
 _PACE_EVENTS = 50  # the newest events of a job, from which its pace is taken
 
 
@@ -149,7 +151,7 @@ class _Jobs:
     def _require_model(self, model: str) -> None:
         known = dict.fromkeys((self._service.client.served_model_name, self._service.engine.model_path))
         if model not in known:
-            message = f"the model {model!r} does not exist: this server trains {' or '.join(map(repr, known))}"
+            message = f"the model {shown(model)} does not exist: this server trains {' or '.join(map(repr, known))}"
             raise RequestError(404, message, "model", "model_not_found")
 
     def _training_data(self, file_id: str, param: str) -> StoredFile:
@@ -205,10 +207,12 @@ def _metadata_filter(request: Request) -> dict[str, str] | None:
     """``metadata[k]=v`` for each pair that a job must have, ``metadata=null`` for jobs that have none."""
     query = request.query_params
     pairs = {key[9:-1]: value for key, value in query.items() if key.startswith("metadata[") and key.endswith("]")}
+    if len(pairs) > _MAX_PAIRS:
+        raise RequestError(400, f"{len(pairs)} pairs of metadata are not allowed: at most {_MAX_PAIRS}", "metadata", "invalid_value")
     if "metadata" not in query:
         return pairs or None
     if query["metadata"] != "null" or pairs:
-        message = f"metadata={query['metadata']!r} is not allowed: metadata[key]=value, or null alone"
+        message = f"metadata={shown(query['metadata'])} is not allowed: metadata[key]=value, or null alone"
         raise RequestError(400, message, "metadata", "invalid_value")
     return {}
 
@@ -244,10 +248,12 @@ class _Models:
 
     @changes
     async def delete(self, model: str) -> Json:
-        adapter = self._adapter(model)
-        if adapter is None:
-            raise RequestError(404, f"there is no fine-tuned model {model!r}", "model", "model_not_found")
-        await self._service.manager.delete_model(adapter.name)
+        # Of a job that did not succeed there may be checkpoints alone, which go by the name that its model would have had.
+        names = {name for served in self._served() for name in (served, served.partition(":")[0])}
+        name = next((name for name in names if self._model_name(name) == model), None)
+        if name is None:
+            raise RequestError(404, f"there is no fine-tuned model {shown(model)}", "model", "model_not_found")
+        await self._service.manager.delete_model(name)
         return {"id": model, "object": "model", "deleted": True}
 
     def _served(self) -> dict[str, ServedAdapter]:
@@ -262,7 +268,10 @@ class _Models:
         return self._service.store.job(adapter.job_id).adapter_name == adapter.name
 
     def _name(self, adapter: ServedAdapter) -> str:
-        return model_name(self._service.client.served_model_name, adapter.name)
+        return self._model_name(adapter.name)
+
+    def _model_name(self, name: str) -> str:
+        return model_name(self._service.client.served_model_name, name)
 
     def _card(self, adapter: ServedAdapter) -> Json:
         client = self._service.client

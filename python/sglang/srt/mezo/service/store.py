@@ -210,7 +210,7 @@ class Store:
                 self._database.update("checkpoints", checkpoint.id, {"metrics": {**checkpoint.metrics, **metrics}})
 
     def checkpoint(self, checkpoint_id: str) -> StoredCheckpoint:
-        return self._database.one(StoredCheckpoint, "checkpoints", "checkpoint", checkpoint_id)
+        return self._database.one(StoredCheckpoint, "checkpoints", "checkpoint", checkpoint_id, "checkpoint")
 
     def checkpoints(self, job_id: str, after: str | None = None, limit: int = 10) -> Page[StoredCheckpoint]:
         """Newest first."""

@@ -13,7 +13,7 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import parse_options_header
 from starlette.requests import Request
 
-from sglang.srt.mezo.service.endpoint import require_length, too_large
+from sglang.srt.mezo.service.endpoint import says_longer, too_large
 from sglang.srt.mezo.service.errors import RequestError
 from sglang.srt.mezo.service.records import StoredFile, new_id, now
 from sglang.srt.mezo.service.store import Store
@@ -32,7 +32,8 @@ async def receive_file(request: Request, store: Store, max_bytes: int) -> Stored
         ClientDisconnect: the client has gone away.
     """
     boundary = _boundary(request)
-    require_length(request, max_bytes + _FORM_BYTES)
+    if says_longer(request, max_bytes + _FORM_BYTES):
+        raise too_large(max_bytes, "file")
     file_id = new_id("file-")
     path = store.file_path(file_id)
     partial = path.with_name(f".{file_id}.partial")

@@ -1,0 +1,405 @@
+"""Bad input at the front door of a real server: each kind gets its error, and requests and the job beside it go on as before.
+
+The server has a key for users and one for administrators. One job trains from the first test to the last.
+"""
+
+import json
+import os
+import socket
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from bad_input import (
+    BATCH,
+    BODIES,
+    CHANGES,
+    FILE,
+    FORM,
+    JOB,
+    JOBS,
+    MIB,
+    PATHS,
+    PURPOSE,
+    READS,
+    REFUSED_FLAGS,
+    REQUESTS,
+    ROW,
+    ROWS,
+    STEP,
+    UPLOADS,
+    Expected,
+    form,
+    supervised,
+)
+from live_server import MODEL, LiveServer, reviews
+
+
+class FrontDoor:
+    """The server, and the jobs in every state that a request can find one in."""
+
+    def __init__(self, server: LiveServer):
+        self.server = server
+        self.admin = openai.OpenAI(base_url=f"{server.url}/v1", api_key="admin-key", max_retries=0, timeout=60)
+        self.http = httpx.Client(base_url=server.url, headers={"Authorization": "Bearer admin-key"}, timeout=60)
+        self.answer = self.greedy()
+        self.files = [self.upload(reviews("train", 64)), self.upload(reviews("validation", 16))]
+        self.done = self.create(*self.files, suffix="done", max_steps=2, save_steps=1).id
+        self.deleted = self.create(*self.files, suffix="deleted", max_steps=1).id
+        self.cancelled = self.create(self.files[0], suffix="cancelled", max_steps=10**9).id
+        self.paused = self.create(self.files[0], suffix="paused", max_steps=10**9).id
+        for job in (self.done, self.deleted):
+            server.wait_for(job, "succeeded")
+        self.admin.models.delete("reviews-model:deleted")
+        server.wait_for_step(self.cancelled, 1)
+        self.admin.fine_tuning.jobs.cancel(self.cancelled)
+        server.wait_for_step(self.paused, 1)
+        self.admin.fine_tuning.jobs.pause(self.paused)
+        self.running = self.create(*self.files, suffix="running", max_steps=10**9, eval_steps=10**9).id
+        adapter = server.directory / "jobs" / self.done / "adapters" / "v1"
+        self.http.post("/load_lora_adapter", json={"lora_name": "foreign", "lora_path": str(adapter)}).raise_for_status()
+        server.wait_for_step(self.running, 1)
+
+    def upload(self, rows: list[dict]) -> str:
+        return self.put(b"".join(json.dumps(row).encode() + b"\n" for row in rows))
+
+    def put(self, content: bytes, name: str = "rows.jsonl") -> str:
+        return self.admin.files.create(file=(name, content), purpose="fine-tune").id
+
+    def create(self, training_file: str, validation_file: str | None = None, suffix: str | None = None, **hyperparameters):
+        body = {"validation_file": validation_file, "suffix": suffix, "seed": 1, "method": supervised(**JOB | hyperparameters)}
+        return self.admin.fine_tuning.jobs.create(model=self.server.model, training_file=training_file, extra_body=body)
+
+    def greedy(self) -> str:
+        body = {"model": self.server.model, "prompt": "the plot is", "max_tokens": 8, "temperature": 0, "ignore_eos": True}
+        answer = self.server.http.post("/v1/completions", json=body).raise_for_status().json()
+        return answer["choices"][0]["text"]
+
+    def path(self, template: str) -> str:
+        """A path with the ids of jobs and files in it."""
+        jobs = {state: getattr(self, state) for state in ("done", "deleted", "cancelled", "paused", "running")}
+        return template.format(file=self.files[0], **jobs)
+
+    def raw(self, head: str, body: bytes = b"") -> tuple[int, dict[str, Any]]:
+        """Status and body of an answer to bytes that no client would send."""
+        with socket.create_connection(("127.0.0.1", self.server.port), timeout=20) as connection:
+            connection.sendall(head.replace("\n", "\r\n").encode("latin-1") + b"\r\n\r\n" + body)
+            answer = b""
+            while received := connection.recv(65536):
+                answer += received
+        head_of_answer, _, content = answer.partition(b"\r\n\r\n")
+        return int(head_of_answer.split()[1]), json.loads(content)
+
+    def stored(self) -> set[str]:
+        return {path.name for path in (self.server.directory / "files").iterdir()}
+
+
+@pytest.fixture(scope="module")
+def refused_starts(tmp_path_factory) -> dict[str, Future]:
+    """Servers with wrong flags, one after the other."""
+    folder = tmp_path_factory.mktemp("refused")
+    return dict(zip(REFUSED_FLAGS, in_background(folder, *(f"--mezo-dir mezo {flags}" for flags in REFUSED_FLAGS))))
+
+
+@pytest.fixture(scope="module")
+def door(refused_starts, tmp_path_factory) -> Iterator[FrontDoor]:
+    directory = tmp_path_factory.mktemp("server") / "mezo"
+    keys = ("--api-key", "user-key", "--admin-api-key", "admin-key")
+    with LiveServer(directory, *keys, "--mezo-max-file-mb", "1", "--enable-metrics", key="user-key") as server:
+        yield FrontDoor(server)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def second_start(door, tmp_path_factory) -> Future:
+    """A server on the folder of the one that runs."""
+    (future,) = in_background(tmp_path_factory.mktemp("second"), f"--mezo-dir {door.server.directory}")
+    return future
+
+
+@pytest.fixture(scope="module")
+def background() -> Iterator[ThreadPoolExecutor]:
+    """For what takes seconds and is looked at later."""
+    with ThreadPoolExecutor(4) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="module")
+def health(background) -> Iterator[list[tuple[str, Future]]]:
+    """Answers to /health, which takes a second, after each test."""
+    yield (checks := [])
+    assert [name for name, check in checks if check.result().status_code != 200] == []
+
+
+@pytest.fixture(autouse=True)
+def alive(door, background, health, request) -> Iterator[None]:
+    """After each test: the server is well, and answers as it did before everything."""
+    yield
+    health.append((request.node.name, background.submit(door.server.http.get, "/health")))
+    assert door.greedy() == door.answer
+
+
+def in_background(folder: Path, *starts: str) -> list[Future]:
+    pool = ThreadPoolExecutor(1)
+    futures = [pool.submit(start, folder, flags.split()) for flags in starts]
+    pool.shutdown(wait=False)
+    return futures
+
+
+def start(folder: Path, flags: list[str]) -> tuple[int, str, float]:
+    """Exit status and output of a server, and the seconds until it ended."""
+    command = [Path(sys.executable).with_name("sglang-mezo"), "serve", "--model-path", MODEL, "--max-total-tokens", "20000", *flags]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    began = time.monotonic()
+    ended = subprocess.run(
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=240
+    )  # fmt: skip
+    return ended.returncode, ended.stdout, time.monotonic() - began
+
+
+def check(status: int, error: dict[str, Any], *expected: *Expected) -> None:
+    expected_status, param, code, message = expected
+    assert (status, error["param"], error["code"]) == (expected_status, param, code), error
+    assert error["type"] == "invalid_request_error" and message in error["message"] and len(error["message"]) < 1000
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("streamed", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize("kind", UPLOADS)
+def test_a_wrong_upload_is_refused_and_leaves_nothing(door, kind, streamed):
+    body, content_type, expected = UPLOADS[kind]
+    before = door.stored()
+    content = (body[start : start + 65536] for start in range(0, len(body), 65536)) if streamed else body
+    answer = door.http.post("/v1/files", content=content, headers={"Content-Type": content_type})
+    check(answer.status_code, answer.json()["error"], *expected)
+    assert door.stored() == before
+
+
+def test_the_client_learns_that_its_file_is_too_large(door):
+    with pytest.raises(openai.APIStatusError) as caught:
+        door.put(b"x" * (MIB + 1))
+    check(caught.value.status_code, caught.value.body, 413, "file", "file_too_large", f"at most {MIB} bytes")
+
+
+def test_a_length_is_believed_before_the_body_comes(door):
+    head = f"POST /v1/files HTTP/1.1\nHost: x\nAuthorization: Bearer admin-key\nContent-Type: {FORM}\nContent-Length: {1 << 40}"
+    status, body = door.raw(head)
+    check(status, body["error"], 413, "file", "file_too_large", f"at most {MIB} bytes")
+
+
+@pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "..", "a\0b", "files/../../x", "n" * 255, "a%2f..%2fb"])
+def test_a_name_that_looks_like_a_path_is_only_a_name(door, name):
+    before = door.stored()
+    answer = door.http.post("/v1/files", content=form(PURPOSE, ("file", name, FILE[2])), headers={"Content-Type": FORM})
+    file = answer.raise_for_status().json()
+    assert file["filename"] == name and door.stored() - before == {file["id"]}
+    assert door.admin.files.delete(file["id"]).deleted and door.stored() == before
+
+
+@pytest.mark.parametrize("length", ["Content-Length: 500000", "Transfer-Encoding: chunked"])
+@pytest.mark.parametrize("reset", [False, True], ids=["closed", "reset"])
+def test_a_client_that_goes_away_in_mid_upload_leaves_nothing(door, length, reset):
+    before = door.stored()
+    data = form(PURPOSE, ("file", "a.jsonl", b"x" * 100_000), end=b"")
+    if "chunked" in length:
+        data = f"{len(data):x}\r\n".encode() + data + b"\r\n"
+    head = f"POST /v1/files HTTP/1.1\nHost: x\nAuthorization: Bearer admin-key\nContent-Type: {FORM}\n{length}\n\n"
+    with socket.create_connection(("127.0.0.1", door.server.port)) as connection:
+        connection.sendall(head.replace("\n", "\r\n").encode() + data)
+        door.server.until(lambda: door.stored() != before, 20, 0.01)
+        if reset:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    door.server.until(lambda: door.stored() == before, 20, 0.01)
+
+
+# --- rows ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ROWS)
+def test_a_job_fails_at_the_row_that_cannot_be_used(door, kind):
+    bad, reason = ROWS[kind]
+    line = bad if isinstance(bad, bytes) else json.dumps(bad).encode()
+    job = door.create(door.put(json.dumps(ROW).encode() + b"\n\n" + line + b"\n", "bad.jsonl"))
+    failed = door.server.wait_for(job.id, "failed", seconds=30)
+    error = failed.error
+    assert (error.code, error.param) == ("invalid_training_file", "training_file")
+    assert error.message.startswith("bad.jsonl:3: ") and reason in error.message and len(error.message) < 1000
+    assert failed.finished_at and failed.fine_tuned_model is None
+    assert error.message in door.server.client.fine_tuning.jobs.list_events(job.id, limit=1).data[0].message
+
+
+@pytest.mark.parametrize(
+    ("param", "content", "message"),
+    [
+        ("training_file", b"\n \n", "bad.jsonl: no row"),
+        ("validation_file", b"\n", "bad.jsonl: no row"),
+        ("validation_file", b"{", "bad.jsonl:1: not JSON"),
+    ],
+)
+def test_a_job_names_the_file_that_cannot_be_used(door, param, content, message):
+    files = {"training_file": door.files[0], param: door.put(content, "bad.jsonl")}
+    failed = door.server.wait_for(door.create(**files).id, "failed", seconds=30)
+    assert (failed.error.code, failed.error.param) == (f"invalid_{param}", param) and failed.error.message.startswith(message)
+
+
+@pytest.mark.parametrize("kind", ["label out of range", "invocation missing", "too many options", "unknown form", "label a long text"])
+def test_rows_for_a_running_job_are_taken_whole_or_not_at_all(door, kind):
+    answer = door.http.post(f"/mezo/jobs/{door.running}/examples", json={"rows": [ROW, ROWS[kind][0]]})
+    check(answer.status_code, answer.json()["error"], 400, "rows.1", "invalid_row", f"rows[1]: {ROWS[kind][1]}")
+    assert list((door.server.directory / "jobs" / door.running).glob("appended-*")) == []
+
+
+# --- jobs ------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("kind", JOBS)
+def test_a_wrong_job_is_refused_with_the_field_at_fault(door, kind):
+    changes, expected = JOBS[kind]
+    jobs = door.admin.fine_tuning.jobs
+    newest = door.server.client.fine_tuning.jobs.list(limit=1).data[0].id
+    with pytest.raises(openai.APIStatusError) as caught:
+        jobs.create(model="reviews-model", training_file=door.files[0], extra_body=changes)
+    check(caught.value.status_code, caught.value.body, *expected)
+    assert door.server.client.fine_tuning.jobs.list(limit=1).data[0].id == newest
+
+
+@pytest.mark.parametrize("path", ["/v1/fine_tuning/jobs", "/mezo/jobs/{running}/examples"])
+@pytest.mark.parametrize("kind", BODIES)
+def test_a_body_that_cannot_be_read_is_refused(door, kind, path):
+    content, status, message = BODIES[kind]
+    answer = door.http.post(door.path(path), content=content, headers={"Content-Type": "application/json"})
+    check(answer.status_code, answer.json()["error"], status, None, "file_too_large" if status == 413 else "invalid_json", message)
+
+
+def test_a_body_of_another_type_is_refused(door):
+    answer = door.http.post("/v1/fine_tuning/jobs", content=b"model=a")
+    check(answer.status_code, answer.json()["error"], 400, "Content-Type", "invalid_content_type", "application/json")
+
+
+# --- requests about jobs, files and models ---------------------------------------------------------------------------
+
+@pytest.mark.parametrize("number", range(len(REQUESTS)), ids=[f"{method} {path[:60]}" for method, path, *_ in REQUESTS])
+def test_a_request_that_cannot_be_carried_out_says_why(door, number):
+    method, path, body, expected = REQUESTS[number]
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    http = door.server.http if method == "GET" else door.http
+    answer = http.request(method, door.path(path), content=content, headers={"Content-Type": "application/json"})
+    status, param, code, message = expected
+    check(answer.status_code, answer.json()["error"], status, param, code, door.path(message))
+
+
+def test_a_checkpoint_is_published_for_its_own_job_only(door):
+    checkpoint = door.server.client.fine_tuning.jobs.checkpoints.list(door.done).data[0].id
+    answer = door.http.post(f"/mezo/jobs/{door.paused}/publish", json={"checkpoint": checkpoint})
+    check(answer.status_code, answer.json()["error"], 404, "checkpoint", "not_found", f"no such checkpoint: '{checkpoint}'")
+
+
+@pytest.mark.parametrize("adapter", ["nobody", "deleted", "cancelled", "running", "../../etc", "done:ckpt-step-7", "a:b:c"])
+@pytest.mark.parametrize("route", ["completions", "chat/completions"])
+def test_a_model_that_does_not_exist_answers_nothing(door, route, adapter):
+    prompt = {"prompt": "a"} if route == "completions" else {"messages": [{"role": "user", "content": "a"}]}
+    answer = door.server.http.post(f"/v1/{route}", json={"model": f"reviews-model:{adapter}", "max_tokens": 1, **prompt})
+    assert answer.status_code == 400 and f"never been loaded: {adapter}" in answer.json()["message"]
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_no_address_is_a_path(door, path):
+    status, body = door.raw(f"GET {path} HTTP/1.1\nHost: x\nAuthorization: Bearer user-key\nConnection: close")
+    assert status == 404 and (body == {"detail": "Not Found"} or body["error"]["code"] in ("not_found", "model_not_found"))
+
+
+# --- keys ------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("key", [None, "wrong", "USER-KEY", "user-key"])
+def test_what_changes_something_needs_the_administrators_key_and_what_reads_a_users(door, key):
+    headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+    with httpx.Client(base_url=door.server.url, headers=headers, timeout=60) as http:
+        for method, path in CHANGES:
+            assert http.request(method, door.path(path)).status_code == 401, path
+        for path in READS:
+            assert http.get(door.path(path)).status_code == (200 if key == "user-key" else 401), path
+    assert door.server.job(door.running).status == "running"
+
+
+def test_the_client_says_that_its_key_is_wrong(door):
+    for key in ("none", "user-key"):
+        client = openai.OpenAI(base_url=f"{door.server.url}/v1", api_key=key, max_retries=0)
+        with pytest.raises(openai.AuthenticationError):
+            client.fine_tuning.jobs.create(model="reviews-model", training_file=door.files[0])
+
+
+# --- flags -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flags", REFUSED_FLAGS)
+def test_a_server_that_cannot_train_says_so_and_ends(refused_starts, flags):
+    status, output, seconds = refused_starts[flags].result()
+    assert status == 1 and f"sglang-mezo refuses to start: {REFUSED_FLAGS[flags]}" in output.splitlines()[-1]
+    assert "Traceback" not in output and seconds < 60
+
+
+def test_a_second_server_on_the_same_folder_says_so_and_ends(door, second_start):
+    status, output, _ = second_start.result()
+    assert status == 1 and "Traceback" not in output
+    reason = f"--mezo-dir='{door.server.directory}' is not allowed: a folder that no other server uses"
+    assert f"sglang-mezo refuses to start: {reason}" in output
+
+
+# --- after everything ------------------------------------------------------------------------------------------------
+
+
+def test_the_job_beside_all_this_has_gone_on(door):
+    step = door.server.last_step(door.running)
+    assert door.server.job(door.running).status == "running" and step > 10
+    door.server.wait_for_step(door.running, step + 5)
+    assert door.admin.fine_tuning.jobs.cancel(door.running).status == "cancelled"
+    assert door.server.last_step(door.running) > step
+
+
+@pytest.mark.parametrize("values", [{"learning_rate": 1e6}, {"lora_alpha": 1e6, "zo_eps": 1e6}], ids=str)
+def test_a_job_that_diverges_fails_alone(door, values):
+    job = door.create(door.files[0], clip_projected_grad=None, max_steps=1000, **values)
+    failed = door.server.wait_for(job.id, "failed")
+    assert failed.error.code == "DivergedError" and "lower learning_rate or zo_eps" in failed.error.message
+
+
+def test_a_refused_update_leaves_the_adapter_as_it_was(door):
+    before = door.http.post(f"/mezo/jobs/{door.paused}/evaluate", json=BATCH).raise_for_status().json()
+    for wrong in ({"projected_grad": [1e38]}, {"learning_rate": 1e30}, {"projected_grad": [1.0, 1.0]}):
+        assert door.http.post(f"/mezo/jobs/{door.paused}/update", json=STEP | wrong).status_code == 400
+    answer = door.http.post(f"/mezo/jobs/{door.paused}/evaluate", json=BATCH | {"zo_eps": 1e6})
+    assert answer.status_code == 200 or answer.json()["error"]["code"] == "diverged"
+    assert door.http.post(f"/mezo/jobs/{door.paused}/evaluate", json=BATCH).raise_for_status().json() == before
+    assert door.admin.fine_tuning.jobs.resume(door.paused).status in ("queued", "running")
+    door.server.wait_for_step(door.paused, before["step"] + 1)
+    door.admin.fine_tuning.jobs.cancel(door.paused)
+
+
+def test_a_small_job_still_succeeds(door):
+    job = door.server.wait_for(door.create(*door.files, suffix="last", max_steps=3).id, "succeeded")
+    answer = door.server.client.completions.create(model=job.fine_tuned_model, prompt=ROW["prompt"], max_tokens=1, temperature=0)
+    assert answer.choices[0].text
+
+
+def test_nothing_is_left_behind(door):
+    directory = door.server.directory
+    assert {path.name for path in directory.parent.iterdir()} == {"mezo", "mezo.log"}
+    names = {path.name for path in directory.iterdir() if not path.name.startswith("mezo.sqlite-")}
+    assert names == {"files", "jobs", "mezo.lock", "mezo.sqlite"}
+    assert door.stored() == {file.id for file in door.server.client.files.list()}
+    jobs = {job.id for job in door.server.client.fine_tuning.jobs.list(limit=100)}
+    assert {path.name for path in (directory / "jobs").iterdir()} <= jobs
+    assert [path for path in directory.rglob("*") if path.name.startswith(".") or path.name.endswith(".partial")] == []
+
+
+def test_no_answer_was_a_failure_of_the_server(door):
+    log = door.server.log_text()
+    assert '" 500' not in log and " failed\n" not in log
