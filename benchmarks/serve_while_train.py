@@ -217,12 +217,17 @@ def differing(reference: Sequence[Outcome], outcomes: Sequence[Outcome]) -> int:
 
 
 def summary(phases: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Off against on. Ratios are of percentiles over all requests of either; the plural has those of each pair of phases."""
+    """Off against on. Ratios are of percentiles over all requests of either; the plural has those of each pair of phases.
+
+    Noise is the largest value of the phases without training over the smallest: what the machine does by itself.
+    """
     off, on = ([phase for phase in phases if phase["training"] == training] for training in (False, True))
     row: dict[str, Any] = {name: phases[0][name] for name in ("load", "share")} | {"off": pooled(off), "on": pooled(on)}
     for name, key in (("ttft_p99", "ttft_p99"), ("tpot_p99", "tpot_p99"), ("throughput", "output_tokens_per_s")):
         row[f"{name}_ratio"] = row["on"][key] / row["off"][key]
         row[f"{name}_ratios"] = [with_training[key] / without[key] for without, with_training in zip(off, on, strict=True)]
+        values = [phase[key] for phase in off]
+        row[f"{name}_noise"] = max(values) / min(values)
     row["targets_met"] = {name: low <= row[name] <= high for name, (low, high) in TARGETS.items()}
     return row
 
@@ -275,7 +280,9 @@ def show(row: dict[str, Any]) -> None:
         verdict = "pass" if row["targets_met"][name] else "FAIL"
         bound = f"at least {low}" if low else f"at most {high}"
         spread = f"{min(row[f'{name}s']):.2f} to {max(row[f'{name}s']):.2f}"
-        print(f"{verdict}  {row['load']}, share {row['share']}: {name} {row[name]:.3f} ({bound}; single pairs {spread})")
+        noise = f"{row[name.replace('_ratio', '_noise')]:.2f}"
+        figures = f"{name} {row[name]:.3f} ({bound}; single pairs {spread}, noise of off {noise})"
+        print(f"{verdict}  {row['load']}, share {row['share']}: {figures}")
     print(f"      {row['on']['steps_per_s']:.2f} steps/s, {row['on']['training_time_share']:.1%} of the time", flush=True)
 
 

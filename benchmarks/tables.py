@@ -11,7 +11,8 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def main() -> None:
-    for table in (step_time(), accuracy(), memory(), serve_while_train("serve_while_train.json"), serve_while_train("serve_while_train_curve.json")):
+    serving = [serve_while_train(path.name) for path in sorted(RESULTS.glob("serve_while_train*.json"))]
+    for table in (step_time(), accuracy(), memory(), *serving):
         print("\n".join(table), end="\n\n")
 
 

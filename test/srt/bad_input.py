@@ -90,7 +90,7 @@ ROWS: dict[str, tuple[bytes | dict[str, Any], str]] = {
     "label a boolean": (ROW | {"label": True}, "label=True must be an index"),
     "label a long text": (ROW | {"label": "x" * 500_000}, "label='xxx"),
     "label missing": ({"prompt": "a", "options": [" a", " b"]}, "columns ['options', 'prompt'] have none of the forms"),
-    "prompt longer than the context": (ROW | {"prompt": "good " * 600 + "It was"}, "leaves no room for an option in the context of 512"),
+    "prompt longer than the context": (ROW | {"prompt": "good " * 600 + "It was"}, "tokens and an option are more than the context of 512"),
     "option longer than the context": (ROW | {"options": [" good" * 600, " bad"]}, "tokens are more than the context of 512"),
     "invocation missing": (ROW | {"prompt": "the plot is thin."}, "the prompt does not hold the invocation tokens"),
     "messages no list": ({"messages": "hello"}, "messages must be a list"),

@@ -147,7 +147,7 @@ BAD_ROWS = {
     "prompt no text": ({"prompt": None, "completion": "a"}, "prompt=None must be a non-empty string"),
     "empty completion": ({"prompt": "it", "completion": ""}, "completion='' must be a non-empty string"),
     "empty text": ({"text": ""}, "text='' must be a non-empty string"),
-    "prompt too long": ({"prompt": "it was" * 100, "completion": " great"}, f"leaves no room for an option in the context of {CONTEXT}"),
+    "prompt too long": ({"prompt": "it was" * 100, "completion": " great"}, f"tokens and an option are more than the context of {CONTEXT}"),
     "too long": ({"prompt": "it was", "completion": " great" * 100}, f"tokens are more than the context of {CONTEXT}"),
     "messages no list": ({"messages": "hello"}, "messages must be a list"),
     "no messages": ({"messages": []}, "messages must be a list"),

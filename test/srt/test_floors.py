@@ -14,7 +14,7 @@ MAX_LINES = 400
 FLOORS = {
     0: ("", "errors", "config", "noise", "losses", "invocation", "optimizer", "seed_log", "passes"),  # "" is the package itself
     1: ("tasks", "data", "plan", "readout", "adapter"),
-    2: ("engine", "forward", "head", "prefix", "slots", "scorer"),
+    2: ("engine", "forward", "head", "prefix", "slot_room", "slots", "scorer"),
     3: ("evaluate", "run_directory", "tracking", "run", "trainer", "finetune", "plots"),
     4: ("service",),
     5: ("plugin", "hooks", "overlay", "platform", "cpu", "alora_serving", "online", "cli"),

@@ -358,15 +358,16 @@ def test_a_second_server_on_the_same_folder_says_so_and_ends(door, second_start)
 
 def test_the_job_beside_all_this_has_gone_on(door):
     step = door.server.last_step(door.running)
-    assert door.server.job(door.running).status == "running" and step > 10
-    door.server.wait_for_step(door.running, step + 5)
+    assert door.server.job(door.running).status == "running"
+    door.server.wait_for_step(door.running, step + 20)
     assert door.admin.fine_tuning.jobs.cancel(door.running).status == "cancelled"
-    assert door.server.last_step(door.running) > step
 
 
-@pytest.mark.parametrize("values", [{"learning_rate": 1e6}, {"lora_alpha": 1e6, "zo_eps": 1e6}], ids=str)
+@pytest.mark.parametrize(
+    "values", [{"learning_rate": 1e6}, {"learning_rate": 1e6, "max_steps": 1}, {"lora_alpha": 1e6, "zo_eps": 1e6}], ids=str
+)
 def test_a_job_that_diverges_fails_alone(door, values):
-    job = door.create(door.files[0], clip_projected_grad=None, max_steps=1000, **values)
+    job = door.create(door.files[0], **{"clip_projected_grad": None, "max_steps": 1000, **values})
     failed = door.server.wait_for(job.id, "failed")
     assert failed.error.code == "DivergedError" and "lower learning_rate or zo_eps" in failed.error.message
 
@@ -387,6 +388,16 @@ def test_a_small_job_still_succeeds(door):
     job = door.server.wait_for(door.create(*door.files, suffix="last", max_steps=3).id, "succeeded")
     answer = door.server.client.completions.create(model=job.fine_tuned_model, prompt=ROW["prompt"], max_tokens=1, temperature=0)
     assert answer.choices[0].text
+
+
+def test_an_adapter_that_was_led_astray_is_sampled_from_without_harm(door):
+    """Its logits are no numbers."""
+    job = door.server.wait_for(door.create(door.files[0], suffix="astray", max_steps=1).id, "succeeded")
+    astray = {"zo_random_seed": 1, "projected_grad": [1e30], "learning_rate": 1e6}
+    door.http.post(f"/mezo/jobs/{job.id}/update", json=astray).raise_for_status()
+    for sampling in ({"temperature": 1}, {"temperature": 1, "top_p": 0.5}, {"temperature": 1, "top_k": 5, "min_p": 0.1}):
+        body = {"model": job.fine_tuned_model, "prompt": ROW["prompt"], "max_tokens": 4, **sampling}
+        assert door.http.post("/v1/completions", json=body, headers={"Authorization": "Bearer user-key"}).status_code == 200
 
 
 def test_nothing_is_left_behind(door):

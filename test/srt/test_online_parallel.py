@@ -13,6 +13,7 @@ JOB = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tuning", ["lora", "alora"])
 def test_two_ranks_make_the_steps_of_one(tmp_path, tuning):
     settings = {**JOB, "tuning": tuning, "invocation": " It was" if tuning == "alora" else None}

@@ -165,7 +165,7 @@ async def test_a_command_gets_its_own_answer_after_one_whose_caller_went_away():
         ({"question": "?"}, "have none of the forms"),
         ({**ROW, "label": 2}, "label=2"),
         ({**ROW, "prompt": "no invocation"}, "invocation tokens"),
-        ({**ROW, "prompt": "good " * 70 + "It was"}, "in the context of 64"),
+        ({**ROW, "prompt": "good " * 70 + "It was"}, "more than the context of 64"),
         ({**ROW, "options": [" good"] * 129}, "129 options are too many: at most 128"),
         ({**ROW, "prompt": "all right. It was" + " good" * 40, "options": [" good film"] * 100}, "its 100 options take"),
         ('{"prompt": "%s"}' % ("x" * (4 << 20)), "the line is longer than 4194304 bytes"),

@@ -69,7 +69,7 @@ def test_nothing_runs_while_a_request_waits(clock):
 def test_a_queue_that_lasts_halves_the_share_and_it_grows_back(clock):
     pacer = Pacer(0.4, clock)
     pacer.ran(0.01, running=0)
-    beside_requests(pacer, clock, 0.6, 0.01, 0.02, waiting=3)
+    beside_requests(pacer, clock, 2.4, 0.01, 0.02, waiting=3)
     assert pacer.backoffs == 2 and pacer.current_share == pytest.approx(0.1)
     pressed = beside_requests(pacer, clock, 1, 0.01, 0.02)
     assert pressed < 0.2 * 0.4 + 0.4 * 0.5

@@ -373,6 +373,34 @@ def test_updates_of_a_finished_job_go_on_from_the_adapter_that_is_served(engine,
         assert len(SeedLog.open(Path(config.output_dir) / "seed_log")) == expected
 
 
+def tick_beside_adapters(engine, adapters):
+    """Whether the job has its slots after a tick while requests of so many adapters are in the batch, and after they are done;
+    whether a batch with one adapter more, and one of theirs alone, would be admitted in between."""
+    from types import SimpleNamespace
+
+    from sglang.srt.mezo import slot_room
+
+    runner, manager, scheduler = engine.runner, engine.handle.lora_manager, engine.scheduler
+    ids = {f"adapter {i}" for i in range(adapters)}
+    scheduler.running_batch, batch = SimpleNamespace(reqs=[SimpleNamespace(lora_id=one) for one in ids]), scheduler.running_batch
+    runner.tick()
+    beside = runner._job.trainer.slots.claimed
+    admitted = slot_room.admits(manager, {*ids, "another"}), slot_room.admits(manager, {"adapter 0"})
+    scheduler.running_batch = batch
+    runner.tick()
+    return beside, admitted, runner._job.trainer.slots.claimed, slot_room.admits(manager, ids)
+
+
+def test_slots_are_taken_only_once_requests_in_flight_leave_the_room(engine, config, model_path):
+    """Of the pool's 7 slots the job needs 5 and the base model one."""
+    for adapters, claimed in ((1, True), (2, False), (4, False)):
+        assert start(engine, replace(config, r=4, output_dir=f"{config.output_dir}-{adapters}"), model_path)[0]
+        beside, admitted, after, again = engine.call(tick_beside_adapters, adapters)
+        assert beside == claimed and after and again
+        assert admitted == ((True, True) if claimed else (False, True)), "room is made, and what leaves it is served meanwhile"
+        stop(engine)
+
+
 @pytest.mark.parametrize(
     ("settings", "fields", "param", "message"),
     [

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import count
 
+from sglang.srt.mezo import slot_room
 from sglang.srt.mezo.hooks import Hook
 from sglang.srt.mezo.invocation import find_invocation
 
@@ -214,7 +215,9 @@ def _route_segments(manager, lora_ids: Sequence[str | None], lengths: Sequence[i
 
 
 def _around_admission(original: Callable, manager, lora_ids: set[str | None]) -> bool:
-    """A batch with an aLoRA request needs a slot that applies nothing beside those of its adapters."""
+    """A batch with an aLoRA request needs a slot that applies nothing beside those of its adapters; a job may need some too."""
+    if not slot_room.admits(manager, lora_ids):
+        return False
     activated = any(lora_id in _SERVED and _SERVED[lora_id].invocation for lora_id in lora_ids if lora_id is not None)
     if activated and len(lora_ids | {None}) > manager.max_loras_per_batch:
         return False

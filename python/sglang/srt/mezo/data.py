@@ -233,7 +233,7 @@ class Encoder:
         if not prompt:
             raise DataError("the prompt has no tokens")
         if len(prompt) >= self.max_length:  # before every option is tokenised together with it
-            raise DataError(f"a prompt of {len(prompt)} tokens leaves no room for an option in the context of {self.max_length}")
+            raise DataError(f"a prompt of {len(prompt)} tokens and an option are more than the context of {self.max_length}")
         options = tuple(tuple(self._continuation(text.prompt, prompt, option)) for option in text.options)
         return self._checked(Example(tuple(prompt), options, text.label))
 

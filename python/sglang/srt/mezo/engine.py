@@ -148,12 +148,15 @@ def _configure_logging(server_args) -> None:
     logging.getLogger("sglang.srt.mezo").setLevel(min(logging.WARNING, logging.getLogger().level))
 
 
-def require_slots(handle: EngineHandle, needed: int) -> None:
-    """Raise CapacityError where the LoRA pool cannot hold ``needed`` more adapters beside the base model."""
-    pool = handle.lora_manager.max_loras_per_batch
-    free = pool - 1 - handle.lora_manager.num_pinned_loras
-    if needed > free:
+def require_pool(handle: EngineHandle, slots: int, r: int) -> None:
+    """Raise CapacityError where the LoRA pool cannot hold so many more adapters of rank ``r`` beside the base model."""
+    manager = handle.lora_manager
+    pool = manager.max_loras_per_batch
+    free = pool - 1 - manager.num_pinned_loras
+    if slots > free:
         raise CapacityError(
-            f"{needed} adapter slots are needed (two per direction, and one for evaluation), but {free} of the pool's "
+            f"{slots} adapter slots are needed (two per direction, and one for evaluation), but {free} of the pool's "
             f"{pool} are free: lower num_perturbations or raise max_loras_per_batch"
         )
+    if r > manager.max_lora_rank:
+        raise CapacityError(f"an adapter of rank {r} does not fit the pool's rank of {manager.max_lora_rank}: lower r or raise max_lora_rank")

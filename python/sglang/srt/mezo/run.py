@@ -3,6 +3,7 @@
 Every tensor-parallel rank goes through the same passes; files, metrics and what depends on them are the leader's.
 """
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sglang.srt.mezo.config import MezoConfig
+from sglang.srt.mezo.errors import DivergedError
 from sglang.srt.mezo.noise import direction
 from sglang.srt.mezo.passes import Passes
 from sglang.srt.mezo.run_directory import RunDirectory, write_json
@@ -126,7 +128,7 @@ class TrainingRun:
         self.last_step = result
         step = trainer.global_step
         if config.noise_floor_steps and step % config.noise_floor_steps == 0:
-            noise_floor = yield from trainer.noise_floor(trainer.batch(step))
+            noise_floor = yield from trainer.noise_floor_passes(trainer.batch(step))
             self._on_leader(self._record, {"noise_floor": noise_floor})
 
     def _timed(self, passes: Passes[StepResult]) -> Passes[StepResult]:
@@ -146,8 +148,12 @@ class TrainingRun:
         best_step, theta = self._on_leader(self._keep_best)
         trainer.adapter.theta.copy_(theta)
         rate = (trainer.global_step - self.first_step) / self.train_seconds if self.train_seconds else 0.0
-        metrics = (yield from trainer.evaluation_passes()) if trainer.eval_plans else {}
-        return TrainResult(trainer.global_step, best_step, self.train_seconds, rate, metrics)
+        # Without development examples the last batch shows whether the last step went too far.
+        last_batch = trainer.batch(max(0, trainer.global_step - 1))
+        metrics = yield from trainer.evaluation_passes(trainer.eval_plans or last_batch)
+        if not math.isfinite(metrics["eval_loss"]):
+            raise DivergedError(f"the loss after step {trainer.global_step} is {metrics['eval_loss']}: lower learning_rate or zo_eps")
+        return TrainResult(trainer.global_step, best_step, self.train_seconds, rate, metrics if trainer.eval_plans else {})
 
     # --- on the leader ---------------------------------------------------------------------------------------------------
 

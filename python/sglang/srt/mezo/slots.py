@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from sglang.srt.mezo.adapter import Adapter, AdapterSpec, Site
-from sglang.srt.mezo.engine import EngineHandle, require_slots
+from sglang.srt.mezo.engine import EngineHandle, require_pool
 from sglang.srt.mezo.errors import CapacityError, ConfigError
 
 _STACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
@@ -166,21 +166,45 @@ def _output_widths(base: torch.nn.Module) -> list[int]:
 
 
 class PerturbedSlots:
-    """Slots for theta + eps z_k and theta - eps z_k of ``num_perturbations`` directions, and one for theta itself."""
+    """Slots for theta + eps z_k and theta - eps z_k of ``num_perturbations`` directions, and one for theta itself.
+
+    Raises:
+        CapacityError: the pool could not hold them even without requests.
+    """
 
     def __init__(self, handle: EngineHandle, adapter: Adapter, num_perturbations: int):
-        require_slots(handle, 2 * num_perturbations + 1)
+        require_pool(handle, 2 * num_perturbations + 1, adapter.spec.r)
+        self._handle = handle
         self._adapter = adapter
-        layout = SlotLayout(handle, adapter)
-        names = [f"mezo-{k}{sign}" for k, sign in itertools.product(range(num_perturbations), "+-")]
+        self._layout = SlotLayout(handle, adapter)
+        self._names = [f"mezo-{k}{sign}" for k, sign in itertools.product(range(num_perturbations), "+-")] + ["mezo-current"]
+        self._slots: list[Slot] = []
+
+    @property
+    def count(self) -> int:
+        return len(self._names)
+
+    @property
+    def claimed(self) -> bool:
+        return bool(self._slots)
+
+    def claim(self) -> None:
+        """Take the slots. Between two batches, and only where the adapters of requests in flight leave the room."""
         with ExitStack() as release_on_error:
             slots = []
-            for name in (*names, "mezo-current"):
-                slots.append(Slot(handle, adapter.spec, layout, name))
+            for name in self._names:
+                slots.append(Slot(self._handle, self._adapter.spec, self._layout, name))
                 release_on_error.callback(slots[-1].release)
             release_on_error.pop_all()
-        self.pairs = list(zip(slots[:-1:2], slots[1:-1:2]))
-        self.current = slots[-1]
+        self._slots = slots
+
+    @property
+    def pairs(self) -> list[tuple[Slot, Slot]]:
+        return list(zip(self._slots[:-1:2], self._slots[1:-1:2]))
+
+    @property
+    def current(self) -> Slot:
+        return self._slots[-1]
 
     def write_perturbed(self, directions: Sequence[torch.Tensor], zo_eps: float) -> None:
         """theta + zo_eps z_k and theta - zo_eps z_k, each formed in float32 and rounded once to the pool's dtype."""
@@ -192,5 +216,5 @@ class PerturbedSlots:
         self.current.write(self._adapter.theta)
 
     def release(self) -> None:
-        for slot in (*itertools.chain.from_iterable(self.pairs), self.current):
-            slot.release()
+        while self._slots:
+            self._slots.pop().release()

@@ -39,6 +39,7 @@ class MezoTrainer:
         kept_tokens: most KV tokens of base-model prefixes that stay locked between steps.
         segments: (step from which they count, number) of the training examples in their order, where a run that
             resumes was given some later; by default all count from step 0.
+        claim_slots: take the slots now; or later by ``slots.claim()``, where requests may need them now.
 
     Raises:
         ConfigError, DataError, CapacityError: before anything is written or trained.
@@ -54,6 +55,7 @@ class MezoTrainer:
         objective: Objective = "classification",
         kept_tokens: int = 0,
         segments: Sequence[tuple[int, int]] = (),
+        claim_slots: bool = True,
     ):
         _check_invocation(config, spec)
         self.config = config
@@ -75,6 +77,8 @@ class MezoTrainer:
         self.adapter = Adapter.initial(spec, adapted_sites(handle, spec.target_modules), config.seed)
         self.scorer = Scorer(handle, planner.scope, config.max_tokens_per_batch, config.prefix_reuse, kept_tokens)
         self.slots = PerturbedSlots(handle, self.adapter, config.num_perturbations)
+        if claim_slots:
+            self.slots.claim()
         self.global_step = 0
         self.slot_dtype = handle.model_runner.dtype
 
@@ -146,7 +150,11 @@ class MezoTrainer:
         )
         self.global_step += 1
 
-    def noise_floor(self, batch: Sequence[ExamplePlan]) -> Passes[float]:
+    def noise_floor(self, batch: Sequence[ExamplePlan]) -> float:
+        """All of ``noise_floor_passes`` at once."""
+        return drain(self.noise_floor_passes(batch))
+
+    def noise_floor_passes(self, batch: Sequence[ExamplePlan]) -> Passes[float]:
         """Largest |loss_plus - loss_minus| at z = 0: what the arithmetic alone makes of equal weights."""
         zero = torch.zeros_like(self.adapter.theta)
         loss_plus, loss_minus = yield from self.paired_passes(batch, [zero] * self.config.num_perturbations, 0.0)
@@ -167,7 +175,10 @@ class MezoTrainer:
         bound = self.config.clip_projected_grad
         if bound is not None:
             projected_grad = max(-bound, min(bound, projected_grad))
-        return round_to_log(projected_grad)
+        try:
+            return round_to_log(projected_grad)
+        except OverflowError:
+            raise DivergedError(f"the projected gradient of step {self.global_step} is {projected_grad}: lower learning_rate or zo_eps") from None
 
     def _learning_rate(self) -> float:
         return learning_rate_at(

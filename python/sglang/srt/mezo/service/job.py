@@ -41,16 +41,16 @@ class Job:
     def start(
         cls, handle: EngineHandle, command: StartJob, train: Sequence[Example], evaluation: Sequence[Example], emit: Emit, kept_tokens: int
     ) -> Self:
-        """Claim slots for the job.
+        """Build the job; its slots are to be claimed before it advances.
 
         Raises:
-            ConfigError, DataError, CapacityError: nothing is held then.
+            ConfigError, DataError, CapacityError: it could never run.
         """
         config = MezoConfig(**command.config)
         spec = AdapterSpec(
             command.base_model, config.r, config.lora_alpha, tuple(command.target_modules), tuple(command.invocation)
         )
-        trainer = MezoTrainer(handle, config, spec, train, evaluation, command.objective, kept_tokens, segments=command.segments)
+        trainer = MezoTrainer(handle, config, spec, train, evaluation, command.objective, kept_tokens, command.segments, claim_slots=False)
 
         def make_tracker(config: MezoConfig, path: Path, first_step: int, max_steps: int) -> Tracker:
             return EventTracker(config, path, first_step, max_steps, emit)

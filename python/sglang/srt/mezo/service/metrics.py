@@ -60,6 +60,10 @@ class TrainingMetrics:
         self._step_seconds.observe(job.run.train_seconds - self._seen.get("train_seconds", 0.0))
         self._seen["train_seconds"] = job.run.train_seconds
 
+    def ended(self) -> None:
+        """No job has the engine."""
+        self._kept_tokens.set(0)
+
     def _add(self, counter, name: str, total: float) -> None:
         """Bring a counter up to ``total``, which may fall for a moment: a token is computed before it is read."""
         if total > (seen := self._seen.get(name, 0)):

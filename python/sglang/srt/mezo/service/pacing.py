@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 
-_PATIENCE = 0.25  # seconds that a queue may last before the share is halved, and between halvings
+_PATIENCE = 1.0  # seconds that a queue may last before the share is halved, and between halvings: longer than a prefill
 _RECOVERY = 10.0  # seconds without a queue that bring the share back from nothing
 _SMOOTHING = 0.2  # weight of the latest piece in the expected cost of the next
 

@@ -9,6 +9,7 @@ import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from sglang.srt.mezo import slot_room
 from sglang.srt.mezo.data import Example
 from sglang.srt.mezo.engine import EngineHandle
 from sglang.srt.mezo.errors import CapacityError, ConfigError, MezoError
@@ -71,6 +72,8 @@ class MezoRunner:
     def tick(self) -> None:
         """Run one piece of the job, if there is one and it may run now."""
         if not self.has_work or self._scheduler.weight_updater.offload_tags:
+            return
+        if not self._job.trainer.slots.claimed and not self._claim():
             return
         running, waiting = self._load()
         self._give_way()
@@ -140,6 +143,22 @@ class MezoRunner:
 
     # --- pieces ----------------------------------------------------------------------------------------------------------
 
+    def _claim(self) -> bool:
+        """Take the job's slots once the adapters of requests in flight leave the room; new ones wait for that."""
+        slots, manager = self._job.trainer.slots, self._handle.lora_manager
+        batches = [batch for batch in (self._scheduler.running_batch, self._scheduler.last_batch) if batch is not None]
+        in_flight = {req.lora_id for batch in batches for req in batch.reqs}
+        if not slot_room.leave_room(manager, in_flight, slots.count):
+            slot_room.reserve(slots.count)
+            return False
+        slot_room.reserve(0)
+        try:
+            slots.claim()
+        except Exception as error:
+            self._fail(error)
+            return False
+        return True
+
     def _load(self) -> tuple[int, int]:
         """Requests in the batch, and requests that wait to be admitted."""
         scheduler = self._scheduler
@@ -205,10 +224,13 @@ class MezoRunner:
 
     def _end_job(self) -> None:
         job, self._job = self._job, None
+        slot_room.reserve(0)
         try:
             job.stop()
         except Exception:  # of the job's files, such as a full disk: requests go on
             logger.exception("job %s did not end cleanly", job.job_id)
+        if self._metrics is not None:
+            self._metrics.ended()
 
     def _emit(self, event: MezoEvent) -> None:
         if self._handle.is_leader:
