@@ -87,16 +87,16 @@ def test_killed_at_random_moments_a_job_ends_as_if_it_had_not_been(tmp_path, kil
         assert any("restart" in message for message in messages)
         text = server.client.completions.create(model="reviews-model:killed", prompt="the plot is thin. It was", max_tokens=1)
         assert text.choices[0].text
-        check_run(run, server.run_directory(whole.id), steps)
+        check_run(run, server.run_directory(whole.id), steps, kills)
     finally:
         server.stop()
 
 
-def check_run(run: Path, whole: Path, steps: int) -> None:
+def check_run(run: Path, whole: Path, steps: int, kills: int) -> None:
     log, uninterrupted = (SeedLog.open(folder / "seed_log").records() for folder in (run, whole))
     assert [record.seed for record in log] == [record.seed for record in uninterrupted] and len(log) == steps
     killed, quiet = losses(run), losses(whole)
-    assert killed.keys() == quiet.keys() or set(quiet) - set(killed) <= set(quiet), "a line of metrics may go with the process"
+    assert killed.keys() <= quiet.keys() and len(quiet) - len(killed) <= kills, "one line of metrics may go with a process"
     for step in killed:
         assert killed[step] == pytest.approx(quiet[step], rel=1e-4)
     checkpoints = sorted(run.glob("checkpoint-*"))
