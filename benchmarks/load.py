@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 import aiohttp
 
 _REQUEST_SECONDS = 300
+_IDLE_SECONDS = 1  # of a connection; the server drops one after 5, perhaps just as a request is sent
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,8 @@ def run(url: str, model: str, requests: Sequence[Request], in_flight: int = 0, s
 async def generate(plan: dict) -> dict:
     requests = [Request(**fields) for fields in plan["requests"]]
     timeout = aiohttp.ClientTimeout(total=_REQUEST_SECONDS)
-    async with aiohttp.ClientSession(plan["url"], connector=aiohttp.TCPConnector(limit=0), timeout=timeout) as session:
+    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_IDLE_SECONDS)
+    async with aiohttp.ClientSession(plan["url"], connector=connector, timeout=timeout) as session:
         before = await _metrics(session)
         sender = _Sender(session, plan["model"])
         if plan["in_flight"]:

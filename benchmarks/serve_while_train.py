@@ -4,7 +4,8 @@
     python benchmarks/serve_while_train.py --model models/smollm2-135m --curve --json benchmarks/results/serve_while_train_curve.json
 
 First the server's saturation throughput is measured, in a closed loop. Busy is 70 % of it, light 20 %: Poisson arrivals
-of streamed greedy completions from a process of its own, the same times, prompts and lengths in every phase of a load.
+of streamed greedy completions from a process of its own. Phases come in pairs, without training and with it, with the same
+times, prompts and lengths; every other pair begins with training, so that what the machine does by itself falls on both.
 A phase begins with an empty cache; one with training begins after an epoch of the job, as the later ones are all alike.
 Time to first token counts from the arrival, time per output token from the first token of a request to its last.
 
@@ -32,6 +33,7 @@ SHARES = (0.0, 0.05, 0.1, 0.2, 0.4)
 TARGETS = {"ttft_p99_ratio": (0.0, 1.5), "tpot_p99_ratio": (0.0, 1.3), "throughput_ratio": (0.95, float("inf"))}
 
 SEED = 7
+RESAMPLES = 1000
 IN_FLIGHT = 32  # requests of the closed loop
 PROMPT_SENTENCES, OUTPUT_TOKENS = (1, 4), (8, 32)
 DATA = {"reviews": (ROOT / "examples/assets/reviews", "test"), "sst2": (ROOT.parent / "shared/data/sst2", "validation")}
@@ -45,9 +47,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=ROOT / "examples/assets/opt-reviews")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--load-seconds", type=float, default=60, help="length of a phase; longer where it has too few requests")
-    parser.add_argument("--min-requests", type=int, default=200, help="of a phase")
-    parser.add_argument("--repeats", type=int, default=3, help="pairs of phases, without training and with it")
+    parser.add_argument("--load-seconds", type=float, default=30, help="length of a phase")
+    parser.add_argument("--pairs", type=int, default=8, help="of phases, without training and with it")
     parser.add_argument("--curve", action="store_true", help="several values of --mezo-share, under the busy load")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
@@ -105,16 +106,16 @@ class Benchmark:
         return capacity
 
     def phases(self, load: str, rate: float) -> list[dict[str, Any]]:
-        """Phases without training and with it, in turns, all with the same requests."""
-        count = max(self._arguments.min_requests, round(rate * self._arguments.load_seconds))
-        requests = self._requests(load, rate, count)
+        """Phases without training and with it, in turns; both of a pair have the same requests."""
+        count = max(1, round(rate * self._arguments.load_seconds))
         phases: list[dict[str, Any]] = []
-        for repeat in range(self._arguments.repeats):
-            for training in (False, True):
+        for pair in range(self._arguments.pairs):
+            requests = self._requests(f"{load} {pair}", rate, count)
+            for training in (False, True) if pair % 2 == 0 else (True, False):
                 outcomes = self._run(requests, training)
-                phases.append({"load": load, "share": self._share, "repeat": repeat, "training": training, **measured(outcomes)})
-                phases[-1]["answers_differ"] = differing(phases[0]["outcomes"], phases[-1]["outcomes"])
+                phases.append({"load": load, "share": self._share, "pair": pair, "training": training, **measured(outcomes)})
                 show_phase(phases[-1])
+            phases[-1]["answers_differ"] = differing(phases[-2]["outcomes"], phases[-1]["outcomes"])
         return phases
 
     def _run(self, requests: Sequence[Request], training: bool) -> Load:
@@ -169,17 +170,17 @@ def as_rows(sentences: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def measured(load: Load) -> dict[str, Any]:
     """Of one phase. Latencies are those of requests that got all their tokens."""
-    completed = load.completed
-    if not completed:
+    if not load.completed:
         raise RuntimeError(f"no request was answered: {load.outcomes[0].error}")
     before, after = samples(load.before), samples(load.after)
     change = {name: after[name] - before.get(name, 0.0) for name in after if name.startswith("sglang:mezo_")}
     pieces = change["sglang:mezo_piece_seconds_count"]
     return {
         "requests": len(load.outcomes),
-        "failed": len(load.outcomes) - len(completed),
-        **latencies(completed),
-        **throughput(completed),
+        "failed": len(load.outcomes) - len(load.completed),
+        "errors": sorted({outcome.error for outcome in load.outcomes if outcome.error}),
+        **latencies(load.completed),
+        **throughput(load.completed),
         "send_lag_p99": float(np.percentile([outcome.sent - outcome.at for outcome in load.outcomes], 99)),
         "seconds": load.seconds,
         "steps": change.get("sglang:mezo_steps_total", 0.0),
@@ -217,31 +218,42 @@ def differing(reference: Sequence[Outcome], outcomes: Sequence[Outcome]) -> int:
 
 
 def summary(phases: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Off against on. Ratios are of percentiles over all requests of either; the plural has those of each pair of phases.
-
-    Noise is the largest value of the phases without training over the smallest: what the machine does by itself.
-    """
+    """Off against on: ratios of percentiles over all requests of either, with 90 % intervals from resampled pairs."""
     off, on = ([phase for phase in phases if phase["training"] == training] for training in (False, True))
+    draws = np.random.default_rng(SEED).integers(len(off), size=(RESAMPLES, len(off)))
+    resampled = [ratios([off[i] for i in drawn], [on[i] for i in drawn]) for drawn in draws]
     row: dict[str, Any] = {name: phases[0][name] for name in ("load", "share")} | {"off": pooled(off), "on": pooled(on)}
-    for name, key in (("ttft_p99", "ttft_p99"), ("tpot_p99", "tpot_p99"), ("throughput", "output_tokens_per_s")):
-        row[f"{name}_ratio"] = row["on"][key] / row["off"][key]
-        row[f"{name}_ratios"] = [with_training[key] / without[key] for without, with_training in zip(off, on, strict=True)]
-        values = [phase[key] for phase in off]
-        row[f"{name}_noise"] = max(values) / min(values)
+    row |= ratios(off, on)
+    row["intervals"] = {name: np.percentile([one[name] for one in resampled], (5, 95)).tolist() for name in TARGETS}
+    row["answers_differ"] = sum(phase.get("answers_differ", 0) for phase in phases)
     row["targets_met"] = {name: low <= row[name] <= high for name, (low, high) in TARGETS.items()}
     return row
+
+
+def ratios(off: Sequence[dict[str, Any]], on: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """With training over without it."""
+    p99s = [latencies(completed(phases)) for phases in (off, on)]
+    rates = [sum(phase["output_tokens_per_s"] for phase in phases) for phases in (off, on)]
+    return {
+        "ttft_p99_ratio": p99s[1]["ttft_p99"] / p99s[0]["ttft_p99"],
+        "tpot_p99_ratio": p99s[1]["tpot_p99"] / p99s[0]["tpot_p99"],
+        "throughput_ratio": rates[1] / rates[0],
+    }
+
+
+def completed(phases: Sequence[dict[str, Any]]) -> list[Outcome]:
+    return [outcome for phase in phases for outcome in phase["outcomes"] if not outcome.error]
 
 
 def pooled(phases: Sequence[dict[str, Any]]) -> dict[str, Any]:
     def total(name: str) -> float:
         return sum(phase[name] for phase in phases)
 
-    completed = [outcome for phase in phases for outcome in phase["outcomes"] if not outcome.error]
     return {
         "phases": len(phases),
         "requests": total("requests"),
         "failed": total("failed"),
-        **latencies(completed),
+        **latencies(completed(phases)),
         "requests_per_s": total("requests_per_s") / len(phases),
         "output_tokens_per_s": total("output_tokens_per_s") / len(phases),
         "steps_per_s": total("steps") / total("seconds"),
@@ -249,14 +261,13 @@ def pooled(phases: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "training_time_share": total("pieces_seconds") / total("seconds"),
         "piece_seconds_mean": total("pieces_seconds") / total("pieces") if total("pieces") else None,
         "backoffs": total("backoffs"),
-        "answers_differ": total("answers_differ"),
     }
 
 
 def settings(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "model": arguments.model.name, "dtype": arguments.dtype, "data": data_name(arguments.model), "load_seconds": arguments.load_seconds,
-        "min_requests": arguments.min_requests, "repeats": arguments.repeats, "loads": LOADS, "in_flight": IN_FLIGHT, "seed": SEED,
+        "pairs": arguments.pairs, "loads": LOADS, "in_flight": IN_FLIGHT, "seed": SEED,
         "prompt_sentences": PROMPT_SENTENCES, "output_tokens": OUTPUT_TOKENS, "num_train": NUM_TRAIN, "num_dev": NUM_DEV, "job": JOB,
     }  # fmt: skip
 
@@ -270,7 +281,7 @@ def show_phase(phase: dict[str, Any]) -> None:
         f"{phase['load']:<6} share {phase['share']:<5} {'on ' if phase['training'] else 'off'} "
         f"{phase['requests']} requests, {phase['failed']} failed, ttft {ttft} ms, tpot {tpot} ms (p50/90/99), "
         f"{phase['output_tokens_per_s']:.1f} tokens/s, {phase['steps'] / phase['seconds']:.2f} steps/s, "
-        f"{phase['answers_differ']} answers differ from the first phase's, sent late by {1000 * phase['send_lag_p99']:.1f} ms (p99)",
+        f"sent late by {1000 * phase['send_lag_p99']:.1f} ms (p99)",
         flush=True,
     )
 
@@ -279,11 +290,10 @@ def show(row: dict[str, Any]) -> None:
     for name, (low, high) in TARGETS.items():
         verdict = "pass" if row["targets_met"][name] else "FAIL"
         bound = f"at least {low}" if low else f"at most {high}"
-        spread = f"{min(row[f'{name}s']):.2f} to {max(row[f'{name}s']):.2f}"
-        noise = f"{row[name.replace('_ratio', '_noise')]:.2f}"
-        figures = f"{name} {row[name]:.3f} ({bound}; single pairs {spread}, noise of off {noise})"
-        print(f"{verdict}  {row['load']}, share {row['share']}: {figures}")
-    print(f"      {row['on']['steps_per_s']:.2f} steps/s, {row['on']['training_time_share']:.1%} of the time", flush=True)
+        interval = " to ".join(f"{end:.2f}" for end in row["intervals"][name])
+        print(f"{verdict}  {row['load']}, share {row['share']}: {name} {row[name]:.3f} ({bound}; 90 % interval {interval})")
+    training = f"{row['on']['steps_per_s']:.2f} steps/s, {row['on']['training_time_share']:.1%} of the time"
+    print(f"      {training}; {row['answers_differ']} of {row['on']['requests']:.0f} answers differ", flush=True)
 
 
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:

@@ -54,7 +54,7 @@ def serve_while_train(name: str) -> list[str]:
     for row in load(name):
         off, on = row["off"], row["on"]
         ttft, tpot = (
-            f"{1000 * off[key]:.0f} and {1000 * on[key]:.0f} ms, {row[f'{key}_ratio']:.2f}x ({min(row[f'{key}_ratios']):.2f} to {max(row[f'{key}_ratios']):.2f})"
+            f"{1000 * off[key]:.0f} and {1000 * on[key]:.0f} ms, {row[f'{key}_ratio']:.2f}x ({' to '.join(f'{end:.2f}' for end in row['intervals'][f'{key}_ratio'])})"
             for key in ("ttft_p99", "tpot_p99")
         )
         lines.append(

@@ -17,6 +17,7 @@ REFUSED_FLAGS = {
     "--dp-size 2": "--enable-mezo needs dp_size=1, not 2",
     "--page-size 16": "--enable-mezo needs page_size=1, not 16",
     "--mezo-share 2": "--mezo-share=2.0 is not allowed: from 0 to below 1",
+    "--mezo-dir /dev/null/mezo": "--mezo-dir='/dev/null/mezo' is not allowed: a folder that can be made (Not a directory)",
     "--mezo-on-restart maybe": "--mezo-on-restart='maybe' is not allowed: resume or fail",
 }
 

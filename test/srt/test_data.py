@@ -377,6 +377,15 @@ def test_epochs_are_ordered_differently():
     assert len(orders) == 20
 
 
+@pytest.mark.parametrize("step", [0, 1, 5, 9, 10, 11, 17, 40])
+def test_draws_are_those_of_the_batches(step):
+    stream = BatchStream(7, 3, seed=3)
+    stream.extend(9, 4)
+    stream.extend(11, 2)
+    seen = [index for earlier in range(step) for index in stream.batch(earlier)]
+    assert stream.draws(step) == [seen.count(index) for index in range(13)]
+
+
 def test_epoch_counts_the_examples_seen():
     assert [BatchStream(32, 8, seed=0).epoch(step) for step in (0, 2, 4, 6)] == [0.0, 0.5, 1.0, 1.5]
 

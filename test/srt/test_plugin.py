@@ -1,6 +1,7 @@
 """What the plugin changes in a process of SGLang, and that it stops the process where it cannot."""
 
 import importlib
+import json
 import os
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 from transformers import OPTConfig
 
-from sglang.srt.mezo import alora_serving, cpu, hooks, overlay, platform, plugin
+from sglang.srt.mezo import alora_serving, cpu, hooks, online, overlay, platform, plugin
 from sglang.srt.plugins.hook_registry import HookRegistry
 
 WRONG_VERSION = """
@@ -173,6 +174,32 @@ print("all there")
     first = "import sglang.srt.models.registry, sglang.srt.lora.lora_manager\n"
     done = run_python(first + LOAD + code, str(tmp_path))
     assert "all there" in done.stdout, done.stderr[-3000:]
+
+
+def test_with_training_off_the_server_has_upstreams_routes_and_scheduler():
+    code = LOAD + """
+import importlib, json
+from sglang.srt.entrypoints.http_server import app
+from sglang.srt.mezo import online
+from sglang.srt.plugins.hook_registry import HookRegistry
+for hook in online.SCHEDULER_HOOKS:
+    importlib.import_module(hook.module)
+routes = sorted((route.path, sorted(getattr(route, "methods", None) or [])) for route in app.routes)
+hooked = [hook.target for hook in online.SCHEDULER_HOOKS if hook.target in HookRegistry._patched]
+print(json.dumps([routes, hooked, app.router.lifespan_context.__module__]))
+"""
+
+    def server(**environment: str) -> tuple[list, list, str]:
+        done = run_python(code, **environment)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return json.loads(done.stdout.splitlines()[-1])
+
+    upstream, off, on = server(SGLANG_PLUGINS="none"), server(), server(SGLANG_ENABLE_MEZO="1")
+    assert off == upstream
+    assert all(route in on[0] for route in upstream[0]) and ["/v1/fine_tuning/jobs", ["POST"]] in on[0]
+    assert ["/v1/fine_tuning/jobs", ["POST"]] not in off[0] and not any(path.startswith("/mezo") for path, _ in off[0])
+    assert off[1] == [] and len(on[1]) == len(online.SCHEDULER_HOOKS)
+    assert on[2] != off[2]
 
 
 def test_platform_stays_away_from_accelerators(monkeypatch):

@@ -18,13 +18,15 @@ def clock() -> Clock:
     return Clock()
 
 
-def beside_requests(pacer: Pacer, clock: Clock, seconds: float, piece: float, step: float, waiting: int = 0) -> float:
+def beside_requests(
+    pacer: Pacer, clock: Clock, seconds: float, piece: float, step: float, waiting: int = 0, running: int = 1
+) -> float:
     """Seconds that training gets in ``seconds`` of batches that take ``step`` each."""
     trained, end = 0.0, clock.now + seconds
     while clock.now < end:
-        if pacer.allows(running=4, waiting=waiting):
+        if pacer.allows(running=running, waiting=waiting):
             clock.now += piece
-            pacer.ran(piece, running=4)
+            pacer.ran(piece, running=running)
             trained += piece
         clock.now += step
     return trained
@@ -50,6 +52,21 @@ def test_a_share_of_nothing_leaves_requests_alone(clock):
     pacer = Pacer(0.0, clock)
     pacer.ran(0.01, running=0)
     assert beside_requests(pacer, clock, 10, 0.01, 0.02) == 0
+
+
+def test_a_burst_has_the_engine_to_itself(clock):
+    pacer = Pacer(0.1, clock)
+    pacer.ran(0.01, running=0)
+    beside_requests(pacer, clock, 60, 0.01, 0.02, running=4)
+    assert beside_requests(pacer, clock, 2, 0.01, 0.02, running=8) == 0
+    assert beside_requests(pacer, clock, 10, 0.01, 0.02, running=3) == pytest.approx(1.0, rel=0.1)
+
+
+def test_a_level_that_lasts_becomes_the_usual_one(clock):
+    pacer = Pacer(0.1, clock)
+    pacer.ran(0.01, running=0)
+    beside_requests(pacer, clock, 40, 0.01, 0.02, running=32)
+    assert beside_requests(pacer, clock, 10, 0.01, 0.02, running=32) == pytest.approx(1.0, rel=0.1)
 
 
 def test_idle_time_is_not_saved_up_for_later(clock):

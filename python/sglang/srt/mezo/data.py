@@ -355,9 +355,23 @@ class BatchStream:
 
     def epoch(self, step: int) -> float:
         """Passes over the examples before ``step``."""
+        return sum(places / count for places, (_, count) in zip(self._places(step), self.segments))
+
+    def draws(self, step: int) -> list[int]:
+        """How often each example is drawn before ``step``."""
+        draws = [0] * self.segments[-1][1]
+        for segment, places in enumerate(self._places(step)):
+            epochs, rest = divmod(places, self.segments[segment][1])
+            for index in range(self.segments[segment][1]):
+                draws[index] += epochs
+            for index in self._order(segment, epochs)[:rest]:
+                draws[index] += 1
+        return draws
+
+    def _places(self, step: int) -> list[int]:
+        """Examples drawn before ``step`` in each segment."""
         ends = [first_step for first_step, _ in self.segments[1:]] + [step]
-        parts = zip(self.segments, ends)
-        return sum(max(0, min(end, step) - first_step) * self.batch_size / count for (first_step, count), end in parts)
+        return [max(0, min(end, step) - first_step) * self.batch_size for (first_step, _), end in zip(self.segments, ends)]
 
     def _segment_of(self, step: int) -> int:
         return max(index for index, (first_step, _) in enumerate(self.segments) if first_step <= step)

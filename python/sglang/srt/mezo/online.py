@@ -67,8 +67,13 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
 
 def _fill_server_args(server_args) -> None:
     """Fill what the user left open, and refuse what training cannot run beside. Runs once for each record."""
-    if not _settings().enabled or getattr(server_args, "_resolution_finished", False):
+    settings = _settings()
+    if not settings.enabled or getattr(server_args, "_resolution_finished", False):
         return
+    try:
+        settings.make_directory()  # before a model is loaded for nothing
+    except ConfigError as error:
+        raise StartRefused(str(error)) from error
     from sglang.srt.server_args import _declared_default
 
     for field, allowed in (("dp_size", 1), ("pp_size", 1), ("tokenizer_worker_num", 1)):

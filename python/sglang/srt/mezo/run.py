@@ -129,7 +129,7 @@ class TrainingRun:
         step = trainer.global_step
         if config.noise_floor_steps and step % config.noise_floor_steps == 0:
             noise_floor = yield from trainer.noise_floor_passes(trainer.batch(step))
-            self._on_leader(self._record, {"noise_floor": noise_floor})
+            self._on_leader(lambda: self.tracker.record(step, {"noise_floor": noise_floor}))
 
     def _timed(self, passes: Passes[StepResult]) -> Passes[StepResult]:
         """Pass on a step and count the time of its pieces, not the time between them."""
@@ -196,7 +196,7 @@ class TrainingRun:
         if step == 1:
             self._warn_of_lost_perturbations(result)
         if step % self.config.logging_steps == 0 or step == trainer.max_steps:
-            self._record(self._step_metrics(result))
+            self.tracker.record(step, self._step_metrics(result))
 
     @property
     def _loss(self) -> float:
@@ -229,7 +229,9 @@ class TrainingRun:
 
     def _report_evaluation(self, metrics: dict[str, float]) -> None:
         step = self.trainer.global_step
-        self._record({**metrics, "forward_passes": 2 * self.config.num_perturbations * step})
+        metrics_with_cost = {**metrics, "forward_passes": 2 * self.config.num_perturbations * step}
+        self.tracker.record(step, metrics_with_cost)
+        self.state["log_history"].append({"step": step, **metrics_with_cost})
         self.tracker.say(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
         keeps = self._is_best(metrics) and self.config.load_best_model_at_end
         if keeps:
@@ -246,11 +248,6 @@ class TrainingRun:
         if better:
             self.state.update(best_metric=metrics[name], best_global_step=self.trainer.global_step)
         return better
-
-    def _record(self, metrics: dict[str, Any]) -> None:
-        step = self.trainer.global_step
-        self.tracker.record(step, metrics)
-        self.state["log_history"].append({"step": step, **metrics})
 
     def _save_checkpoint(self) -> None:
         """Unless the process ended between this and the next step the last time."""

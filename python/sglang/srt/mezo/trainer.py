@@ -222,8 +222,8 @@ class MezoTrainer:
 
     def trained_tokens(self) -> int:
         """Tokens of the examples drawn so far; a prompt counts once for each of its options that has a row of its own."""
-        lengths = [sum(len(row.prefix) + len(row.suffix) for row in plan.rows) for plan in self.train_plans]
-        return sum(lengths[i] for step in range(self.global_step) for i in self.stream.batch(step))
+        lengths = (sum(len(row.prefix) + len(row.suffix) for row in plan.rows) for plan in self.train_plans)
+        return sum(length * draws for length, draws in zip(lengths, self.stream.draws(self.global_step)))
 
     def train(self) -> TrainResult:
         """Run to ``max_steps``, write the run directory, keep the best adapter in ``<output_dir>/adapter``.

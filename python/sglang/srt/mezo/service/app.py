@@ -4,7 +4,7 @@ import logging
 import os
 from typing import TYPE_CHECKING
 
-from sglang.srt.mezo.errors import ConfigError, MezoError
+from sglang.srt.mezo.errors import MezoError
 from sglang.srt.mezo.service.client import EngineClient
 from sglang.srt.mezo.service.latency import LatencyRecorder
 from sglang.srt.mezo.service.manager import JobManager
@@ -43,11 +43,7 @@ class Service:
             os._exit(1)
 
     async def _start(self, tokenizer_manager: "TokenizerManager") -> None:
-        directory = self.settings.directory
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError("--mezo-dir", str(directory), f"a folder that can be made ({error.strerror})") from error
+        directory = self.settings.make_directory()
         self.client = EngineClient(tokenizer_manager)
         self.store = Store(directory)
         self._job_metrics = JobMetrics(self.store) if tokenizer_manager.enable_metrics else None

@@ -1,10 +1,12 @@
 """How much training runs beside serving."""
 
+import math
 import time
 from collections.abc import Callable
 
 _PATIENCE = 1.0  # seconds that a queue may last before the share is halved, and between halvings: longer than a prefill
 _RECOVERY = 10.0  # seconds without a queue that bring the share back from nothing
+_USUAL_SECONDS = 10.0  # over which the usual size of the batch is averaged
 _SMOOTHING = 0.2  # weight of the latest piece in the expected cost of the next
 
 
@@ -12,8 +14,9 @@ class Pacer:
     """Says before each piece of training whether it may run now.
 
     With no request in the engine it always may. While a request waits to be admitted it never may. Beside running
-    requests training earns ``share`` of the time that passes and spends what a piece takes; where requests keep
-    waiting, the share is halved until they do not, and then grows back.
+    requests training earns ``share`` of the time that passes and spends what a piece takes, as long as there are no more
+    of them than usual: a burst has the engine to itself, as the slowest answers are those of bursts. Where requests
+    keep waiting, the share is halved until they do not, and then grows back.
 
     Args:
         share: of the time, from 0 to below 1.
@@ -27,6 +30,7 @@ class Pacer:
         self._clock = clock
         self._last = clock()
         self._waiting_since: float | None = None
+        self._usual = 0.0
         self._credit = 0.0
         self._cost = 0.0
 
@@ -34,6 +38,7 @@ class Pacer:
         """Whether a piece may run now, beside ``running`` requests in the batch and ``waiting`` ones in the queue."""
         now = self._clock()
         elapsed, self._last = now - self._last, now
+        self._usual += (running - self._usual) * -math.expm1(-elapsed / _USUAL_SECONDS)
         if waiting:
             self._back_off(now)
             return False
@@ -43,7 +48,7 @@ class Pacer:
             self._credit = 0.0
             return True
         self._credit = min(self._credit + self.current_share * elapsed, 2 * self._cost)
-        return self.current_share > 0 and self._credit >= self._cost
+        return self.current_share > 0 and running <= math.ceil(self._usual) and self._credit >= self._cost
 
     def ran(self, seconds: float, running: int) -> None:
         """A piece took so long."""

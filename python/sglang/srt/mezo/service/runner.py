@@ -22,6 +22,7 @@ from sglang.srt.mezo.service.pacing import Pacer
 from sglang.srt.mezo.service.settings import ServiceSettings
 
 if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req
     from sglang.srt.managers.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
@@ -146,9 +147,7 @@ class MezoRunner:
     def _claim(self) -> bool:
         """Take the job's slots once the adapters of requests in flight leave the room; new ones wait for that."""
         slots, manager = self._job.trainer.slots, self._handle.lora_manager
-        batches = [batch for batch in (self._scheduler.running_batch, self._scheduler.last_batch) if batch is not None]
-        in_flight = {req.lora_id for batch in batches for req in batch.reqs}
-        if not slot_room.leave_room(manager, in_flight, slots.count):
+        if not slot_room.leave_room(manager, {req.lora_id for req in self._batched()}, slots.count):
             slot_room.reserve(slots.count)
             return False
         slot_room.reserve(0)
@@ -161,9 +160,12 @@ class MezoRunner:
 
     def _load(self) -> tuple[int, int]:
         """Requests in the batch, and requests that wait to be admitted."""
-        scheduler = self._scheduler
-        running = len(scheduler.running_batch.reqs) + (len(scheduler.last_batch.reqs) if scheduler.last_batch else 0)
-        return running, len(scheduler.waiting_queue) + len(scheduler.grammar_manager)
+        return len(self._batched()), len(self._scheduler.waiting_queue) + len(self._scheduler.grammar_manager)
+
+    def _batched(self) -> list["Req"]:
+        """Requests that have their place; after a prefill they are in the last batch only, later in the running one, or both."""
+        last, running = self._scheduler.last_batch, self._scheduler.running_batch
+        return [*running.reqs, *(last.reqs if last is not None and last is not running else ())]
 
     def _may_run(self, running: int, waiting: int) -> bool:
         return time.monotonic() >= self._retry_at and self._pacer.allows(running, waiting)

@@ -67,6 +67,13 @@ class ServiceSettings:
     def directory(self) -> Path:
         return Path(self.dir).absolute()
 
+    def make_directory(self) -> Path:
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError("--mezo-dir", str(self.directory), f"a folder that can be made ({error.strerror})") from error
+        return self.directory
+
     @property
     def max_file_bytes(self) -> int:
         return self.max_file_mb << 20
