@@ -49,8 +49,9 @@ def memory() -> list[str]:
 
 
 def serve_while_train(name: str) -> list[str]:
-    lines = ["| load, share | requests | p99 time to first token, off and on | p99 time per output token, off and on | throughput, on / off | training steps/s |",
+    lines = ["| model, load, share | requests | p99 time to first token, off and on | p99 time per output token, off and on | throughput, on / off | training steps/s |",
              "|---|---|---|---|---|---|"]  # fmt: skip
+    model = json.loads((RESULTS / name).read_text())["settings"]["model"]
     for row in load(name):
         off, on = row["off"], row["on"]
         ttft, tpot = (
@@ -58,7 +59,7 @@ def serve_while_train(name: str) -> list[str]:
             for key in ("ttft_p99", "tpot_p99")
         )
         lines.append(
-            f"| {row['load']} ({on['requests_per_s']:.2f} requests/s), {row['share']} | {off['requests']} + {on['requests']}, {off['failed'] + on['failed']} failed "
+            f"| {model}, {row['load']} ({on['requests_per_s']:.1f} requests/s), {row['share']} | {off['requests']} + {on['requests']}, {off['failed'] + on['failed']} failed "
             f"| {ttft} | {tpot} | {row['throughput_ratio']:.1%} | {on['steps_per_s']:.2f} |"
         )
     return lines
