@@ -386,6 +386,17 @@ def test_draws_are_those_of_the_batches(step):
     assert stream.draws(step) == [seen.count(index) for index in range(13)]
 
 
+@pytest.mark.parametrize("step", [0, 2, 9, 10, 12, 40])
+def test_in_the_first_epochs_every_example_comes_that_came_before(step):
+    stream = BatchStream(7, 3, seed=3)
+    stream.extend(9, 4)
+    stream.extend(11, 2)
+    steps = stream.first_epochs(step)
+    assert steps == [earlier for earlier in (0, 1, 2, 9, 10, 11, 12, 13, 14, 15) if earlier < step]
+    seen = {index for earlier in steps for index in stream.batch(earlier)}
+    assert seen == {index for earlier in range(step) for index in stream.batch(earlier)}
+
+
 def test_epoch_counts_the_examples_seen():
     assert [BatchStream(32, 8, seed=0).epoch(step) for step in (0, 2, 4, 6)] == [0.0, 0.5, 1.0, 1.5]
 

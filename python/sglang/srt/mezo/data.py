@@ -368,6 +368,13 @@ class BatchStream:
                 draws[index] += 1
         return draws
 
+    def first_epochs(self, step: int) -> list[int]:
+        """Steps before ``step`` in which an example may have come for the first time: an epoch from each start of the stream."""
+        starts = [first_step for first_step, _ in self.segments] + [step]
+        lengths = [-(-count // self.batch_size) for _, count in self.segments]
+        spans = ((start, min(start + length, end, step)) for start, length, end in zip(starts, lengths, starts[1:]))
+        return [earlier for start, end in spans for earlier in range(start, end)]
+
     def _places(self, step: int) -> list[int]:
         """Examples drawn before ``step`` in each segment."""
         ends = [first_step for first_step, _ in self.segments[1:]] + [step]

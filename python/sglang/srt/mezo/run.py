@@ -71,6 +71,7 @@ class TrainingRun:
         self.directory = RunDirectory(trainer.config)
         self.train_seconds = 0.0
         self._saved_at: int | None = None
+        self._prefixes_restored = False
         self.last_step: StepResult | None = None
         self._make_tracker = make_tracker
         self._on_leader = trainer.handle.on_leader
@@ -88,12 +89,16 @@ class TrainingRun:
             trainer.apply(record)
             yield
         self.first_step = trainer.global_step
+        self._prefixes_restored = trainer.global_step == 0
         self.evaluated_at = self.state["evaluated_at"]
         self._on_leader(self._open_tracker)
 
     def passes(self) -> Passes[TrainResult]:
         """Train to ``max_steps``."""
         trainer, config = self.trainer, self.config
+        if not self._prefixes_restored:
+            self._prefixes_restored = True  # tried once: requests may need the room
+            yield from trainer.prefix_passes()
         while True:
             step = trainer.global_step
             done = step >= trainer.max_steps

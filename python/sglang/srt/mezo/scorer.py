@@ -75,6 +75,12 @@ class Scorer:
             yield
         return values
 
+    def prefix_passes(self, plans: Sequence[ExamplePlan], groups: Sequence[SlotGroup]) -> Passes[None]:
+        """Compute the base-model prefixes that the tree lacks, in the very batches in which ``passes`` would."""
+        for items in self._batches(plans, groups):
+            yield from self.base_prefixes.prepare(item.row.prefix for item in items)
+            yield
+
     def _batches(self, plans: Sequence[ExamplePlan], groups: Sequence[SlotGroup]) -> Iterator[list[_Item]]:
         """Pack (example, slot group) units up to the token budget and the free rows, slot after slot."""
         batch, tokens = [], 0

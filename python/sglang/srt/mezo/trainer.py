@@ -18,7 +18,7 @@ from sglang.srt.mezo.evaluate import evaluation_passes
 from sglang.srt.mezo.noise import direction, step_seed
 from sglang.srt.mezo.optimizer import apply_update, learning_rate_at, replay_update, round_to_log
 from sglang.srt.mezo.passes import Passes, drain
-from sglang.srt.mezo.plan import ExamplePlan, Planner
+from sglang.srt.mezo.plan import ExamplePlan, Planner, PrefixScope
 from sglang.srt.mezo.readout import batch_loss
 from sglang.srt.mezo.run import StepResult, TrainingRun, TrainResult
 from sglang.srt.mezo.scorer import Scorer
@@ -130,8 +130,7 @@ class MezoTrainer:
             loss_plus and loss_minus, one number per direction.
         """
         self.slots.write_perturbed(z, zo_eps)
-        pairs = [(plus.lora_id, minus.lora_id) for plus, minus in self.slots.pairs]
-        values = yield from self.scorer.passes(batch, pairs, self.objective)
+        values = yield from self.scorer.passes(batch, self._slot_pairs(), self.objective)
         losses = self.handle.share(batch_loss(batch, values, self.objective).mean.tolist())
         return losses[0::2], losses[1::2]
 
@@ -166,6 +165,9 @@ class MezoTrainer:
         plus, minus = (torch.add(theta, z, alpha=sign * eps).to(self.slot_dtype) for sign in (1, -1))
         return (plus == minus).float().mean().item()
 
+    def _slot_pairs(self) -> list[tuple[str, str]]:
+        return [(plus.lora_id, minus.lora_id) for plus, minus in self.slots.pairs]
+
     def _require_finite(self, losses: Sequence[float]) -> None:
         if not all(map(math.isfinite, losses)):
             raise DivergedError(f"the losses of step {self.global_step} are {losses}: lower learning_rate or zo_eps")
@@ -188,6 +190,23 @@ class MezoTrainer:
             warmup_steps=self.config.warmup_steps_of(self.max_steps),
             max_steps=self.max_steps,
         )
+
+    def prefix_passes(self) -> Passes[None]:
+        """Compute base-model prefixes in the batches in which the steps so far first met them.
+
+        KV differs in its last bits between batches, and a long run magnifies that: with this a run that goes on in a new
+        engine ends as the whole run would have. Nothing to do where the pool cannot hold them all.
+        """
+        plans = self.eval_plans + self.train_plans
+        tokens = sum(map(len, {row.prefix for plan in plans for row in plan.rows}))
+        reuses = self.config.prefix_reuse and self.planner.scope is PrefixScope.BASE
+        if not reuses or not self.handle.share(tokens <= self.handle.free_kv_tokens):
+            return
+        size = self.config.per_device_eval_batch_size
+        for start in range(0, len(self.eval_plans), size):
+            yield from self.scorer.prefix_passes(self.eval_plans[start : start + size], [(self.slots.current.lora_id,)])
+        for step in self.stream.first_epochs(self.global_step):
+            yield from self.scorer.prefix_passes(self.batch(step), self._slot_pairs())
 
     # --- the run -----------------------------------------------------------------------------------------------------
 
