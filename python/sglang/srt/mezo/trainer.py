@@ -197,10 +197,10 @@ class MezoTrainer:
         KV differs in its last bits between batches, and a long run magnifies that: with this a run that goes on in a new
         engine ends as the whole run would have. Nothing to do where the pool cannot hold them all.
         """
-        plans = self.eval_plans + self.train_plans
-        tokens = sum(map(len, {row.prefix for plan in plans for row in plan.rows}))
-        reuses = self.config.prefix_reuse and self.planner.scope is PrefixScope.BASE
-        if not reuses or not self.handle.share(tokens <= self.handle.free_kv_tokens):
+        if not self.config.prefix_reuse or self.planner.scope is not PrefixScope.BASE:
+            return
+        tokens = sum(map(len, {row.prefix for plan in self.eval_plans + self.train_plans for row in plan.rows}))
+        if not self.handle.share(tokens <= self.handle.free_kv_tokens):
             return
         size = self.config.per_device_eval_batch_size
         for start in range(0, len(self.eval_plans), size):
