@@ -1,12 +1,15 @@
-"""Time of one MeZO step, side by side: this engine against two Transformers + PEFT loops (see baselines.py).
+"""Time of one MeZO step, side by side: this engine against two Transformers + PEFT loops (see baselines.py) and against
+the limit of the arithmetic (see cost_model.py).
 
-    python benchmarks/step_time.py --workload sst2 --tuning alora lora --json benchmarks/results/step_time.json
+    python benchmarks/step_time.py --workload sst2 boolq multirc copa icl16 --tuning alora lora --json benchmarks/results/step_time.json
+    python benchmarks/step_time.py --workload sst2 --tuning alora --num_perturbations 1 8 32 --loops --json benchmarks/results/directions.json
 
-Same model shape (OPT-125m, random weights), data, dtype and threads in one process. The three take turns, one step each,
-so that a drift of the machine hits all of them; ratios are of medians. Our steps are those after the first epoch.
+Same model shape (random weights), data, dtype, device and threads in one process. All take turns, one step each, so that
+a drift of the machine hits all of them; ratios are of medians. Our steps are those after the first epoch.
 """
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -15,11 +18,15 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from baselines import OfficialStyleMezo, StrongMezo, build_peft_model
+from cost_model import CeilingMeter, mean_work, synchronize, work
 from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
 from workloads import WORKLOADS, Workload
 
@@ -29,78 +36,115 @@ from sglang.srt.mezo.data import Example
 from sglang.srt.mezo.engine import MezoEngine
 from sglang.srt.mezo.trainer import MezoTrainer
 
-BATCH_SIZE = 16
-NUM_EXAMPLES = 160
+LOOPS = {"strong": StrongMezo, "official": OfficialStyleMezo}
+EPOCH_STEPS = 10
+MODELS: dict[str, dict[str, int]] = {
+    "opt-125m": {},
+    "opt-1.3b": {"hidden_size": 2048, "word_embed_proj_dim": 2048, "num_hidden_layers": 24, "num_attention_heads": 32, "ffn_dim": 8192},
+    "opt-13b": {"hidden_size": 5120, "word_embed_proj_dim": 5120, "num_hidden_layers": 40, "num_attention_heads": 40, "ffn_dim": 20480},
+}
 TARGETS = {"alora": ("q_proj", "k_proj", "v_proj", "out_proj"), "lora": ("q_proj", "v_proj")}
-R, ALPHA, ZO_EPS, LEARNING_RATE = 8, 16, 1e-3, 1e-6
+ALPHA, ZO_EPS, LEARNING_RATE = 16, 1e-3, 1e-6
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is measured. ``workload`` names one, or is the length of every prompt; ``loops`` are measured beside."""
+
+    workload: str
+    tuning: str
+    num_perturbations: int = 1
+    batch_size: int = 16
+    r: int = 8
+    model: str = "opt-125m"
+    layers: int | None = None  # in place of the model's own
+    dtype: str = "float32"
+    loops: tuple[str, ...] = ()
+    repeats: int = 7
+    threads: int = os.cpu_count()
+
+    @property
+    def shape(self) -> Workload:
+        return WORKLOADS.get(self.workload) or Workload(self.workload, {int(self.workload): 1}, invocation=2)
+
+    @property
+    def model_config(self) -> OPTConfig:
+        layers = {} if self.layers is None else {"num_hidden_layers": self.layers}
+        return OPTConfig(**{**MODELS[self.model], **layers}, dtype=self.dtype)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workload", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument("--tuning", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--model", choices=MODELS, default="opt-125m", help="shape of the model")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--num_perturbations", type=int, default=1, help="directions of our step")
+    parser.add_argument("--num_perturbations", type=int, nargs="+", default=[1], help="directions of our step")
+    parser.add_argument("--loops", nargs="*", choices=LOOPS, default=list(LOOPS), help="loops to measure beside")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--model", help=argparse.SUPPRESS)
+    parser.add_argument("--case", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.model is not None:
-        print("ROW " + json.dumps(measure(arguments)), flush=True)
+    if arguments.case is not None:
+        print("ROW " + json.dumps(measure(Case(**json.loads(arguments.case)))), flush=True)
         os._exit(0)  # the engine's threads are of no further use
-    report = {"rows": run_rows(arguments), "machine": machine(arguments.threads), "settings": settings(arguments)}
+    cases = [
+        Case(workload, tuning, n, model=arguments.model, dtype=arguments.dtype, loops=tuple(arguments.loops), repeats=arguments.repeats,
+             threads=arguments.threads)
+        for workload, tuning, n in itertools.product(arguments.workload, arguments.tuning, arguments.num_perturbations)
+    ]  # fmt: skip
+    report = {"rows": run_cases(cases), "machine": machine(arguments.threads), "settings": settings()}
+    print()
     show(report["rows"])
     if arguments.json:
         arguments.json.write_text(json.dumps(report, indent=2) + "\n")
 
 
-def run_rows(arguments: argparse.Namespace) -> list[dict]:
-    """Every row in a process of its own, as a process holds one engine."""
+def run_cases(cases: Sequence[Case]) -> list[dict[str, Any]]:
+    """Every case in a process of its own, as a process holds one engine."""
     rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        OPTForCausalLM(OPTConfig(dtype=arguments.dtype)).to(getattr(torch, arguments.dtype)).save_pretrained(folder)  # the default is OPT-125m
-        for workload in arguments.workload:
-            for tuning in arguments.tuning:
-                command = [sys.executable, __file__, "--model", folder, "--workload", workload, "--tuning", tuning, "--dtype", arguments.dtype,
-                           "--num_perturbations", str(arguments.num_perturbations), "--repeats", str(arguments.repeats),
-                           "--threads", str(arguments.threads)]  # fmt: skip
-                environment = {**os.environ, "OMP_NUM_THREADS": str(arguments.threads)}
-                output = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
-                rows.append(json.loads(next(line for line in output.splitlines() if line.startswith("ROW "))[4:]))
+    for case in cases:
+        command = [sys.executable, __file__, "--case", json.dumps(asdict(case))]
+        environment = {**os.environ, "OMP_NUM_THREADS": str(case.threads)}
+        output = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
+        rows.append(json.loads(next(line for line in output.splitlines() if line.startswith("ROW "))[4:]))
+        show(rows[-1:])
     return rows
 
 
-def measure(arguments: argparse.Namespace) -> dict:
-    (name,), (tuning,) = arguments.workload, arguments.tuning
-    workload = WORKLOADS[name]
-    examples = workload.examples(NUM_EXAMPLES, vocab_size=50_000)
-    trainer = our_trainer(arguments, workload, tuning, examples)
-    loops = {kind.__name__: peft_loop(kind, arguments, workload, tuning) for kind in (StrongMezo, OfficialStyleMezo)}
-    batches = [[Plain(examples[i]) for i in trainer.stream.batch(step)] for step in range(NUM_EXAMPLES // BATCH_SIZE)]
-    for step in range(len(batches)):  # the first epoch
-        trainer.train_step(trainer.batch(step))
+def measure(case: Case) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as model:
+        OPTForCausalLM(case.model_config).to(getattr(torch, case.dtype)).save_pretrained(model)
+        examples = case.shape.examples(EPOCH_STEPS * case.batch_size, vocab_size=50_000)
+        trainer = our_trainer(case, model, examples)
+        loops = {kind: peft_loop(LOOPS[kind], case, model, trainer.handle.device) for kind in case.loops}
+    torch.set_num_threads(case.threads)
+    batches = [[Plain(examples[i]) for i in trainer.stream.batch(step)] for step in range(EPOCH_STEPS)]
+    for _ in range(EPOCH_STEPS):
+        trainer.train_step(trainer.batch(trainer.global_step))
     stats = trainer.scorer.prefix_stats
     before = (stats.reused, stats.total)
+    works = mean_work([work(trainer, trainer.batch(trainer.global_step + i)) for i in range(1, case.repeats + 1)])
+    meter = CeilingMeter(trainer, works)
     times: dict[str, list[float]] = {"ours": [], **{kind: [] for kind in loops}}
-    torch.set_num_threads(arguments.threads)
-    for repeat in range(arguments.repeats + 1):
-        step = trainer.global_step
-        times["ours"].append(seconds(lambda: trainer.train_step(trainer.batch(step))))
-        batch = batches[repeat % len(batches)]
+    for repeat in range(case.repeats + 1):
+        batch = trainer.batch(trainer.global_step)
+        times["ours"].append(seconds(lambda: trainer.train_step(batch)))
+        meter.sweep()
         for kind, loop in loops.items():
-            times[kind].append(seconds(lambda: loop.step(batch)))
-    ours, strong, official = (times[kind][1:] for kind in ("ours", "StrongMezo", "OfficialStyleMezo"))  # the first warms up
+            times[kind].append(seconds(lambda: loop.step(batches[repeat % EPOCH_STEPS])))
+    times = {kind: values[1:] for kind, values in times.items()}  # the first warms up
+    median = {kind: statistics.median(values) for kind, values in times.items()}
+    limit = meter.ceiling.seconds(works)
     return {
-        "workload": name,
-        "tuning": tuning,
-        "dtype": arguments.dtype,
-        "num_perturbations": arguments.num_perturbations,
-        "ours_s": ours,
-        "strong_s": strong,
-        "official_s": official,
-        "ratio_strong": statistics.median(strong) / statistics.median(ours),
-        "ratio_official": statistics.median(official) / statistics.median(ours),
+        **asdict(case),
+        **{f"{kind}_s": values for kind, values in times.items()},
+        **{f"ratio_{kind}": median[kind] / median["ours"] for kind in loops},
+        "limit_s": limit,
+        "limit_share": limit / median["ours"],
+        "work": asdict(works),
+        "ceiling": asdict(meter.ceiling),
         "prefix_tokens_reused": stats.reused - before[0],
         "prefix_tokens_total": stats.total - before[1],
     }
@@ -115,53 +159,57 @@ class Plain:
         self.label = example.label
 
 
-def our_trainer(arguments: argparse.Namespace, workload: Workload, tuning: str, examples: list[Example]) -> MezoTrainer:
-    engine = MezoEngine(
-        arguments.model, r=R, target_modules=TARGETS[tuning], num_slots=2 * arguments.num_perturbations + 1, dtype=arguments.dtype,
-        skip_tokenizer_init=True, log_level="error",
-    )  # fmt: skip
-    torch.set_num_threads(arguments.threads)
+def our_trainer(case: Case, model: str, examples: list[Example]) -> MezoTrainer:
     config = MezoConfig(
-        tuning=tuning, per_device_train_batch_size=BATCH_SIZE, num_perturbations=arguments.num_perturbations, zo_eps=ZO_EPS,
+        tuning=case.tuning, per_device_train_batch_size=case.batch_size, num_perturbations=case.num_perturbations, zo_eps=ZO_EPS,
         learning_rate=LEARNING_RATE, max_steps=10_000,
     )  # fmt: skip
-    spec = AdapterSpec(arguments.model, R, ALPHA, TARGETS[tuning], workload.invocation_tokens if tuning == "alora" else ())
+    engine = MezoEngine(
+        model, r=case.r, target_modules=TARGETS[case.tuning], num_slots=config.num_slots, dtype=case.dtype, skip_tokenizer_init=True,
+        log_level="error", max_running_requests=4 * case.batch_size * case.num_perturbations,
+    )  # fmt: skip
+    invocation = case.shape.invocation_tokens if case.tuning == "alora" else ()
+    spec = AdapterSpec(model, case.r, ALPHA, TARGETS[case.tuning], invocation)
     return MezoTrainer(engine.handle, config, spec, examples)
 
 
-def peft_loop(kind: type, arguments: argparse.Namespace, workload: Workload, tuning: str):
-    base = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=getattr(torch, arguments.dtype))
-    invocation = workload.invocation_tokens if tuning == "alora" else ()
-    model = build_peft_model(base, tuning, R, ALPHA, TARGETS[tuning], invocation)
-    return kind(model, zo_eps=ZO_EPS, learning_rate=LEARNING_RATE, seed=0, pad_token_id=1)
+def peft_loop(kind: type, case: Case, model: str, device: torch.device):
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, case.dtype)).to(device)
+    invocation = case.shape.invocation_tokens if case.tuning == "alora" else ()
+    adapted = build_peft_model(base, case.tuning, case.r, ALPHA, TARGETS[case.tuning], invocation)
+    return kind(adapted, zo_eps=ZO_EPS, learning_rate=LEARNING_RATE, seed=0, pad_token_id=1)
 
 
 def seconds(step) -> float:
     started = time.perf_counter()
     step()
+    synchronize()
     return time.perf_counter() - started
 
 
-def machine(threads: int) -> dict:
-    return {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count(), "threads": threads,
+def machine(threads: int) -> dict[str, Any]:
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return {"processor": platform.processor() or platform.machine(), "device": device, "cores": os.cpu_count(), "threads": threads,
             "versions": {name: version(name) for name in ("sglang", "sglang-mezo", "torch", "transformers", "peft")}}  # fmt: skip
 
 
-def settings(arguments: argparse.Namespace) -> dict:
-    return {"model": "OPT-125m shape, random weights", "batch_size": BATCH_SIZE, "r": R, "target_modules": TARGETS,
-            "num_examples": NUM_EXAMPLES, "repeats": arguments.repeats}  # fmt: skip
+def settings() -> dict[str, Any]:
+    return {"models": "random weights", "target_modules": TARGETS, "epoch_steps": EPOCH_STEPS}
 
 
-def show(rows: list[dict]) -> None:
-    print(f"{'workload':<10}{'tuning':<8}{'dtype':<10}{'n':>3} {'ours ms':>22} {'strong ms':>10} {'official ms':>12} {'/strong':>8} {'/official':>10} {'reused':>8}")
+def show(rows: Sequence[dict[str, Any]]) -> None:
+    print(f"{'workload':<10}{'tuning':<8}{'dtype':<10}{'n':>3} {'tokens':>7} {'ours ms':>22} {'limit ms':>9} {'share':>6} "
+          f"{'strong ms':>10} {'official ms':>12} {'/strong':>8} {'/official':>10} {'reused':>8}")  # fmt: skip
     for row in rows:
         ours = [1000 * value for value in row["ours_s"]]
         spread = f"{statistics.median(ours):.0f} ({min(ours):.0f} to {max(ours):.0f})"
-        strong, official = (1000 * statistics.median(row[key]) for key in ("strong_s", "official_s"))
+        times = [f"{1000 * statistics.median(row[f'{kind}_s']):.0f}" if f"{kind}_s" in row else "-" for kind in LOOPS]
+        ratios = [f"{row[f'ratio_{kind}']:.1f}x" if f"{kind}_s" in row else "-" for kind in LOOPS]
         total = row["prefix_tokens_total"]
         reused = f"{row['prefix_tokens_reused'] / total:.1%}" if total else "-"
-        print(f"{row['workload']:<10}{row['tuning']:<8}{row['dtype']:<10}{row['num_perturbations']:>3} {spread:>22} {strong:>10.0f} {official:>12.0f} "
-              f"{row['ratio_strong']:>7.1f}x {row['ratio_official']:>9.1f}x {reused:>8}")  # fmt: skip
+        print(f"{row['workload']:<10}{row['tuning']:<8}{row['dtype']:<10}{row['num_perturbations']:>3} {row['work']['tokens']:>7} {spread:>22} "
+              f"{1000 * row['limit_s']:>9.1f} {row['limit_share']:>6.1%} {times[0]:>10} {times[1]:>12} {ratios[0]:>8} {ratios[1]:>10} {reused:>8}",
+              flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The reference that trainer and scorer are held against: Transformers + PEFT, one unpadded sequence at a time."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -76,6 +77,13 @@ def examples(count: int, options: Sequence[Sequence[int]] | None = None, seed: i
             own = tuple(map(tuple, options))
         made.append(Example(prompt, own, i % len(own)))
     return made
+
+
+def with_shared_beginnings(made: Sequence[Example], seed: int = 9) -> list[Example]:
+    """The same examples after a template that all begin with, and one of two passages."""
+    generator = torch.Generator().manual_seed(seed)
+    template, *passages = (tuple(torch.randint(10, VOCAB, (n,), generator=generator).tolist()) for n in (30, 35, 40))
+    return [replace(e, prompt=(2, *template, *passages[i % 2], *e.prompt[1:])) for i, e in enumerate(made)]
 
 
 class Reference:

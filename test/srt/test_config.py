@@ -13,17 +13,23 @@ from sglang.srt.mezo.errors import ConfigError, DataError, MezoError
     ("field", "value", "allowed"),
     [
         *((name, value, "at least 1") for value in (0, -3) for name in (
-            "r", "num_perturbations", "per_device_train_batch_size", "gradient_accumulation_steps",
+            "r", "num_perturbations", "perturbation_interval", "echoes", "per_device_train_batch_size", "gradient_accumulation_steps",
             "per_device_eval_batch_size", "max_tokens_per_batch", "eval_steps", "logging_steps",
         )),
         *((name, value, "a positive number") for value in (0.0, -1.0, float("nan")) for name in (
-            "lora_alpha", "learning_rate", "zo_eps", "num_train_epochs", "clip_projected_grad",
+            "lora_alpha", "learning_rate", "zo_eps", "num_train_epochs", "clip_projected_grad", "adam_epsilon",
         )),
         *((name, -1, "zero or more") for name in ("weight_decay", "warmup_steps", "save_steps", "noise_floor_steps")),
         ("tuning", "prefix", "one of alora, lora"),
         ("objective", "f1", "one of None, classification, completion, language_modeling"),
         ("lr_scheduler_type", "polynomial", "one of constant, linear, cosine"),
         ("perturbation", "uniform", "one of gaussian, rademacher"),
+        ("perturbation_rank", 0, "at least 1, or none for full rank"),
+        ("perturbation_interval", 2, "1 for directions of full rank"),
+        ("estimator", "forward", "one of two_sided, one_sided"),
+        ("scale_by_loss_std", True, "false but for one_sided estimates along two directions or more"),
+        ("optim", "adam", "one of sgd, adamw"),
+        *((name, value, "at least 0 and below 1") for value in (-0.1, 1.0) for name in ("momentum", "adam_beta1", "adam_beta2")),
         ("report_to", "wandb", "one of none, tensorboard"),
         ("target_modules", [], "at least one module"),
         ("seed", -1, "an unsigned 64-bit number"),
@@ -48,6 +54,26 @@ def test_an_error_says_the_same_after_travelling_between_processes(error):
 def test_a_run_cannot_be_resumed_and_deleted_at_once():
     with pytest.raises(ConfigError, match="resume_from_checkpoint=True"):
         MezoConfig(resume_from_checkpoint=True, overwrite_output_dir=True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "field"),
+    [
+        ({"optim": "adamw", "momentum": 0.9}, "momentum"),
+        ({"estimator": "one_sided", "scale_by_loss_std": True}, "scale_by_loss_std"),
+        ({"perturbation": "rademacher", "perturbation_rank": 1}, "perturbation"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(settings, field):
+    with pytest.raises(ConfigError) as caught:
+        MezoConfig(**settings)
+    assert caught.value.field == field
+
+
+@pytest.mark.parametrize(("estimator", "slots", "passes"), [("two_sided", 9, 8), ("one_sided", 5, 5)])
+def test_slots_and_forward_passes_follow_from_the_estimator(estimator, slots, passes):
+    config = MezoConfig(num_perturbations=4, estimator=estimator)
+    assert (config.num_slots, config.forward_passes) == (slots, passes)
 
 
 def test_an_unknown_setting_is_refused():

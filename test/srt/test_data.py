@@ -9,7 +9,6 @@ import pytest
 from tiny import CHAT_TEMPLATE, tiny_tokenizer
 
 from sglang.srt.mezo.data import (
-    BatchStream,
     Encoder,
     Example,
     SourceRow,
@@ -351,72 +350,3 @@ def test_sampled_rows_are_distinct_and_a_function_of_the_seed():
     assert lines != [row.line for row in sample_rows(rows, 30, seed=2)]
     assert lines == [row.line for row in sample_rows(rows, None, seed=1)][:30]  # a larger sample holds the smaller one
     assert sorted(row.line for row in sample_rows(rows, None, seed=1)) == list(range(100))
-
-
-@pytest.mark.parametrize(("num_examples", "batch_size"), [(12, 4), (10, 4), (7, 7), (3, 8), (1, 5)])
-def test_every_example_comes_once_an_epoch(num_examples, batch_size):
-    stream = BatchStream(num_examples, batch_size, seed=3)
-    places = [index for step in range(6 * num_examples) for index in stream.batch(step)]
-    for start in range(0, len(places) - num_examples, num_examples):
-        assert sorted(places[start : start + num_examples]) == list(range(num_examples))
-    assert max(Counter(places).values()) - min(Counter(places).values()) <= 1
-
-
-def test_a_batch_depends_on_the_step_and_the_seed_alone():
-    whole = BatchStream(50, 8, seed=3)
-    batches = [whole.batch(step) for step in range(40)]
-    backwards = BatchStream(50, 8, seed=3)
-    assert [backwards.batch(step) for step in reversed(range(40))] == batches[::-1]
-    assert BatchStream(50, 8, seed=3).batch(33) == batches[33]
-    assert BatchStream(50, 8, seed=4).batch(0) != batches[0]
-
-
-def test_epochs_are_ordered_differently():
-    stream = BatchStream(50, 50, seed=3)
-    orders = {tuple(stream.batch(epoch)) for epoch in range(20)}
-    assert len(orders) == 20
-
-
-@pytest.mark.parametrize("step", [0, 1, 5, 9, 10, 11, 17, 40])
-def test_draws_are_those_of_the_batches(step):
-    stream = BatchStream(7, 3, seed=3)
-    stream.extend(9, 4)
-    stream.extend(11, 2)
-    seen = [index for earlier in range(step) for index in stream.batch(earlier)]
-    assert stream.draws(step) == [seen.count(index) for index in range(13)]
-
-
-@pytest.mark.parametrize("step", [0, 2, 9, 10, 12, 40])
-def test_in_the_first_epochs_every_example_comes_that_came_before(step):
-    stream = BatchStream(7, 3, seed=3)
-    stream.extend(9, 4)
-    stream.extend(11, 2)
-    steps = stream.first_epochs(step)
-    assert steps == [earlier for earlier in (0, 1, 2, 9, 10, 11, 12, 13, 14, 15) if earlier < step]
-    seen = {index for earlier in steps for index in stream.batch(earlier)}
-    assert seen == {index for earlier in range(step) for index in stream.batch(earlier)}
-
-
-def test_epoch_counts_the_examples_seen():
-    assert [BatchStream(32, 8, seed=0).epoch(step) for step in (0, 2, 4, 6)] == [0.0, 0.5, 1.0, 1.5]
-
-
-def test_examples_that_are_added_count_from_their_step_on_and_change_nothing_before():
-    plain, extended = BatchStream(20, 4, seed=3), BatchStream(20, 4, seed=3)
-    extended.extend(7, 12)
-    assert [extended.batch(step) for step in range(7)] == [plain.batch(step) for step in range(7)]
-    later = [index for step in range(7, 15) for index in extended.batch(step)]
-    assert sorted(later) == list(range(32)), "the first pass over all of them takes each once"
-    assert extended.epoch(7) == plain.epoch(7) and extended.epoch(15) == plain.epoch(7) + 1
-    assert extended.parts == [(0, 20), (7, 12)]
-
-
-def test_a_stream_with_additions_is_a_pure_function_of_the_step():
-    stream, other = BatchStream(20, 4, seed=3), BatchStream(20, 4, seed=3)
-    for target in (stream, other):
-        target.extend(5, 3)
-        target.extend(5, 2)
-        target.extend(9, 7)
-    assert stream.parts == [(0, 20), (5, 5), (9, 7)]
-    forwards = [stream.batch(step) for step in range(30)]
-    assert [other.batch(step) for step in reversed(range(30))] == forwards[::-1]

@@ -1,4 +1,4 @@
-"""Directions against Philox4x32-10 written with Python's integers, and against what random numbers must look like."""
+"""Directions against Philox4x64-10 written with Python's integers, and against what random numbers must look like."""
 
 import math
 
@@ -6,82 +6,76 @@ import numpy as np
 import pytest
 import torch
 
-from sglang.srt.mezo.noise import direction, initial_uniform, philox4x32, step_seed
+from sglang.srt.mezo.noise import direction, initial_uniform, low_rank_direction, step_seed
 
 SEED = 0x0123456789ABCDEF
-CHUNK = 4 << 14  # normal numbers that are drawn at a time
+BLOCK = 1 << 15  # normal numbers that are drawn together
+WORD = 2**64
 
 
-def philox(counter: tuple[int, ...], key: tuple[int, int]) -> tuple[int, ...]:
-    """The generator as Salmon et al. (2011) define it, one block, arbitrary-precision integers."""
+def philox(counter: int, key: tuple[int, int]) -> tuple[int, ...]:
+    """The generator as Salmon et al. (2011) define it, one block of 64-bit words, arbitrary-precision integers."""
+    words = [counter >> 64 * i & (WORD - 1) for i in range(4)]
     for i in range(10):
-        k0, k1 = (key[0] + i * 0x9E3779B9) % 2**32, (key[1] + i * 0xBB67AE85) % 2**32
-        high0, low0 = divmod(counter[0] * 0xD2511F53, 2**32)
-        high1, low1 = divmod(counter[2] * 0xCD9E8D57, 2**32)
-        counter = (high1 ^ counter[1] ^ k0, low1, high0 ^ counter[3] ^ k1, low0)
-    return counter
+        k0, k1 = (key[0] + i * 0x9E3779B97F4A7C15) % WORD, (key[1] + i * 0xBB67AE8584CAA73B) % WORD
+        high0, low0 = divmod(words[0] * 0xD2E7470EE14C6C93, WORD)
+        high1, low1 = divmod(words[2] * 0xCA5A826395121157, WORD)
+        words = [high1 ^ words[1] ^ k0, low1, high0 ^ words[3] ^ k1, low0]
+    return tuple(words)
 
 
-def block(seed: int, number: int, index: int, stream: int = 0) -> tuple[int, ...]:
-    return philox((number % 2**32, number >> 32, index, stream), (seed % 2**32, seed >> 32))
+def raw(seed: int, stream: int, index: int, place: int) -> int:
+    """64-bit word ``place`` of a stream. NumPy steps the counter before it encrypts it."""
+    return philox(place // 4 + 1, (seed, stream << 32 | index))[place % 4]
+
+
+def uniform(seed: int, stream: int, index: int, place: int) -> float:
+    """32-bit word ``place`` of a stream as a number inside (0, 1)."""
+    return ((raw(seed, stream, index, place // 2) >> 32 * (place % 2) & 0xFFFFFFFF) + 0.5) / 2**32
 
 
 def normal(seed: int, index: int, i: int) -> float:
     """Element ``i`` of a Gaussian direction."""
-    words = [(word + 0.5) / 2**32 for word in block(seed, i // 4, index)]
-    pair = i % 4 // 2
-    radius, angle = math.sqrt(-2 * math.log(words[2 * pair])), 2 * math.pi * words[2 * pair + 1]
-    return radius * (math.sin(angle) if i % 2 else math.cos(angle))
-
-
-def words_of(text: str) -> tuple[int, ...]:
-    return tuple(int(word, 16) for word in text.split())
+    pair = i - i % BLOCK + i % (BLOCK // 2)
+    radius = math.sqrt(-2 * math.log(uniform(seed, 0, index, pair)))
+    angle = 2 * math.pi * uniform(seed, 0, index, pair + BLOCK // 2)
+    return radius * (math.cos(angle) if i % BLOCK < BLOCK // 2 else math.sin(angle))
 
 
 @pytest.mark.parametrize(
-    ("counter", "key", "expected"),
+    ("word", "expected"),
     [
-        ("0 0 0 0", "0 0", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
-        ("ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff", "408f276d 41c83b0e a20bc7c6 6d5451fd"),
-        ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0", "d16cfe09 94fdcceb 5001e420 24126ea1"),
+        (0, "16554d9eca36314c db20fe9d672d0fdc d7e772cee186176b 7e68b68aec7ba23b"),
+        (WORD - 1, "87b092c3013fe90b 438c3c67be8d0224 9cc7d7c69cd777b6 a09caebf594f0ba0"),
     ],
 )
-def test_philox_gives_the_known_answers_of_random123(counter, key, expected):
-    words = philox4x32(torch.tensor(words_of(counter))[:, None], words_of(key))[:, 0]
-    assert tuple(words.tolist()) == words_of(expected) == philox(words_of(counter), words_of(key))
-
-
-def test_philox_encrypts_every_counter_by_itself():
-    counters = torch.randint(0, 2**32, (4, 100), generator=torch.Generator().manual_seed(0))
-    untouched = counters.clone()
-    words = philox4x32(counters, (7, 2**32 - 1))
-    assert [tuple(c) for c in words.T.tolist()] == [philox(tuple(c), (7, 2**32 - 1)) for c in counters.T.tolist()]
-    assert counters.equal(untouched)
+def test_the_reference_gives_the_known_answers_of_random123(word, expected):
+    assert philox(sum(word << 64 * i for i in range(4)), (word, word)) == tuple(int(word, 16) for word in expected.split())
 
 
 @pytest.mark.parametrize("index", [0, 3])
 def test_gaussian_direction_is_box_muller_on_philox(index):
-    z = direction(SEED, index, CHUNK + 50).numpy()
-    places = [*range(50), *range(CHUNK - 50, CHUNK + 50)]  # the second chunk goes on where the first one ends
+    z = direction(SEED, index, BLOCK + 50).numpy()
+    # Cosines, sines, and the second block.
+    places = [*range(50), *range(BLOCK // 2 - 50, BLOCK // 2 + 50), *range(BLOCK - 50, BLOCK + 50)]
     expected = np.array([normal(SEED, index, i) for i in places], dtype=np.float32)
     np.testing.assert_array_max_ulp(z[places], expected, maxulp=1)
 
 
 def test_rademacher_direction_is_the_bits_of_philox():
     z = direction(SEED, 2, 1000, "rademacher").tolist()
-    expected = [1.0 if block(SEED, i // 128, 2)[i % 128 // 32] >> i % 32 & 1 else -1.0 for i in range(1000)]
+    expected = [1.0 if raw(SEED, 0, 2, i // 64) >> i % 64 & 1 else -1.0 for i in range(1000)]
     assert z == expected
 
 
 def test_initial_numbers_are_philox_words_in_a_stream_of_their_own():
-    expected = np.array([(block(SEED, i // 4, 5, stream=2)[i % 4] + 0.5) / 2**31 - 1 for i in range(1001)], dtype=np.float32)
+    expected = np.array([2 * uniform(SEED, 2, 5, i) - 1 for i in range(1001)], dtype=np.float32)
     np.testing.assert_array_equal(initial_uniform(SEED, 5, 1001).numpy(), expected)
 
 
-def test_step_seed_is_a_philox_block_of_the_step_number():
+def test_step_seed_is_the_first_word_of_the_step():
     for step in (0, 1, 12345, 2**32 + 1):
-        low, high, _, _ = block(SEED, step, 0, stream=1)
-        assert step_seed(SEED, step) == low + (high << 32)
+        assert step_seed(SEED, step) == raw(SEED, 1, 0, 4 * step)
 
 
 def test_steps_and_runs_have_different_seeds():
@@ -91,8 +85,8 @@ def test_steps_and_runs_have_different_seeds():
 
 @pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
 def test_first_numbers_do_not_depend_on_how_many_are_drawn(distribution):
-    longest = direction(SEED, 1, 3 * CHUNK + 7, distribution)
-    for numel in (1, 2, 3, 5, 127, 129, 1000, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 2):
+    longest = direction(SEED, 1, 3 * BLOCK + 7, distribution)
+    for numel in (1, 2, 3, 5, 127, 129, 1000, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK + 2):
         assert direction(SEED, 1, numel, distribution).equal(longest[:numel]), numel
 
 
@@ -138,9 +132,45 @@ def test_directions_seeds_steps_and_neighbours_are_uncorrelated(distribution):
     n = 200_000
     seeds = (SEED, SEED + 1, SEED + 2**32, step_seed(SEED, 0), step_seed(SEED, 1))
     rows = [direction(seed, index, n, distribution) for seed in seeds for index in (0, 1, 2)]
-    rows += [rows[0].roll(shift) for shift in (1, 2, 4, 128, CHUNK)]
+    rows += [rows[0].roll(shift) for shift in (1, 2, 4, 128, BLOCK)]
     correlation = torch.corrcoef(torch.stack(rows))
     assert (correlation - torch.eye(len(rows))).abs().max() < 5.5 / math.sqrt(n)
+
+
+SHAPES = [(3, 50), (40, 2), (7, 7)]
+
+
+@pytest.mark.parametrize("rank", [1, 2, 5])
+def test_low_rank_directions_are_products_of_gaussian_factors(rank):
+    z = low_rank_direction(SEED, 4, SHAPES, rank)
+    rows, columns = (sum(shape[i] for shape in SHAPES) for i in (0, 1))
+    left = direction(SEED, 4, rank * rows).double()
+    for (r, c), matrix in zip(SHAPES, z.split([r * c for r, c in SHAPES])):
+        u, left = left[: rank * r].view(r, rank), left[rank * r :]
+        matrix = matrix.view(r, c).double()
+        assert torch.linalg.matrix_rank(matrix, rtol=1e-5) == min(rank, r, c)
+        # What u does not span is not in the matrix.
+        rest = matrix - u @ torch.linalg.lstsq(u, matrix).solution
+        assert rest.norm() < 1e-5 * matrix.norm()
+    assert left.numel() == 0
+
+
+def test_low_rank_directions_share_right_factors_within_an_interval():
+    def right_space(step: int) -> torch.Tensor:
+        z = low_rank_direction(step_seed(SEED, step, interval=10), 0, [(1, 50)], 1)
+        return z / z.norm() * z[0].sign()
+
+    first, ninth, tenth = (right_space(step) for step in (0, 9, 10))
+    assert torch.allclose(first, ninth, atol=1e-6)
+    assert not torch.allclose(first, tenth, atol=1e-2)
+    assert len({step_seed(SEED, step, interval=10) for step in range(1000)}) == 1000
+
+
+def test_low_rank_directions_have_variance_one_and_are_uncorrelated():
+    rows = torch.stack([low_rank_direction(step_seed(1, step), k, [(20, 30), (30, 20)], 2) for step in range(2000) for k in (0, 1)]).double()
+    assert rows.square().mean() == pytest.approx(1, abs=0.02)
+    assert rows.mean(dim=0).abs().max() < 5.5 / math.sqrt(len(rows)) * 1.5
+    assert abs((rows[0::2] * rows[1::2]).mean()) < 0.02
 
 
 def test_initial_numbers_are_uniform_and_not_those_of_a_direction():

@@ -1,4 +1,4 @@
-"""The update against numpy in float64, the schedules against Transformers."""
+"""The updates against numpy and torch.optim in float64, the schedules against Transformers."""
 
 import numpy as np
 import pytest
@@ -6,13 +6,17 @@ import torch
 from transformers import get_scheduler
 
 from sglang.srt.mezo.noise import direction
-from sglang.srt.mezo.optimizer import apply_update, learning_rate_at, replay_update
+from sglang.srt.mezo.optimizer import Optimizer, UpdateRule, learning_rate_at
 
 TRANSFORMERS_NAME = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 
 
 def random_theta(numel: int) -> torch.Tensor:
     return torch.randn(numel, generator=torch.Generator().manual_seed(0))
+
+
+def optimizer(theta: torch.Tensor, **rule) -> Optimizer:
+    return Optimizer(theta, [(theta.numel(), 1)], UpdateRule(**rule))
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
@@ -23,21 +27,58 @@ def test_update_is_the_mean_over_directions(projected_grads, weight_decay):
     estimate = np.mean([g * z_k.double().numpy() for g, z_k in zip(projected_grads, z)], axis=0)
     before = theta.double().numpy()
     expected = before - 0.05 * (estimate + weight_decay * before)
-    apply_update(theta, z, projected_grads, 0.05, weight_decay)
+    optimizer(theta, weight_decay=weight_decay).step(z, projected_grads, 0.05)
     np.testing.assert_allclose(theta, expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize(
+    ("rule", "reference"),
+    [
+        ({"momentum": 0.9}, lambda p, decay: torch.optim.SGD(p, momentum=0.9)),
+        ({"optim": "adamw"}, lambda p, decay: torch.optim.AdamW(p, weight_decay=decay)),
+        (
+            {"optim": "adamw", "adam_beta1": 0.5, "adam_beta2": 0.7, "adam_epsilon": 0.1},
+            lambda p, decay: torch.optim.AdamW(p, betas=(0.5, 0.7), eps=0.1, weight_decay=decay),
+        ),
+    ],
+    ids=["momentum", "adamw", "adamw, other constants"],
+)
+def test_momentum_and_adamw_are_those_of_torch_on_the_estimated_gradient(rule, reference, weight_decay):
+    theta = random_theta(300)
+    parameter = torch.nn.Parameter(theta.double())
+    ours, theirs = optimizer(theta, weight_decay=weight_decay, **rule), reference([parameter], weight_decay)
+    for step in range(8):
+        z, grads, rate = [direction(step, k, 300) for k in range(2)], [1.5 - step, 0.1 * step], 0.02 / (step + 1)
+        parameter.grad = (grads[0] * z[0] + grads[1] * z[1]).double() / 2
+        theirs.param_groups[0]["lr"] = rate
+        if "momentum" in rule:  # torch adds its decay to the gradient; ours is decoupled, as AdamW's
+            parameter.data.mul_(1 - rate * weight_decay)
+        theirs.step()
+        ours.step(z, grads, rate)
+        np.testing.assert_allclose(theta, parameter.detach(), atol=1e-6)
+
+
 def test_update_refuses_directions_without_a_projected_gradient():
-    with pytest.raises(ValueError):
-        apply_update(torch.zeros(3), [torch.ones(3)] * 2, [1.0], 0.1, 0.0)
+    for rule in ({}, {"momentum": 0.9}):
+        with pytest.raises(ValueError):
+            optimizer(torch.zeros(3), **rule).step([torch.ones(3)] * 2, [1.0], 0.1)
 
 
-@pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
-def test_replay_repeats_the_update_bit_for_bit(distribution):
+def test_shapes_must_be_those_of_theta():
+    with pytest.raises(ValueError, match="5 parameters, and its shapes 6"):
+        Optimizer(torch.zeros(5), [(2, 3)], UpdateRule())
+
+
+@pytest.mark.parametrize("rule", [{}, {"distribution": "rademacher"}, {"momentum": 0.9}, {"optim": "adamw"}, {"perturbation_rank": 2}])
+def test_replay_repeats_the_update_bit_for_bit(rule):
     live, replayed = random_theta(10_000), random_theta(10_000)
-    grads = [0.3, -1.7, 2.5]
-    apply_update(live, [direction(77, k, 10_000, distribution) for k in range(3)], grads, 0.013, 0.01)
-    replay_update(replayed, 77, grads, 0.013, 0.01, distribution)
+    rule = UpdateRule(weight_decay=0.01, **rule)
+    shapes = [(20, 100), (400, 20)]
+    ours, theirs = Optimizer(live, shapes, rule), Optimizer(replayed, shapes, rule)
+    for seed, grads in ((77, [0.3, -1.7, 2.5]), (78, [0.0, 1.0, 1.0])):
+        ours.step([ours.direction(seed, k) for k in range(3)], grads, 0.013)
+        theirs.replay(seed, grads, 0.013)
     assert live.equal(replayed)
 
 
@@ -51,11 +92,11 @@ def test_mezo_steps_descend_a_quadratic(distribution):
     def loss(at: torch.Tensor) -> float:
         return (curvature * at.double().square()).sum().item() / 2
 
-    start = loss(theta)
+    start, sgd = loss(theta), optimizer(theta)
     for step in range(400):
         z = [direction(step, k, numel, distribution) for k in range(2)]
         grads = [(loss(theta.double() + eps * z_k) - loss(theta.double() - eps * z_k)) / (2 * eps) for z_k in z]
-        apply_update(theta, z, grads, 0.04, 0.0)
+        sgd.step(z, grads, 0.04)
     assert loss(theta) < 1e-4 * start
 
 

@@ -79,11 +79,23 @@ def test_alora_prefix_is_all_before_the_last_invocation():
     assert PLANNERS["alora"].scope is PrefixScope.BASE
 
 
-def test_lora_prefix_is_the_prompt_but_its_last_token_where_rows_share_it():
-    assert {row.prefix for row in PLANNERS["lora"].plan(MIXED).rows} == {MIXED.prompt[:-1]}
-    for alone in (SINGLE, COMPLETION):
-        assert PLANNERS["lora"].plan(alone).rows[0].prefix == ()
+def test_lora_runs_every_token_in_its_slot():
+    for example in (SINGLE, MIXED, COMPLETION):
+        assert all(row.prefix == () and row.suffix[: len(example.prompt)] == example.prompt for row in PLANNERS["lora"].plan(example).rows)
     assert PLANNERS["lora"].scope is PrefixScope.SLOT
+
+
+@pytest.mark.parametrize("tuning", PLANNERS)
+def test_rows_may_share_what_comes_before_the_first_token_that_is_read(tuning):
+    for row in PLANNERS[tuning].plan(MIXED).rows:
+        assert row.prefix + row.suffix[: row.shareable] == MIXED.prompt[:-1]
+
+
+def test_tokens_of_a_slot_count_a_shared_prompt_once():
+    long = Example(tuple(range(2, 102)), ((11, 12), (13, 14, 15)), 0)
+    assert PLANNERS["lora"].plan(long).slot_tokens == 99 + 2 + 3
+    assert PLANNERS["lora"].plan(SINGLE).slot_tokens == len(SINGLE.prompt)
+    assert PLANNERS["alora"].plan(SINGLE).slot_tokens == len(INVOCATION)
 
 
 def test_an_invocation_at_the_start_leaves_an_empty_prefix():

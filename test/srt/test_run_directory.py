@@ -12,9 +12,9 @@ from sglang.srt.mezo.adapter import Adapter, AdapterSpec, Site
 from sglang.srt.mezo.config import MezoConfig
 from sglang.srt.mezo.errors import ConfigError, LogError
 from sglang.srt.mezo.noise import step_seed
-from sglang.srt.mezo.optimizer import replay_update
+from sglang.srt.mezo.optimizer import Optimizer
 from sglang.srt.mezo.run_directory import RunDirectory, write_json
-from sglang.srt.mezo.seed_log import LogRecord
+from sglang.srt.mezo.seed_log import LogRecord, SeedLog
 
 SITES = [Site("model.layers.0.self_attn.q_proj", 64, 96)]
 
@@ -27,14 +27,22 @@ def initial_adapter(seed: int = 42, r: int = 4) -> Adapter:
     return Adapter.initial(AdapterSpec("base-model", r, 16, ("q_proj",)), SITES, seed)
 
 
+def start(settings: MezoConfig, adapter: Adapter) -> SeedLog:
+    """Open a run's folder and bring the adapter to where the log ends."""
+    log = RunDirectory(settings).open(adapter)
+    log.replay(adapter.theta)
+    return log
+
+
 def run(folder: Path, steps: int, **settings) -> Adapter:
     """A run of a few steps; returns the adapter that it ends with."""
     adapter = initial_adapter()
-    log = RunDirectory(config(folder, **settings)).start(adapter)
+    log = start(config(folder, **settings), adapter)
+    optimizer = Optimizer(adapter.theta, adapter.shapes, log.header.rule)
     for step in range(len(log), steps):
         record = LogRecord(step_seed(42, step), 1e-2 / (step + 1), (1.5, -0.25 * step))
         log.append(record)
-        replay_update(adapter.theta, record.seed, record.projected_grads, record.learning_rate, 0.1, "gaussian")
+        optimizer.replay(record.seed, record.projected_grads, record.learning_rate)
     log.close()
     return adapter
 
@@ -62,7 +70,7 @@ def test_a_folder_with_a_run_is_refused_and_left_as_it_is(tmp_path):
     run(tmp_path, steps=3)
     before = contents(tmp_path)
     with pytest.raises(ConfigError, match="overwrite_output_dir or resume_from_checkpoint"):
-        RunDirectory(config(tmp_path)).start(initial_adapter())
+        start(config(tmp_path), initial_adapter())
     assert contents(tmp_path) == before
 
 
@@ -70,7 +78,7 @@ def test_overwriting_starts_from_nothing(tmp_path):
     run(tmp_path, steps=3)
     (tmp_path / "run" / "metrics.jsonl").write_text("{}\n")
     adapter = initial_adapter()
-    log = RunDirectory(config(tmp_path, overwrite_output_dir=True)).start(adapter)
+    log = start(config(tmp_path, overwrite_output_dir=True), adapter)
     assert len(log) == 0
     assert adapter.theta.equal(initial_adapter().theta)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
@@ -89,14 +97,14 @@ def test_a_folder_that_no_run_made_is_neither_deleted_nor_resumed(tmp_path, sett
         (tmp_path / "run" / name).write_text("{}")
     before = contents(tmp_path)
     with pytest.raises(ConfigError, match="a folder that an earlier run made"):
-        RunDirectory(config(tmp_path, **{setting: True})).start(initial_adapter())
+        start(config(tmp_path, **{setting: True}), initial_adapter())
     assert contents(tmp_path) == before
 
 
 def test_resuming_brings_the_adapter_to_where_the_run_stopped_bit_for_bit(tmp_path):
     ended = run(tmp_path, steps=5)
     resumed = initial_adapter(seed=1)  # whatever it held before
-    log = RunDirectory(config(tmp_path, resume_from_checkpoint=True)).start(resumed)
+    log = start(config(tmp_path, resume_from_checkpoint=True), resumed)
     assert len(log) == 5
     assert resumed.theta.equal(ended.theta)
     assert not resumed.theta.equal(initial_adapter().theta)
@@ -129,7 +137,7 @@ def test_resuming_with_other_settings_is_refused_by_name_and_changes_nothing(tmp
     run(tmp_path, steps=2)
     before, adapter = contents(tmp_path), initial_adapter(seed=1)
     with pytest.raises(ConfigError) as caught:
-        RunDirectory(config(tmp_path, resume_from_checkpoint=True, **settings)).start(adapter)
+        start(config(tmp_path, resume_from_checkpoint=True, **settings), adapter)
     assert caught.value.field == field
     assert "the run to resume has" in str(caught.value)
     assert contents(tmp_path) == before
@@ -139,13 +147,13 @@ def test_resuming_with_other_settings_is_refused_by_name_and_changes_nothing(tmp
 def test_resuming_may_go_on_for_longer(tmp_path):
     run(tmp_path, steps=2, max_steps=2, target_modules=["q_proj"])
     settings = {"max_steps": 50, "logging_steps": 3, "save_steps": 5, "target_modules": ["q_proj"]}
-    log = RunDirectory(config(tmp_path, resume_from_checkpoint=True, **settings)).start(initial_adapter())
+    log = start(config(tmp_path, resume_from_checkpoint=True, **settings), initial_adapter())
     assert len(log) == 2
 
 
 def test_resuming_without_a_run_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="a folder that an earlier run made"):
-        RunDirectory(config(tmp_path, resume_from_checkpoint=True)).start(initial_adapter())
+        start(config(tmp_path, resume_from_checkpoint=True), initial_adapter())
     assert os.listdir(tmp_path) == []
 
 
@@ -153,20 +161,20 @@ def test_resuming_on_another_model_is_refused(tmp_path):
     run(tmp_path, steps=2)
     other = Adapter(AdapterSpec("other", 4, 16, ("q_proj",)), [Site("model.layers.0.self_attn.q_proj", 64, 80)])
     with pytest.raises(ConfigError, match="matrices of rank 4"):
-        RunDirectory(config(tmp_path, resume_from_checkpoint=True)).start(other)
+        start(config(tmp_path, resume_from_checkpoint=True), other)
 
 
 def test_a_log_that_is_damaged_is_refused(tmp_path):
     run(tmp_path, steps=2)
     (tmp_path / "run" / "seed_log").write_bytes(b"")
     with pytest.raises(LogError):
-        RunDirectory(config(tmp_path, resume_from_checkpoint=True)).start(initial_adapter())
+        start(config(tmp_path, resume_from_checkpoint=True), initial_adapter())
 
 
 @pytest.mark.parametrize("room", [0, 50, 2000], ids=["no byte fits", "half the settings fit", "half the adapter fits"])
 def test_a_full_disk_at_the_start_leaves_no_run(tmp_path, room):
     with file_size_limit(room), pytest.raises(OSError):
-        RunDirectory(config(tmp_path)).start(initial_adapter())
+        start(config(tmp_path), initial_adapter())
     assert os.listdir(tmp_path) == []
     run(tmp_path, steps=1)  # there is room again
 

@@ -1,6 +1,7 @@
 """The seed log against numpy's reading of its bytes, and a training run against its replay."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,12 +9,13 @@ import torch
 from tiny import file_size_limit
 
 from sglang.srt.mezo.errors import LogError
-from sglang.srt.mezo.noise import direction, step_seed
-from sglang.srt.mezo.optimizer import apply_update
+from sglang.srt.mezo.noise import step_seed
+from sglang.srt.mezo.optimizer import Optimizer, UpdateRule
 from sglang.srt.mezo.seed_log import LogHeader, LogRecord, SeedLog
 
 NUMEL = 1000
-HEADER = LogHeader(NUMEL, 2, "gaussian", 0.01)
+RULE = UpdateRule(weight_decay=0.01)
+HEADER = LogHeader(((10, 60), (40, 10)), 2, RULE)
 RECORD_BYTES = 8 + 8 + 2 * 4
 
 
@@ -49,7 +51,11 @@ def test_file_is_a_json_line_and_little_endian_records(log):
     written = fill(log, 3)
     line, _, body = log.path.read_bytes().partition(b"\n")
     header = json.loads(line)
-    assert (header["numel"], header["num_perturbations"], header["distribution"]) == (NUMEL, 2, "gaussian")
+    assert (header["shapes"], header["num_perturbations"]) == ([[10, 60], [40, 10]], 2)
+    assert header["rule"] == {
+        "distribution": "gaussian", "perturbation_rank": None, "weight_decay": 0.01, "optim": "sgd", "momentum": 0.0,
+        "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8,
+    }  # fmt: skip
     table = np.frombuffer(body, dtype=[("seed", "<u8"), ("rate", "<f8"), ("grads", "<f4", 2)])
     assert table.itemsize == RECORD_BYTES
     assert [LogRecord(int(row["seed"]), float(row["rate"]), tuple(row["grads"].tolist())) for row in table] == written
@@ -61,12 +67,19 @@ def test_a_record_is_on_disk_before_append_returns(log):
     assert SeedLog.open(log.path).records() == [record]
 
 
-def test_replay_gives_the_trained_weights_bit_for_bit(log):
+@pytest.mark.parametrize(
+    "rule",
+    [RULE, UpdateRule(momentum=0.9), UpdateRule("rademacher", optim="adamw", weight_decay=0.1), UpdateRule(perturbation_rank=2)],
+    ids=["sgd", "momentum", "adamw", "low rank"],
+)
+def test_replay_gives_the_trained_weights_bit_for_bit(tmp_path, rule):
+    log = SeedLog.create(tmp_path / "seed_log", replace(HEADER, rule=rule))
     initial = torch.randn(NUMEL, generator=torch.Generator().manual_seed(0))
     theta, history = initial.clone(), []
+    optimizer = Optimizer(theta, HEADER.shapes, rule)
     for record in fill(log, 6):
-        z = [direction(record.seed, k, NUMEL) for k in range(2)]
-        apply_update(theta, z, record.projected_grads, record.learning_rate, HEADER.weight_decay)
+        z = [optimizer.direction(record.seed, k) for k in range(2)]
+        optimizer.step(z, record.projected_grads, record.learning_rate)
         history.append(theta.clone())
     for steps, expected in ((None, history[-1]), (6, history[-1]), (4, history[3]), (0, initial)):
         rebuilt = initial.clone()
@@ -118,7 +131,10 @@ def test_create_does_not_overwrite_a_log(log):
     "content",
     [
         b"", b"not json\n", b"[1]\n", b"{}\n", b'{"format": "something else"}\n',
-        b'{"format": "sglang-mezo seed log 1", "numel": 3}\n',
+        b'{"format": "sglang-mezo seed log 2", "shapes": [[1, 2]]}\n',
+        b'{"format": "sglang-mezo seed log 2", "shapes": [3], "num_perturbations": 1, "rule": {}}\n',
+        b'{"format": "sglang-mezo seed log 2", "shapes": [[1, 2]], "num_perturbations": 1, "rule": {"optim": "sgd", "speed": 1}}\n',
+        b'{"format": "sglang-mezo seed log 1", "numel": 3, "num_perturbations": 1, "distribution": "gaussian", "weight_decay": 0}\n',
     ],
 )  # fmt: skip
 def test_another_file_is_refused_by_name(tmp_path, content):

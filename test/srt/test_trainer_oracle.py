@@ -11,6 +11,7 @@ from sglang.srt.mezo.adapter import Adapter, AdapterSpec
 from sglang.srt.mezo.config import MezoConfig
 from sglang.srt.mezo.data import Example
 from sglang.srt.mezo.noise import direction
+from sglang.srt.mezo.passes import drain
 
 NUM_PERTURBATIONS = 3
 ZO_EPS = 1e-3
@@ -20,6 +21,7 @@ BATCHES = {
     "single-token options": ("classification", oracle.examples(5, SINGLE)),
     "longer options": ("classification", oracle.examples(4)),
     "completions": ("completion", oracle.examples(3, [(20, 21, 22, 23)])),
+    "shared beginnings": ("classification", oracle.with_shared_beginnings(oracle.examples(6))),
 }
 
 
@@ -40,7 +42,8 @@ def sites(engine, spec: AdapterSpec):
 
 
 def losses(engine, tuning, spec, batch, objective, theta, z, zo_eps, settings):
-    """(loss_plus, loss_minus, noise floor, free KV tokens lost)."""
+    """(loss_plus, loss_minus, noise floor, free KV tokens lost); nothing is in the cache before."""
+    engine.scheduler.flush_cache()
     free = engine.handle.free_kv_tokens
     trainer = make_trainer(engine, tuning, spec, batch, objective, len(z), **settings)
     try:
@@ -50,6 +53,30 @@ def losses(engine, tuning, spec, batch, objective, theta, z, zo_eps, settings):
     finally:
         trainer.close()
     return plus, minus, floor, free - engine.handle.free_kv_tokens
+
+
+def prefix_stats(engine, tuning, spec, batch, objective):
+    trainer = make_trainer(engine, tuning, spec, batch, objective, NUM_PERTURBATIONS)
+    try:
+        trainer.paired_losses(trainer.train_plans, [trainer.adapter.theta] * NUM_PERTURBATIONS, ZO_EPS)
+        return trainer.scorer.prefix_stats
+    finally:
+        trainer.close()
+
+
+def losses_around_a_flush(engine, spec, batch, objective, theta):
+    """Losses before and after the tree is emptied and filled with other texts, where kept prefixes lay."""
+    engine.scheduler.flush_cache()
+    trainer = make_trainer(engine, "alora", spec, batch, objective, 1)
+    try:
+        trainer.adapter.theta.copy_(theta)
+        first = trainer.paired_losses(trainer.train_plans, [theta], ZO_EPS)
+        assert trainer.scorer.base_prefixes.kept_tokens > 0
+        engine.scheduler.flush_cache()
+        drain(trainer.scorer.base_prefixes.prepare([tuple(range(100))]))
+        return first, trainer.paired_losses(trainer.train_plans, [theta], ZO_EPS)
+    finally:
+        trainer.close()
 
 
 def losses_on_prefix_of_plus(engine, spec, batch, theta, z):
@@ -88,7 +115,7 @@ def model(request, tmp_path_factory):
     path = oracle.save_model(request.param, tmp_path_factory.mktemp(request.param) / "model")
     engine = EngineProcess(
         model_path=path, r=4, target_modules=oracle.TARGETS[request.param], num_slots=2 * NUM_PERTURBATIONS + 1,
-        dtype="float32", skip_tokenizer_init=True, max_total_tokens=4000,
+        dtype="float32", skip_tokenizer_init=True, max_total_tokens=6000,
     )  # fmt: skip
     yield request.param, path, engine
     engine.close()
@@ -162,6 +189,48 @@ def test_reuse_changes_nothing(model, tuning, batch):
     for other in (computed, split):
         assert other[0] + other[1] == pytest.approx(reused[0] + reused[1], abs=1e-5)
         assert other[3] == 0
+
+
+@pytest.mark.parametrize("tuning", ["alora", "lora"])
+def test_one_sided_losses_share_the_one_at_theta(model, tuning, tmp_path):
+    kind, path, engine = model
+    objective, examples = BATCHES["longer options"]
+    adapter = random_adapter(engine, kind, path, tuning)
+    z = [direction(8, k, adapter.numel) for k in range(2 * NUM_PERTURBATIONS)]
+    plus, minus, floor, leaked = engine.call(
+        losses, tuning, adapter.spec, examples, objective, adapter.theta, z, ZO_EPS, {"estimator": "one_sided"}
+    )
+    with torch.no_grad():
+        at_theta = reference_loss(oracle.Reference(path, adapter, tmp_path / "adapter", torch.float64), objective, examples).item()
+        assert minus == pytest.approx([at_theta] * len(z), abs=1e-4)
+        for k in (0, len(z) - 1):
+            beside = random_adapter(engine, kind, path, tuning)
+            beside.theta.add_(z[k], alpha=ZO_EPS)
+            exact = reference_loss(oracle.Reference(path, beside, tmp_path / f"beside-{k}", torch.float64), objective, examples).item() - at_theta
+            assert abs(plus[k] - minus[k] - exact) <= 0.01 * abs(exact) + 3 * floor
+    assert leaked == 0
+
+
+def test_rows_of_a_slot_run_their_common_beginning_once(model):
+    kind, path, engine = model
+    objective, examples = BATCHES["shared beginnings"]
+    adapter = random_adapter(engine, kind, path, "lora")
+    stats = engine.call(prefix_stats, "lora", adapter.spec, examples, objective)
+    template, passages = 31, (35, 40)
+    prompts = [len(example.prompt) - 1 - template - passages[i % 2] for i, example in enumerate(examples)]
+    rows = [len(example.options) for example in examples]
+    assert stats.computed == 2 * NUM_PERTURBATIONS * (template + sum(passages) + sum(prompts))
+    assert stats.total == 2 * NUM_PERTURBATIONS * sum(
+        count * (template + passages[i % 2] + prompt) for i, (count, prompt) in enumerate(zip(rows, prompts))
+    )
+
+
+def test_an_emptied_cache_is_noticed(model):
+    kind, path, engine = model
+    objective, examples = BATCHES["single-token options"]
+    adapter = random_adapter(engine, kind, path, "alora")
+    first, again = engine.call(losses_around_a_flush, adapter.spec, examples, objective, adapter.theta)
+    assert again == first
 
 
 def test_sharing_kv_between_signs_is_wrong_for_ordinary_lora(model, tmp_path):

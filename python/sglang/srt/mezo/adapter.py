@@ -72,6 +72,11 @@ class Adapter:
             offset += b.numel()
             yield site, a, b
 
+    @property
+    def shapes(self) -> tuple[tuple[int, int], ...]:
+        """(rows, columns) of the matrices in ``theta``."""
+        return tuple(tuple(matrix.shape) for _, a, b in self.matrices() for matrix in (a, b))
+
     def state_dict(self) -> dict[str, torch.Tensor]:
         """PEFT's names to views into ``theta``."""
         state = {}

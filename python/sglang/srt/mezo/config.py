@@ -5,8 +5,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Literal, Optional
 
 from sglang.srt.mezo.errors import ConfigError
+from sglang.srt.mezo.estimator import Estimator
 from sglang.srt.mezo.noise import Distribution
-from sglang.srt.mezo.optimizer import SchedulerType
+from sglang.srt.mezo.optimizer import Optim, SchedulerType, UpdateRule
 
 Tuning = Literal["alora", "lora"]
 Objective = Literal["classification", "completion", "language_modeling"]
@@ -34,12 +35,21 @@ class MezoConfig:
     learning_rate: float = _setting(1e-3, "Step size at the peak of the schedule.")
     lr_scheduler_type: SchedulerType = _setting("constant", "Schedule after the warm-up.")
     warmup_steps: float = _setting(0, "Steps of linear warm-up; below 1, a share of max_steps.")
+    optim: Optim = _setting("sgd", "What is done with the estimated gradient: sgd as in MeZO, or adamw.")
+    momentum: float = _setting(0.0, "Momentum of sgd.")
+    adam_beta1: float = _setting(0.9, "As in AdamW.")
+    adam_beta2: float = _setting(0.999, "As in AdamW.")
+    adam_epsilon: float = _setting(1e-8, "As in AdamW.")
     weight_decay: float = _setting(0.0, "Decoupled weight decay, as in the MeZO paper.")
     clip_projected_grad: Optional[float] = _setting(None, "Bound on the absolute value of each projected gradient.")
 
     zo_eps: float = _setting(1e-2, "Radius of the perturbation.")
     num_perturbations: int = _setting(1, "Directions a step; their gradient estimates are averaged.")
+    estimator: Estimator = _setting("two_sided", "two_sided: losses on both sides of theta; one_sided: beside the loss at theta, which all directions share.")
+    scale_by_loss_std: bool = _setting(False, "Divide loss differences by their losses' standard deviation, not by zo_eps (FZOO); one_sided only.")
     perturbation: Distribution = _setting("gaussian", "Distribution of the directions.")
+    perturbation_rank: Optional[int] = _setting(None, "Rank of each matrix of a direction, a product of Gaussian factors (LOZO); full by default.")
+    perturbation_interval: int = _setting(1, "Steps in a row whose low-rank directions have the same right factors.")
 
     max_steps: int = _setting(-1, "Steps to run; below 1, as many as num_train_epochs needs.")
     num_train_epochs: float = _setting(3.0, "Passes over the training examples when max_steps is not given.")
@@ -47,6 +57,7 @@ class MezoConfig:
     gradient_accumulation_steps: int = _setting(1, "Batches whose losses are averaged at the same directions.")
     per_device_eval_batch_size: int = _setting(64, "Examples in an evaluation batch.")
     max_tokens_per_batch: int = _setting(4096, "Most tokens run through the model in one forward pass.")
+    echoes: int = _setting(32, "Passes over as many examples as the KV pool has room for, before the next, where it has not for all.")
     prefix_reuse: bool = _setting(True, "Reuse KV where that is exact; off only to check that it is.")
 
     eval_steps: int = _setting(250, "Steps between evaluations on the development set.")
@@ -60,15 +71,24 @@ class MezoConfig:
     seed: int = _setting(42, "Seed of the initial adapter, the order of the data and the directions.")
 
     def __post_init__(self):
-        for name in ("r", "num_perturbations", "per_device_train_batch_size", "gradient_accumulation_steps",
+        for name in ("r", "num_perturbations", "perturbation_interval", "echoes", "per_device_train_batch_size", "gradient_accumulation_steps",
                      "per_device_eval_batch_size", "max_tokens_per_batch", "eval_steps", "logging_steps"):  # fmt: skip
             self._require(name, isinstance(getattr(self, name), int) and getattr(self, name) >= 1, "at least 1")
-        for name in ("lora_alpha", "learning_rate", "zo_eps", "num_train_epochs"):
+        for name in ("lora_alpha", "learning_rate", "zo_eps", "num_train_epochs", "adam_epsilon"):
             self._require(name, 0 < getattr(self, name) < math.inf, "a positive number")
         for name in ("weight_decay", "warmup_steps", "save_steps", "noise_floor_steps"):
             self._require(name, 0 <= getattr(self, name) < math.inf, "zero or more")
         for name, allowed in _CHOICES.items():
             self._require(name, getattr(self, name) in allowed, f"one of {', '.join(map(str, allowed))}")
+        for name in ("momentum", "adam_beta1", "adam_beta2"):
+            self._require(name, 0 <= getattr(self, name) < 1, "at least 0 and below 1")
+        self._require("momentum", self.momentum == 0 or self.optim == "sgd", "0 beside adamw, which has adam_beta1")
+        self._require("scale_by_loss_std", not self.scale_by_loss_std or (self.estimator == "one_sided" and self.num_perturbations > 1),
+                      "false but for one_sided estimates along two directions or more")  # fmt: skip
+        self._require("perturbation_rank", self.perturbation_rank is None or self.perturbation_rank >= 1, "at least 1, or none for full rank")
+        self._require("perturbation", self.perturbation_rank is None or self.perturbation == "gaussian", "gaussian beside perturbation_rank")
+        self._require("perturbation_interval", self.perturbation_interval == 1 or self.perturbation_rank is not None,
+                      "1 for directions of full rank")  # fmt: skip
         self._require("clip_projected_grad", self.clip_projected_grad is None or self.clip_projected_grad > 0, "a positive number")
         self._require("target_modules", self.target_modules is None or len(self.target_modules) > 0, "at least one module")
         self._require("seed", 0 <= self.seed < 2**64, "an unsigned 64-bit number")
@@ -82,6 +102,23 @@ class MezoConfig:
     @property
     def train_batch_size(self) -> int:
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+    @property
+    def update_rule(self) -> UpdateRule:
+        return UpdateRule(
+            self.perturbation, self.perturbation_rank, self.weight_decay, self.optim, self.momentum, self.adam_beta1, self.adam_beta2,
+            self.adam_epsilon,
+        )  # fmt: skip
+
+    @property
+    def num_slots(self) -> int:
+        """Adapter slots that a step needs: theta itself, and one or two for each direction."""
+        return 1 + self.num_perturbations * (2 if self.estimator == "two_sided" else 1)
+
+    @property
+    def forward_passes(self) -> int:
+        """Adapters that a step evaluates its batch under."""
+        return self.num_slots - (1 if self.estimator == "two_sided" else 0)
 
     def steps_for(self, num_examples: int) -> int:
         """Steps that a run takes over ``num_examples`` training examples."""
@@ -100,6 +137,8 @@ _CHOICES = {
     "tuning": ("alora", "lora"),
     "objective": (None, "classification", "completion", "language_modeling"),
     "lr_scheduler_type": ("constant", "linear", "cosine"),
+    "estimator": ("two_sided", "one_sided"),
     "perturbation": ("gaussian", "rademacher"),
+    "optim": ("sgd", "adamw"),
     "report_to": ("none", "tensorboard"),
 }

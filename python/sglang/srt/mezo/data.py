@@ -18,7 +18,6 @@ import torch
 from sglang.srt.mezo.config import Objective
 from sglang.srt.mezo.errors import DataError, shown
 from sglang.srt.mezo.invocation import invocation_start
-from sglang.srt.mezo.noise import step_seed
 from sglang.srt.mezo.tasks import TASKS, Task, TextExample
 
 if TYPE_CHECKING:
@@ -316,76 +315,3 @@ def sample_rows(rows: Sequence[SourceRow], count: int | None, seed: int) -> list
     """``count`` rows in a seeded random order, or all of them."""
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
     return [rows[i] for i in order[:count]]
-
-
-class BatchStream:
-    """Batches as a pure function of the step, so that a resumed run sees what the whole run would have seen.
-
-    The stream is one seeded permutation of the examples after another; step t takes places [t B, (t + 1) B). Examples
-    that are added start such a stream anew, over all examples, at the step from which they count.
-    """
-
-    def __init__(self, num_examples: int, batch_size: int, seed: int):
-        self.batch_size = batch_size
-        self.seed = seed
-        self.segments = [(0, num_examples)]
-        """(first step, number of examples drawn from), in the order of the steps."""
-        self._orders: dict[tuple[int, int], list[int]] = {}
-
-    @property
-    def parts(self) -> list[tuple[int, int]]:
-        """(first step, number of examples that count from it on): what ``extend`` was called with."""
-        counts = [0, *(count for _, count in self.segments)]
-        return [(first_step, count - before) for (first_step, count), before in zip(self.segments, counts)]
-
-    def extend(self, first_step: int, added: int) -> None:
-        """Draw from ``added`` more examples from ``first_step`` on, which must not lie before an earlier extension."""
-        last_step, num_examples = self.segments[-1]
-        assert first_step >= last_step
-        if first_step == last_step:
-            self.segments.pop()
-        self.segments.append((first_step, num_examples + added))
-
-    def batch(self, step: int) -> list[int]:
-        """Indices of the examples of ``step``."""
-        segment = self._segment_of(step)
-        first_step, num_examples = self.segments[segment]
-        places = range((step - first_step) * self.batch_size, (step - first_step + 1) * self.batch_size)
-        return [self._order(segment, place // num_examples)[place % num_examples] for place in places]
-
-    def epoch(self, step: int) -> float:
-        """Passes over the examples before ``step``."""
-        return sum(places / count for places, (_, count) in zip(self._places(step), self.segments))
-
-    def draws(self, step: int) -> list[int]:
-        """How often each example is drawn before ``step``."""
-        draws = [0] * self.segments[-1][1]
-        for segment, places in enumerate(self._places(step)):
-            epochs, rest = divmod(places, self.segments[segment][1])
-            for index in range(self.segments[segment][1]):
-                draws[index] += epochs
-            for index in self._order(segment, epochs)[:rest]:
-                draws[index] += 1
-        return draws
-
-    def first_epochs(self, step: int) -> list[int]:
-        """Steps before ``step`` in which an example may have come for the first time: an epoch from each start of the stream."""
-        starts = [first_step for first_step, _ in self.segments] + [step]
-        lengths = [-(-count // self.batch_size) for _, count in self.segments]
-        spans = ((start, min(start + length, end, step)) for start, length, end in zip(starts, lengths, starts[1:]))
-        return [earlier for start, end in spans for earlier in range(start, end)]
-
-    def _places(self, step: int) -> list[int]:
-        """Examples drawn before ``step`` in each segment."""
-        ends = [first_step for first_step, _ in self.segments[1:]] + [step]
-        return [max(0, min(end, step) - first_step) * self.batch_size for (first_step, _), end in zip(self.segments, ends)]
-
-    def _segment_of(self, step: int) -> int:
-        return max(index for index, (first_step, _) in enumerate(self.segments) if first_step <= step)
-
-    def _order(self, segment: int, epoch: int) -> list[int]:
-        if (segment, epoch) not in self._orders:
-            self._orders = {key: order for key, order in self._orders.items() if key >= (segment, epoch - 1)}
-            generator = torch.Generator().manual_seed(step_seed(self.seed, epoch + (segment << 32)) >> 1)
-            self._orders[segment, epoch] = torch.randperm(self.segments[segment][1], generator=generator).tolist()
-        return self._orders[segment, epoch]

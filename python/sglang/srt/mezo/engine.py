@@ -155,7 +155,7 @@ def require_pool(handle: EngineHandle, slots: int, r: int) -> None:
     free = pool - 1 - manager.num_pinned_loras
     if slots > free:
         raise CapacityError(
-            f"{slots} adapter slots are needed (two per direction, and one for evaluation), but {free} of the pool's "
+            f"{slots} adapter slots are needed (for each direction, and one for the adapter as it is), but {free} of the pool's "
             f"{pool} are free: lower num_perturbations or raise max_loras_per_batch"
         )
     if r > manager.max_lora_rank:

@@ -27,7 +27,7 @@ def evaluation_passes(
     total, weight, right = 0.0, 0, 0
     for start in range(0, len(plans), batch_size):
         batch = plans[start : start + batch_size]
-        values = yield from scorer.passes(batch, [(lora_id,)], objective)
+        values = yield from scorer.passes(batch, [(lora_id,)], objective, keep=False)
         loss = batch_loss(batch, values, objective)
         total += loss.total.item()
         weight += loss.weight

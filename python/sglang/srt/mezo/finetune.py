@@ -69,7 +69,7 @@ def finetune(model: ModelArguments, data: DataArguments, config: MezoConfig) -> 
         model.model,
         r=config.r,
         target_modules=target_modules,
-        num_slots=2 * config.num_perturbations + 1,
+        num_slots=config.num_slots,
         dtype=model.dtype,
         max_total_tokens=model.max_total_tokens,
         log_level="error",

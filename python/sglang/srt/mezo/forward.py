@@ -1,5 +1,6 @@
 """One EXTEND batch through SGLang's ModelRunner: sequences that start from cached KV, each token with its adapter."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -74,14 +75,10 @@ def _forward_batch(handle: EngineHandle, sequences: Sequence[Sequenced], rows: l
     prefixes = [sequence.cached.numel() for sequence in sequences]
     extends = [len(sequence.tokens) for sequence in sequences]
     totals = [p + e for p, e in zip(prefixes, extends)]
-    starts = [0, *torch.tensor(extends).cumsum(0).tolist()[:-1]]
-    req_to_token = handle.req_to_token_pool.req_to_token
-    for row, sequence, prefix, start, extend_len in zip(rows, sequences, prefixes, starts, extends):
-        if prefix:
-            req_to_token[row, :prefix] = sequence.cached.to(req_to_token.dtype)
-        req_to_token[row, prefix : prefix + extend_len] = kv_indices[start : start + extend_len].to(req_to_token.dtype)
-    positions = torch.cat([torch.arange(p, t) for p, t in zip(prefixes, totals)])
+    starts = [0, *itertools.accumulate(extends[:-1])]
     device = handle.device
+    _fill_rows(handle.req_to_token_pool.req_to_token, rows, totals, [sequence.cached for sequence in sequences], kv_indices.split(extends))
+    positions = torch.cat([torch.arange(p, t) for p, t in zip(prefixes, totals)])
     batch = ForwardBatch(
         forward_mode=ForwardMode.EXTEND,
         batch_size=len(sequences),
@@ -107,6 +104,14 @@ def _forward_batch(handle: EngineHandle, sequences: Sequence[Sequenced], rows: l
     translator = handle.model_runner.kv_index_translator
     translator.own_plan(batch).bind(batch, translator)
     return batch
+
+
+def _fill_rows(table: torch.Tensor, rows: list[int], lengths: list[int], cached: Sequence[torch.Tensor], new: Sequence[torch.Tensor]) -> None:
+    """Write the KV indices of every sequence into its row of the table, all in one go."""
+    indices = torch.cat([part for pair in zip(cached, new) for part in pair if part.numel()])
+    row_of = torch.tensor(rows).repeat_interleave(torch.tensor(lengths))
+    position = torch.cat([torch.arange(length) for length in lengths])
+    table[row_of.to(table.device), position.to(table.device)] = indices.to(table.dtype)
 
 
 def _route_adapters(handle: EngineHandle, batch, sequences: Sequence[Sequenced]) -> None:

@@ -6,10 +6,12 @@ Every row of a plan is scored once per adapter slot. Where KV may be shared is d
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import cached_property
 
 from sglang.srt.mezo.config import Objective, Tuning
 from sglang.srt.mezo.data import Example
 from sglang.srt.mezo.invocation import invocation_start
+from sglang.srt.mezo.sharing import tokens_run
 
 
 class PrefixScope(Enum):
@@ -19,9 +21,9 @@ class PrefixScope(Enum):
     """The adapter does not act on the prefix: base-model KV, shared by all slots, steps and ordinary traffic."""
 
     SLOT = "slot"
-    """The adapter acts on the prefix: its KV holds for the rows of one slot in one step only.
+    """The adapter acts on every token: KV holds for the rows of one slot in one pass only, which share what they begin with.
 
-    Sharing it between the two signs would lose the term z . dL/dtheta of the prefix at every eps.
+    Sharing it between the two signs would lose the term z . dL/dtheta of the prompt at every eps.
     """
 
 
@@ -30,7 +32,7 @@ PREFIX_SCOPE: dict[Tuning, PrefixScope] = {"alora": PrefixScope.BASE, "lora": Pr
 
 @dataclass(frozen=True)
 class Row:
-    """One sequence: ``prefix`` holds shareable KV, ``suffix`` runs in every slot.
+    """One sequence: ``prefix`` runs on the base model, ``suffix`` in every slot.
 
     ``reads[i] = (position, token)`` asks for the log-probability of ``token`` after ``suffix[position]``.
     """
@@ -38,6 +40,11 @@ class Row:
     prefix: tuple[int, ...]
     suffix: tuple[int, ...]
     reads: tuple[tuple[int, int], ...]
+
+    @property
+    def shareable(self) -> int:
+        """Tokens of the suffix before the first that is read: rows of one slot may share them."""
+        return self.reads[0][0]
 
 
 @dataclass(frozen=True)
@@ -48,6 +55,11 @@ class ExamplePlan:
     option_of_read: tuple[int, ...]
     option_lengths: tuple[int, ...]
     label: int
+
+    @cached_property
+    def slot_tokens(self) -> int:
+        """Tokens that run in every slot."""
+        return tokens_run([row.suffix for row in self.rows], [row.shareable for row in self.rows])
 
     @property
     def single_token_options(self) -> bool:
@@ -72,10 +84,8 @@ class Planner:
 
     def plan(self, example: Example) -> ExamplePlan:
         """Options of one token each are read off one row; longer ones get a row each, which share the prompt."""
-        merged = all(len(option) == 1 for option in example.options)
-        num_rows = 1 if merged else len(example.options)
-        prefix, rest = self._split(example.prompt, num_rows)
-        if merged:
+        prefix, rest = self._split(example.prompt)
+        if all(len(option) == 1 for option in example.options):
             rows = (Row(prefix, rest, tuple((len(rest) - 1, option[0]) for option in example.options)),)
         else:
             rows = tuple(_option_row(prefix, rest, option) for option in example.options)
@@ -86,12 +96,9 @@ class Planner:
             label=example.label,
         )
 
-    def _split(self, prompt: tuple[int, ...], num_rows: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Cut a prompt into shareable prefix and the rest, which is never empty: its last token's output is read."""
-        if self.scope is PrefixScope.BASE:
-            cut = invocation_start(prompt, self.invocation)
-        else:
-            cut = len(prompt) - 1 if num_rows > 1 else 0  # a single row has nobody to share with
+    def _split(self, prompt: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Cut a prompt before the first token that the adapter acts on."""
+        cut = invocation_start(prompt, self.invocation) if self.scope is PrefixScope.BASE else 0
         return prompt[:cut], prompt[cut:]
 
 

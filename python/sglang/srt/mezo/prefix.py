@@ -1,4 +1,4 @@
-"""Prefixes whose KV is taken from the radix tree, or kept privately for one step.
+"""Prefixes whose KV is taken from the radix tree, or kept privately for one pass.
 
 What is counted here is counted where the KV is taken: a token is reused when a row reads KV that was not computed for
 that row's scoring, and computed when it ran through the model.
@@ -15,6 +15,7 @@ from sglang.srt.mezo.engine import EngineHandle
 from sglang.srt.mezo.errors import CapacityError
 from sglang.srt.mezo.forward import Sequenced, extend
 from sglang.srt.mezo.passes import Passes, drain
+from sglang.srt.mezo.sharing import PASS_COST, common_length, share
 
 Tokens = tuple[int, ...]
 
@@ -31,6 +32,14 @@ class PrefixStats:
         return self.total - self.computed
 
 
+@dataclass(frozen=True)
+class _Locked:
+    """KV of a prefix that the tree does not evict."""
+
+    kv_indices: torch.Tensor
+    lock: object
+
+
 class BasePrefixes:
     """Prefixes of the base model, in the tree's base namespace: shared with ordinary traffic, both ways.
 
@@ -43,69 +52,89 @@ class BasePrefixes:
         self._handle = handle
         self._max_tokens = max_tokens
         self._stats = stats
-        self._kept_tokens = kept_tokens
-        self._kept: dict[Tokens, object] = {}  # prefix -> lock
+        self._most_kept_tokens = kept_tokens
+        self._kept: dict[Tokens, _Locked] = {}
+        self._root = handle.tree_cache.root_node_handle()
 
     @property
     def kept_tokens(self) -> int:
         """Tokens of the prefixes that are locked now; what several of them share is counted for each."""
-        return sum(map(len, self._kept))
+        return sum(map(len, self._valid_kept()))
 
     def prepare(self, prefixes: Iterable[Tokens]) -> Passes[None]:
         """Compute what is missing, at most ``max_tokens`` in one forward pass; a long prefix takes several."""
-        missing = [prefix for prefix in sorted(set(prefixes) - {()}) if self._hit(prefix) < len(prefix)]
+        missing = self._missing(sorted(set(prefixes) - {()} - self._valid_kept().keys()))
         while missing:
             pieces = self._pieces(missing)
-            self._compute(pieces)
-            # Never looked at again here: in a pool that is too small one prefix would evict another for ever.
-            missing = missing[sum(piece == prefix for piece, prefix in zip(pieces, missing)) :]
+            self._compute(list(pieces.values()))
             yield
+            # What was computed is not looked at again: in a pool that is too small one prefix would evict another for ever.
+            missing = self._missing(prefix for prefix in missing if pieces.get(prefix) != prefix)
 
     @contextmanager
-    def acquire(self, prefixes: Iterable[Tokens]):
+    def acquire(self, prefixes: Iterable[Tokens], beside: int, keep: bool):
         """Lock the KV of each prefix for the duration; compute what is missing.
+
+        Args:
+            beside: tokens that are to run meanwhile and need room too.
+            keep: the locks may outlive this.
 
         Yields:
             prefix -> int64 [len(prefix)] KV indices.
         """
         wanted = sorted(set(prefixes) - {()})
-        held = {}
+        nothing = torch.empty(0, dtype=torch.int64, device=self._handle.device)
+        kept = self._make_room(wanted, beside)
+        held: dict[Tokens, _Locked] = {}
         try:
-            held = {prefix: found for prefix in wanted if (found := self._lock(prefix)) is not None}
-            missing = [prefix for prefix in wanted if prefix not in held]
+            held |= {prefix: found for prefix in wanted if prefix not in kept and (found := self._lock(prefix)) is not None}
+            missing = [prefix for prefix in wanted if prefix not in kept and prefix not in held]
             drain(self.prepare(missing))
             for prefix in missing:
                 held[prefix] = self._lock(prefix) or self._raise_evicted(prefix)
-            yield {(): torch.empty(0, dtype=torch.int64)} | {prefix: indices for prefix, (indices, _) in held.items()}
+            yield {prefix: (held.get(prefix) or kept[prefix]).kv_indices for prefix in wanted} | {(): nothing}
         finally:
-            self._keep_or_unlock({prefix: lock for prefix, (_, lock) in held.items()})
+            self._keep_or_unlock(held, keep)
 
     def release(self) -> None:
         """Unlock what is kept: the tree may evict it from now on."""
-        while self._kept:
-            _, lock = self._kept.popitem()
-            self._handle.tree_cache.unlock(lock)
+        kept = self._valid_kept()
+        while kept:
+            _, locked = kept.popitem()
+            self._handle.tree_cache.unlock(locked.lock)
 
-    def forget(self) -> None:
-        """The tree has been emptied, and the locks are gone with it."""
-        self._kept.clear()
+    def _valid_kept(self) -> dict[Tokens, "_Locked"]:
+        """What is kept, unless the tree has been emptied since, and the locks with it."""
+        root = self._handle.tree_cache.root_node_handle()
+        if root != self._root:
+            self._kept.clear()
+            self._root = root
+        return self._kept
 
-    def _keep_or_unlock(self, locks: dict[Tokens, object]) -> None:
-        room = self._kept_tokens - self.kept_tokens
-        for prefix, lock in locks.items():
-            if prefix not in self._kept and len(prefix) <= room:
-                self._kept[prefix] = lock
+    def _make_room(self, wanted: Sequence[Tokens], beside: int) -> dict[Tokens, "_Locked"]:
+        """What is kept; nothing where a batch needs the room."""
+        kept = self._valid_kept()
+        missing = sum(len(prefix) for prefix in wanted if prefix not in kept)
+        if kept and missing + beside > self._handle.free_kv_tokens:
+            self.release()
+        return dict(kept)
+
+    def _keep_or_unlock(self, held: dict[Tokens, "_Locked"], keep: bool) -> None:
+        room = self._most_kept_tokens - self.kept_tokens if keep else 0
+        for prefix, locked in held.items():
+            if len(prefix) <= room:
+                self._kept[prefix] = locked
                 room -= len(prefix)
             else:
-                self._handle.tree_cache.unlock(lock)
+                self._handle.tree_cache.unlock(locked.lock)
 
-    def _lock(self, prefix: Tokens) -> tuple[torch.Tensor, object] | None:
-        """KV indices of the whole prefix and a lock on them; None where the tree does not hold it."""
+    def _lock(self, prefix: Tokens) -> "_Locked | None":
+        """Locks the whole prefix; None where the tree does not hold it."""
         tree = self._handle.tree_cache
         match = self._match(prefix)
         if match.device_prefix_len < len(prefix):
             return None
-        return tree.path_device_indices(match.last_device_node)[: len(prefix)], tree.lock(match.last_device_node)
+        return _Locked(tree.path_device_indices(match.last_device_node)[: len(prefix)], tree.lock(match.last_device_node))
 
     def _raise_evicted(self, prefix: Tokens):
         raise CapacityError(
@@ -121,13 +150,22 @@ class BasePrefixes:
     def _hit(self, prefix: Tokens) -> int:
         return self._match(prefix).device_prefix_len
 
-    def _pieces(self, missing: Sequence[Tokens]) -> list[Tokens]:
-        """As much of the missing prefixes as one pass may compute: whole ones, and the beginning of the last."""
-        pieces, room = [], self._max_tokens
+    def _missing(self, prefixes: Iterable[Tokens]) -> list[Tokens]:
+        return [prefix for prefix in prefixes if self._hit(prefix) < len(prefix)]
+
+    def _pieces(self, missing: Sequence[Tokens]) -> dict[Tokens, Tokens]:
+        """As much of the missing prefixes as one pass may compute: whole ones, and the beginning of the last.
+
+        A prefix that begins as the one before it waits, so that what they share is computed once.
+        """
+        pieces: dict[Tokens, Tokens] = {}
+        room, before = self._max_tokens, ()
         for prefix in missing:
             hit = self._hit(prefix)
-            pieces.append(prefix[: hit + room])
-            room -= len(pieces[-1]) - hit
+            if common_length(before, prefix) >= hit + PASS_COST:
+                continue
+            pieces[prefix] = before = prefix[: hit + room]
+            room -= len(before) - hit
             if room == 0 or len(pieces) == self._handle.free_rows:
                 break
         return pieces
@@ -157,8 +195,19 @@ class BasePrefixes:
                 tree.unlock(lock)
 
 
+@dataclass(frozen=True)
+class SlotRow:
+    """A row in one slot: ``suffix`` under adapter ``lora_id``, after ``prefix`` on the base model."""
+
+    lora_id: str | None
+    prefix: Tokens
+    suffix: Tokens
+    shareable: int
+    """Tokens of the suffix that may run apart from the row."""
+
+
 class SlotPrefixes:
-    """Prefixes that one slot's adapter acts on: computed for that slot, private to the pass, freed after it."""
+    """Beginnings of suffixes, which rows of one slot share: run once for them, private to the pass, freed after it."""
 
     def __init__(self, handle: EngineHandle, max_tokens: int, stats: PrefixStats):
         self._handle = handle
@@ -166,27 +215,43 @@ class SlotPrefixes:
         self._stats = stats
 
     @contextmanager
-    def acquire(self, wanted: Iterable[tuple[str, Tokens]]):
-        """Compute the KV of each (adapter id, prefix) once.
+    def acquire(self, rows: Sequence[SlotRow], base: dict[Tokens, torch.Tensor]):
+        """Run what rows of the same slot and prefix have in common, level after level.
+
+        Args:
+            base: prefix -> int64 [len(prefix)] KV indices.
 
         Yields:
-            (adapter id, prefix) -> int64 [len(prefix)] KV indices.
+            for every row int64 [cached] KV indices of all that comes before its own tokens.
         """
-        owned = []
+        keys = [(row.lora_id, row.prefix) for row in rows]
+        groups = list(dict.fromkeys(keys))
+        number_of = {key: number for number, key in enumerate(groups)}
+        sharing = share([row.suffix for row in rows], [row.shareable for row in rows], [number_of[key] for key in keys])
+        ends: dict[int, torch.Tensor] = {}
+        owned: list[torch.Tensor] = []
         try:
-            indices = {}
-            keys = sorted({key for key in wanted if key[1]})
-            for group in _groups_within(keys, self._max_tokens, length=lambda key: len(key[1])):
-                nothing = torch.empty(0, dtype=torch.int64)
-                sequences = [Sequenced(nothing, prefix, ((lora_id, len(prefix)),)) for lora_id, prefix in group]
-                _, new = extend(self._handle, sequences)
-                owned.append(new)
-                self._stats.computed += new.numel()
-                indices.update(zip(group, new.split([len(prefix) for _, prefix in group])))
-            yield indices
+            for level in sharing.levels:
+                for numbers in _groups_within(level, self._max_tokens, length=lambda number: len(sharing.nodes[number].tokens)):
+                    nodes = [sharing.nodes[number] for number in numbers]
+                    before = [base[groups[node.group][1]] if node.parent is None else ends[node.parent] for node in nodes]
+                    lora_ids = [groups[node.group][0] for node in nodes]
+                    parts = self._compute([node.tokens for node in nodes], before, lora_ids, owned)
+                    ends.update(zip(numbers, (torch.cat(pair) for pair in zip(before, parts))))
+            yield [base[row.prefix] if node is None else ends[node] for row, (node, _) in zip(rows, sharing.rows)]
         finally:
             for kv_indices in owned:
                 self._handle.kv_allocator.free(kv_indices)
+
+    def _compute(
+        self, tokens: Sequence[Tokens], before: Sequence[torch.Tensor], lora_ids: Sequence[str | None], owned: list[torch.Tensor]
+    ) -> Sequence[torch.Tensor]:
+        """Run texts after what comes before them, in one batch; their KV indices, which are ``owned`` from then on."""
+        sequences = [Sequenced(*one, ((lora_id, len(one[1])),)) for *one, lora_id in zip(before, tokens, lora_ids)]
+        _, new = extend(self._handle, sequences)
+        owned.append(new)
+        self._stats.computed += new.numel()
+        return new.split([len(text) for text in tokens])
 
 
 def _key(prefix: Tokens):

@@ -14,7 +14,6 @@ import torch
 
 from sglang.srt.mezo.config import MezoConfig
 from sglang.srt.mezo.errors import DivergedError
-from sglang.srt.mezo.noise import direction
 from sglang.srt.mezo.passes import Passes
 from sglang.srt.mezo.run_directory import RunDirectory, write_json
 from sglang.srt.mezo.seed_log import LogRecord, SeedLog
@@ -29,7 +28,7 @@ _SMOOTHED_STEPS = 20  # what is shown as the loss is the mean of so many steps
 
 @dataclass(frozen=True)
 class StepResult:
-    """One step. Every tuple has one entry per direction."""
+    """One step. Every tuple has one entry per direction; a one-sided step has the loss at theta as each loss_minus."""
 
     step: int
     zo_random_seed: int
@@ -40,7 +39,7 @@ class StepResult:
 
     @property
     def loss(self) -> float:
-        """Mean of the losses at theta + eps z and theta - eps z over the directions."""
+        """Mean of the losses on both sides over the directions."""
         return sum(self.loss_plus + self.loss_minus) / (2 * len(self.loss_plus))
 
 
@@ -85,6 +84,7 @@ class TrainingRun:
         trainer = self.trainer
         theta, records, self.state = self._on_leader(self._open_directory, served_only)
         trainer.adapter.theta.copy_(theta)
+        trainer.stream.window = self.state["window"]
         for record in records:
             trainer.apply(record)
             yield
@@ -167,6 +167,9 @@ class TrainingRun:
         records = self.log.records()
         state = {"global_step": 0, "evaluated_at": None, "best_global_step": None, "best_metric": None, "log_history": []}
         state |= self.directory.load_state() or {}
+        if "window" not in state:
+            state["window"] = self.trainer.stream.window
+            self.directory.save_state(state)
         if served_only and len(records) >= self.trainer.max_steps and self.config.load_best_model_at_end:
             records = records[: state["best_global_step"]]
         return self.trainer.adapter.theta, records, state
@@ -181,6 +184,8 @@ class TrainingRun:
     def _open_tracker(self) -> None:
         trainer = self.trainer
         self.tracker = self._make_tracker(self.config, self.directory.metrics, trainer.global_step, trainer.max_steps)
+        if (window := trainer.stream.window) is not None:
+            self.tracker.say(f"the KV pool has room for the prefixes of {window} examples at a time: each part is gone over {self.config.echoes} times")
 
     def _close_files(self) -> None:
         if hasattr(self, "tracker"):
@@ -216,15 +221,14 @@ class TrainingRun:
             "projected_grad": result.projected_grad,
             "learning_rate": result.learning_rate,
             "epoch": trainer.stream.epoch(trainer.global_step),
-            "forward_passes": 2 * self.config.num_perturbations * trainer.global_step,
+            "forward_passes": self.config.forward_passes * trainer.global_step,
             "prefix_tokens_reused": stats.reused,
             "prefix_tokens_computed": stats.computed,
             "train_seconds": self.train_seconds,
         }
 
     def _warn_of_lost_perturbations(self, result: StepResult) -> None:
-        z = direction(result.zo_random_seed, 0, self.trainer.adapter.numel, self.config.perturbation)
-        share = self.trainer.lost_perturbations(z)
+        share = self.trainer.lost_perturbations(self.trainer.optimizer.direction(result.zo_random_seed, 0))
         if share > _MAX_LOST_SHARE:
             self.tracker.warn(
                 f"zo_eps={self.config.zo_eps:g} is lost in {self.trainer.slot_dtype} for {share:.0%} of the parameters: "
@@ -234,7 +238,7 @@ class TrainingRun:
 
     def _report_evaluation(self, metrics: dict[str, float]) -> None:
         step = self.trainer.global_step
-        metrics_with_cost = {**metrics, "forward_passes": 2 * self.config.num_perturbations * step}
+        metrics_with_cost = {**metrics, "forward_passes": self.config.forward_passes * step}
         self.tracker.record(step, metrics_with_cost)
         self.state["log_history"].append({"step": step, **metrics_with_cost})
         self.tracker.say(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))

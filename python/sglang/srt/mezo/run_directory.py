@@ -41,12 +41,6 @@ class RunDirectory:
     def segments(self) -> Path:
         return self.path / "segments.json"
 
-    def start(self, adapter: Adapter) -> SeedLog:
-        """Like ``open``, and bring ``adapter`` to where the log ends."""
-        log = self.open(adapter)
-        log.replay(adapter.theta)
-        return log
-
     def open(self, adapter: Adapter) -> SeedLog:
         """Make the folder of a new run, or take up the log and the initial ``adapter`` of the earlier run in it.
 
@@ -74,7 +68,7 @@ class RunDirectory:
         self.path.mkdir(parents=True, exist_ok=True)
         write_json(self.path / "config.json", self._config.to_dict())
         adapter.save_pretrained(self.path / "initial_adapter")
-        header = LogHeader(adapter.numel, self._config.num_perturbations, self._config.perturbation, self._config.weight_decay)
+        header = LogHeader(adapter.shapes, self._config.num_perturbations, self._config.update_rule)
         log = SeedLog.create(self.path / "seed_log", header)
         log.claim()
         return log

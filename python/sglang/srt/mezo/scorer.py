@@ -1,5 +1,6 @@
 """Scores of a batch of examples under several adapter slots: the one path for training and evaluation."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,11 +13,13 @@ from sglang.srt.mezo.forward import Sequenced, extend
 from sglang.srt.mezo.head import Head
 from sglang.srt.mezo.passes import Passes, drain
 from sglang.srt.mezo.plan import ExamplePlan, PrefixScope, Row, needs_normaliser
-from sglang.srt.mezo.prefix import BasePrefixes, PrefixStats, SlotPrefixes
+from sglang.srt.mezo.prefix import BasePrefixes, PrefixStats, SlotPrefixes, SlotRow
+from sglang.srt.mezo.sharing import PASS_COST, common_length
 
 SlotGroup = tuple[str | None, ...]
 """Adapter ids that are scored in the same pass: both signs of a direction, or one adapter alone."""
 
+_PREFIX_SHARE = 0.25  # of the KV pool that the prefixes of one pass may fill
 _NOTHING = torch.empty(0, dtype=torch.int64)
 
 
@@ -54,10 +57,15 @@ class Scorer:
         """All of ``passes`` at once."""
         return drain(self.passes(plans, groups, objective))
 
-    def passes(self, plans: Sequence[ExamplePlan], groups: Sequence[SlotGroup], objective: Objective) -> Passes[torch.Tensor]:
+    def passes(
+        self, plans: Sequence[ExamplePlan], groups: Sequence[SlotGroup], objective: Objective, keep: bool = True
+    ) -> Passes[torch.Tensor]:
         """Read every scored token of every plan in every slot, a forward pass of at most ``max_tokens`` at a time.
 
         Between passes nothing is held but locks on kept prefixes: neither rows nor KV tokens outside of the tree.
+
+        Args:
+            keep: base-model prefixes may stay locked afterwards.
 
         Returns:
             float32 [slots, reads] on the CPU: log-probabilities, or logits where the normaliser cancels. Slots are in
@@ -69,7 +77,7 @@ class Scorer:
         for items in self._batches(plans, groups):
             if self._prefix_reuse and self._scope is PrefixScope.BASE:
                 yield from self.base_prefixes.prepare(item.row.prefix for item in items)
-            read = self._score_items(items, normalise)
+            read = self._score_items(items, normalise, keep)
             for item, part in zip(items, read.split([len(item.row.reads) for item in items])):
                 values[item.slot, item.first_read : item.first_read + part.numel()] = part
             yield
@@ -82,47 +90,52 @@ class Scorer:
             yield
 
     def _batches(self, plans: Sequence[ExamplePlan], groups: Sequence[SlotGroup]) -> Iterator[list[_Item]]:
-        """Pack (example, slot group) units up to the token budget and the free rows, slot after slot."""
-        batch, tokens = [], 0
-        for unit in _units(plans, groups):
-            cost = self._cost(unit)
-            full = tokens + cost > self._max_tokens or len(batch) + len(unit) > self._handle.free_rows
-            if batch and full:
+        """Pack (example, slot group) units up to the token budget, the free rows and the room for prefixes, slot after slot."""
+        batch: list[_Item] = []
+        tokens, prefixes, before = 0, _Prefixes(), None
+        for unit in _units(plans, groups, slots_first=self._scope is PrefixScope.SLOT):
+            cost, longer = self._cost(unit, before), prefixes.with_unit(unit)
+            full = tokens + cost > self._max_tokens or len(batch) + len(unit.items) > self._handle.free_rows
+            if batch and (full or longer.tokens > _PREFIX_SHARE * self._handle.kv_capacity):
                 yield sorted(batch, key=lambda item: item.slot)
-                batch, tokens = [], 0
-            batch += unit
-            tokens += cost
+                batch, tokens, cost, longer = [], 0, self._cost(unit, None), _Prefixes().with_unit(unit)
+            batch += unit.items
+            tokens, prefixes, before = tokens + cost, longer, unit
         yield sorted(batch, key=lambda item: item.slot)
 
-    def _cost(self, unit: Sequence[_Item]) -> int:
-        """Tokens that the unit runs, a base-model prefix not counted: it is computed once for many steps."""
-        suffixes = sum(len(item.row.suffix) for item in unit)
-        if not self._prefix_reuse:
-            return suffixes + sum(len(item.row.prefix) for item in unit)
-        if self._scope is PrefixScope.BASE:
-            return suffixes
-        return suffixes + sum(len(prefix) for _, prefix in {(item.lora_id, item.row.prefix) for item in unit})
+    def _cost(self, unit: "_Unit", before: "_Unit | None") -> int:
+        """Tokens that the unit runs, after ``before`` in the same pass.
 
-    def _score_items(self, items: Sequence[_Item], normalise: bool) -> torch.Tensor:
-        with self._sequences(items) as sequences:
+        A base-model prefix is not counted, as it is computed once for many steps, nor what slots share with the unit before.
+        """
+        if not self._prefix_reuse:
+            return sum(len(item.row.prefix) + len(item.row.suffix) for item in unit.items)
+        shared = 0
+        if before is not None and before.group == unit.group:
+            a, b = before.items[-1].row, unit.items[0].row
+            shared = common_length(a.suffix[: a.shareable], b.suffix[: b.shareable]) if a.prefix == b.prefix else 0
+        return len(unit.group) * (unit.plan.slot_tokens - (shared if shared >= PASS_COST else 0))
+
+    def _score_items(self, items: Sequence[_Item], normalise: bool, keep: bool) -> torch.Tensor:
+        with self._sequences(items, keep) as sequences:
             self.prefix_stats.total += sum(sequence.cached.numel() for sequence in sequences)
             hidden, kv_indices = extend(self._handle, sequences)
             self._handle.kv_allocator.free(kv_indices)
         return self._read(hidden, items, sequences, normalise)
 
     @contextmanager
-    def _sequences(self, items: Sequence[_Item]):
+    def _sequences(self, items: Sequence[_Item], keep: bool):
         if not self._prefix_reuse:
             computed = sum(len(item.row.prefix) for item in items)
             self.prefix_stats.total += computed
             self.prefix_stats.computed += computed
             yield [self._whole(item) for item in items]
-        elif self._scope is PrefixScope.BASE:
-            with self.base_prefixes.acquire(item.row.prefix for item in items) as indices:
-                yield [_continued(item, indices[item.row.prefix]) for item in items]
-        else:
-            with self._slot_prefixes.acquire((item.lora_id, item.row.prefix) for item in items) as indices:
-                yield [_continued(item, indices.get((item.lora_id, item.row.prefix), _NOTHING)) for item in items]
+            return
+        rows = [SlotRow(item.lora_id, item.row.prefix, item.row.suffix, item.row.shareable) for item in items]
+        tokens = sum(len(row.suffix) for row in rows)
+        held = self.base_prefixes.acquire((row.prefix for row in rows), tokens, keep)
+        with held as base, self._slot_prefixes.acquire(rows, base) as cached:
+            yield [_continued(item, indices) for item, indices in zip(items, cached)]
 
     def _whole(self, item: _Item) -> Sequenced:
         tokens = item.row.prefix + item.row.suffix
@@ -145,22 +158,50 @@ class Scorer:
             return read(hidden, rows, tokens).cpu()
 
 
-def _units(plans: Sequence[ExamplePlan], groups: Sequence[SlotGroup]) -> Iterator[list[_Item]]:
+@dataclass(frozen=True)
+class _Unit:
     """What must share a pass: all rows of one example in one group of slots."""
-    first_read = 0
-    for plan in plans:
-        slot = 0
-        for group in groups:
-            unit = []
-            for lora_id in group:
-                column = first_read
-                for row in plan.rows:
-                    unit.append(_Item(slot, lora_id, row, column))
-                    column += len(row.reads)
-                slot += 1
-            yield unit
-        first_read += sum(len(row.reads) for row in plan.rows)
+
+    plan: ExamplePlan
+    group: SlotGroup
+    items: list[_Item]
+
+
+@dataclass(frozen=True)
+class _Prefixes:
+    """Base-model prefixes of a batch in the making."""
+
+    texts: frozenset[tuple[int, ...]] = frozenset()
+    tokens: int = 0
+
+    def with_unit(self, unit: _Unit) -> "_Prefixes":
+        new = {item.row.prefix for item in unit.items} - self.texts
+        return _Prefixes(self.texts | new, self.tokens + sum(map(len, new))) if new else self
+
+
+def _units(plans: Sequence[ExamplePlan], groups: Sequence[SlotGroup], slots_first: bool) -> Iterator[_Unit]:
+    """Units that follow each other share what is worth most: a base-model prefix, or with ``slots_first`` the slots."""
+    reads = [sum(len(row.reads) for row in plan.rows) for plan in plans]
+    first_reads = [0, *itertools.accumulate(reads)]
+    first_slots = [0, *itertools.accumulate(map(len, groups))]
+    if slots_first:
+        order = ((plan, group) for group in range(len(groups)) for plan in range(len(plans)))
+    else:
+        order = ((plan, group) for plan in range(len(plans)) for group in range(len(groups)))
+    for plan, group in order:
+        yield _Unit(plans[plan], groups[group], _items(plans[plan], groups[group], first_slots[group], first_reads[plan]))
+
+
+def _items(plan: ExamplePlan, group: SlotGroup, first_slot: int, first_read: int) -> list[_Item]:
+    columns = list(itertools.accumulate((len(row.reads) for row in plan.rows), initial=first_read))
+    return [
+        _Item(slot, lora_id, row, column)
+        for slot, lora_id in enumerate(group, first_slot)
+        for row, column in zip(plan.rows, columns)
+    ]
 
 
 def _continued(item: _Item, cached: torch.Tensor) -> Sequenced:
-    return Sequenced(cached, item.row.suffix, ((item.lora_id, len(item.row.suffix)),))
+    """The tokens of the row that no cached KV covers."""
+    own = item.row.suffix[cached.numel() - len(item.row.prefix) :]
+    return Sequenced(cached, own, ((item.lora_id, len(own)),))

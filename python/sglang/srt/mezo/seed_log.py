@@ -11,25 +11,29 @@ import os
 import struct
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 
 from sglang.srt.mezo.errors import LogError
-from sglang.srt.mezo.noise import Distribution
-from sglang.srt.mezo.optimizer import replay_update
+from sglang.srt.mezo.noise import numel_of
+from sglang.srt.mezo.optimizer import Optimizer, UpdateRule
 
-_MAGIC = "sglang-mezo seed log 1"
+_MAGIC = "sglang-mezo seed log 2"
 
 
 @dataclass(frozen=True)
 class LogHeader:
     """What must agree for a log to be replayed on an adapter."""
 
-    numel: int
+    shapes: tuple[tuple[int, int], ...]
+    """(rows, columns) of the adapter's matrices."""
     num_perturbations: int
-    distribution: Distribution
-    weight_decay: float
+    rule: UpdateRule
+
+    @classmethod
+    def from_json(cls, shapes: list[list[int]], num_perturbations: int, rule: dict[str, Any]) -> Self:
+        return cls(tuple((rows, columns) for rows, columns in shapes), num_perturbations, UpdateRule(**rule))
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ class SeedLog:
             fields = json.loads(line)
             if fields.pop("format") != _MAGIC:
                 raise ValueError("unknown format")
-            return cls(path, LogHeader(**fields))
+            return cls(path, LogHeader.from_json(**fields))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise LogError(f"{path} is not a seed log: {error}") from error
 
@@ -114,9 +118,9 @@ class SeedLog:
 
     def replay(self, theta: torch.Tensor, steps: int | None = None) -> None:
         """Advance ``theta`` (float32 [numel], the initial adapter) by the first ``steps`` records, or all, in place."""
-        if theta.numel() != self.header.numel:
-            raise LogError(f"{self.path} belongs to an adapter of {self.header.numel} parameters, not {theta.numel()}")
+        numel = numel_of(self.header.shapes)
+        if theta.numel() != numel:
+            raise LogError(f"{self.path} belongs to an adapter of {numel} parameters, not {theta.numel()}")
+        optimizer = Optimizer(theta, self.header.shapes, self.header.rule)
         for record in self.records()[:steps]:
-            replay_update(
-                theta, record.seed, record.projected_grads, record.learning_rate, self.header.weight_decay, self.header.distribution
-            )
+            optimizer.replay(record.seed, record.projected_grads, record.learning_rate)

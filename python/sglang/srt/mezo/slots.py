@@ -81,10 +81,13 @@ class Slot:
         Args:
             weights: float32 [numel] in the flat order of ``Adapter``; cast to the pool's dtype here, once.
         """
-        local = self._layout.gather(weights).to(self._targets[0].dtype).to(self._handle.device, non_blocking=True)
+        self.put(self._layout.gather(weights))
+
+    def put(self, local: torch.Tensor) -> None:
+        """Like ``write``, of weights that ``SlotLayout.gather`` has cut for this rank."""
+        local = local.to(self._targets[0].dtype).to(self._handle.device, non_blocking=True)
         parts = local.split([target.numel() for target in self._targets])
-        for target, part in zip(self._targets, parts, strict=True):
-            target.copy_(part.view(target.shape))
+        torch._foreach_copy_(self._targets, [part.view(target.shape) for target, part in zip(self._targets, parts, strict=True)])
 
     def release(self) -> None:
         self._handle.lora_manager.unload_lora_adapter(self._ref)
@@ -166,19 +169,21 @@ def _output_widths(base: torch.nn.Module) -> list[int]:
 
 
 class PerturbedSlots:
-    """Slots for theta + eps z_k and theta - eps z_k of ``num_perturbations`` directions, and one for theta itself.
+    """Slots for theta itself and, for each direction, for theta + eps z_k and with ``two_sided`` for theta - eps z_k.
 
     Raises:
         CapacityError: the pool could not hold them even without requests.
     """
 
-    def __init__(self, handle: EngineHandle, adapter: Adapter, num_perturbations: int):
-        require_pool(handle, 2 * num_perturbations + 1, adapter.spec.r)
+    def __init__(self, handle: EngineHandle, adapter: Adapter, num_perturbations: int, two_sided: bool = True):
+        signs = "+-" if two_sided else "+"
+        require_pool(handle, len(signs) * num_perturbations + 1, adapter.spec.r)
         self._handle = handle
         self._adapter = adapter
         self._layout = SlotLayout(handle, adapter)
-        self._names = [f"mezo-{k}{sign}" for k, sign in itertools.product(range(num_perturbations), "+-")] + ["mezo-current"]
+        self._names = ["mezo-current"] + [f"mezo-{k}{sign}" for k, sign in itertools.product(range(num_perturbations), signs)]
         self._slots: list[Slot] = []
+        self._two_sided = two_sided
 
     @property
     def count(self) -> int:
@@ -199,18 +204,37 @@ class PerturbedSlots:
         self._slots = slots
 
     @property
-    def pairs(self) -> list[tuple[Slot, Slot]]:
-        return list(zip(self._slots[:-1:2], self._slots[1:-1:2]))
+    def current(self) -> Slot:
+        return self._slots[0]
 
     @property
-    def current(self) -> Slot:
-        return self._slots[-1]
+    def pairs(self) -> list[tuple[Slot, Slot]]:
+        """(theta + eps z_k, theta - eps z_k) of two-sided slots."""
+        return list(zip(self._slots[1::2], self._slots[2::2]))
+
+    @property
+    def groups(self) -> list[tuple[str, ...]]:
+        """Adapter ids in the order of ``losses_of``; those of a group are best scored in one pass, as they are compared."""
+        if self._two_sided:
+            return [(plus.lora_id, minus.lora_id) for plus, minus in self.pairs]
+        return [(slot.lora_id,) for slot in self._slots]
+
+    def losses_of(self, losses: Sequence[float]) -> tuple[list[float], list[float]]:
+        """loss_plus and loss_minus of every direction, from the losses of ``groups``; one-sided, the latter is theta's."""
+        if self._two_sided:
+            return list(losses[0::2]), list(losses[1::2])
+        return list(losses[1:]), [losses[0]] * (len(losses) - 1)
 
     def write_perturbed(self, directions: Sequence[torch.Tensor], zo_eps: float) -> None:
-        """theta + zo_eps z_k and theta - zo_eps z_k, each formed in float32 and rounded once to the pool's dtype."""
-        for (plus, minus), z in zip(self.pairs, directions, strict=True):
-            plus.write(torch.add(self._adapter.theta, z, alpha=zo_eps))
-            minus.write(torch.add(self._adapter.theta, z, alpha=-zo_eps))
+        """Fill the slots; every number is formed in float32 and rounded once to the pool's dtype."""
+        theta = self._layout.gather(self._adapter.theta)
+        signs = (1, -1) if self._two_sided else (1,)
+        slots = iter(self._slots[1:])
+        for z in map(self._layout.gather, directions):
+            for sign in signs:
+                next(slots).put(torch.add(theta, z, alpha=sign * zo_eps))
+        if not self._two_sided:
+            self.current.put(theta)
 
     def write_current(self) -> None:
         self.current.write(self._adapter.theta)

@@ -11,32 +11,38 @@ import torch
 
 from sglang.srt.mezo.adapter import Adapter, AdapterSpec
 from sglang.srt.mezo.config import MezoConfig, Objective
-from sglang.srt.mezo.data import BatchStream, Example
+from sglang.srt.mezo.batches import BatchStream
+from sglang.srt.mezo.data import Example
 from sglang.srt.mezo.engine import EngineHandle
 from sglang.srt.mezo.errors import ConfigError, DataError, DivergedError
+from sglang.srt.mezo.estimator import projected_grads
 from sglang.srt.mezo.evaluate import evaluation_passes
-from sglang.srt.mezo.noise import direction, step_seed
-from sglang.srt.mezo.optimizer import apply_update, learning_rate_at, replay_update, round_to_log
+from sglang.srt.mezo.noise import step_seed
+from sglang.srt.mezo.optimizer import Optimizer, learning_rate_at, round_to_log
 from sglang.srt.mezo.passes import Passes, drain
 from sglang.srt.mezo.plan import ExamplePlan, Planner, PrefixScope
 from sglang.srt.mezo.readout import batch_loss
 from sglang.srt.mezo.run import StepResult, TrainingRun, TrainResult
 from sglang.srt.mezo.scorer import Scorer
 from sglang.srt.mezo.seed_log import LogRecord
+from sglang.srt.mezo.sharing import distinct_tokens
 from sglang.srt.mezo.slots import PerturbedSlots, adapted_sites
 from sglang.srt.mezo.tracking import Tracker
+
+
+_POOL_SHARE = 0.75  # of the KV pool that prefixes of all examples may fill; a batch and other prefixes need the rest
 
 
 class MezoTrainer:
     """Fits a LoRA or aLoRA adapter of the engine's model.
 
     Args:
-        handle: the engine; its LoRA pool needs ``2 num_perturbations + 1`` free slots.
+        handle: the engine; its LoRA pool needs ``config.num_slots`` free slots.
         config: settings of the run; what the adapter is, is read from ``spec``.
         spec: the adapter, as PEFT would describe it. ``spec.invocation`` must be set for aLoRA.
         train_dataset, eval_dataset: tokenised examples. Without ``eval_dataset`` the last adapter is kept.
         objective: what ``config.objective`` leaves open.
-        kept_tokens: most KV tokens of base-model prefixes that stay locked between steps.
+        kept_tokens: most KV tokens of base-model prefixes that stay locked between steps; by default half of the pool.
         segments: (step from which they count, number) of the training examples in their order, where a run that
             resumes was given some later; by default all count from step 0.
         claim_slots: take the slots now; or later by ``slots.claim()``, where requests may need them now.
@@ -53,7 +59,7 @@ class MezoTrainer:
         train_dataset: Sequence[Example],
         eval_dataset: Sequence[Example] = (),
         objective: Objective = "classification",
-        kept_tokens: int = 0,
+        kept_tokens: int | None = None,
         segments: Sequence[tuple[int, int]] = (),
         claim_slots: bool = True,
     ):
@@ -71,12 +77,16 @@ class MezoTrainer:
         if initial + sum(added for _, added in later) != len(self.train_plans):
             raise ConfigError("segments", list(segments), f"{len(self.train_plans)} examples, as many as there are, in all")
         self.max_steps = config.steps_for(initial)
-        self.stream = BatchStream(initial, config.train_batch_size, config.seed)
+        kept_tokens = handle.kv_capacity // 2 if kept_tokens is None else kept_tokens
+        window = self._window(kept_tokens)
+        self.stream = BatchStream(initial, config.train_batch_size, config.seed, window, config.echoes)
+        self._window_in_pool: tuple[int, int, int] | None = None
         for first_step, added in later:
             self.stream.extend(first_step, added)
         self.adapter = Adapter.initial(spec, adapted_sites(handle, spec.target_modules), config.seed)
         self.scorer = Scorer(handle, planner.scope, config.max_tokens_per_batch, config.prefix_reuse, kept_tokens)
-        self.slots = PerturbedSlots(handle, self.adapter, config.num_perturbations)
+        self.optimizer = Optimizer(self.adapter.theta, self.adapter.shapes, config.update_rule)
+        self.slots = PerturbedSlots(handle, self.adapter, config.num_perturbations, config.estimator == "two_sided")
         if claim_slots:
             self.slots.claim()
         self.global_step = 0
@@ -90,14 +100,14 @@ class MezoTrainer:
 
     def step_passes(self, batch: Sequence[ExamplePlan]) -> Passes[StepResult]:
         """One step of algorithm 1 on a batch. Of z only the seed outlives it; theta moves in the last piece."""
-        config, theta = self.config, self.adapter.theta
-        zo_random_seed = step_seed(config.seed, self.global_step)
+        self._enter_window()
+        zo_random_seed = step_seed(self.config.seed, self.global_step, self.config.perturbation_interval)
         z = yield from self.directions(zo_random_seed)
-        loss_plus, loss_minus = yield from self.paired_passes(batch, z, config.zo_eps)
+        loss_plus, loss_minus = yield from self.paired_passes(batch, z, self.config.zo_eps)
         self._require_finite(loss_plus + loss_minus)
-        projected_grad = [self._clip((plus - minus) / (2 * config.zo_eps)) for plus, minus in zip(loss_plus, loss_minus)]
+        projected_grad = list(map(self._clip, self._estimate(loss_plus, loss_minus, self.config.zo_eps)))
         learning_rate = self._learning_rate()
-        apply_update(theta, z, projected_grad, learning_rate, config.weight_decay)
+        self.optimizer.step(z, projected_grad, learning_rate)
         result = StepResult(
             self.global_step, zo_random_seed, learning_rate, tuple(loss_plus), tuple(loss_minus), tuple(projected_grad)
         )
@@ -108,7 +118,7 @@ class MezoTrainer:
         """z_k, float32 [numel], for each direction of a step's seed."""
         z = []
         for k in range(self.config.num_perturbations):
-            z.append(direction(zo_random_seed, k, self.adapter.numel, self.config.perturbation))
+            z.append(self.optimizer.direction(zo_random_seed, k))
             yield
         return z
 
@@ -127,26 +137,22 @@ class MezoTrainer:
             z: float32 [numel] for each direction.
 
         Returns:
-            loss_plus and loss_minus, one number per direction.
+            loss_plus and loss_minus, one number per direction; one-sided, loss_minus is the loss at theta.
         """
         self.slots.write_perturbed(z, zo_eps)
-        values = yield from self.scorer.passes(batch, self._slot_pairs(), self.objective)
-        losses = self.handle.share(batch_loss(batch, values, self.objective).mean.tolist())
-        return losses[0::2], losses[1::2]
+        values = yield from self.scorer.passes(batch, self.slots.groups, self.objective)
+        return self.slots.losses_of(self.handle.share(batch_loss(batch, values, self.objective).mean.tolist()))
 
     def perturbed_passes(self, batch: Sequence[ExamplePlan], zo_random_seed: int, zo_eps: float) -> Passes[dict[str, list[float]]]:
         """``loss_plus``, ``loss_minus`` and ``projected_grad`` along the directions of a seed; theta stays as it is."""
         z = yield from self.directions(zo_random_seed)
         loss_plus, loss_minus = yield from self.paired_passes(batch, z, zo_eps)
-        projected_grad = [(plus - minus) / (2 * zo_eps) for plus, minus in zip(loss_plus, loss_minus)]
+        projected_grad = self._estimate(loss_plus, loss_minus, zo_eps)
         return {"loss_plus": loss_plus, "loss_minus": loss_minus, "projected_grad": projected_grad}
 
     def apply(self, record: LogRecord) -> None:
         """Take the step that a record of the seed log describes."""
-        config = self.config
-        replay_update(
-            self.adapter.theta, record.seed, record.projected_grads, record.learning_rate, config.weight_decay, config.perturbation
-        )
+        self.optimizer.replay(record.seed, record.projected_grads, record.learning_rate)
         self.global_step += 1
 
     def noise_floor(self, batch: Sequence[ExamplePlan]) -> float:
@@ -165,8 +171,8 @@ class MezoTrainer:
         plus, minus = (torch.add(theta, z, alpha=sign * eps).to(self.slot_dtype) for sign in (1, -1))
         return (plus == minus).float().mean().item()
 
-    def _slot_pairs(self) -> list[tuple[str, str]]:
-        return [(plus.lora_id, minus.lora_id) for plus, minus in self.slots.pairs]
+    def _estimate(self, loss_plus: Sequence[float], loss_minus: Sequence[float], zo_eps: float) -> list[float]:
+        return projected_grads(loss_plus, loss_minus, zo_eps, self.config.estimator, self.config.scale_by_loss_std)
 
     def _require_finite(self, losses: Sequence[float]) -> None:
         if not all(map(math.isfinite, losses)):
@@ -206,7 +212,22 @@ class MezoTrainer:
         for start in range(0, len(self.eval_plans), size):
             yield from self.scorer.prefix_passes(self.eval_plans[start : start + size], [(self.slots.current.lora_id,)])
         for step in self.stream.first_epochs(self.global_step):
-            yield from self.scorer.prefix_passes(self.batch(step), self._slot_pairs())
+            yield from self.scorer.prefix_passes(self.batch(step), self.slots.groups)
+
+    def _window(self, kept_tokens: int) -> int | None:
+        """Examples whose prefixes are kept at a time; None where the pool has room for all."""
+        prefixes = {row.prefix for plan in self.train_plans for row in plan.rows}
+        room = _POOL_SHARE * self.handle.kv_capacity
+        if not self.config.prefix_reuse or sum(map(len, prefixes)) <= room or (tokens := distinct_tokens(prefixes)) <= room:
+            return None
+        return max(1, int(kept_tokens / tokens * len(self.train_plans)))
+
+    def _enter_window(self) -> None:
+        """Give up the prefixes of the window before."""
+        window = self.stream.window_of(self.global_step)
+        if window != self._window_in_pool:
+            self._window_in_pool = window
+            self.scorer.base_prefixes.release()
 
     # --- the run -----------------------------------------------------------------------------------------------------
 
@@ -268,7 +289,8 @@ class MezoTrainer:
             raise ConfigError("metric_for_best_model", self.config.metric_for_best_model, f"one of {', '.join(metrics)}")
 
     def close(self) -> None:
-        """Give the slots back to the engine."""
+        """Give slots and locks back to the engine."""
+        self.scorer.base_prefixes.release()
         self.slots.release()
 
 

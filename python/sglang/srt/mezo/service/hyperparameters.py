@@ -18,9 +18,10 @@ from sglang.srt.mezo.service.messages import EngineDescription
 
 _SETTINGS = (
     "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "clip_projected_grad",
-    "zo_eps", "num_perturbations", "perturbation",
+    "optim", "momentum", "adam_beta1", "adam_beta2", "adam_epsilon",
+    "zo_eps", "num_perturbations", "estimator", "scale_by_loss_std", "perturbation", "perturbation_rank", "perturbation_interval",
     "tuning", "invocation", "r", "lora_alpha", "target_modules",
-    "max_steps", "objective", "gradient_accumulation_steps", "max_tokens_per_batch",
+    "max_steps", "objective", "gradient_accumulation_steps", "max_tokens_per_batch", "echoes",
     "eval_steps", "logging_steps", "save_steps", "noise_floor_steps", "load_best_model_at_end", "metric_for_best_model",
 )  # fmt: skip
 """Fields of ``MezoConfig`` that a job may set; the others name files, or are the server's business."""
@@ -45,13 +46,18 @@ SMALLEST_ZO_EPS = 1e-12
 
 _MOST_STEPS = 10**9
 _MOST_EXAMPLES = 4096  # of a step, which works on its list of examples in one piece
+_MOST_RANK = 64  # of directions, which are drawn in one piece
 _MOST_CHARACTERS = 1000  # of an invocation
 _COUNTS = {"n_epochs": _MOST_STEPS, "max_steps": _MOST_STEPS, "batch_size": _MOST_EXAMPLES, "max_tokens_per_batch": MAX_PASS_TOKENS}
 _MOST = {
     **dict.fromkeys(("eval_steps", "logging_steps", "save_steps", "noise_floor_steps", "warmup_steps"), _MOST_STEPS),
     **dict.fromkeys(
-        ("learning_rate", "learning_rate_multiplier", "weight_decay", "clip_projected_grad", "zo_eps", "lora_alpha"), int(LARGEST)
+        ("learning_rate", "learning_rate_multiplier", "weight_decay", "clip_projected_grad", "zo_eps", "lora_alpha", "adam_epsilon"),
+        int(LARGEST),
     ),
+    "perturbation_interval": _MOST_STEPS,
+    "echoes": _MOST_STEPS,
+    "perturbation_rank": _MOST_RANK,
 }
 """Bounds that ``MezoConfig`` does not know of: what it counts from 1 on, and what it only bounds from below."""
 
@@ -204,10 +210,11 @@ def _check_against(engine: EngineDescription, config: MezoConfig, given: Mapping
     targets, adaptable = config.target_modules or [], engine.target_modules
     require("target_modules", set(targets) <= set(adaptable), f"some of {', '.join(adaptable)}, which this server adapts")
     require("target_modules", len(set(targets)) == len(targets), "each module once")
-    # Two slots a direction and one for the adapter as it is; one more serves the base model, and one is left to serve an adapter.
-    most = (engine.max_loras_per_batch - 3) // 2
-    require("num_perturbations", config.num_perturbations <= most,
-            f"at most {most}, as each takes two of the server's --max-loras-per-batch={engine.max_loras_per_batch}")  # fmt: skip
+    # Beside the job's own slots one serves the base model, and one is left to serve an adapter.
+    slots = engine.max_loras_per_batch - 2
+    most = (slots - 1) // (2 if config.estimator == "two_sided" else 1)
+    require("num_perturbations", config.num_slots <= slots,
+            f"at most {most} with {config.estimator} estimates and the server's --max-loras-per-batch={engine.max_loras_per_batch}")  # fmt: skip
     require("max_tokens_per_batch", config.max_tokens_per_batch <= engine.kv_capacity,
             f"from 1 to {engine.kv_capacity}, the size of the KV pool")  # fmt: skip
 

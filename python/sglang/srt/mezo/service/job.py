@@ -85,7 +85,6 @@ class Job:
         """Give back the slots and the locks, close the files."""
         if self._operation is not None:
             self._fail_operation("the job was stopped")
-        self.trainer.scorer.base_prefixes.release()
         self.trainer.close()
         self.run.close()
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from sglang.srt.mezo.config import Objective
 from sglang.srt.mezo.data import Encoder, Example, SourceRow, default_objective, read_jsonl
 from sglang.srt.mezo.errors import DataError
-from sglang.srt.mezo.plan import Planner, PrefixScope
+from sglang.srt.mezo.plan import Planner
 from sglang.srt.mezo.service.errors import RequestError
 from sglang.srt.mezo.service.messages import EngineDescription, TokenizedExample
 from sglang.srt.mezo.service.records import StoredJob
@@ -135,10 +135,8 @@ class JobReader:
         return examples, objective
 
     def _require_one_pass(self, planner: Planner, example: Example, row: SourceRow) -> None:
-        rows = planner.plan(example).rows
-        prefixes = sum(map(len, {row.prefix for row in rows}))  # run once for both signs where the base model's KV serves
-        suffixes = sum(len(row.suffix) for row in rows)
-        tokens = 2 * suffixes + (prefixes if planner.scope is PrefixScope.BASE else 2 * prefixes)
+        plan = planner.plan(example)
+        tokens = 2 * plan.slot_tokens + sum(map(len, {row.prefix for row in plan.rows}))
         if tokens > self._max_pass_tokens:
             taken = f"its {len(example.options)} options take {tokens} tokens in one forward pass"
             raise DataError(f"{taken}, and at most {self._max_pass_tokens} go into one", row.source, row.line)

@@ -90,7 +90,6 @@ class MezoRunner:
     def on_flush(self) -> None:
         """The radix tree has been emptied: its locks and KV are gone."""
         if self._job is not None:
-            self._job.trainer.scorer.base_prefixes.forget()
             self._job.restart_work()
 
     # --- commands --------------------------------------------------------------------------------------------------------

@@ -1,0 +1,84 @@
+"""How the time of a step grows with batch, prompt length, directions, rank and layers, beside what the cost model says.
+
+    python benchmarks/growth.py --json benchmarks/results/growth.json
+
+One quantity changes at a time; the others stay at a batch of 16, prompts of 64 tokens, one direction, rank 8 and OPT-125m's
+12 layers. The last column is the growth of the measured time over the growth of the limit, from the smallest value on: above 1
+something grows faster than the work does.
+"""
+
+import argparse
+import json
+import os
+import statistics
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from step_time import Case, machine, run_cases, settings
+
+QUANTITIES = {
+    "batch_size": (4, 16, 64),
+    "workload": ("16", "64", "256", "1024"),  # prompt length
+    "num_perturbations": (1, 4, 16),
+    "r": (4, 16, 64),
+    "layers": (3, 12, 24),
+}
+NAMES = {"batch_size": "batch", "workload": "prompt length", "num_perturbations": "directions", "r": "rank", "layers": "layers"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tuning", nargs="+", choices=["alora", "lora"], default=["alora", "lora"])
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    series = []
+    for tuning in arguments.tuning:
+        for quantity, values in QUANTITIES.items():
+            base = Case("64", tuning, repeats=arguments.repeats)
+            rows = run_cases([replace(base, **{quantity: value}) for value in values])
+            series.append({"tuning": tuning, "quantity": quantity, "rows": rows})
+    for one in series:
+        show(one)
+    if arguments.json:
+        report = {"series": series, "machine": machine(os.cpu_count()), "settings": settings()}
+        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+        plot(series, arguments.json.with_suffix(".png"))
+
+
+def growth(rows: Sequence[dict[str, Any]]) -> list[tuple[float, float]]:
+    """(measured, limit) of every row over those of the first."""
+    times = [(statistics.median(row["ours_s"]), row["limit_s"]) for row in rows]
+    return [(ours / times[0][0], limit / times[0][1]) for ours, limit in times]
+
+
+def show(one: dict[str, Any]) -> None:
+    print(f"\n{one['tuning']}, {NAMES[one['quantity']]}: {'ours ms':>10} {'limit ms':>10} {'share':>8} {'excess growth':>14}")
+    for row, (ours, limit) in zip(one["rows"], growth(one["rows"])):
+        print(f"{row[one['quantity']]!s:>18} {1000 * statistics.median(row['ours_s']):>10.1f} {1000 * row['limit_s']:>10.1f} "
+              f"{row['limit_share']:>8.1%} {ours / limit:>14.2f}")  # fmt: skip
+
+
+def plot(series: Sequence[dict[str, Any]], path: Path) -> None:
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        print("no plot: pip install matplotlib")
+        return
+    tunings = list(dict.fromkeys(one["tuning"] for one in series))
+    figure = Figure(figsize=(3 * len(QUANTITIES), 2.8 * len(tunings)), layout="constrained")
+    panels = figure.subplots(len(tunings), len(QUANTITIES), squeeze=False)
+    for one in series:
+        panel = panels[tunings.index(one["tuning"])][list(QUANTITIES).index(one["quantity"])]
+        values = [float(row[one["quantity"]]) for row in one["rows"]]
+        panel.loglog(values, [1000 * statistics.median(row["ours_s"]) for row in one["rows"]], marker="o", label="measured")
+        panel.loglog(values, [1000 * row["limit_s"] for row in one["rows"]], marker=".", linestyle="--", color="grey", label="limit")
+        panel.set(xlabel=NAMES[one["quantity"]], ylabel=f"{one['tuning']} step, ms")
+    panels[0][0].legend()
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""Training with a KV pool of a tenth of the training set's prefixes, against one with room for all of them.
+
+    python benchmarks/small_pool.py --json benchmarks/results/small_pool.json
+
+BoolQ lengths, aLoRA, OPT-125m shape with random weights, float32. Two engines in processes of their own take turns of
+some steps, after the large pool's first epoch; the small pool's steps are whole windows, with the computation of their
+prefixes. Losses of both are compared on the same examples with nothing reused.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from step_time import ALPHA, LEARNING_RATE, TARGETS, ZO_EPS, machine
+from transformers import OPTConfig, OPTForCausalLM
+from workloads import WORKLOADS
+
+from sglang.srt.mezo.adapter import AdapterSpec
+from sglang.srt.mezo.config import MezoConfig
+from sglang.srt.mezo.engine import MezoEngine
+from sglang.srt.mezo.sharing import distinct_tokens
+from sglang.srt.mezo.trainer import MezoTrainer
+
+WORKLOAD = WORKLOADS["boolq"]
+BATCH_SIZE, RANK = 16, 8
+POOLS = {"all": 1.5, "tenth": 0.1}  # of the tokens of all prefixes
+TARGET = 2.0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--examples", type=int, default=1000)
+    parser.add_argument("--turns", type=int, default=5, help="windows of the small pool that are measured")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
+    with tempfile.TemporaryDirectory() as model:
+        OPTForCausalLM(OPTConfig()).save_pretrained(model)  # the default is OPT-125m
+        trainers = {pool: Trainer(model, share, arguments.examples) for pool, share in POOLS.items()}
+        report = {"rows": compare(trainers, arguments.turns), "machine": machine(int(os.environ["OMP_NUM_THREADS"]))}
+        report["settings"] = {"examples": arguments.examples, "batch_size": BATCH_SIZE, "r": RANK, "echoes": MezoConfig.echoes}
+    show(report["rows"])
+    if arguments.json:
+        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def compare(trainers: dict[str, "Trainer"], turns: int) -> dict[str, Any]:
+    described = {pool: trainer.call("describe") for pool, trainer in trainers.items()}
+    window = described["tenth"]["window"]
+    steps = window * MezoConfig.echoes // BATCH_SIZE
+    trainers["all"].call("steps", -(-described["all"]["examples"] // BATCH_SIZE))  # the first epoch
+    times: dict[str, list[float]] = {pool: [] for pool in trainers}
+    for _ in range(turns):
+        for pool, trainer in trainers.items():
+            times[pool].append(trainer.call("steps", steps) / steps)
+    differences = {pool: trainer.call("difference") for pool, trainer in trainers.items()}
+    medians = {pool: statistics.median(values) for pool, values in times.items()}
+    return {"pools": described, "window": window, "steps_a_turn": steps, "step_s": times, "slowdown": medians["tenth"] / medians["all"],
+            "loss_difference_without_reuse": differences}  # fmt: skip
+
+
+class Trainer:
+    """A trainer in a process of its own, as a process holds one engine."""
+
+    def __init__(self, model: str, share: float, examples: int):
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        context.Process(target=serve, args=(theirs, model, share, examples), daemon=True).start()
+
+    def call(self, name: str, *arguments: Any) -> Any:
+        self._pipe.send((name, *arguments))
+        return self._pipe.recv()
+
+
+def serve(pipe, model: str, share: float, count: int) -> None:
+    examples = WORKLOAD.examples(count, vocab_size=50_000)
+    cut = len(WORKLOAD.invocation_tokens)
+    tokens = distinct_tokens({example.prompt[:-cut] for example in examples})
+    config = MezoConfig(per_device_train_batch_size=BATCH_SIZE, zo_eps=ZO_EPS, learning_rate=LEARNING_RATE, max_steps=10_000)
+    engine = MezoEngine(
+        model, r=RANK, target_modules=TARGETS["alora"], num_slots=config.num_slots, dtype="float32", skip_tokenizer_init=True,
+        log_level="error", max_total_tokens=int(share * tokens),
+    )  # fmt: skip
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    spec = AdapterSpec(model, RANK, ALPHA, TARGETS["alora"], WORKLOAD.invocation_tokens)
+    trainer = MezoTrainer(engine.handle, config, spec, examples)
+    operations = {
+        "describe": lambda: {"kv_tokens": engine.handle.kv_capacity, "prefix_tokens": tokens, "examples": count, "window": trainer.stream.window},
+        "steps": lambda number: run(trainer, number),
+        "difference": lambda: difference(trainer),
+    }
+    while True:
+        name, *arguments = pipe.recv()
+        pipe.send(operations[name](*arguments))
+
+
+def run(trainer: MezoTrainer, steps: int) -> float:
+    started = time.perf_counter()
+    for _ in range(steps):
+        trainer.train_step(trainer.batch(trainer.global_step))
+    return time.perf_counter() - started
+
+
+def difference(trainer: MezoTrainer) -> float:
+    """Of a batch's losses with reuse and without it, the larger."""
+    batch = trainer.batch(trainer.global_step)
+    z = [trainer.optimizer.direction(1, 0)]
+    reused = trainer.paired_losses(batch, z, ZO_EPS)
+    trainer.scorer._prefix_reuse = False
+    computed = trainer.paired_losses(batch, z, ZO_EPS)
+    trainer.scorer._prefix_reuse = True
+    return max(abs(a[0] - b[0]) for a, b in zip(reused, computed))
+
+
+def show(row: dict[str, Any]) -> None:
+    for pool, described in row["pools"].items():
+        values = [1000 * value for value in row["step_s"][pool]]
+        print(f"pool of {described['kv_tokens']} tokens for {described['prefix_tokens']}: {statistics.median(values):.0f} ms a step "
+              f"({min(values):.0f} to {max(values):.0f}), losses without reuse differ by {row['loss_difference_without_reuse'][pool]:.1e}")  # fmt: skip
+    print(f"{'pass' if row['slowdown'] <= TARGET else 'FAIL'}  {row['slowdown']:.2f}x, at most {TARGET}")
+
+
+if __name__ == "__main__":
+    main()

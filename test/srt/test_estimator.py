@@ -1,0 +1,42 @@
+"""Projected gradients against z . grad L of a function whose gradient is known."""
+
+import pytest
+import torch
+
+from sglang.srt.mezo.estimator import projected_grads
+from sglang.srt.mezo.noise import direction
+
+EPS = 1e-4
+
+
+def losses_around(numel: int = 50, count: int = 6):
+    """Losses of sum(exp(theta)) at theta + EPS z, theta - EPS z and theta, and z . grad L, for several z."""
+    theta = torch.linspace(-1, 1, numel, dtype=torch.float64)
+    z = [direction(1, k, numel).double() for k in range(count)]
+    plus, minus = ([(theta + sign * EPS * z_k).exp().sum().item() for z_k in z] for sign in (1, -1))
+    return plus, minus, [theta.exp().sum().item()] * count, [torch.dot(z_k, theta.exp()).item() for z_k in z]
+
+
+def test_two_sided_estimates_have_an_error_of_second_order():
+    plus, minus, _, exact = losses_around()
+    assert projected_grads(plus, minus, EPS) == pytest.approx(exact, abs=1e-5)
+
+
+def test_one_sided_estimates_have_an_error_of_first_order():
+    plus, _, at_theta, exact = losses_around()
+    estimates = projected_grads(plus, at_theta, EPS, "one_sided")
+    assert estimates == pytest.approx(exact, abs=100 * EPS)
+    assert estimates != pytest.approx(exact, abs=1e-5)
+
+
+def test_scaled_estimates_do_not_depend_on_the_size_of_loss_and_step():
+    plus, _, at_theta, _ = losses_around()
+    scaled = projected_grads(plus, at_theta, EPS, "one_sided", scale_by_loss_std=True)
+    deviation = torch.tensor(plus, dtype=torch.float64).std(correction=1).item()
+    assert scaled == pytest.approx([(a - b) / deviation for a, b in zip(plus, at_theta)])
+    assert projected_grads([7 * x for x in plus], [7 * x for x in at_theta], 1.0, "one_sided", True) == pytest.approx(scaled)
+
+
+def test_equal_losses_say_nothing_about_the_slope():
+    assert projected_grads([2.0, 2.0], [1.5, 1.5], EPS, "one_sided", scale_by_loss_std=True) == [0.0, 0.0]
+    assert projected_grads([2.0], [2.0], EPS) == [0.0]

@@ -1,0 +1,51 @@
+"""The batch that is handed to SGLang, built on a device that computes nothing: no step of it may need the numbers there."""
+
+from dataclasses import fields
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from sglang.srt.mezo.forward import Sequenced, _forward_batch
+
+LENGTHS = ((3, 2), (0, 4), (5, 1))  # cached and new tokens of each sequence
+
+
+def handle_on(device: str) -> SimpleNamespace:
+    translator = SimpleNamespace()
+    translator.own_plan = lambda batch: SimpleNamespace(bind=lambda batch, translator: None)
+    return SimpleNamespace(
+        device=torch.device(device),
+        req_to_token_pool=SimpleNamespace(req_to_token=torch.zeros(8, 16, dtype=torch.int32, device=device)),
+        model_runner=SimpleNamespace(kv_index_translator=translator),
+    )
+
+
+def sequences_on(device: str) -> list[Sequenced]:
+    cached = torch.arange(100, 108, device=device).split([prefix for prefix, _ in LENGTHS])
+    return [Sequenced(indices, list(range(new)), (("adapter", new),)) for indices, (_, new) in zip(cached, LENGTHS)]
+
+
+def batch_on(device: str):
+    handle = handle_on(device)
+    return handle, _forward_batch(handle, sequences_on(device), [4, 0, 2], torch.arange(200, 207, device=device))
+
+
+def test_every_tensor_is_on_the_device_but_those_named_for_the_host():
+    _, batch = batch_on("meta")
+    tensors = {field.name: value for field in fields(batch) if isinstance(value := getattr(batch, field.name), torch.Tensor)}
+    assert {"input_ids", "positions", "seq_lens", "req_pool_indices", "out_cache_loc", "extend_seq_lens"} <= tensors.keys()
+    for name, tensor in tensors.items():
+        assert tensor.device.type == ("cpu" if name.endswith("_cpu") else "meta"), name
+
+
+@pytest.mark.parametrize("row", range(3))
+def test_rows_hold_cached_and_new_tokens_in_order(row):
+    handle, batch = batch_on("cpu")
+    prefix, new = LENGTHS[row]
+    cached_before, new_before = (sum(pair[i] for pair in LENGTHS[:row]) for i in (0, 1))
+    table = handle.req_to_token_pool.req_to_token[[4, 0, 2][row], : prefix + new]
+    assert table.tolist() == [*range(100 + cached_before, 100 + cached_before + prefix), *range(200 + new_before, 200 + new_before + new)]
+    own = slice(new_before, new_before + new)
+    assert batch.positions[own].tolist() == list(range(prefix, prefix + new))
+    assert batch.extend_start_loc[row] == new_before and batch.seq_lens[row] == prefix + new
