@@ -30,8 +30,9 @@ def raw(seed: int, stream: int, index: int, place: int) -> int:
 
 
 def uniform(seed: int, stream: int, index: int, place: int) -> float:
-    """32-bit word ``place`` of a stream as a number inside (0, 1)."""
-    return ((raw(seed, stream, index, place // 2) >> 32 * (place % 2) & 0xFFFFFFFF) + 0.5) / 2**32
+    """32-bit word ``place`` of a stream, a signed number, as one inside (0, 1)."""
+    word = raw(seed, stream, index, place // 2) >> 32 * (place % 2) & 0xFFFFFFFF
+    return ((word + 2**31) % 2**32 + 0.5) / 2**32
 
 
 def normal(seed: int, index: int, i: int) -> float:

@@ -20,7 +20,8 @@ Distribution = Literal["gaussian", "rademacher"]
 Shapes = Sequence[tuple[int, int]]
 """(rows, columns) of the matrices that a flat vector holds one after the other."""
 
-_BLOCK = 1 << 15  # normal numbers that are drawn together; their working set stays in the L2 cache
+_BLOCK = 1 << 15  # normal numbers that belong together
+_BLOCKS_AT_ONCE = 8  # enough work for several threads
 
 # Streams that are drawn for different purposes.
 _DIRECTION, _STEP_SEED, _INITIAL, _BASIS = range(4)
@@ -93,9 +94,8 @@ def _generator(seed: int, stream: int, index: int, counter: int = 0) -> np.rando
 
 
 def _words(generator: np.random.Philox, count: int) -> np.ndarray:
-    """The next 32-bit words of a stream, the lower half of each 64 bits first; -2^31 stands for the word 0."""
-    words = generator.random_raw(-(-count // 2)).astype("<u8", copy=False).view("<u4")[:count]
-    return (words ^ 0x80000000).view(np.int32)
+    """The next 32-bit words of a stream as signed numbers, the lower half of each 64 bits first."""
+    return generator.random_raw(-(-count // 2)).astype("<u8", copy=False).view("<i4")[:count]
 
 
 def _gaussian(generator: np.random.Philox, numel: int) -> torch.Tensor:
@@ -104,14 +104,14 @@ def _gaussian(generator: np.random.Philox, numel: int) -> torch.Tensor:
     The first half of the numbers are the cosines, the second the sines.
     """
     out = torch.empty(numel)
-    half = _BLOCK // 2
-    for start in range(0, numel, _BLOCK):
-        uniform = torch.from_numpy(_words(generator, _BLOCK)).double().add_(2.0**31 + 0.5).mul_(2.0**-32)
-        radius = uniform[:half].log_().mul_(-2.0).sqrt_()
-        angle = uniform[half:].mul_(2.0 * math.pi)
+    size = min(_BLOCKS_AT_ONCE, -(-numel // _BLOCK)) * _BLOCK
+    for start in range(0, numel, size):
+        uniform = torch.from_numpy(_words(generator, size)).double().add_(2.0**31 + 0.5).mul_(2.0**-32).view(-1, 2, _BLOCK // 2)
+        radius = uniform[:, 0].log_().mul_(-2.0).sqrt_()
+        angle = uniform[:, 1].mul_(2.0 * math.pi)
         sine = angle.sin().mul_(radius)
-        numbers = torch.cat((angle.cos_().mul_(radius), sine))
-        out[start : start + _BLOCK] = numbers[: numel - start]
+        numbers = torch.stack((angle.cos_().mul_(radius), sine), dim=1).flatten()
+        out[start : start + size] = numbers[: numel - start]
     return out
 
 

@@ -6,6 +6,7 @@ from types import ModuleType
 import torch
 from torch.overrides import TorchFunctionMode
 
+from sglang.srt.mezo.cpu.linear import apply_linear, compute_lm_head
 from sglang.srt.mezo.hooks import Hook
 
 BACKEND_NAME = "torch_native"
@@ -50,6 +51,20 @@ def _leave_threads_alone(original: Callable, **kwargs) -> None:
 
 
 HOOKS = (
+    Hook(
+        "sglang.srt.layers.quantization.unquant",
+        "UnquantizedLinearMethod.apply",
+        "around",
+        apply_linear,
+        "linear layers in float32 through oneDNN",
+    ),
+    Hook(
+        "sglang.srt.layers.logits_processor",
+        "LogitsProcessor._compute_lm_head",
+        "around",
+        compute_lm_head,
+        "the head in float32 through oneDNN",
+    ),
     Hook(
         "sglang.srt.lora.lora_manager",
         "LoRAManager.__init__",

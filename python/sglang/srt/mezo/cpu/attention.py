@@ -10,6 +10,10 @@ from sglang.srt.mezo.cpu.attention_plan import Group, Row, plan
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
 
+# Up to these sizes two batched products are faster than PyTorch's attention kernel, which is made for long queries.
+FEW_QUERIES, FEW_KEYS = 32, 256
+
+
 class CpuAttentionBackend(TorchNativeAttnBackend):
     """Same results as upstream's torch_native backend, which runs one sequence at a time.
 
@@ -63,11 +67,11 @@ class CpuAttentionBackend(TorchNativeAttnBackend):
                 v.reshape(-1, layer.tp_v_head_num, layer.v_head_dim),
             )
         causal = layer.attn_type != AttentionType.ENCODER_ONLY
-        output = query.new_empty(len(query), layer.tp_q_head_num, layer.v_head_dim)
+        output = query.new_empty(len(query) + 1, layer.tp_q_head_num, layer.v_head_dim)  # padding is written to the last
         for group in self._groups(forward_batch, causal, from_pool=batch is None):
             keys, values = batch if group.fresh else pool
             _attend_group(group, query, keys, values, output, layer, causal)
-        return output.view(len(query), -1)
+        return output[:-1].view(len(query), -1)
 
     def _groups(self, forward_batch: ForwardBatch, causal: bool, from_pool: bool) -> list[Group]:
         if (causal, from_pool) not in self._plans:
@@ -101,24 +105,25 @@ def _attend_group(
     layer: RadixAttention,
     causal: bool,
 ) -> None:
-    """Write the group's tokens of `output`, (tokens, heads, v_dim); keys and values are (places, kv_heads, dim)."""
-    heads = query.shape[1]
-    q = query.index_select(0, group.tokens).view(group.count, group.queries, heads, -1).transpose(1, 2)
-    k = keys.index_select(0, group.kv).view(group.count, group.keys, *keys.shape[1:]).transpose(1, 2)
-    v = values.index_select(0, group.kv).view(group.count, group.keys, *values.shape[1:]).transpose(1, 2)
+    """Write the group's tokens of `output`, (tokens + 1, heads, v_dim); keys and values are (places, kv_heads, dim)."""
+    heads, kv_heads = query.shape[1], keys.shape[1]
+    # Rows of single heads are gathered, so that each head's lie together.
+    kv_rows = group.rows(group.kv, kv_heads)
+    q = _gather(query, group.rows(group.tokens, heads)).view(group.count, heads, group.queries, -1)
+    k = _gather(keys, kv_rows).view(group.count, kv_heads, group.keys, -1).to(q.dtype)
+    v = _gather(values, kv_rows).view(group.count, kv_heads, group.keys, -1).to(q.dtype)
     mask = group.mask(causal, _window(layer) if causal else None, query.dtype)
-    k, v = k.to(q.dtype), v.to(q.dtype)
-    if layer.logit_cap:
-        result = _soft_capped_attention(q, k, v, mask, layer.scaling, layer.logit_cap)
+    if layer.logit_cap or (group.queries <= FEW_QUERIES and group.keys <= FEW_KEYS):
+        result = _attention(q, k, v, mask, layer.scaling, layer.logit_cap)
     else:
-        result = scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, scale=layer.scaling, enable_gqa=heads != keys.shape[1]
-        )
-    result = result.transpose(1, 2).reshape(group.count * group.queries, heads, -1)
-    if group.valid is None:
-        output.index_copy_(0, group.tokens, result)
-    else:
-        output.index_copy_(0, group.tokens[group.valid], result[group.valid])
+        result = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=layer.scaling, enable_gqa=heads != kv_heads)
+    written = group.rows(group.written(len(output) - 1), heads)
+    output.view(-1, output.shape[2]).index_copy_(0, written, result.reshape(-1, output.shape[2]))
+
+
+def _gather(source: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """source: (places, heads, dim); rows: int64, place * heads + head. Returns (rows, dim)."""
+    return source.reshape(-1, source.shape[2]).index_select(0, rows)
 
 
 def _window(layer: RadixAttention) -> int | None:
@@ -127,11 +132,17 @@ def _window(layer: RadixAttention) -> int | None:
     return None if size is None or size < 0 else size
 
 
-def _soft_capped_attention(
+def _attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scaling: float, cap: float
 ) -> torch.Tensor:
-    """softmax(cap tanh(q k / cap) + mask) v; q: (count, heads, queries, dim), k, v: (count, kv_heads, keys, dim)."""
-    repeats = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
-    scores = cap * torch.tanh(q @ k.transpose(2, 3) * (scaling / cap))
-    return torch.softmax((scores + mask).float(), -1).to(q.dtype) @ v
+    """softmax(cap tanh(q k / cap) + mask) v, without the cap where it is 0.
+
+    q: (count, heads, queries, dim), k, v: (count, kv_heads, keys, dim).
+    """
+    count, heads, queries, _ = q.shape
+    batch, keys = count * k.shape[1], k.shape[2]  # heads that read the same keys and values are taken together
+    scores = torch.bmm(q.view(batch, -1, q.shape[3]), k.view(batch, keys, -1).transpose(1, 2)).float().mul_(scaling)
+    if cap:
+        scores = scores.div_(cap).tanh_().mul_(cap)
+    scores = torch.softmax(scores.view(count, heads, queries, keys).add_(mask), -1).to(q.dtype)
+    return torch.bmm(scores.view(batch, -1, keys), v.view(batch, keys, -1)).view(count, heads, queries, -1)

@@ -66,16 +66,14 @@ def pairs(queries: int, keys: int) -> int:
 class Group:
     """Bundles padded to one shape: count bundles, `queries` queries and `keys` keys each.
 
-    tokens: int64 (count * queries,), the batch's token of every query; padding repeats token 0.
-    valid: int64, the positions in `tokens` that are no padding, or None where all are.
-    kv: int64 (count * keys,), where a key lies: in the pool, or in the batch's own k and v where `fresh` is set.
+    tokens: int64 (count, queries), the batch's token of every query; padding repeats token 0.
+    kv: int64 (count, keys), where a key lies: in the pool, or in the batch's own k and v where `fresh` is set.
     """
 
     count: int
     queries: int
     keys: int
     tokens: torch.Tensor
-    valid: torch.Tensor | None
     kv: torch.Tensor
     fresh: bool
     _query_row: np.ndarray
@@ -83,6 +81,21 @@ class Group:
     _key_row: np.ndarray
     _key_position: np.ndarray
     _masks: dict[tuple, torch.Tensor] = field(default_factory=dict)
+    _rows: dict[tuple, torch.Tensor] = field(default_factory=dict)
+    _written: torch.Tensor | None = None
+
+    def rows(self, places: torch.Tensor, heads: int) -> torch.Tensor:
+        """Rows of (places, heads) tensors, head after head: int64 (count * heads * n,) for `places` (count, n) of this group."""
+        name = (id(places), heads)
+        if name not in self._rows:
+            self._rows[name] = (places[:, None, :] * heads + torch.arange(heads)[:, None]).view(-1)
+        return self._rows[name]
+
+    def written(self, padding: int) -> torch.Tensor:
+        """`tokens`, with padding going to another place."""
+        if self._written is None:
+            self._written = self.tokens.masked_fill(torch.from_numpy(self._query_row == _PADDING), padding)
+        return self._written
 
     def mask(self, causal: bool, window: int | None, dtype: torch.dtype) -> torch.Tensor:
         """(count, 1, queries, keys): 0 where the query sees the key, -inf elsewhere.
@@ -192,14 +205,12 @@ def _build(bundles: Sequence[Bundle], table: np.ndarray, from_pool: bool) -> Gro
             query_row[i, query] = key_row[i, key] = row.start
             query_position[i, query] = key_position[i, key] = positions
             at += row.fresh
-    valid = np.flatnonzero(query_row.reshape(-1) != _PADDING)
     return Group(
         count=count,
         queries=queries,
         keys=keys,
-        tokens=torch.from_numpy(tokens.reshape(-1)),
-        valid=None if len(valid) == count * queries else torch.from_numpy(valid),
-        kv=torch.from_numpy(kv.reshape(-1)),
+        tokens=torch.from_numpy(tokens),
+        kv=torch.from_numpy(kv),
         fresh=fresh,
         _query_row=query_row,
         _query_position=query_position,
