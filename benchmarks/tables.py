@@ -8,23 +8,27 @@ import statistics
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
+LOOPS = ("strong", "official")
 
 
 def main() -> None:
     serving = [serve_while_train(path.name) for path in sorted(RESULTS.glob("serve_while_train*.json"))]
-    for table in (step_time(), accuracy(), memory(), *serving):
+    for table in (step_time("step_time.json"), step_time("directions.json"), accuracy(), memory(), *serving):
         print("\n".join(table), end="\n\n")
 
 
-def step_time() -> list[str]:
-    lines = ["| one step, median | ours | strong loop | official-style loop | speed-up over strong | over official | prefix tokens reused |",
-             "|---|---|---|---|---|---|---|"]  # fmt: skip
-    for row in load("step_time.json"):
-        ours, strong, official = (f"{1000 * statistics.median(row[key]):.0f} ms" for key in ("ours_s", "strong_s", "official_s"))
+def step_time(name: str) -> list[str]:
+    lines = ["| one step, median | ours | limit, share reached | strong loop | official-style loop | speed-up over strong | over official | prefix tokens reused |",
+             "|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    for row in load(name):
+        ours = 1000 * statistics.median(row["ours_s"])
+        loops = [f"{1000 * statistics.median(row[f'{kind}_s']):.0f} ms" if f"{kind}_s" in row else "-" for kind in LOOPS]
+        ratios = [f"{row[f'ratio_{kind}']:.1f}x" if f"{kind}_s" in row else "-" for kind in LOOPS]
         total = row["prefix_tokens_total"]
         reused = f"{row['prefix_tokens_reused'] / total:.0%}" if total else "-"
-        name = f"{row['workload']} lengths, {row['tuning']}, {row['dtype']}"
-        lines.append(f"| {name} | {ours} | {strong} | {official} | {row['ratio_strong']:.1f}x | {row['ratio_official']:.1f}x | {reused} |")
+        directions = "" if row["num_perturbations"] == 1 else f", {row['num_perturbations']} directions"
+        label = f"{row['workload']} lengths, {row['tuning']}, {row['dtype']}{directions}"
+        lines.append(f"| {label} | {ours:.0f} ms | {1000 * row['limit_s']:.0f} ms, {row['limit_share']:.0%} | {' | '.join(loops + ratios)} | {reused} |")
     return lines
 
 

@@ -52,6 +52,23 @@ def steps(engine, config, spec, train, count):
     return [(result.loss_plus, result.loss_minus, result.projected_grad) for result in results]
 
 
+def windowed_steps(engine, config, spec, train, count):
+    """The window, the series of a run and of one that computes every prefix anew, and what the first has computed."""
+    engine.scheduler.flush_cache()
+    series = []
+    for reuse in (True, False):
+        trainer = build(engine, replace(config, prefix_reuse=reuse), spec, train)
+        if reuse:
+            window, stats = trainer.stream.window, trainer.scorer.prefix_stats
+        trainer.stream.window = window
+        try:
+            results = [trainer.train_step(trainer.batch(trainer.global_step)) for _ in range(count)]
+        finally:
+            trainer.close()
+        series.append([result.loss_plus + result.loss_minus for result in results])
+    return window, *series, stats
+
+
 def step_with_theta(engine, config, spec, train, value):
     trainer = build(engine, config, spec, train)
     try:
@@ -167,6 +184,27 @@ def test_a_resumed_run_equals_the_whole_run(engine, spec, config, tmp_path):
     engine.call(run, replace(part, resume_from_checkpoint=True), spec, TRAIN, EVALUATION)
     assert SeedLog.open(tmp_path / "part" / "seed_log").records() == SeedLog.open(tmp_path / "whole" / "seed_log").records()
     assert torch.equal(adapter_in(tmp_path / "part" / "adapter", spec).theta, adapter_in(tmp_path / "whole" / "adapter", spec).theta)
+
+
+def test_a_pool_too_small_for_all_prefixes_is_gone_over_in_windows(engine, spec, config):
+    train = oracle.examples(300, [(11,), (12,)])
+    window, reused, computed, stats = engine.call(windowed_steps, replace(config, echoes=8, learning_rate=1e-4), spec, train, 400)
+    assert 4 < window < 200
+    for with_reuse, without in zip(reused, computed, strict=True):
+        assert with_reuse == pytest.approx(without, abs=1e-5)
+    # 1,600 examples in windows that are each gone over eight times: little more than an eighth is computed.
+    assert stats.computed < 0.2 * stats.total / (2 * config.num_perturbations)
+
+
+def test_a_resumed_run_keeps_its_window(engine, spec, config):
+    train = oracle.examples(300, [(11,), (12,)])
+    engine.call(run, replace(config, max_steps=3), spec, train)
+    state = json.loads((Path(config.output_dir) / "trainer_state.json").read_text())
+    assert state["window"] > 4
+    path = Path(config.output_dir) / "trainer_state.json"
+    path.write_text(json.dumps({**state, "window": 5}))
+    engine.call(run, replace(config, max_steps=6, resume_from_checkpoint=True), spec, train)
+    assert json.loads(path.read_text())["window"] == 5
 
 
 def test_training_lowers_the_loss(engine, spec, config):
