@@ -71,7 +71,7 @@ def accuracy(server, model: str, rows: list[dict]) -> float:
 def test_the_main_job_lifts_held_out_accuracy_as_it_does_offline(server, trained):
     assert trained.status == "succeeded" and trained.fine_tuned_model == "reviews-model:reviews"
     assert trained.trained_tokens > 100_000 and trained.finished_at >= trained.created_at and trained.error is None
-    held_out = reviews("test", 200)
+    held_out = reviews("test", 600)
     assert accuracy(server, server.model, held_out) < 0.6
     assert accuracy(server, trained.fine_tuned_model, held_out) >= 0.85
 

@@ -172,7 +172,8 @@ def test_projected_grad_equals_autograd(model, tuning, batch, tmp_path):
         for z_k, plus_k, minus_k in zip(directions, plus, minus, strict=True):
             projected_grad = (plus_k - minus_k) / (2 * ZO_EPS)
             exact = torch.dot(gradient, z_k.double()).item()
-            assert abs(projected_grad - exact) <= 0.01 * abs(exact) + 3 * floor / (2 * ZO_EPS)
+            # Along a direction that is nearly orthogonal to the gradient the terms of third order in eps are not small beside it.
+            assert abs(projected_grad - exact) <= 0.01 * abs(exact) + 0.001 * gradient.norm().item() + 3 * floor / (2 * ZO_EPS)
 
 
 @pytest.mark.parametrize("batch", BATCHES)
