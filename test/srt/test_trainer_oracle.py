@@ -1,5 +1,6 @@
 """Losses and projected gradients of the trainer against Transformers + PEFT and autograd, in float32."""
 
+import itertools
 from collections.abc import Sequence
 
 import oracle
@@ -164,16 +165,18 @@ def test_projected_grad_equals_autograd(model, tuning, batch, tmp_path):
     kind, path, engine = model
     objective, examples = BATCHES[batch]
     adapter = random_adapter(engine, kind, path, tuning)
-    z = [direction(5, k, adapter.numel) for k in range(NUM_PERTURBATIONS)]
     reference = oracle.Reference(path, adapter, tmp_path / "adapter", torch.float64)
     gradient = reference.gradient(reference_loss(reference, objective, examples))
+    # Nearly orthogonal to the gradient, terms of third order in eps are not small beside the first: one per cent says nothing there.
+    drawn = (direction(5, k, adapter.numel) for k in itertools.count())
+    sloped = (z_k for z_k in drawn if torch.dot(gradient, z_k.double()).abs() > 0.1 * gradient.norm())
+    z = list(itertools.islice(sloped, NUM_PERTURBATIONS))
     for directions in (z[:1], z):
         plus, minus, floor, _ = engine.call(losses, tuning, adapter.spec, examples, objective, adapter.theta, directions, ZO_EPS, {})
         for z_k, plus_k, minus_k in zip(directions, plus, minus, strict=True):
             projected_grad = (plus_k - minus_k) / (2 * ZO_EPS)
             exact = torch.dot(gradient, z_k.double()).item()
-            # Along a direction that is nearly orthogonal to the gradient the terms of third order in eps are not small beside it.
-            assert abs(projected_grad - exact) <= 0.01 * abs(exact) + 0.001 * gradient.norm().item() + 3 * floor / (2 * ZO_EPS)
+            assert abs(projected_grad - exact) <= 0.01 * abs(exact) + 3 * floor / (2 * ZO_EPS)
 
 
 @pytest.mark.parametrize("batch", BATCHES)
