@@ -17,7 +17,7 @@ JOB = {
     "invocation": " It was", "learning_rate": 1e-2, "zo_eps": 3e-3, "lr_scheduler_type": "linear", "clip_projected_grad": 1.0,
     "logging_steps": 1, "eval_steps": 40, "save_steps": 20, "max_tokens_per_batch": 32,
 }  # fmt: skip
-STEPS_BETWEEN_KILLS = 60
+STEPS_BETWEEN_KILLS = 150
 
 
 def losses(run: Path) -> dict[int, tuple[float, float]]:
