@@ -9,8 +9,8 @@ The work of a step is counted from its plans, whatever the implementation does:
 - the adapter and a direction are read, and two slots written.
 
 The ceiling is measured side by side with the steps: the time of the bare matrix products at these shapes over the model's
-own weights, which come from memory as in a step, by the faster of PyTorch's choice and oneDNN, and the bandwidth of a copy. Attention and LoRA products are small; they
-are taken to run at the rate of the large ones.
+own weights, which come from memory as in a step, by the faster of PyTorch's choice and oneDNN, and the bandwidth of a copy.
+Attention and LoRA products are small; they are taken to run at the rate of the large ones.
 """
 
 import statistics
@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from sglang.srt.mezo.cpu.linear import linear as onednn_linear
-from sglang.srt.mezo.plan import ExamplePlan, PrefixScope, needs_normaliser
+from sglang.srt.mezo.plan import ExamplePlan, needs_normaliser
 from sglang.srt.mezo.sharing import distinct_tokens
 from sglang.srt.mezo.trainer import MezoTrainer
 

@@ -9,7 +9,6 @@ prefixes. Losses of both are compared on the same examples with nothing reused.
 
 import argparse
 import json
-import multiprocessing
 import os
 import statistics
 import tempfile
@@ -20,11 +19,13 @@ from typing import Any
 import torch
 from step_time import ALPHA, LEARNING_RATE, TARGETS, ZO_EPS, machine
 from transformers import OPTConfig, OPTForCausalLM
+from turns import Operations, Worker
 from workloads import WORKLOADS
 
 from sglang.srt.mezo.adapter import AdapterSpec
 from sglang.srt.mezo.config import MezoConfig
 from sglang.srt.mezo.engine import MezoEngine
+from sglang.srt.mezo.scorer import Scorer
 from sglang.srt.mezo.sharing import distinct_tokens
 from sglang.srt.mezo.trainer import MezoTrainer
 
@@ -43,7 +44,7 @@ def main() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
     with tempfile.TemporaryDirectory() as model:
         OPTForCausalLM(OPTConfig()).save_pretrained(model)  # the default is OPT-125m
-        trainers = {pool: Trainer(model, share, arguments.examples) for pool, share in POOLS.items()}
+        trainers = {pool: Worker(open_trainer, model, share, arguments.examples) for pool, share in POOLS.items()}
         report = {"rows": compare(trainers, arguments.turns), "machine": machine(int(os.environ["OMP_NUM_THREADS"]))}
         report["settings"] = {"examples": arguments.examples, "batch_size": BATCH_SIZE, "r": RANK, "echoes": MezoConfig.echoes}
     show(report["rows"])
@@ -51,7 +52,7 @@ def main() -> None:
         arguments.json.write_text(json.dumps(report, indent=2) + "\n")
 
 
-def compare(trainers: dict[str, "Trainer"], turns: int) -> dict[str, Any]:
+def compare(trainers: dict[str, Worker], turns: int) -> dict[str, Any]:
     described = {pool: trainer.call("describe") for pool, trainer in trainers.items()}
     window = described["tenth"]["window"]
     steps = window * MezoConfig.echoes // BATCH_SIZE
@@ -66,20 +67,8 @@ def compare(trainers: dict[str, "Trainer"], turns: int) -> dict[str, Any]:
             "loss_difference_without_reuse": differences}  # fmt: skip
 
 
-class Trainer:
-    """A trainer in a process of its own, as a process holds one engine."""
-
-    def __init__(self, model: str, share: float, examples: int):
-        context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        context.Process(target=serve, args=(theirs, model, share, examples), daemon=True).start()
-
-    def call(self, name: str, *arguments: Any) -> Any:
-        self._pipe.send((name, *arguments))
-        return self._pipe.recv()
-
-
-def serve(pipe, model: str, share: float, count: int) -> None:
+def open_trainer(model: str, share: float, count: int) -> Operations:
+    """A trainer on a pool of ``share`` of the tokens of all prefixes."""
     examples = WORKLOAD.examples(count, vocab_size=50_000)
     cut = len(WORKLOAD.invocation_tokens)
     tokens = distinct_tokens({example.prompt[:-cut] for example in examples})
@@ -91,14 +80,11 @@ def serve(pipe, model: str, share: float, count: int) -> None:
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     spec = AdapterSpec(model, RANK, ALPHA, TARGETS["alora"], WORKLOAD.invocation_tokens)
     trainer = MezoTrainer(engine.handle, config, spec, examples)
-    operations = {
+    return {
         "describe": lambda: {"kv_tokens": engine.handle.kv_capacity, "prefix_tokens": tokens, "examples": count, "window": trainer.stream.window},
         "steps": lambda number: run(trainer, number),
         "difference": lambda: difference(trainer),
     }
-    while True:
-        name, *arguments = pipe.recv()
-        pipe.send(operations[name](*arguments))
 
 
 def run(trainer: MezoTrainer, steps: int) -> float:
@@ -113,9 +99,9 @@ def difference(trainer: MezoTrainer) -> float:
     batch = trainer.batch(trainer.global_step)
     z = [trainer.optimizer.direction(1, 0)]
     reused = trainer.paired_losses(batch, z, ZO_EPS)
-    trainer.scorer._prefix_reuse = False
+    kept, trainer.scorer = trainer.scorer, Scorer(trainer.handle, trainer.planner.scope, trainer.config.max_tokens_per_batch, prefix_reuse=False)
     computed = trainer.paired_losses(batch, z, ZO_EPS)
-    trainer.scorer._prefix_reuse = True
+    trainer.scorer = kept
     return max(abs(a[0] - b[0]) for a, b in zip(reused, computed))
 
 

@@ -1,11 +1,13 @@
 """Accuracy of estimators and optimizers against forward passes and wall time, on a real model and real data.
 
-    python benchmarks/study.py --model models/smollm2-135m --tasks sst2 trec --tune --json benchmarks/results/study.json
-    python benchmarks/study.py --model models/smollm2-135m --tasks sst2 trec --seeds 0 1 2 --json benchmarks/results/study.json
+    python benchmarks/study.py tune --model models/smollm2-135m --json benchmarks/results/study.json
+    python benchmarks/study.py run --model models/smollm2-135m --json benchmarks/results/study.json
+    python benchmarks/study.py time --model models/smollm2-135m --json benchmarks/results/study.json
 
-First every variant's learning rate is chosen, on a seed of its own, by the accuracy on development rows; then the seeds are
-run with it. All runs have the same number of forward passes. Rows are added to the results one by one, and what is there is
-not run again; a run that was cut short goes on. The curves are those of the development rows.
+`tune` chooses every variant's learning rate, on a seed of its own, by the accuracy on development rows; `run` trains all seeds
+with it. All runs draw the same number of directions. Rows are added to the results one by one, and what is there is not
+run again; a run that was cut short goes on. `time` measures one step of every variant, in turns, and makes wall time of
+passes: a run of its own would measure the machine's day. Curves are those of the development rows.
 """
 
 import argparse
@@ -13,32 +15,32 @@ import json
 import multiprocessing
 import os
 import statistics
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from turns import Operations, Worker
+
 from sglang.srt.mezo.config import MezoConfig
-from sglang.srt.mezo.finetune import DataArguments, ModelArguments, finetune
+from sglang.srt.mezo.finetune import DataArguments, ModelArguments, finetune, open_trainer
+from sglang.srt.mezo.passes import drain
 from sglang.srt.mezo.run_directory import write_json
 
 DATA = Path(__file__).resolve().parents[2] / "shared/data"
-STEPS = 2000
-PASSES = 2 * STEPS  # of the plain variant, and of all others
+DIRECTIONS = 2000  # that a run draws; plain two-point MeZO takes one a step
 NUM_TRAIN, NUM_DEV, NUM_TEST = 700, 200, 500
 TUNING_SEED = 100
 PLAIN = "two-sided"
 
+ONE_SIDED = {"estimator": "one_sided", "num_perturbations": 8, "perturbation": "rademacher"}
 VARIANTS: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
-    PLAIN: ({}, (1e-3, 2e-3, 4e-3)),
-    "rademacher": ({"perturbation": "rademacher"}, (1e-3, 2e-3, 4e-3)),
-    "4 directions": ({"num_perturbations": 4}, (3e-3, 1e-2, 3e-2)),
-    "one-sided, 8 directions": ({"estimator": "one_sided", "num_perturbations": 8}, (3e-3, 1e-2, 3e-2)),
-    "FZOO, 8 directions": (
-        {"estimator": "one_sided", "num_perturbations": 8, "perturbation": "rademacher", "scale_by_loss_std": True},
-        (1e-4, 3e-4, 1e-3),
-    ),
-    "low rank": ({"perturbation_rank": 1, "perturbation_interval": 50}, (1e-3, 2e-3, 4e-3)),
-    "momentum": ({"momentum": 0.9}, (1e-4, 3e-4, 1e-3)),
+    PLAIN: ({"estimator": "two_sided", "num_perturbations": 1, "perturbation": "gaussian"}, (2e-3, 4e-3, 8e-3)),
+    "one-sided, 8 directions": (ONE_SIDED, (1.6e-2, 3.2e-2, 6.4e-2)),
+    "two-sided, 8 directions": ({"estimator": "two_sided", "num_perturbations": 8, "perturbation": "rademacher"}, (1.6e-2, 3.2e-2, 6.4e-2)),
+    "FZOO, 8 directions": ({**ONE_SIDED, "scale_by_loss_std": True}, (1e-4, 3e-4, 1e-3)),
+    "low rank": ({"perturbation_rank": 1, "perturbation_interval": 50}, (2e-3, 4e-3, 8e-3)),
+    "momentum": ({"momentum": 0.9}, (1e-4, 2e-4, 4e-4)),
     "adamw": ({"optim": "adamw"}, (3e-4, 1e-3, 3e-3)),
 }
 """Settings of each variant, and the learning rates to choose from."""
@@ -49,46 +51,54 @@ LABELS = {
     "trec": (" abbreviation", " entity", " description", " human", " location", " number"),
     "boolq": (" no", " yes"),
 }
+INVOCATIONS = {"sst2": " It was", "trec": "\nType:", "boolq": "?\nAnswer:"}
+
+Run = dict[str, Any]
+"""task, variant, seed and learning_rate."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
+    parser.add_argument("part", choices=["tune", "run", "time", "show"])
+    parser.add_argument("--model")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--tasks", nargs="+", choices=LABELS, default=["sst2", "trec"])
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--tune", action="store_true", help="choose the learning rates")
+    parser.add_argument("--turns", type=int, default=9, help="steps of each variant that are measured")
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--runs", type=Path, default=Path("runs/study"))
     arguments = parser.parse_args()
-    for task in arguments.tasks:
-        write_rows(task, arguments.runs / "data" / task)
-    for run in planned(arguments):
-        if not any(all(row[name] == run[name] for name in ("task", "variant", "seed", "learning_rate")) for row in load(arguments.json)):
-            run_in_new_process(arguments, run)
+    if arguments.part != "show":
+        for task in arguments.tasks:
+            write_rows(task, arguments.runs / "data" / task)
+    if arguments.part == "time":
+        measure_steps(arguments)
+    elif arguments.part != "show":
+        for run in planned(arguments):
+            if not any(all(row[name] == run[name] for name in run) for row in load(arguments.json)["rows"]):
+                run_in_new_process(arguments, run)
     show(load(arguments.json))
 
 
-def planned(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+def planned(arguments: argparse.Namespace) -> Iterator[Run]:
     """All runs of this call, seed by seed, so that what is there early can be compared early."""
-    runs = []
-    for seed in [TUNING_SEED] if arguments.tune else arguments.seeds:
+    for seed in [TUNING_SEED] if arguments.part == "tune" else arguments.seeds:
         for task in arguments.tasks:
             for variant in arguments.variants:
-                rates = VARIANTS[variant][1] if arguments.tune else [best_rate(load(arguments.json), task, variant)]
-                runs += [{"task": task, "variant": variant, "seed": seed, "learning_rate": rate} for rate in rates]
-    return runs
+                rates = VARIANTS[variant][1] if arguments.part == "tune" else [best_rate(load(arguments.json)["rows"], task, variant)]
+                for rate in rates:
+                    yield {"task": task, "variant": variant, "seed": seed, "learning_rate": rate}
 
 
 def best_rate(rows: Sequence[dict[str, Any]], task: str, variant: str) -> float:
     tried = [row for row in rows if (row["task"], row["variant"], row["seed"]) == (task, variant, TUNING_SEED)]
     if not tried:
-        raise SystemExit(f"no learning rate was chosen for {variant} on {task} yet: run with --tune first")
+        raise SystemExit(f"no learning rate was chosen for {variant} on {task} yet: `tune` comes first")
     return max(tried, key=lambda row: (row["dev_accuracy"], -row["learning_rate"]))["learning_rate"]
 
 
-def run_in_new_process(arguments: argparse.Namespace, run: dict[str, Any]) -> None:
+def run_in_new_process(arguments: argparse.Namespace, run: Run) -> None:
     """A process holds one engine."""
     process = multiprocessing.get_context("spawn").Process(target=run_one, args=(arguments, run))
     process.start()
@@ -97,51 +107,73 @@ def run_in_new_process(arguments: argparse.Namespace, run: dict[str, Any]) -> No
         raise SystemExit(process.exitcode)
 
 
-def run_one(arguments: argparse.Namespace, run: dict[str, Any]) -> None:
-    name = "-".join(str(value).replace(" ", "_").replace(",", "") for value in (run["task"], run["variant"], run["seed"], run["learning_rate"]))
+def run_one(arguments: argparse.Namespace, run: Run) -> None:
+    summary = finetune(*settings(arguments, run))
+    config = settings(arguments, run)[2]
+    curve = curve_of(Path(config.output_dir))
+    row = {**run, "dtype": arguments.dtype, "settings": {**COMMON, **VARIANTS[run["variant"]][0]}, "steps": config.max_steps,
+           "passes_a_step": config.forward_passes, "zero_shot_accuracy": summary["zero_shot_accuracy"], "accuracy": summary["accuracy"],
+           "dev_accuracy": max(point["eval_accuracy"] for point in curve), "curve": curve}  # fmt: skip
+    add(arguments.json, row=row)
+    os._exit(0)  # the engine's threads are of no further use
+
+
+def settings(arguments: argparse.Namespace, run: Run) -> tuple[ModelArguments, DataArguments, MezoConfig]:
+    name = "-".join(str(value).replace(" ", "_").replace(",", "") for value in run.values())
     folder = arguments.runs / name
-    settings = {**COMMON, **VARIANTS[run["variant"]][0], "learning_rate": run["learning_rate"], "seed": run["seed"]}
-    passes = MezoConfig(**settings).forward_passes
-    max_steps = PASSES // passes
+    variant = {**COMMON, **VARIANTS[run["variant"]][0], "learning_rate": run["learning_rate"], "seed": run["seed"]}
+    max_steps = DIRECTIONS // MezoConfig(**variant).num_perturbations
     config = MezoConfig(
-        **settings, max_steps=max_steps, eval_steps=max(1, max_steps // 10), invocation=invocation(run["task"]), output_dir=str(folder),
+        **variant, max_steps=max_steps, eval_steps=max(1, max_steps // 20), invocation=INVOCATIONS[run["task"]], output_dir=str(folder),
         metric_for_best_model="eval_accuracy", resume_from_checkpoint=(folder / "seed_log").is_file(),
     )  # fmt: skip
     data = DataArguments(
         dataset=str(arguments.runs / "data" / run["task"]), dev_split="dev", test_split="test", num_train=NUM_TRAIN, num_dev=NUM_DEV,
         num_test=NUM_TEST if run["seed"] != TUNING_SEED else 1,
     )  # fmt: skip
-    summary = finetune(ModelArguments(arguments.model, arguments.dtype), data, config)
-    curve = curve_of(folder)
-    row = {**run, "dtype": arguments.dtype, "settings": settings, "steps": max_steps, "forward_passes": passes * max_steps,
-           "train_seconds": summary["train_seconds"], "zero_shot_accuracy": summary["zero_shot_accuracy"],
-           "accuracy": summary["accuracy"], "dev_accuracy": max(point["eval_accuracy"] for point in curve), "curve": curve}  # fmt: skip
-    arguments.json.parent.mkdir(parents=True, exist_ok=True)
-    write_json(arguments.json, {"rows": [*load(arguments.json), row]})
-    os._exit(0)  # the engine's threads are of no further use
+    return ModelArguments(arguments.model, arguments.dtype), data, config
 
 
 def curve_of(folder: Path) -> list[dict[str, float]]:
-    """Accuracy on the development rows, with the passes and the seconds of training that it took."""
-    curve, seconds = [], 0.0
-    for line in (folder / "metrics.jsonl").read_text().splitlines():
-        point = json.loads(line)
-        seconds = point.get("train_seconds", seconds)
-        if "eval_accuracy" in point:
-            curve.append({name: point[name] for name in ("step", "forward_passes", "eval_accuracy", "eval_loss")} | {"train_seconds": seconds})
-    return curve
+    points = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [{name: point[name] for name in ("step", "forward_passes", "eval_accuracy", "eval_loss")} for point in points if "eval_accuracy" in point]
 
 
-def invocation(task: str) -> str:
-    return {"sst2": " It was", "trec": "\nType:", "boolq": "?\nAnswer:"}[task]
+def measure_steps(arguments: argparse.Namespace) -> None:
+    """Seconds of a step of every variant, and of computing all prefixes, which a run does once."""
+    for task in arguments.tasks:
+        runs = [{"task": task, "variant": variant, "seed": 0, "learning_rate": 1e-6} for variant in arguments.variants]
+        workers = {run["variant"]: Worker(open_timed, arguments, run) for run in runs}
+        prefixes = {variant: worker.call("prefixes") for variant, worker in workers.items()}
+        for worker in workers.values():
+            worker.call("step")  # the first warms up
+        turns = [{variant: worker.call("step") for variant, worker in workers.items()} for _ in range(arguments.turns)]
+        for worker in workers.values():
+            worker.stop()
+        times = {variant: [turn[variant] for turn in turns] for variant in workers}
+        add(arguments.json, times={task: {variant: {"step_s": values, "prefixes_s": prefixes[variant]} for variant, values in times.items()}})
+
+
+def open_timed(arguments: argparse.Namespace, run: Run) -> Operations:
+    trainer, _ = open_trainer(*settings(arguments, run))
+
+    def timed(function) -> float:
+        started = time.perf_counter()
+        function()
+        return time.perf_counter() - started
+
+    return {
+        "prefixes": lambda: timed(lambda: drain(trainer.scorer.prefix_passes(trainer.train_plans, trainer.slots.groups))),
+        "step": lambda: timed(lambda: trainer.train_step(trainer.batch(trainer.global_step))),
+    }
 
 
 def prompt(task: str, row: dict[str, Any]) -> str:
     if task == "sst2":
-        return row["sentence"].strip() + invocation(task)
+        return row["sentence"].strip() + INVOCATIONS[task]
     if task == "trec":
-        return row["text"].strip() + invocation(task)
-    return f"{row['passage'].strip()}\n{row['question'].strip()}{invocation(task)}"
+        return row["text"].strip() + INVOCATIONS[task]
+    return f"{row['passage'].strip()}\n{row['question'].strip()}{INVOCATIONS[task]}"
 
 
 def write_rows(task: str, folder: Path) -> None:
@@ -156,30 +188,60 @@ def write_rows(task: str, folder: Path) -> None:
         (folder / f"{part}.jsonl").write_text("".join(f"{line}\n" for line in lines))
 
 
-def load(path: Path) -> list[dict[str, Any]]:
-    return json.loads(path.read_text())["rows"] if path.is_file() else []
+def load(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.is_file() else {"rows": [], "times": {}}
 
 
-def show(rows: Sequence[dict[str, Any]]) -> None:
-    print(f"{'task':<8}{'variant':<26}{'rate':>8} {'seeds':>6} {'accuracy':>10} {'dev':>8} {'seconds':>8} {'to plain':>9}")
-    measured = [row for row in rows if row["seed"] != TUNING_SEED]
+def add(path: Path, row: dict[str, Any] | None = None, times: dict[str, Any] | None = None) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    report = load(path)
+    write_json(path, {"rows": report["rows"] + ([row] if row else []), "times": report["times"] | (times or {})})
+
+
+def show(report: dict[str, Any]) -> None:
+    print(f"{'task':<8}{'variant':<26}{'rate':>8} {'seeds':>6} {'accuracy':>10} {'dev':>8} {'step ms':>8} {'run s':>7} {'to plain, passes':>17} {'s':>6} {'of plain':>9}")
+    measured = [row for row in report["rows"] if row["seed"] != TUNING_SEED]
     for task in dict.fromkeys(row["task"] for row in measured):
         for variant in dict.fromkeys(row["variant"] for row in measured if row["task"] == task):
-            own = [row for row in measured if (row["task"], row["variant"]) == (task, variant)]
-            accuracy, dev, seconds = (statistics.mean(row[name] for row in own) for name in ("accuracy", "dev_accuracy", "train_seconds"))
-            reached = seconds_to(measured, task, variant)
-            print(f"{task:<8}{variant:<26}{own[0]['learning_rate']:>8.0e} {len(own):>6} {accuracy:>10.1%} {dev:>8.1%} {seconds:>8.0f} "
-                  f"{'-' if reached is None else f'{reached:.0f} s':>9}")  # fmt: skip
+            show_variant(report, task, variant)
 
 
-def seconds_to(rows: Sequence[dict[str, Any]], task: str, variant: str) -> float | None:
-    """Training time after which the variant's mean accuracy is that of the plain variant at its end; None if it never is."""
-    def mean_curve(name: str) -> list[tuple[float, float]]:
-        curves = [row["curve"] for row in rows if (row["task"], row["variant"]) == (task, name)]
-        return [tuple(statistics.mean(point[key] for point in points) for key in ("train_seconds", "eval_accuracy")) for points in zip(*curves)]
+def show_variant(report: dict[str, Any], task: str, variant: str) -> None:
+    own = rows_of(report, task, variant)
+    accuracy, dev = (statistics.mean(row[name] for row in own) for name in ("accuracy", "dev_accuracy"))
+    reached = passes_to_plain(report, task, variant)
+    step, run, time_to, share = "-", "-", "-", "-"
+    if variant in report["times"].get(task, {}):
+        step = f"{1000 * statistics.median(report['times'][task][variant]['step_s']):.0f}"
+        run = f"{seconds_of(report, task, variant):.0f}"
+        if reached is not None:
+            time_to = f"{seconds_of(report, task, variant, reached):.0f}"
+            share = f"{seconds_of(report, task, variant, reached) / seconds_of(report, task, PLAIN):.0%}"
+    print(f"{task:<8}{variant:<26}{own[0]['learning_rate']:>8.1e} {len(own):>6} {accuracy:>10.1%} {dev:>8.1%} {step:>8} {run:>7} "
+          f"{'never' if reached is None else round(reached):>17} {time_to:>6} {share:>9}")  # fmt: skip
 
-    plain = mean_curve(PLAIN)
-    return next((seconds for seconds, accuracy in mean_curve(variant) if plain and accuracy >= plain[-1][1]), None)
+
+def rows_of(report: dict[str, Any], task: str, variant: str) -> list[dict[str, Any]]:
+    return [row for row in report["rows"] if (row["task"], row["variant"]) == (task, variant) and row["seed"] != TUNING_SEED]
+
+
+def mean_curve(report: dict[str, Any], task: str, variant: str) -> list[tuple[float, float]]:
+    """(forward passes, mean accuracy on development rows) over the seeds."""
+    curves = [row["curve"] for row in rows_of(report, task, variant)]
+    return [(points[0]["forward_passes"], statistics.mean(point["eval_accuracy"] for point in points)) for points in zip(*curves)]
+
+
+def passes_to_plain(report: dict[str, Any], task: str, variant: str) -> float | None:
+    """Forward passes after which the variant's mean accuracy is that of the plain variant at its end; None if it never is."""
+    plain = mean_curve(report, task, PLAIN)
+    return next((passes for passes, accuracy in mean_curve(report, task, variant) if plain and accuracy >= plain[-1][1]), None)
+
+
+def seconds_of(report: dict[str, Any], task: str, variant: str, passes: float | None = None) -> float:
+    """Wall time of that many forward passes, of a whole run's if not given, with the computation of all prefixes before."""
+    times, row = report["times"][task][variant], rows_of(report, task, variant)[0]
+    steps = row["steps"] if passes is None else passes / row["passes_a_step"]
+    return times["prefixes_s"] + statistics.median(times["step_s"]) * steps
 
 
 if __name__ == "__main__":

@@ -2,8 +2,6 @@
 
 import random
 
-import pytest
-
 from sglang.srt.mezo.sharing import Sharing, share, tokens_run
 
 

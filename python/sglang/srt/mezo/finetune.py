@@ -62,6 +62,18 @@ def finetune(model: ModelArguments, data: DataArguments, config: MezoConfig) -> 
     Returns:
         The content of ``summary.json``.
     """
+    trainer, splits = open_trainer(model, data, config)
+    with closing(trainer):
+        tests = [trainer.planner.plan(example) for example in splits.test]
+        zero_shot = evaluate(trainer.scorer, tests, None, trainer.objective, config.per_device_eval_batch_size) if tests else {}
+        result = trainer.train()
+        summary = _summary(trainer, result, zero_shot, trainer.evaluate(tests) if tests else {})
+    write_json(RunDirectory(config).path / "summary.json", summary)
+    return summary
+
+
+def open_trainer(model: ModelArguments, data: DataArguments, config: MezoConfig) -> tuple[MezoTrainer, Splits]:
+    """Read and check everything, then start an engine; raises what ``finetune`` does."""
     tokenizer, max_length, target_modules = _inspect_model(model.model, config)
     invocation = _invocation_tokens(tokenizer, data, config)
     splits = load_splits(tokenizer, max_length, invocation, data)
@@ -75,13 +87,7 @@ def finetune(model: ModelArguments, data: DataArguments, config: MezoConfig) -> 
         log_level="error",
     )
     spec = AdapterSpec(model.model, config.r, config.lora_alpha, target_modules, invocation)
-    with closing(MezoTrainer(engine.handle, config, spec, splits.train, splits.dev, splits.objective)) as trainer:
-        tests = [trainer.planner.plan(example) for example in splits.test]
-        zero_shot = evaluate(trainer.scorer, tests, None, trainer.objective, config.per_device_eval_batch_size) if tests else {}
-        result = trainer.train()
-        summary = _summary(trainer, result, zero_shot, trainer.evaluate(tests) if tests else {})
-    write_json(RunDirectory(config).path / "summary.json", summary)
-    return summary
+    return MezoTrainer(engine.handle, config, spec, splits.train, splits.dev, splits.objective), splits
 
 
 def load_splits(tokenizer, max_length: int, invocation: Sequence[int], data: DataArguments) -> Splits:

@@ -70,7 +70,7 @@ def share(rows: Sequence[Sequence[int]], limits: Sequence[int], groups: Sequence
     return Sharing(
         nodes=tuple(Node(groups[node.row], numbers[node.parent], rows[node.row][node.start : node.end]) for node in nodes),
         levels=tuple(tuple(numbers[node] for node in level) for level in _levels(nodes)),
-        rows=tuple((numbers[node := parents[row]], 0 if node is None else node.end) for row in range(len(rows))),
+        rows=tuple((numbers[node], node.end if node else 0) for node in map(parents.__getitem__, range(len(rows)))),
     )
 
 
