@@ -99,7 +99,7 @@ class Server:
 @contextmanager
 def running_server(model: str | Path, folder: Path, *flags: str) -> Iterator[Server]:
     """``sglang-mezo serve`` until the end of the block. ``folder`` gets its log, and ``mezo/`` with files and jobs."""
-    port = _free_port()
+    port = free_port()
     command = [sys.executable, "-m", "sglang.srt.mezo.cli", "serve", "--model-path", str(model), "--port", str(port),
                "--mezo-dir", str(folder / "mezo"), *flags]  # fmt: skip
     log = folder / "server.log"
@@ -110,7 +110,7 @@ def running_server(model: str | Path, folder: Path, *flags: str) -> Iterator[Ser
             server.wait_until(lambda: _is_up(server), _START_SECONDS, "start of the server")
             yield server
         finally:
-            _end(process)
+            end(process)
 
 
 @contextmanager
@@ -123,7 +123,7 @@ def _sigterm_as_exit() -> Iterator[None]:
         signal.signal(signal.SIGTERM, previous)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -136,7 +136,7 @@ def _is_up(server: Server) -> bool:
         return False
 
 
-def _end(process: subprocess.Popen) -> None:
+def end(process: subprocess.Popen) -> None:
     """Ask the server to end, then kill what is left: its process group, and children that have left the group."""
     try:
         children = psutil.Process(process.pid).children(recursive=True)

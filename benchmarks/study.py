@@ -30,6 +30,7 @@ from sglang.srt.mezo.run_directory import write_json
 DATA = Path(__file__).resolve().parents[2] / "shared/data"
 DIRECTIONS = 2000  # that a run draws; plain two-point MeZO takes one a step
 NUM_TRAIN, NUM_DEV, NUM_TEST = 700, 200, 500
+KV_TOKENS = 65_536  # more than all prompts have
 TUNING_SEED = 100
 PLAIN = "two-sided"
 
@@ -131,7 +132,7 @@ def settings(arguments: argparse.Namespace, run: Run) -> tuple[ModelArguments, D
         dataset=str(arguments.runs / "data" / run["task"]), dev_split="dev", test_split="test", num_train=NUM_TRAIN, num_dev=NUM_DEV,
         num_test=NUM_TEST if run["seed"] != TUNING_SEED else 1,
     )  # fmt: skip
-    return ModelArguments(arguments.model, arguments.dtype), data, config
+    return ModelArguments(arguments.model, arguments.dtype, KV_TOKENS), data, config
 
 
 def curve_of(folder: Path) -> list[dict[str, float]]:

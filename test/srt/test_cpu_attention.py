@@ -9,18 +9,28 @@ import torch
 
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 from sglang.srt.layers.radix_attention import AttentionType
+from sglang.srt.mezo.cpu import kernel
 from sglang.srt.mezo.cpu.attention import CpuAttentionBackend
 from sglang.srt.mezo.cpu.attention_plan import GROUP_COST, MAX_FRESH, PADDING_LIMIT, Row, pairs, plan
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
-POOL_TOKENS, CONTEXT, DIM = 20000, 700, 16
+POOL_TOKENS, CONTEXT = 20000, 700
+
+
+@pytest.fixture(params=["kernel", "PyTorch"], autouse=True)
+def path(request, monkeypatch):
+    """Both ways that few queries may take; the kernel is built wherever there is a compiler."""
+    if request.param == "kernel" and kernel.LIBRARY is None:
+        pytest.skip("attention.c was not built")
+    if request.param == "PyTorch":
+        monkeypatch.setattr(kernel, "LIBRARY", None)
 
 
 class Pool:
-    """One layer's keys and values, (tokens, kv_heads, DIM)."""
+    """One layer's keys and values, (tokens, kv_heads, dim)."""
 
-    def __init__(self, kv_heads: int, dtype: torch.dtype):
-        self.keys, self.values = (torch.randn(POOL_TOKENS, kv_heads, DIM).to(dtype) for _ in range(2))
+    def __init__(self, kv_heads: int, dim: int, dtype: torch.dtype):
+        self.keys, self.values = (torch.randn(POOL_TOKENS, kv_heads, dim).to(dtype) for _ in range(2))
 
     def set_kv_buffer(self, layer, where, k, v) -> None:
         self.keys[where.loc] = k.view(-1, *self.keys.shape[1:]).to(self.keys.dtype)
@@ -36,11 +46,11 @@ class Pool:
 class Case:
     """A packed batch of rows (prefix, fresh); rows that name a `shared` row start from that row's own prefix tokens."""
 
-    def __init__(self, rows, decode=False, heads=4, kv_heads=4, dtype=torch.float32, shared=None, seed=0):
+    def __init__(self, rows, decode=False, heads=4, kv_heads=4, dim=16, dtype=torch.float32, shared=None, seed=0):
         torch.manual_seed(seed)
         slots = iter(random.Random(seed).sample(range(1, POOL_TOKENS), POOL_TOKENS - 1))
-        self.rows, self.heads = rows, heads
-        self.pool = Pool(kv_heads, dtype)
+        self.rows, self.heads, self.dim = rows, heads, dim
+        self.pool = Pool(kv_heads, dim, dtype)
         table = torch.zeros(len(rows) + 3, CONTEXT, dtype=torch.int32)
         self.requests = list(range(2, len(rows) + 2))
         for i, (prefix, fresh) in enumerate(rows):
@@ -49,8 +59,8 @@ class Case:
                 mine[:prefix] = table[self.requests[shared[i]], :prefix].tolist()
             table[self.requests[i], : prefix + fresh] = torch.tensor(mine)
         tokens = sum(fresh for _, fresh in rows)
-        self.q = torch.randn(tokens, heads * DIM).to(dtype)
-        self.k, self.v = (torch.randn(tokens, kv_heads * DIM).to(dtype) for _ in range(2))
+        self.q = torch.randn(tokens, heads * dim).to(dtype)
+        self.k, self.v = (torch.randn(tokens, kv_heads * dim).to(dtype) for _ in range(2))
         self.runner = SimpleNamespace(
             device="cpu", req_to_token_pool=SimpleNamespace(req_to_token=table), token_to_kv_pool=self.pool
         )
@@ -73,9 +83,9 @@ class Case:
             tp_q_head_num=heads,
             tp_k_head_num=kv_heads,
             tp_v_head_num=kv_heads,
-            qk_head_dim=DIM,
-            v_head_dim=DIM,
-            scaling=DIM**-0.5,
+            qk_head_dim=dim,
+            v_head_dim=dim,
+            scaling=dim**-0.5,
             is_cross_attention=False,
             attn_type=AttentionType.DECODER,
             sliding_window_size=-1,
@@ -93,14 +103,14 @@ class Case:
     def expected(self) -> torch.Tensor:
         """One query and head at a time, in numpy and float64; reads the pool, so a run must have filled it."""
         table = self.runner.req_to_token_pool.req_to_token
-        out, start = np.zeros((len(self.q), self.heads, DIM)), 0
+        out, start = np.zeros((len(self.q), self.heads, self.dim)), 0
         group = self.heads // self.pool.keys.shape[1]
         for request, (prefix, fresh) in zip(self.requests, self.rows):
             places = table[request, : prefix + fresh].long()
             keys, values = (x[places].double().numpy() for x in (self.pool.keys, self.pool.values))
             for i in range(fresh):
                 for head in range(self.heads):
-                    query = self.q.view(-1, self.heads, DIM)[start + i, head].double().numpy()
+                    query = self.q.view(-1, self.heads, self.dim)[start + i, head].double().numpy()
                     low, high = self._window(prefix + i, prefix + fresh)
                     scores = keys[low:high, head // group] @ query * self.layer.scaling
                     if self.layer.logit_cap:
@@ -132,6 +142,10 @@ CASES = {
     "grouped heads": dict(rows=random_rows((0, 40), (1, 9)), heads=6, kv_heads=2),
     "grouped heads decode": dict(rows=random_rows((5, 40), (1, 1)), heads=6, kv_heads=2, decode=True),
     "shared prefixes": dict(rows=[(30, 3), (12, 2), (30, 5), (12, 2), (30, 1), (31, 2)], shared=[0, 1, 0, 1, 0, 5]),
+    "heads of 64": dict(rows=random_rows((0, 40), (1, 9)), dim=64),
+    "heads of 128, grouped": dict(rows=random_rows((0, 40), (1, 9)), heads=6, kv_heads=2, dim=128),
+    "many rows over one prefix": dict(rows=[(21, 3)] * 100, shared=[0] * 100),
+    "some long, some short": dict(rows=random_rows((0, 60), (1, 2)) + random_rows((0, 60), (33, 60), count=4)),
     "longer than one piece": dict(rows=[(3, MAX_FRESH + 90), (0, MAX_FRESH + 1), (4, 2)]),
 }
 
@@ -226,3 +240,14 @@ def test_fresh_keys_come_from_the_batch_where_no_row_has_a_prefix():
     case = Case(random_rows((0, 0), (10, 60)))
     groups = plan(rows_of(case), case.runner.req_to_token_pool.req_to_token, causal=True)
     assert all(group.fresh for group in groups)
+
+
+def test_the_kernel_leaves_denormal_numbers_alone():
+    assert torch.tensor(1e-40).mul(0.5).item() > 0
+
+
+def test_the_kernel_reads_queries_that_lie_apart():
+    case = Case(random_rows((0, 20), (1, 9)))
+    expected = case.run(CpuAttentionBackend)
+    case.q = torch.cat([case.q, torch.randn_like(case.q)], dim=1)[:, : case.q.shape[1]]
+    torch.testing.assert_close(case.run(CpuAttentionBackend), expected, atol=0, rtol=0)

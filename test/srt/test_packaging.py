@@ -18,6 +18,7 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[2]
 OURS = "sglang_mezo"
 SUFFIXES = {".py", ".html", ".css", ".js"}
+KERNEL = list((REPOSITORY / "python/sglang/srt/mezo/cpu").glob("_attention*.so"))  # none where there is no compiler
 
 CHECK = """
 import sys
@@ -111,7 +112,7 @@ def source_tree(tmp_path) -> Path:
     for name in ("pyproject.toml", "LICENSE", "README.md"):
         if (REPOSITORY / name).exists():
             shutil.copy2(REPOSITORY / name, tree)
-    shutil.copytree(REPOSITORY / "python", tree / "python", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    shutil.copytree(REPOSITORY / "python", tree / "python", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info", "*.so"))
     return tree
 
 
@@ -156,8 +157,10 @@ def test_wheel_holds_what_the_source_tree_holds(tmp_path, source_tree):
         cwd=tmp_path,
     )
     (wheel,) = tmp_path.glob("sglang_mezo-*.whl")
-    packed = {name for name in zipfile.ZipFile(wheel).namelist() if Path(name).suffix in SUFFIXES}
+    names = zipfile.ZipFile(wheel).namelist()
+    packed = {name for name in names if Path(name).suffix in SUFFIXES}
     package, models = source_tree / "python/sglang/srt/mezo", source_tree / "python/sglang/srt/models"
     expected = {f"sglang/srt/mezo/{path.relative_to(package).as_posix()}" for path in package.rglob("*") if path.suffix in SUFFIXES}
     expected |= {f"sglang/srt/mezo/_models/{path.relative_to(models).as_posix()}" for path in models.rglob("*.py")}
     assert packed == expected
+    assert [name for name in names if "_attention" in name] == [f"sglang/srt/mezo/cpu/{path.name}" for path in KERNEL]

@@ -1,4 +1,6 @@
-"""Batched attention on plain PyTorch: one gather of KV and one product per group of rows and layer."""
+"""Batched attention: rows of few queries through a kernel, the others on plain PyTorch, a gather of KV and a product per group."""
+
+from dataclasses import dataclass
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -6,6 +8,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
+from sglang.srt.mezo.cpu import kernel
 from sglang.srt.mezo.cpu.attention_plan import Group, Row, plan
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
@@ -23,7 +26,7 @@ class CpuAttentionBackend(TorchNativeAttnBackend):
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         super().init_forward_metadata(forward_batch)
         # Planned by the first layer: causal or not is known there.
-        self._plans: dict[tuple[bool, bool], list[Group]] = {}
+        self._plans: dict[tuple[bool, bool, bool], _Plan] = {}
 
     def forward_extend(self, q, k, v, layer, forward_batch, save_kv_cache=True):
         if not self._is_batched(layer, forward_batch):
@@ -68,17 +71,39 @@ class CpuAttentionBackend(TorchNativeAttnBackend):
             )
         causal = layer.attn_type != AttentionType.ENCODER_ONLY
         output = query.new_empty(len(query) + 1, layer.tp_q_head_num, layer.v_head_dim)  # padding is written to the last
-        for group in self._groups(forward_batch, causal, from_pool=batch is None):
+        few = kernel.LIBRARY is not None and not layer.logit_cap and _plain_float32(query, *pool)
+        planned = self._plan(forward_batch, causal, batch is None, few)
+        if planned.few is not None:
+            planned.few.attend(query, *pool, output, layer.scaling, _window(layer) if causal else None)
+        for group in planned.groups:
             keys, values = batch if group.fresh else pool
             _attend_group(group, query, keys, values, output, layer, causal)
         return output[:-1].view(len(query), -1)
 
-    def _groups(self, forward_batch: ForwardBatch, causal: bool, from_pool: bool) -> list[Group]:
-        if (causal, from_pool) not in self._plans:
-            self._plans[causal, from_pool] = plan(
-                _rows(forward_batch), self.req_to_token_pool.req_to_token, causal, from_pool
+    def _plan(self, forward_batch: ForwardBatch, causal: bool, from_pool: bool, few: bool) -> "_Plan":
+        name = (causal, from_pool, few)
+        if name not in self._plans:
+            rows, table = _rows(forward_batch), self.req_to_token_pool.req_to_token
+            most = kernel.MOST_QUERIES if few else 0
+            short, long = [row for row in rows if row.fresh <= most], [row for row in rows if row.fresh > most]
+            self._plans[name] = _Plan(
+                kernel.FewQueries(short, table, causal) if short else None, plan(long, table, causal, from_pool)
             )
-        return self._plans[causal, from_pool]
+        return self._plans[name]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Of one forward: rows that the kernel serves, and groups of the others."""
+
+    few: kernel.FewQueries | None
+    groups: list[Group]
+
+
+def _plain_float32(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> bool:
+    """Laid out as the kernel reads them."""
+    plain = query.stride()[1:] == (query.shape[2], 1) and keys.is_contiguous() and values.is_contiguous()
+    return plain and all(tensor.dtype == torch.float32 for tensor in (query, keys, values))
 
 
 def _rows(forward_batch: ForwardBatch) -> list[Row]:

@@ -5,7 +5,7 @@ example) become one bundle: its keys are the shared prefix, once, and then the f
 similar size are padded into a group, and a group costs each layer one gather of KV and one product.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -131,7 +131,7 @@ def plan(rows: Sequence[Row], req_to_token: torch.Tensor, causal: bool, from_poo
     table = req_to_token.numpy()
     if causal:
         rows = [piece for row in rows for piece in _cut(row)]
-    bundles = _bundle(rows, table) if causal else [Bundle((row,)) for row in rows]
+    bundles = bundle_rows(rows, table, _cheaper) if causal else [Bundle((row,)) for row in rows]
     return [_build(group, table, from_pool) for group in _group(bundles)]
 
 
@@ -142,8 +142,8 @@ def _cut(row: Row) -> list[Row]:
     ]
 
 
-def _bundle(rows: Sequence[Row], table: np.ndarray) -> list[Bundle]:
-    """Join rows of one prefix as long as that is cheaper: every member pays for the others' fresh tokens."""
+def bundle_rows(rows: Sequence[Row], table: np.ndarray, worth_it: Callable[[Bundle, Bundle, Bundle], bool]) -> list[Bundle]:
+    """Join rows of one prefix as long as `worth_it(joined, one, other)`."""
     bundles: list[Bundle] = []
     last_with_prefix: dict[tuple[int, int, int], int] = {}
     for row in rows:
@@ -156,12 +156,17 @@ def _bundle(rows: Sequence[Row], table: np.ndarray) -> list[Bundle]:
         at = last_with_prefix.get(name)
         if at is not None and np.array_equal(table[bundles[at].rows[0].request, : row.prefix], tokens):
             joined = Bundle((*bundles[at].rows, row))
-            if joined.cost <= bundles[at].cost + single.cost:
+            if worth_it(joined, bundles[at], single):
                 bundles[at] = joined
                 continue
         last_with_prefix[name] = len(bundles)
         bundles.append(single)
     return bundles
+
+
+def _cheaper(joined: Bundle, one: Bundle, other: Bundle) -> bool:
+    """Every member pays for the others' fresh tokens."""
+    return joined.cost <= one.cost + other.cost
 
 
 def _group(bundles: Sequence[Bundle]) -> list[list[Bundle]]:

@@ -1,0 +1,180 @@
+/* Attention of few queries over keys and values where they lie in a paged KV pool: no gather, no padding, no mask.
+ *
+ * One call does one layer. Work is split by bundle (rows with one and the same cached prefix, which is read once for all
+ * of them) and by key-value head. The calling process shares its OpenMP threads with PyTorch.
+ */
+
+#include <float.h>
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define CLONES
+#endif
+#define INLINE static inline __attribute__((always_inline))
+
+#define LANES 16
+typedef float Lanes __attribute__((vector_size(LANES * sizeof(float)), aligned(sizeof(float))));
+
+/* Fresh tokens of one sequence: `fresh` of the batch's tokens from `start` on, after `prefix` cached ones. */
+typedef struct {
+    int64_t request, prefix, fresh, start;
+} Row;
+
+typedef struct {
+    const float *q;      /* (tokens, heads, dim), tokens q_stride apart */
+    const float *k, *v;  /* (places, kv_heads, dim) and (places, kv_heads, v_dim) */
+    float *out;          /* (tokens, heads, v_dim) */
+    const int32_t *table; /* (requests, table_stride): the place of every token of a request */
+    const Row *rows;
+    const int64_t *bundles; /* bundle i holds rows bundles[i] .. bundles[i + 1] */
+    int64_t q_stride, table_stride, heads, kv_heads, dim, v_dim;
+    int64_t window;  /* tokens that a query sees before itself; negative for all */
+    int64_t causal;
+    float scaling;
+} Call;
+
+/* One query of a bundle: the keys low .. high of its row, and their scores. */
+typedef struct {
+    const float *q;
+    float *out, *scores;
+    int64_t low, high;
+} Query;
+
+INLINE void dots(const Query *queries, int64_t count, const float *key, int64_t at, int64_t dim) {
+    int64_t i = 0;
+    for (; i + 4 <= count; i += 4) {
+        const float *a = queries[i].q, *b = queries[i + 1].q, *c = queries[i + 2].q, *d = queries[i + 3].q;
+        float w = 0, x = 0, y = 0, z = 0;
+        for (int64_t j = 0; j < dim; j++) {
+            w += a[j] * key[j];
+            x += b[j] * key[j];
+            y += c[j] * key[j];
+            z += d[j] * key[j];
+        }
+        queries[i].scores[at] = w, queries[i + 1].scores[at] = x, queries[i + 2].scores[at] = y, queries[i + 3].scores[at] = z;
+    }
+    for (; i < count; i++) {
+        float w = 0;
+        for (int64_t j = 0; j < dim; j++) w += queries[i].q[j] * key[j];
+        queries[i].scores[at] = w;
+    }
+}
+
+/* out += weights . values over `count` keys from `at` on, for `width` neighbouring numbers of four queries at a time. */
+INLINE void add_values(const Query *queries, int64_t num, const float *v, int64_t stride, const int32_t *places, int64_t count, int64_t at, int64_t v_dim) {
+    int64_t i = 0;
+    for (; i + 4 <= num; i += 4) {
+        const float *a = queries[i].scores + at, *b = queries[i + 1].scores + at, *c = queries[i + 2].scores + at, *d = queries[i + 3].scores + at;
+        int64_t from = 0;
+        for (; from + 2 * LANES <= v_dim; from += 2 * LANES) {
+            Lanes s[4][2];
+            for (int n = 0; n < 4; n++)
+                for (int m = 0; m < 2; m++) s[n][m] = *(const Lanes *)(queries[i + n].out + from + m * LANES);
+            for (int64_t j = 0; j < count; j++) {
+                const float *value = v + places[j] * stride + from;
+                Lanes x = *(const Lanes *)value, y = *(const Lanes *)(value + LANES);
+                s[0][0] += a[j] * x, s[0][1] += a[j] * y;
+                s[1][0] += b[j] * x, s[1][1] += b[j] * y;
+                s[2][0] += c[j] * x, s[2][1] += c[j] * y;
+                s[3][0] += d[j] * x, s[3][1] += d[j] * y;
+            }
+            for (int n = 0; n < 4; n++)
+                for (int m = 0; m < 2; m++) *(Lanes *)(queries[i + n].out + from + m * LANES) = s[n][m];
+        }
+        for (int64_t j = 0; j < count && from < v_dim; j++)
+            for (int n = 0; n < 4; n++)
+                for (int64_t m = from; m < v_dim; m++) queries[i + n].out[m] += queries[i + n].scores[at + j] * v[places[j] * stride + m];
+    }
+    for (; i < num; i++)
+        for (int64_t j = 0; j < count; j++)
+            for (int64_t m = 0; m < v_dim; m++) queries[i].out[m] += queries[i].scores[at + j] * v[places[j] * stride + m];
+}
+
+INLINE void softmax(const Query *query, float scaling) {
+    float *s = query->scores, top = -FLT_MAX, sum = 0;
+    for (int64_t j = query->low; j < query->high; j++) top = s[j] > top ? s[j] : top;
+    for (int64_t j = query->low; j < query->high; j++) s[j] = expf((s[j] - top) * scaling), sum += s[j];
+    for (int64_t j = query->low; j < query->high; j++) s[j] /= sum;
+}
+
+INLINE void attend_sized(const Call *c, int64_t bundle, int64_t head, int64_t dim, int64_t v_dim, char *scratch, int64_t longest) {
+    const Row *rows = c->rows + c->bundles[bundle];
+    int64_t num_rows = c->bundles[bundle + 1] - c->bundles[bundle], group = c->heads / c->kv_heads, prefix = rows->prefix, count = 0;
+    int64_t total = 0;
+    for (int64_t r = 0; r < num_rows; r++) total += rows[r].fresh * group;
+    Query *queries = (Query *)scratch;
+    float *scores = (float *)(queries + total);
+    for (int64_t r = 0; r < num_rows; r++)
+        for (int64_t t = 0; t < rows[r].fresh; t++)
+            for (int64_t g = 0; g < group; g++) {
+                int64_t token = rows[r].start + t, h = head * group + g, high = prefix + (c->causal ? t + 1 : rows[r].fresh);
+                int64_t low = c->window < 0 || prefix + t < c->window ? 0 : prefix + t - c->window;
+                float *out = c->out + (token * c->heads + h) * v_dim;
+                memset(out, 0, v_dim * sizeof(float));
+                queries[count] = (Query){c->q + token * c->q_stride + h * dim, out, scores + count * longest, low, high};
+                count++;
+            }
+    const float *k = c->k + head * dim, *v = c->v + head * v_dim;
+    int64_t k_stride = c->kv_heads * dim, v_stride = c->kv_heads * v_dim;
+    const int32_t *places = c->table + rows->request * c->table_stride;
+    for (int64_t j = 0; j < prefix; j++) dots(queries, count, k + places[j] * k_stride, j, dim);
+    Query *own = queries;
+    for (int64_t r = 0; r < num_rows; own += rows[r].fresh * group, r++) {
+        const int32_t *fresh = c->table + rows[r].request * c->table_stride + prefix;
+        for (int64_t t = 0; t < rows[r].fresh; t++) dots(own, rows[r].fresh * group, k + fresh[t] * k_stride, prefix + t, dim);
+    }
+    for (int64_t i = 0; i < count; i++) {
+        softmax(queries + i, c->scaling);
+        memset(queries[i].scores, 0, queries[i].low * sizeof(float));
+        memset(queries[i].scores + queries[i].high, 0, (longest - queries[i].high) * sizeof(float));
+    }
+    add_values(queries, count, v, v_stride, places, prefix, 0, v_dim);
+    own = queries;
+    for (int64_t r = 0; r < num_rows; own += rows[r].fresh * group, r++) {
+        const int32_t *fresh = c->table + rows[r].request * c->table_stride + prefix;
+        add_values(own, rows[r].fresh * group, v, v_stride, fresh, rows[r].fresh, prefix, v_dim);
+    }
+}
+
+CLONES static void attend_head(const Call *c, int64_t bundle, int64_t head, char *scratch, int64_t longest) {
+    if (c->dim == 64 && c->v_dim == 64)
+        attend_sized(c, bundle, head, 64, 64, scratch, longest);
+    else if (c->dim == 128 && c->v_dim == 128)
+        attend_sized(c, bundle, head, 128, 128, scratch, longest);
+    else
+        attend_sized(c, bundle, head, c->dim, c->v_dim, scratch, longest);
+}
+
+/* Returns 0, or -1 where memory is short. */
+int mezo_attend(const Call *c, int64_t num_bundles) {
+    int64_t queries = 0, longest = 0;
+    for (int64_t b = 0; b < num_bundles; b++) {
+        int64_t sum = 0;
+        for (int64_t r = c->bundles[b]; r < c->bundles[b + 1]; r++) {
+            int64_t keys = c->rows[r].prefix + c->rows[r].fresh;
+            sum += c->rows[r].fresh;
+            longest = keys > longest ? keys : longest;
+        }
+        queries = sum > queries ? sum : queries;
+    }
+    longest = (longest + 15) / 16 * 16;
+    int failed = 0;
+#pragma omp parallel
+    {
+        char *scratch = malloc(queries * (c->heads / c->kv_heads) * (sizeof(Query) + longest * sizeof(float)));
+        if (!scratch) {
+#pragma omp atomic write
+            failed = 1;
+        }
+#pragma omp for schedule(dynamic)
+        for (int64_t item = 0; item < num_bundles * c->kv_heads; item++)
+            if (scratch) attend_head(c, item / c->kv_heads, item % c->kv_heads, scratch, longest);
+        free(scratch);
+    }
+    return failed ? -1 : 0;
+}
