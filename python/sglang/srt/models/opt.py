@@ -119,6 +119,8 @@ class OPTDecoderLayer(nn.Module):
             hidden, ffn, prefix=add_prefix("fc1", prefix), **options
         )
         self.activation_fn = ACT2FN[config.activation_function]
+        if isinstance(self.activation_fn, nn.ReLU):
+            self.activation_fn.inplace = True  # of fc1's output, which nothing else reads
         self.fc2 = RowParallelLinear(
             ffn, hidden, prefix=add_prefix("fc2", prefix), **options
         )

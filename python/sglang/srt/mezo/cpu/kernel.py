@@ -14,7 +14,7 @@ import torch
 from sglang.srt.mezo.cpu.attention_plan import Row, bundle_rows
 
 # From so many fresh tokens of a row on, matrix products over gathered keys are faster.
-MOST_QUERIES = 32
+MOST_QUERIES = 64
 # A bundle's scores are kept at once.
 _BUNDLE_QUERIES = 256
 
