@@ -37,7 +37,7 @@ TARGET = 2.0
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--examples", type=int, default=1000)
+    parser.add_argument("--examples", type=int, default=400)
     parser.add_argument("--turns", type=int, default=5, help="windows of the small pool that are measured")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()

@@ -242,6 +242,12 @@ def test_fresh_keys_come_from_the_batch_where_no_row_has_a_prefix():
     assert all(group.fresh for group in groups)
 
 
+def test_what_is_not_a_number_stays_so():
+    case = Case(random_rows((0, 20), (1, 9)))
+    case.q[0] = float("nan")
+    assert case.run(CpuAttentionBackend)[0].isnan().all()
+
+
 def test_the_kernel_leaves_denormal_numbers_alone():
     assert torch.tensor(1e-40).mul(0.5).item() > 0
 

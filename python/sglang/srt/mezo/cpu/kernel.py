@@ -15,8 +15,8 @@ from sglang.srt.mezo.cpu.attention_plan import Row, bundle_rows
 
 # From so many fresh tokens of a row on, matrix products over gathered keys are faster.
 MOST_QUERIES = 64
-# A bundle's scores are kept at once.
-_BUNDLE_QUERIES = 256
+# Rows are joined up to so many scores of a head, which are kept at once.
+_BUNDLE_SCORES = 1 << 18
 
 
 class _Call(ctypes.Structure):
@@ -49,7 +49,7 @@ class FewQueries:
     """
 
     def __init__(self, rows: Sequence[Row], table: torch.Tensor, causal: bool):
-        bundles = bundle_rows(rows, table.numpy(), lambda joined, *_: joined.queries <= _BUNDLE_QUERIES)
+        bundles = bundle_rows(rows, table.numpy(), lambda joined, *_: joined.queries * joined.keys <= _BUNDLE_SCORES)
         self._rows = np.array([(row.request, row.prefix, row.fresh, row.start) for bundle in bundles for row in bundle.rows], np.int64)
         self._bounds = np.cumsum([0] + [len(bundle.rows) for bundle in bundles], dtype=np.int64)
         self._table = table
