@@ -20,7 +20,7 @@ from step_time import Case, machine, run_cases, settings
 
 QUANTITIES = {
     "batch_size": (4, 16, 64),
-    "workload": ("16", "64", "256", "1024"),  # prompt length
+    "workload": ("16", "64", "256", "512"),  # prompt length
     "num_perturbations": (1, 4, 16),
     "r": (4, 16, 64),
     "layers": (3, 12, 24),

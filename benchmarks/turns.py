@@ -2,6 +2,7 @@
 
 import multiprocessing
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 Operations = dict[str, Callable[..., Any]]
@@ -29,6 +30,7 @@ class Worker:
 
 def _serve(pipe, open_operations: Callable[..., Operations], arguments: tuple) -> None:
     operations = open_operations(*arguments)
-    while True:
-        name, *values = pipe.recv()
-        pipe.send(operations[name](*values))
+    with suppress(EOFError):  # the benchmark has ended
+        while True:
+            name, *values = pipe.recv()
+            pipe.send(operations[name](*values))
