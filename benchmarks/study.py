@@ -36,11 +36,11 @@ PLAIN = "two-sided"
 
 ONE_SIDED = {"estimator": "one_sided", "num_perturbations": 8, "perturbation": "rademacher"}
 VARIANTS: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
-    PLAIN: ({"estimator": "two_sided", "num_perturbations": 1, "perturbation": "gaussian"}, (2e-3, 4e-3, 8e-3)),
-    "one-sided, 8 directions": (ONE_SIDED, (1.6e-2, 3.2e-2, 6.4e-2)),
-    "two-sided, 8 directions": ({"estimator": "two_sided", "num_perturbations": 8, "perturbation": "rademacher"}, (1.6e-2, 3.2e-2, 6.4e-2)),
+    PLAIN: ({"estimator": "two_sided", "num_perturbations": 1, "perturbation": "gaussian"}, (1e-3, 2e-3, 4e-3)),
+    "one-sided, 8 directions": (ONE_SIDED, (8e-3, 1.6e-2, 3.2e-2)),
+    "two-sided, 8 directions": ({"estimator": "two_sided", "num_perturbations": 8, "perturbation": "rademacher"}, (8e-3, 1.6e-2, 3.2e-2)),
     "FZOO, 8 directions": ({**ONE_SIDED, "scale_by_loss_std": True}, (1e-4, 3e-4, 1e-3)),
-    "low rank": ({"perturbation_rank": 1, "perturbation_interval": 50}, (2e-3, 4e-3, 8e-3)),
+    "low rank": ({"perturbation_rank": 1, "perturbation_interval": 50}, (1e-3, 2e-3, 4e-3)),
     "momentum": ({"momentum": 0.9}, (1e-4, 2e-4, 4e-4)),
     "adamw": ({"optim": "adamw"}, (3e-4, 1e-3, 3e-3)),
 }

@@ -13,7 +13,7 @@ LOOPS = ("strong", "official")
 
 def main() -> None:
     serving = [serve_while_train(path.name) for path in sorted(RESULTS.glob("serve_while_train*.json"))]
-    for table in (step_time("step_time.json"), step_time("directions.json"), accuracy(), memory(), *serving):
+    for table in (step_time("step_time.json"), step_time("directions.json"), small_pool(), accuracy(), memory(), *serving):
         print("\n".join(table), end="\n\n")
 
 
@@ -29,6 +29,17 @@ def step_time(name: str) -> list[str]:
         directions = "" if row["num_perturbations"] == 1 else f", {row['num_perturbations']} directions"
         label = f"{row['workload']} lengths, {row['tuning']}, {row['dtype']}{directions}"
         lines.append(f"| {label} | {ours:.0f} ms | {1000 * row['limit_s']:.0f} ms, {row['limit_share']:.0%} | {' | '.join(loops + ratios)} | {reused} |")
+    return lines
+
+
+def small_pool() -> list[str]:
+    rows = load("small_pool.json")
+    lines = ["| BoolQ lengths, alora, KV pool | examples at a time | one step with its share of the prefixes, median | losses differ from those without reuse by |",
+             "|---|---|---|---|"]  # fmt: skip
+    for pool, described in rows["pools"].items():
+        share = described["kv_tokens"] / described["prefix_tokens"]
+        lines.append(f"| {share:.0%} of all prefixes | {described['window'] or described['examples']} | {1000 * statistics.median(rows['step_s'][pool]):.0f} ms "
+                     f"| {rows['loss_difference_without_reuse'][pool]:.0e} |")  # fmt: skip
     return lines
 
 
