@@ -5,7 +5,7 @@
     python benchmarks/study.py time --model models/smollm2-135m --json benchmarks/results/study.json
 
 `tune` chooses every variant's learning rate, on a seed of its own, by the accuracy on development rows; `run` trains all seeds
-with it. All runs draw the same number of directions. Rows are added to the results one by one, and what is there is not
+with it. Rows are added to the results one by one, and what is there is not
 run again; a run that was cut short goes on. `time` measures one step of every variant, in turns, and makes wall time of
 passes: a run of its own would measure the machine's day. Curves are those of the development rows.
 """
@@ -17,6 +17,7 @@ import os
 import statistics
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,23 +29,33 @@ from sglang.srt.mezo.passes import drain
 from sglang.srt.mezo.run_directory import write_json
 
 DATA = Path(__file__).resolve().parents[2] / "shared/data"
-DIRECTIONS = 2000  # that a run draws; plain two-point MeZO takes one a step
 NUM_TRAIN, NUM_DEV, NUM_TEST = 700, 200, 500
 KV_TOKENS = 65_536  # more than all prompts have
 TUNING_SEED = 100
 PLAIN = "two-sided"
 
-ONE_SIDED = {"estimator": "one_sided", "num_perturbations": 8, "perturbation": "rademacher"}
-VARIANTS: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
-    PLAIN: ({"estimator": "two_sided", "num_perturbations": 1, "perturbation": "gaussian"}, (1e-3, 2e-3, 4e-3)),
-    "one-sided, 8 directions": (ONE_SIDED, (8e-3, 1.6e-2, 3.2e-2)),
-    "two-sided, 8 directions": ({"estimator": "two_sided", "num_perturbations": 8, "perturbation": "rademacher"}, (8e-3, 1.6e-2, 3.2e-2)),
-    "FZOO, 8 directions": ({**ONE_SIDED, "scale_by_loss_std": True}, (1e-4, 3e-4, 1e-3)),
-    "low rank": ({"perturbation_rank": 1, "perturbation_interval": 50}, (1e-3, 2e-3, 4e-3)),
-    "momentum": ({"momentum": 0.9}, (1e-4, 2e-4, 4e-4)),
-    "adamw": ({"optim": "adamw"}, (3e-4, 1e-3, 3e-3)),
+
+@dataclass(frozen=True)
+class Variant:
+    """Settings, the learning rates to choose from, and the steps of a run."""
+
+    settings: dict[str, Any]
+    rates: tuple[float, ...]
+    steps: int
+
+
+EIGHT = {"num_perturbations": 8, "perturbation": "rademacher"}
+ONE_SIDED = {**EIGHT, "estimator": "one_sided", "zo_eps": 5e-4}  # a long one-sided step sees the curvature
+VARIANTS = {
+    PLAIN: Variant({"estimator": "two_sided", "num_perturbations": 1, "perturbation": "gaussian"}, (1e-3, 2e-3, 4e-3), 2000),
+    "8 directions": Variant({**EIGHT, "estimator": "two_sided"}, (8e-3, 1.6e-2, 3.2e-2), 250),
+    "8 directions, split batch": Variant({**EIGHT, "estimator": "two_sided", "split_batch": True}, (4e-3, 8e-3), 1000),
+    "8 directions, one-sided": Variant(ONE_SIDED, (8e-3, 1.6e-2, 2.4e-2), 250),
+    "8 directions, FZOO": Variant({**ONE_SIDED, "scale_by_loss_std": True}, (1e-4, 3e-4, 1e-3), 250),
+    "low rank": Variant({"perturbation_rank": 1, "perturbation_interval": 50}, (1e-3, 2e-3, 4e-3), 2000),
+    "momentum": Variant({"momentum": 0.9}, (1e-4, 2e-4, 4e-4), 2000),
+    "adamw": Variant({"optim": "adamw"}, (3e-4, 1e-3, 3e-3), 2000),
 }
-"""Settings of each variant, and the learning rates to choose from."""
 
 COMMON = {"zo_eps": 3e-3, "lr_scheduler_type": "linear", "per_device_train_batch_size": 16, "logging_steps": 50, "disable_tqdm": True}
 LABELS = {
@@ -87,7 +98,7 @@ def planned(arguments: argparse.Namespace) -> Iterator[Run]:
     for seed in [TUNING_SEED] if arguments.part == "tune" else arguments.seeds:
         for task in arguments.tasks:
             for variant in arguments.variants:
-                rates = VARIANTS[variant][1] if arguments.part == "tune" else [best_rate(load(arguments.json)["rows"], task, variant)]
+                rates = VARIANTS[variant].rates if arguments.part == "tune" else [best_rate(load(arguments.json)["rows"], task, variant)]
                 for rate in rates:
                     yield {"task": task, "variant": variant, "seed": seed, "learning_rate": rate}
 
@@ -112,7 +123,7 @@ def run_one(arguments: argparse.Namespace, run: Run) -> None:
     summary = finetune(*settings(arguments, run))
     config = settings(arguments, run)[2]
     curve = curve_of(Path(config.output_dir))
-    row = {**run, "dtype": arguments.dtype, "settings": {**COMMON, **VARIANTS[run["variant"]][0]}, "steps": config.max_steps,
+    row = {**run, "dtype": arguments.dtype, "settings": {**COMMON, **VARIANTS[run["variant"]].settings}, "steps": config.max_steps,
            "passes_a_step": config.forward_passes, "zero_shot_accuracy": summary["zero_shot_accuracy"], "accuracy": summary["accuracy"],
            "dev_accuracy": max(point["eval_accuracy"] for point in curve), "curve": curve}  # fmt: skip
     add(arguments.json, row=row)
@@ -122,10 +133,10 @@ def run_one(arguments: argparse.Namespace, run: Run) -> None:
 def settings(arguments: argparse.Namespace, run: Run) -> tuple[ModelArguments, DataArguments, MezoConfig]:
     name = "-".join(str(value).replace(" ", "_").replace(",", "") for value in run.values())
     folder = arguments.runs / name
-    variant = {**COMMON, **VARIANTS[run["variant"]][0], "learning_rate": run["learning_rate"], "seed": run["seed"]}
-    max_steps = DIRECTIONS // MezoConfig(**variant).num_perturbations
+    variant = {**COMMON, **VARIANTS[run["variant"]].settings, "learning_rate": run["learning_rate"], "seed": run["seed"]}
+    max_steps = VARIANTS[run["variant"]].steps
     config = MezoConfig(
-        **variant, max_steps=max_steps, eval_steps=max(1, max_steps // 20), invocation=INVOCATIONS[run["task"]], output_dir=str(folder),
+        **variant, max_steps=max_steps, eval_steps=max_steps // 20, invocation=INVOCATIONS[run["task"]], output_dir=str(folder),
         metric_for_best_model="eval_accuracy", resume_from_checkpoint=(folder / "seed_log").is_file(),
     )  # fmt: skip
     data = DataArguments(
