@@ -61,8 +61,6 @@ def test_a_run_cannot_be_resumed_and_deleted_at_once():
     [
         ({"optim": "adamw", "momentum": 0.9}, "momentum"),
         ({"estimator": "one_sided", "scale_by_loss_std": True}, "scale_by_loss_std"),
-        ({"estimator": "one_sided", "split_batch": True}, "split_batch"),
-        ({"num_perturbations": 3, "split_batch": True}, "num_perturbations"),
         ({"perturbation": "rademacher", "perturbation_rank": 1}, "perturbation"),
     ],
 )

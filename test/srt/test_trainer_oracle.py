@@ -195,22 +195,6 @@ def test_reuse_changes_nothing(model, tuning, batch):
         assert other[3] == 0
 
 
-@pytest.mark.parametrize("objective", ["classification", "completion"])
-@pytest.mark.parametrize("tuning", ["alora", "lora"])
-def test_directions_that_split_the_batch_have_the_losses_of_their_parts(model, tuning, objective):
-    kind, path, engine = model
-    examples = oracle.with_shared_beginnings(oracle.examples(2 * NUM_PERTURBATIONS))
-    adapter = random_adapter(engine, kind, path, tuning)
-    z = [direction(7, k, adapter.numel) for k in range(NUM_PERTURBATIONS)]
-    settings = {"split_batch": True, "per_device_train_batch_size": len(examples)}
-    plus, minus, _, leaked = engine.call(losses, tuning, adapter.spec, examples, objective, adapter.theta, z, 0.05, settings)
-    for k, z_k in enumerate(z):
-        part = examples[k::NUM_PERTURBATIONS]
-        alone = engine.call(losses, tuning, adapter.spec, part, objective, adapter.theta, [z_k], 0.05, {})
-        assert [plus[k], minus[k]] == pytest.approx(alone[0] + alone[1], abs=1e-5)
-    assert leaked == 0
-
-
 @pytest.mark.parametrize("tuning", ["alora", "lora"])
 def test_one_sided_losses_share_the_one_at_theta(model, tuning, tmp_path):
     kind, path, engine = model

@@ -47,7 +47,6 @@ class MezoConfig:
     num_perturbations: int = _setting(1, "Directions a step; their gradient estimates are averaged.")
     estimator: Estimator = _setting("two_sided", "two_sided: losses on both sides of theta; one_sided: beside the loss at theta, which all directions share.")
     scale_by_loss_std: bool = _setting(False, "Divide loss differences by their losses' standard deviation, not by zo_eps (FZOO); one_sided only.")
-    split_batch: bool = _setting(False, "Try each direction on its own part of the batch: many directions for the price of one; two_sided only.")
     perturbation: Distribution = _setting("gaussian", "Distribution of the directions.")
     perturbation_rank: Optional[int] = _setting(None, "Rank of each matrix of a direction, a product of Gaussian factors (LOZO); full by default.")
     perturbation_interval: int = _setting(1, "Steps in a row whose low-rank directions have the same right factors.")
@@ -86,9 +85,6 @@ class MezoConfig:
         self._require("momentum", self.momentum == 0 or self.optim == "sgd", "0 beside adamw, which has adam_beta1")
         self._require("scale_by_loss_std", not self.scale_by_loss_std or (self.estimator == "one_sided" and self.num_perturbations > 1),
                       "false but for one_sided estimates along two directions or more")  # fmt: skip
-        self._require("split_batch", not self.split_batch or self.estimator == "two_sided", "false but for two_sided estimates")
-        self._require("num_perturbations", not self.split_batch or self.train_batch_size % self.num_perturbations == 0,
-                      f"a divisor of the batch's {self.train_batch_size} examples, as split_batch is set")  # fmt: skip
         self._require("perturbation_rank", self.perturbation_rank is None or self.perturbation_rank >= 1, "at least 1, or none for full rank")
         self._require("perturbation", self.perturbation_rank is None or self.perturbation == "gaussian", "gaussian beside perturbation_rank")
         self._require("perturbation_interval", self.perturbation_interval == 1 or self.perturbation_rank is not None,
@@ -122,8 +118,6 @@ class MezoConfig:
     @property
     def forward_passes(self) -> int:
         """Adapters that a step evaluates its batch under."""
-        if self.split_batch:
-            return 2
         return self.num_slots - (1 if self.estimator == "two_sided" else 0)
 
     def steps_for(self, num_examples: int) -> int:

@@ -110,8 +110,3 @@ def _option_row(prefix: tuple[int, ...], rest: tuple[int, ...], option: tuple[in
 def needs_normaliser(plans: Sequence[ExamplePlan], objective: Objective) -> bool:
     """The softmax normaliser cancels in a choice between single tokens at one position, and only there."""
     return objective != "classification" or not all(plan.single_token_options for plan in plans)
-
-
-def part_of(part: int, num_parts: int) -> slice:
-    """Which plans of a batch belong to one of several parts of it."""
-    return slice(part, None, num_parts)

@@ -7,7 +7,7 @@ import torch
 
 from sglang.srt.mezo.config import Objective
 from sglang.srt.mezo.losses import option_cross_entropy, option_scores, split_options
-from sglang.srt.mezo.plan import ExamplePlan, part_of
+from sglang.srt.mezo.plan import ExamplePlan
 
 
 @dataclass(frozen=True)
@@ -41,16 +41,6 @@ def batch_loss(plans: Sequence[ExamplePlan], values: torch.Tensor, objective: Ob
         return BatchLoss(option_cross_entropy(_scores(plans, values), labels).sum(dim=1), len(plans))
     right = torch.tensor([option == plan.label for plan in plans for option in plan.option_of_read])
     return BatchLoss(-values[:, right].double().sum(dim=1), int(right.sum()))
-
-
-def mean_losses(plans: Sequence[ExamplePlan], values: torch.Tensor, objective: Objective, num_parts: int = 1) -> list[float]:
-    """Mean loss in every slot; with several parts the slots fall into as many groups, and each has read its part of the plans."""
-    reads = torch.arange(values.shape[1]).split([sum(len(row.reads) for row in plan.rows) for plan in plans])
-    losses: list[float] = []
-    for part, slots in enumerate(values.chunk(num_parts)):
-        own = part_of(part, num_parts)
-        losses += batch_loss(plans[own], slots[:, torch.cat(reads[own])], objective).mean.tolist()
-    return losses
 
 
 def predictions(plans: Sequence[ExamplePlan], values: torch.Tensor) -> torch.Tensor:

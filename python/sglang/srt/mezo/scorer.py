@@ -12,7 +12,7 @@ from sglang.srt.mezo.engine import EngineHandle
 from sglang.srt.mezo.forward import Sequenced, extend
 from sglang.srt.mezo.head import Head
 from sglang.srt.mezo.passes import Passes, drain
-from sglang.srt.mezo.plan import ExamplePlan, PrefixScope, Row, needs_normaliser, part_of
+from sglang.srt.mezo.plan import ExamplePlan, PrefixScope, Row, needs_normaliser
 from sglang.srt.mezo.prefix import BasePrefixes, PrefixStats, SlotPrefixes, SlotRow
 from sglang.srt.mezo.sharing import PASS_COST, common_length
 
@@ -58,7 +58,7 @@ class Scorer:
         return drain(self.passes(plans, groups, objective))
 
     def passes(
-        self, plans: Sequence[ExamplePlan], groups: Sequence[SlotGroup], objective: Objective, keep: bool = True, split: bool = False
+        self, plans: Sequence[ExamplePlan], groups: Sequence[SlotGroup], objective: Objective, keep: bool = True
     ) -> Passes[torch.Tensor]:
         """Read every scored token of every plan in every slot, a forward pass of at most ``max_tokens`` at a time.
 
@@ -66,7 +66,6 @@ class Scorer:
 
         Args:
             keep: base-model prefixes may stay locked afterwards.
-            split: each group reads its own part of the plans, see ``part_of``; NaN in the others' columns.
 
         Returns:
             float32 [slots, reads] on the CPU: log-probabilities, or logits where the normaliser cancels. Slots are in
@@ -74,8 +73,8 @@ class Scorer:
         """
         normalise = needs_normaliser(plans, objective)
         num_reads = sum(len(row.reads) for plan in plans for row in plan.rows)
-        values = torch.full((sum(map(len, groups)), num_reads), torch.nan)
-        for items in self._batches(plans, groups, split):
+        values = torch.empty(sum(map(len, groups)), num_reads)
+        for items in self._batches(plans, groups):
             if self._prefix_reuse and self._scope is PrefixScope.BASE:
                 yield from self.base_prefixes.prepare(item.row.prefix for item in items)
             read = self._score_items(items, normalise, keep)
@@ -84,17 +83,17 @@ class Scorer:
             yield
         return values
 
-    def prefix_passes(self, plans: Sequence[ExamplePlan], groups: Sequence[SlotGroup], split: bool = False) -> Passes[None]:
+    def prefix_passes(self, plans: Sequence[ExamplePlan], groups: Sequence[SlotGroup]) -> Passes[None]:
         """Compute the base-model prefixes that the tree lacks, in the very batches in which ``passes`` would."""
-        for items in self._batches(plans, groups, split):
+        for items in self._batches(plans, groups):
             yield from self.base_prefixes.prepare(item.row.prefix for item in items)
             yield
 
-    def _batches(self, plans: Sequence[ExamplePlan], groups: Sequence[SlotGroup], split: bool) -> Iterator[list[_Item]]:
+    def _batches(self, plans: Sequence[ExamplePlan], groups: Sequence[SlotGroup]) -> Iterator[list[_Item]]:
         """Pack (example, slot group) units up to the token budget, the free rows and the room for prefixes, slot after slot."""
         batch: list[_Item] = []
         tokens, prefixes, before = 0, _Prefixes(), None
-        for unit in _units(plans, groups, self._scope is PrefixScope.SLOT, split):
+        for unit in _units(plans, groups, slots_first=self._scope is PrefixScope.SLOT):
             cost, longer = self._cost(unit, before), prefixes.with_unit(unit)
             full = tokens + cost > self._max_tokens or len(batch) + len(unit.items) > self._handle.free_rows
             if batch and (full or longer.tokens > _PREFIX_SHARE * self._handle.kv_capacity):
@@ -180,14 +179,12 @@ class _Prefixes:
         return _Prefixes(self.texts | new, self.tokens + sum(map(len, new))) if new else self
 
 
-def _units(plans: Sequence[ExamplePlan], groups: Sequence[SlotGroup], slots_first: bool, split: bool) -> Iterator[_Unit]:
+def _units(plans: Sequence[ExamplePlan], groups: Sequence[SlotGroup], slots_first: bool) -> Iterator[_Unit]:
     """Units that follow each other share what is worth most: a base-model prefix, or with ``slots_first`` the slots."""
     reads = [sum(len(row.reads) for row in plan.rows) for plan in plans]
     first_reads = [0, *itertools.accumulate(reads)]
     first_slots = [0, *itertools.accumulate(map(len, groups))]
-    if split:
-        order = ((plan, group) for group in range(len(groups)) for plan in range(len(plans))[part_of(group, len(groups))])
-    elif slots_first:
+    if slots_first:
         order = ((plan, group) for group in range(len(groups)) for plan in range(len(plans)))
     else:
         order = ((plan, group) for plan in range(len(plans)) for group in range(len(groups)))

@@ -21,7 +21,7 @@ from sglang.srt.mezo.noise import step_seed
 from sglang.srt.mezo.optimizer import Optimizer, learning_rate_at, round_to_log
 from sglang.srt.mezo.passes import Passes, drain
 from sglang.srt.mezo.plan import ExamplePlan, Planner, PrefixScope
-from sglang.srt.mezo.readout import mean_losses
+from sglang.srt.mezo.readout import batch_loss
 from sglang.srt.mezo.run import StepResult, TrainingRun, TrainResult
 from sglang.srt.mezo.scorer import Scorer
 from sglang.srt.mezo.seed_log import LogRecord
@@ -139,12 +139,9 @@ class MezoTrainer:
         Returns:
             loss_plus and loss_minus, one number per direction; one-sided, loss_minus is the loss at theta.
         """
-        if self.config.split_batch and len(batch) % len(z):
-            raise ConfigError("batch", f"{len(batch)} examples", f"a multiple of num_perturbations={len(z)}, as split_batch is set")
         self.slots.write_perturbed(z, zo_eps)
-        values = yield from self.scorer.passes(batch, self.slots.groups, self.objective, split=self.config.split_batch)
-        parts = len(z) if self.config.split_batch else 1
-        return self.slots.losses_of(self.handle.share(mean_losses(batch, values, self.objective, parts)))
+        values = yield from self.scorer.passes(batch, self.slots.groups, self.objective)
+        return self.slots.losses_of(self.handle.share(batch_loss(batch, values, self.objective).mean.tolist()))
 
     def perturbed_passes(self, batch: Sequence[ExamplePlan], zo_random_seed: int, zo_eps: float) -> Passes[dict[str, list[float]]]:
         """``loss_plus``, ``loss_minus`` and ``projected_grad`` along the directions of a seed; theta stays as it is."""
@@ -215,7 +212,7 @@ class MezoTrainer:
         for start in range(0, len(self.eval_plans), size):
             yield from self.scorer.prefix_passes(self.eval_plans[start : start + size], [(self.slots.current.lora_id,)])
         for step in self.stream.first_epochs(self.global_step):
-            yield from self.scorer.prefix_passes(self.batch(step), self.slots.groups, self.config.split_batch)
+            yield from self.scorer.prefix_passes(self.batch(step), self.slots.groups)
 
     def _window(self, kept_tokens: int) -> int | None:
         """Examples whose prefixes are kept at a time; None where the pool has room for all."""

@@ -19,7 +19,7 @@ from sglang.srt.mezo.service.messages import EngineDescription
 _SETTINGS = (
     "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "clip_projected_grad",
     "optim", "momentum", "adam_beta1", "adam_beta2", "adam_epsilon",
-    "zo_eps", "num_perturbations", "estimator", "scale_by_loss_std", "split_batch", "perturbation", "perturbation_rank", "perturbation_interval",
+    "zo_eps", "num_perturbations", "estimator", "scale_by_loss_std", "perturbation", "perturbation_rank", "perturbation_interval",
     "tuning", "invocation", "r", "lora_alpha", "target_modules",
     "max_steps", "objective", "gradient_accumulation_steps", "max_tokens_per_batch", "echoes",
     "eval_steps", "logging_steps", "save_steps", "noise_floor_steps", "load_best_model_at_end", "metric_for_best_model",
