@@ -45,6 +45,7 @@ typedef struct {
     int64_t low, high;
 } Query;
 
+/* The scores of one key; four queries at a time, so that it is loaded once for them. */
 INLINE void dots(const Query *queries, int64_t count, const float *key, int64_t at, int64_t dim) {
     int64_t i = 0;
     for (; i + 4 <= count; i += 4) {
@@ -65,7 +66,7 @@ INLINE void dots(const Query *queries, int64_t count, const float *key, int64_t 
     }
 }
 
-/* out += weights . values over `count` keys from `at` on, for `width` neighbouring numbers of four queries at a time. */
+/* out += weights . values over `count` keys from `at` on; for four queries and 2 * LANES numbers at a time, kept in registers. */
 INLINE void add_values(const Query *queries, int64_t num, const float *v, int64_t stride, const int32_t *places, int64_t count, int64_t at, int64_t v_dim) {
     int64_t i = 0;
     for (; i + 4 <= num; i += 4) {

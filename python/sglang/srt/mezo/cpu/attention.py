@@ -71,7 +71,8 @@ class CpuAttentionBackend(TorchNativeAttnBackend):
             )
         causal = layer.attn_type != AttentionType.ENCODER_ONLY
         output = query.new_empty(len(query) + 1, layer.tp_q_head_num, layer.v_head_dim)  # padding is written to the last
-        few = kernel.LIBRARY is not None and not layer.logit_cap and _plain_float32(query, *pool)
+        all_in_pool = save_kv_cache or k is None
+        few = kernel.LIBRARY is not None and all_in_pool and not layer.logit_cap and _plain_float32(query, *pool)
         planned = self._plan(forward_batch, causal, batch is None, few)
         if planned.few is not None:
             planned.few.attend(query, *pool, output, layer.scaling, _window(layer) if causal else None)
