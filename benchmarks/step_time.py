@@ -94,11 +94,19 @@ def main() -> None:
              threads=arguments.threads)
         for workload, tuning, n in itertools.product(arguments.workload, arguments.tuning, arguments.num_perturbations)
     ]  # fmt: skip
-    report = {"rows": run_cases(cases), "machine": machine(arguments.threads), "settings": settings()}
+    rows = run_cases(cases)
     print()
-    show(report["rows"])
+    show(rows)
     if arguments.json:
+        report = {"rows": add_rows(arguments.json, rows), "machine": machine(arguments.threads), "settings": settings()}
         arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def add_rows(path: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of a file, with ``rows`` in the place of those of the same cases: not all cases need all loops."""
+    names = ("workload", "tuning", "model", "dtype", "num_perturbations")
+    old = json.loads(path.read_text())["rows"] if path.is_file() else []
+    return list({tuple(row[name] for name in names): row for row in old + rows}.values())
 
 
 def run_cases(cases: Sequence[Case]) -> list[dict[str, Any]]:

@@ -89,6 +89,7 @@ def main() -> None:
             if not any(all(row[name] == run[name] for name in run) for row in load(arguments.json)["rows"]):
                 run_in_new_process(arguments, run)
     show(load(arguments.json))
+    plot(load(arguments.json), arguments.json.with_suffix(".png"))
 
 
 def planned(arguments: argparse.Namespace) -> Iterator[Run]:
@@ -252,6 +253,27 @@ def seconds_of(report: dict[str, Any], task: str, variant: str, passes: float | 
     times, row = report["times"][task][variant], rows_of(report, task, variant)[0]
     steps = row["steps"] if passes is None else passes / row["passes_a_step"]
     return times["prefixes_s"] + statistics.median(times["step_s"]) * steps
+
+
+def plot(report: dict[str, Any], path: Path) -> None:
+    """Mean accuracy on development rows against forward passes and against wall time, a row of panels for each task."""
+    measured = [row for row in report["rows"] if row["seed"] != TUNING_SEED]
+    tasks = [task for task in dict.fromkeys(row["task"] for row in measured) if task in report["times"]]
+    if not tasks:
+        return
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.2 * len(tasks)), layout="constrained")
+    for task, panels in zip(tasks, figure.subplots(len(tasks), 2, squeeze=False, sharey="row")):
+        for variant in dict.fromkeys(row["variant"] for row in measured if row["task"] == task and row["variant"] in report["times"][task]):
+            curve = mean_curve(report, task, variant)
+            accuracy = [100 * value for _, value in curve]
+            panels[0].plot([passes for passes, _ in curve], accuracy, label=variant)
+            panels[1].plot([seconds_of(report, task, variant, passes) for passes, _ in curve], accuracy, label=variant)
+        panels[0].set(xlabel="forward passes", ylabel=f"{task}, accuracy in % (development rows)")
+        panels[1].set(xlabel="wall time, s")
+        panels[0].legend()
+    figure.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":
