@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Self
 
 import torch
 
+from sglang.srt.mezo.allocator import keep_freed_memory
 from sglang.srt.mezo.errors import CapacityError, ConfigError
 
 if TYPE_CHECKING:
@@ -114,6 +115,7 @@ class MezoEngine:
         if MezoEngine._started:
             raise RuntimeError("this process has had its engine already: SGLang builds its parallel groups once")
         MezoEngine._started = True
+        keep_freed_memory()
         from sglang.srt.plugins import load_plugins
 
         load_plugins()

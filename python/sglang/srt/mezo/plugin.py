@@ -76,11 +76,9 @@ def _register_cpu_backends() -> None:
     The name stays: command line choices are fixed, and parts of SGLang know this one as the backend without kernels.
     """
     from sglang.srt.mezo import cpu, platform
-    from sglang.srt.mezo.cpu.allocator import keep_freed_memory
 
     if not platform.is_active():
         return
-    keep_freed_memory()
     overlay.on_import("sglang.srt.layers.attention.attention_registry", cpu.register_attention)
     overlay.on_import("sglang.srt.lora.backend.lora_registry", cpu.register_lora)
     for hook in cpu.HOOKS:

@@ -1,4 +1,4 @@
-"""Freed memory stays with a process on our CPU platform, unless the user has set the C library's own variables."""
+"""Freed memory stays with a process that trains, unless the user has set the C library's own variables."""
 
 import os
 import platform
@@ -9,8 +9,8 @@ import pytest
 
 FREED = """
 import psutil, torch
-from sglang.srt.plugins import load_plugins
-load_plugins()
+from sglang.srt.mezo.allocator import keep_freed_memory
+keep_freed_memory()
 torch.set_num_threads(1)
 memory = lambda: psutil.Process().memory_info().rss
 activation = torch.ones(64 << 20)
