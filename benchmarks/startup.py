@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     rows = [
-        compare("import", lambda ours: seconds_to_import(ours), arguments.turns),
+        compare("import", seconds_to_import, arguments.turns),
         compare("server", lambda ours: seconds_to_serve(arguments.model, ours), arguments.turns),
     ]
     if arguments.json:
