@@ -7,7 +7,7 @@ from sglang.srt.mezo.cpu.linear import linear
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("rows", [0, 1, 3, 64, 257])
+@pytest.mark.parametrize("rows", [0, 1, 3, 64, 65, 257, 1024, 1025])
 def test_equals_float64(rows, bias):
     generator = torch.Generator().manual_seed(rows)
     x, weight, b = (torch.randn(*shape, generator=generator) for shape in ((rows, 96), (50, 96), (50,)))

@@ -79,6 +79,7 @@ def _register_cpu_backends() -> None:
 
     if not platform.is_active():
         return
+    cpu.bound_kernels()
     overlay.on_import("sglang.srt.layers.attention.attention_registry", cpu.register_attention)
     overlay.on_import("sglang.srt.lora.backend.lora_registry", cpu.register_lora)
     for hook in cpu.HOOKS:

@@ -6,7 +6,7 @@ from types import ModuleType
 import torch
 from torch.overrides import TorchFunctionMode
 
-from sglang.srt.mezo.cpu.linear import apply_linear, compute_lm_head
+from sglang.srt.mezo.cpu.linear import apply_linear, bound_kernels, compute_lm_head
 from sglang.srt.mezo.hooks import Hook
 
 BACKEND_NAME = "torch_native"

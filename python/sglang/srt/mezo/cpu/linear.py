@@ -3,12 +3,26 @@
 In the lower precisions PyTorch takes oneDNN by itself. The weight is used as it lies: no second copy of it is packed.
 """
 
+import os
 from collections.abc import Callable
 
 import torch
 from torch.nn.functional import linear as torch_linear
 
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+_KERNELS = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
+_MOST_KERNELS = 256
+
+
+def bound_kernels() -> None:
+    """Keep so many of oneDNN's kernels, unless the user says how many; to be called before its first use in a process.
+
+    It compiles one for each number of tokens that a layer meets, and keeps 1,024 by default, a quarter of a megabyte each. What
+    kernels have in common it never gives back: that is another 300 MB after requests of all lengths.
+    """
+    if _KERNELS.replace("ONEDNN", "DNNL") not in os.environ:
+        os.environ.setdefault(_KERNELS, str(_MOST_KERNELS))
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
