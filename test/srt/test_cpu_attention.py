@@ -19,7 +19,7 @@ POOL_TOKENS, CONTEXT = 20000, 700
 
 @pytest.fixture(params=["kernel", "PyTorch"], autouse=True)
 def path(request, monkeypatch):
-    """Both ways that few queries may take; the kernel is built wherever there is a compiler."""
+    """Both ways of attention; the kernel is built wherever there is a compiler."""
     if request.param == "kernel" and kernel.LIBRARY is None:
         pytest.skip("attention.c was not built")
     if request.param == "PyTorch":
@@ -146,6 +146,8 @@ CASES = {
     "heads of 128, grouped": dict(rows=random_rows((0, 40), (1, 9)), heads=6, kv_heads=2, dim=128),
     "many rows over one prefix": dict(rows=[(21, 3)] * 100, shared=[0] * 100),
     "some long, some short": dict(rows=random_rows((0, 60), (1, 2)) + random_rows((0, 60), (33, 60), count=4)),
+    "rows that do not fill tiles": dict(rows=[(0, 130), (33, 65), (31, 9), (160, 64), (5, 8), (0, 7)], heads=6, kv_heads=2, dim=80),
+    "long rows over one prefix": dict(rows=[(40, 30), (40, 66), (40, 7)], shared=[0, 0, 0], heads=6, kv_heads=2, dim=64),
     "longer than one piece": dict(rows=[(3, MAX_FRESH + 90), (0, MAX_FRESH + 1), (4, 2)]),
 }
 
@@ -176,8 +178,15 @@ def test_sliding_window(window, decode):
     torch.testing.assert_close(case.run(CpuAttentionBackend).double(), case.expected(), atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("window", [2, 40])
+def test_sliding_window_of_long_rows(window):
+    case = Case([(0, 150), (70, 90), (33, 20)], dim=64)
+    case.layer.sliding_window_size = window
+    torch.testing.assert_close(case.run(CpuAttentionBackend).double(), case.expected(), atol=2e-5, rtol=1e-4)
+
+
 def test_encoder_only_sees_the_whole_sequence():
-    case = Case(random_rows((0, 0), (1, 30)))
+    case = Case(random_rows((0, 0), (1, 30)) + [(0, 200)])
     case.layer.attn_type = AttentionType.ENCODER_ONLY
     torch.testing.assert_close(case.run(CpuAttentionBackend).double(), case.expected(), atol=2e-5, rtol=1e-4)
 

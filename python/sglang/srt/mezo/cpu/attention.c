@@ -1,4 +1,4 @@
-/* Attention of few queries over keys and values where they lie in a paged KV pool: no gather, no padding, no mask.
+/* Attention over keys and values where they lie in a paged KV pool: no gather, no padding, no mask.
  *
  * One call does one layer. Work is split by bundle (rows with one and the same cached prefix, which is read once for all
  * of them) and by key-value head. The calling process shares its OpenMP threads with PyTorch.
@@ -18,6 +18,9 @@
 #define INLINE static inline __attribute__((always_inline))
 
 #define LANES 16
+#define TILE (2 * LANES)
+/* From so many queries on, keys are transposed tile by tile: the sums of a product then stay apart, one in a lane. */
+#define MANY 8
 typedef float Lanes __attribute__((vector_size(LANES * sizeof(float)), aligned(sizeof(float))));
 
 /* Fresh tokens of one sequence: `fresh` of the batch's tokens from `start` on, after `prefix` cached ones. */
@@ -66,17 +69,40 @@ INLINE void dots(const Query *queries, int64_t count, const float *key, int64_t 
     }
 }
 
+/* The scores of `num` keys from `at` on, and of nothing in the rest of the last tile. */
+INLINE void score(const Query *queries, int64_t count, const float *k, int64_t stride, const int32_t *places, int64_t num, int64_t at, int64_t dim, float *tile) {
+    int64_t from = 0;
+    for (; count >= MANY && num - from >= MANY; from += TILE) {
+        int64_t width = num - from < TILE ? num - from : TILE;
+        for (int64_t n = 0; n < width; n++)
+            for (int64_t j = 0; j < dim; j++) tile[j * TILE + n] = k[places[from + n] * stride + j];
+        int64_t i = 0;
+        for (; i + 4 <= count; i += 4) {
+            if (at + from >= queries[i + 3].high) continue;
+            Lanes s[4][2] = {0};
+            for (int64_t j = 0; j < dim; j++) {
+                Lanes x = *(const Lanes *)(tile + j * TILE), y = *(const Lanes *)(tile + j * TILE + LANES);
+                for (int n = 0; n < 4; n++) s[n][0] += queries[i + n].q[j] * x, s[n][1] += queries[i + n].q[j] * y;
+            }
+            for (int n = 0; n < 4; n++)
+                for (int m = 0; m < 2; m++) *(Lanes *)(queries[i + n].scores + at + from + m * LANES) = s[n][m];
+        }
+        for (int64_t n = 0; n < width && i < count; n++) dots(queries + i, count - i, k + places[from + n] * stride, at + from + n, dim);
+    }
+    for (; from < num; from++) dots(queries, count, k + places[from] * stride, at + from, dim);
+}
+
 /* out += weights . values over `count` keys from `at` on; for four queries and 2 * LANES numbers at a time, kept in registers. */
 INLINE void add_values(const Query *queries, int64_t num, const float *v, int64_t stride, const int32_t *places, int64_t count, int64_t at, int64_t v_dim) {
     int64_t i = 0;
     for (; i + 4 <= num; i += 4) {
         const float *a = queries[i].scores + at, *b = queries[i + 1].scores + at, *c = queries[i + 2].scores + at, *d = queries[i + 3].scores + at;
-        int64_t from = 0;
+        int64_t from = 0, seen = queries[i + 3].high - at < count ? queries[i + 3].high - at : count;
         for (; from + 2 * LANES <= v_dim; from += 2 * LANES) {
             Lanes s[4][2];
             for (int n = 0; n < 4; n++)
                 for (int m = 0; m < 2; m++) s[n][m] = *(const Lanes *)(queries[i + n].out + from + m * LANES);
-            for (int64_t j = 0; j < count; j++) {
+            for (int64_t j = 0; j < seen; j++) {
                 const float *value = v + places[j] * stride + from;
                 Lanes x = *(const Lanes *)value, y = *(const Lanes *)(value + LANES);
                 s[0][0] += a[j] * x, s[0][1] += a[j] * y;
@@ -87,7 +113,7 @@ INLINE void add_values(const Query *queries, int64_t num, const float *v, int64_
             for (int n = 0; n < 4; n++)
                 for (int m = 0; m < 2; m++) *(Lanes *)(queries[i + n].out + from + m * LANES) = s[n][m];
         }
-        for (int64_t j = 0; j < count && from < v_dim; j++)
+        for (int64_t j = 0; j < seen && from < v_dim; j++)
             for (int n = 0; n < 4; n++)
                 for (int64_t m = from; m < v_dim; m++) queries[i + n].out[m] += queries[i + n].scores[at + j] * v[places[j] * stride + m];
     }
@@ -109,7 +135,7 @@ INLINE void attend_sized(const Call *c, int64_t bundle, int64_t head, int64_t di
     int64_t total = 0;
     for (int64_t r = 0; r < num_rows; r++) total += rows[r].fresh * group;
     Query *queries = (Query *)scratch;
-    float *scores = (float *)(queries + total);
+    float *tile = (float *)(queries + total), *scores = tile + TILE * dim;
     for (int64_t r = 0; r < num_rows; r++)
         for (int64_t t = 0; t < rows[r].fresh; t++)
             for (int64_t g = 0; g < group; g++) {
@@ -123,11 +149,11 @@ INLINE void attend_sized(const Call *c, int64_t bundle, int64_t head, int64_t di
     const float *k = c->k + head * dim, *v = c->v + head * v_dim;
     int64_t k_stride = c->kv_heads * dim, v_stride = c->kv_heads * v_dim;
     const int32_t *places = c->table + rows->request * c->table_stride;
-    for (int64_t j = 0; j < prefix; j++) dots(queries, count, k + places[j] * k_stride, j, dim);
+    score(queries, count, k, k_stride, places, prefix, 0, dim, tile);
     Query *own = queries;
     for (int64_t r = 0; r < num_rows; own += rows[r].fresh * group, r++) {
         const int32_t *fresh = c->table + rows[r].request * c->table_stride + prefix;
-        for (int64_t t = 0; t < rows[r].fresh; t++) dots(own, rows[r].fresh * group, k + fresh[t] * k_stride, prefix + t, dim);
+        score(own, rows[r].fresh * group, k, k_stride, fresh, rows[r].fresh, prefix, dim, tile);
     }
     for (int64_t i = 0; i < count; i++) {
         softmax(queries + i, c->scaling);
@@ -163,11 +189,11 @@ int mezo_attend(const Call *c, int64_t num_bundles) {
         }
         queries = sum > queries ? sum : queries;
     }
-    longest = (longest + 15) / 16 * 16;
+    longest = (longest + 2 * TILE - 1) / TILE * TILE; /* a tile may begin at any key */
     int failed = 0;
 #pragma omp parallel
     {
-        char *scratch = malloc(queries * (c->heads / c->kv_heads) * (sizeof(Query) + longest * sizeof(float)));
+        char *scratch = malloc(queries * (c->heads / c->kv_heads) * (sizeof(Query) + longest * sizeof(float)) + TILE * c->dim * sizeof(float));
         if (!scratch) {
 #pragma omp atomic write
             failed = 1;

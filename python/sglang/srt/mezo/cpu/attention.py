@@ -1,6 +1,4 @@
-"""Batched attention: rows of few queries through a kernel, the others on plain PyTorch, a gather of KV and a product per group."""
-
-from dataclasses import dataclass
+"""Batched attention: through a kernel in C, or on plain PyTorch, a gather of KV and a product per group of rows."""
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -26,7 +24,7 @@ class CpuAttentionBackend(TorchNativeAttnBackend):
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         super().init_forward_metadata(forward_batch)
         # Planned by the first layer: causal or not is known there.
-        self._plans: dict[tuple[bool, bool, bool], _Plan] = {}
+        self._plans: dict[tuple[bool, bool, bool], kernel.Batch | list[Group]] = {}
 
     def forward_extend(self, q, k, v, layer, forward_batch, save_kv_cache=True):
         if not self._is_batched(layer, forward_batch):
@@ -72,33 +70,22 @@ class CpuAttentionBackend(TorchNativeAttnBackend):
         causal = layer.attn_type != AttentionType.ENCODER_ONLY
         output = query.new_empty(len(query) + 1, layer.tp_q_head_num, layer.v_head_dim)  # padding is written to the last
         all_in_pool = save_kv_cache or k is None
-        few = kernel.LIBRARY is not None and all_in_pool and not layer.logit_cap and _plain_float32(query, *pool)
-        planned = self._plan(forward_batch, causal, batch is None, few)
-        if planned.few is not None:
-            planned.few.attend(query, *pool, output, layer.scaling, _window(layer) if causal else None)
-        for group in planned.groups:
-            keys, values = batch if group.fresh else pool
-            _attend_group(group, query, keys, values, output, layer, causal)
+        in_c = kernel.LIBRARY is not None and all_in_pool and not layer.logit_cap and _plain_float32(query, *pool)
+        planned = self._plan(forward_batch, causal, batch is None, in_c)
+        if isinstance(planned, kernel.Batch):
+            planned.attend(query, *pool, output, layer.scaling, _window(layer) if causal else None)
+        else:
+            for group in planned:
+                keys, values = batch if group.fresh else pool
+                _attend_group(group, query, keys, values, output, layer, causal)
         return output[:-1].view(len(query), -1)
 
-    def _plan(self, forward_batch: ForwardBatch, causal: bool, from_pool: bool, few: bool) -> "_Plan":
-        name = (causal, from_pool, few)
+    def _plan(self, forward_batch: ForwardBatch, causal: bool, from_pool: bool, in_c: bool) -> kernel.Batch | list[Group]:
+        name = (causal, from_pool, in_c)
         if name not in self._plans:
             rows, table = _rows(forward_batch), self.req_to_token_pool.req_to_token
-            most = kernel.MOST_QUERIES if few else 0
-            short, long = [row for row in rows if row.fresh <= most], [row for row in rows if row.fresh > most]
-            self._plans[name] = _Plan(
-                kernel.FewQueries(short, table, causal) if short else None, plan(long, table, causal, from_pool)
-            )
+            self._plans[name] = kernel.Batch(rows, table, causal) if in_c else plan(rows, table, causal, from_pool)
         return self._plans[name]
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """Of one forward: rows that the kernel serves, and groups of the others."""
-
-    few: kernel.FewQueries | None
-    groups: list[Group]
 
 
 def _plain_float32(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> bool:

@@ -130,15 +130,17 @@ def plan(rows: Sequence[Row], req_to_token: torch.Tensor, causal: bool, from_poo
     """
     table = req_to_token.numpy()
     if causal:
-        rows = [piece for row in rows for piece in _cut(row)]
+        rows = cut_rows(rows, MAX_FRESH)
     bundles = bundle_rows(rows, table, _cheaper) if causal else [Bundle((row,)) for row in rows]
     return [_build(group, table, from_pool) for group in _group(bundles)]
 
 
-def _cut(row: Row) -> list[Row]:
+def cut_rows(rows: Sequence[Row], most: int) -> list[Row]:
+    """Causal rows in pieces of up to `most` fresh tokens."""
     return [
-        Row(row.request, row.prefix + at, min(MAX_FRESH, row.fresh - at), row.start + at)
-        for at in range(0, row.fresh, MAX_FRESH)
+        Row(row.request, row.prefix + at, min(most, row.fresh - at), row.start + at)
+        for row in rows
+        for at in range(0, row.fresh, most)
     ]
 
 

@@ -1,4 +1,4 @@
-"""Attention of few queries in C (attention.c): keys and values are read where they lie in the KV pool.
+"""Attention in C (attention.c): keys and values are read where they lie in the KV pool.
 
 The library is built with the package. Where it could not be, ``LIBRARY`` is None and attention runs on plain PyTorch.
 """
@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from sglang.srt.mezo.cpu.attention_plan import Row, bundle_rows
+from sglang.srt.mezo.cpu.attention_plan import Row, bundle_rows, cut_rows
 
-# From so many fresh tokens of a row on, matrix products over gathered keys are faster.
-MOST_QUERIES = 64
-# Rows are joined up to so many scores of a head, which are kept at once.
+# Causal rows longer than this are cut: the scores of a piece are kept at once, and what it cannot see is left out.
+_MOST_QUERIES = 64
+# Rows are joined up to so many scores of a head.
 _BUNDLE_SCORES = 1 << 18
 
 
@@ -41,14 +41,16 @@ def _load() -> ctypes.CDLL | None:
 LIBRARY = _load()
 
 
-class FewQueries:
-    """Rows of a batch that one call of the kernel serves in every layer.
+class Batch:
+    """The rows of a forward, which one call of the kernel serves in every layer.
 
     Args:
         table: int32 (requests, context), the pool's index of every token of a request.
     """
 
     def __init__(self, rows: Sequence[Row], table: torch.Tensor, causal: bool):
+        if causal:
+            rows = cut_rows(rows, _MOST_QUERIES)
         bundles = bundle_rows(rows, table.numpy(), lambda joined, *_: joined.queries * joined.keys <= _BUNDLE_SCORES)
         self._rows = np.array([(row.request, row.prefix, row.fresh, row.start) for bundle in bundles for row in bundle.rows], np.int64)
         self._bounds = np.cumsum([0] + [len(bundle.rows) for bundle in bundles], dtype=np.int64)
