@@ -24,3 +24,12 @@ def test_takes_inputs_and_weights_that_lie_in_larger_tensors():
     transposed = torch.randn(64, 30, generator=generator).T
     for x, w in ((wide[:, 30:94], weight), (wide[::2, :64], weight), (deep, weight), (wide[:, :64], transposed), (wide[:, :64], tall[::2])):
         torch.testing.assert_close(linear(x, w), x @ w.T, atol=1e-4, rtol=1e-4)
+
+
+def test_rows_that_happen_to_lie_behind_an_input_do_not_matter():
+    generator = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(50, 64, generator=generator), torch.randn(80, 64, generator=generator)
+    x[70:] = float("nan")
+    result = linear(x[:70], weight)
+    assert result.shape == (70, 50)
+    torch.testing.assert_close(result, x[:70] @ weight.T, atol=1e-4, rtol=1e-4)

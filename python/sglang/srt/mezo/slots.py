@@ -45,12 +45,7 @@ def adaptable_modules(handle: EngineHandle) -> list[str]:
 
 
 class Slot:
-    """One adapter's place in the pool, pinned until ``release``.
-
-    Weights are written without their values ever passing through SGLang's loader. The copy is done through a tensor
-    of positions: the flat vector's positions are stacked and cut for this tensor-parallel rank by the same methods that
-    SGLang applies to weights, so a write is one gather, whatever the layer.
-    """
+    """One adapter's place in the pool, pinned until ``release``; weights never pass through SGLang's loader."""
 
     def __init__(self, handle: EngineHandle, spec: AdapterSpec, layout: "SlotLayout", name: str):
         from sglang.srt.lora.lora_registry import LoRARef
@@ -69,7 +64,7 @@ class Slot:
         if not result.success:
             raise CapacityError(f"adapter slot {name!r}: {result.error_message}")
         handle.lora_manager.fetch_new_loras({self._ref.lora_id})
-        self._targets = list(layout.buffers(handle, handle.lora_manager.memory_pool.uid_to_buffer_id[self.lora_id]))
+        self._targets = layout.targets(handle, handle.lora_manager.memory_pool.uid_to_buffer_id[self.lora_id])
 
     @property
     def lora_id(self) -> str:
@@ -81,51 +76,88 @@ class Slot:
         Args:
             weights: float32 [numel] in the flat order of ``Adapter``; cast to the pool's dtype here, once.
         """
-        self.put(self._layout.gather(weights))
-
-    def put(self, local: torch.Tensor) -> None:
-        """Like ``write``, of weights that ``SlotLayout.gather`` has cut for this rank."""
-        local = local.to(self._targets[0].dtype).to(self._handle.device, non_blocking=True)
-        parts = local.split([target.numel() for target in self._targets])
-        torch._foreach_copy_(self._targets, [part.view(target.shape) for target, part in zip(self._targets, parts, strict=True)])
+        torch._foreach_copy_(self._targets, self._layout.blocks_of(weights))
 
     def release(self) -> None:
         self._handle.lora_manager.unload_lora_adapter(self._ref)
 
 
+@dataclass(frozen=True)
+class _Block:
+    """Rows first .. end of buffer ``buffer``: they begin at ``offset`` of the flat vector, ``stride`` numbers apart."""
+
+    buffer: int
+    first: int
+    end: int
+    columns: int
+    offset: int
+    stride: int
+
+
 class SlotLayout:
-    """Where each number of the flat vector lies in a slot of this rank's pool; one for all slots of an adapter."""
+    """Where each number of the flat vector lies in a slot of this rank's pool; one for all slots of an adapter.
+
+    The flat vector's positions are stacked and cut for this tensor-parallel rank by the same methods that SGLang applies to
+    weights. What comes out are blocks of it, so a write is a copy of each, whatever the layer.
+    """
 
     def __init__(self, handle: EngineHandle, adapter: Adapter):
         self.sites = adapter.sites
         self._r = adapter.spec.r
         self._layers = _layers(handle, adapter.spec.target_modules)
-        zero = adapter.numel  # position of the zero that gather() appends
         positions = Adapter(adapter.spec, adapter.sites)
         positions.theta = torch.arange(adapter.numel)
         matrices = {site.path: (a, b) for site, a, b in positions.matrices()}
-        pieces = []
+        stacked = []
         for layer in self._layers:
-            parts = [matrices.get(part.path, _absent(part, self._r, zero)) for part in layer.parts]
-            pieces.append(layer.module.slice_lora_a_weights(torch.cat([a for a, _ in parts])).flatten())
-            pieces.append(layer.module.slice_lora_b_weights(torch.cat([b for _, b in parts])).flatten())
-        self._positions = torch.cat(pieces)
+            parts = [matrices.get(part.path, _absent(part, self._r)) for part in layer.parts]
+            stacked.append(layer.module.slice_lora_a_weights(torch.cat([a for a, _ in parts])))
+            stacked.append(layer.module.slice_lora_b_weights(torch.cat([b for _, b in parts])))
+        self._blocks = [block for buffer, places in enumerate(stacked) for block in _blocks(buffer, places)]
+        self._weights = torch.zeros(adapter.numel, device=handle.device)
+        self._views = [self._weights.as_strided((block.end - block.first, block.columns), (block.stride, 1), block.offset) for block in self._blocks]
 
-    def gather(self, weights: torch.Tensor) -> torch.Tensor:
-        """Flat vector [numel] to this rank's numbers in the order of ``buffers``."""
-        return torch.cat((weights, weights.new_zeros(1))).index_select(0, self._positions)
+    def blocks_of(self, weights: torch.Tensor) -> list[torch.Tensor]:
+        """Flat vector [numel] in the blocks of ``targets``, on the engine's device; good until the next call."""
+        self._weights.copy_(weights, non_blocking=True)
+        return self._views
 
-    def buffers(self, handle: EngineHandle, slot: int) -> Iterator[torch.Tensor]:
-        """Views of the pool that hold slot ``slot``: A [parts * r, in], B [out, r] for every layer."""
+    def targets(self, handle: EngineHandle, slot: int) -> list[torch.Tensor]:
+        """Views of the pool where the blocks lie in slot ``slot``. What else the adapter's layers have there becomes zero."""
+        buffers = list(self._buffers(handle, slot))
+        torch._foreach_zero_(buffers)
+        return [buffers[block.buffer][block.first : block.end] for block in self._blocks]
+
+    def _buffers(self, handle: EngineHandle, slot: int) -> Iterator[torch.Tensor]:
+        """A [parts * r, in] and B [out, r] for every layer."""
         pool = handle.lora_manager.memory_pool
         for layer in self._layers:
             yield pool.A_buffer[layer.target][layer.index][slot][: len(layer.parts) * self._r]
             yield pool.B_buffer[layer.target][layer.index][slot][:, : self._r]
 
 
-def _absent(site: Site, r: int, zero: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Positions for a part of a fused layer that is not adapted: everything reads the zero."""
-    return torch.full((r, site.in_features), zero), torch.full((site.out_features, r), zero)
+_NOWHERE = -1  # position of what a fused layer has for parts that are not adapted
+
+
+def _absent(part: Site, r: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.full((r, part.in_features), _NOWHERE), torch.full((part.out_features, r), _NOWHERE)
+
+
+def _blocks(buffer: int, positions: torch.Tensor) -> Iterator[_Block]:
+    """Rows that follow each other at equal distances in the flat vector, together; positions: int64 (rows, columns)."""
+    starts, columns = positions[:, 0].tolist(), positions.shape[1]
+    somewhere = positions[positions[:, 0] != _NOWHERE]
+    if not torch.equal(somewhere, somewhere[:, :1] + torch.arange(columns)):
+        raise ValueError("SGLang stores the rows of a LoRA weight in parts")
+    first = 0
+    while first < len(starts):
+        stride = starts[first + 1] - starts[first] if first + 1 < len(starts) else columns
+        end = first + 1
+        while starts[first] != _NOWHERE and stride > 0 and end < len(starts) and starts[end] == starts[end - 1] + stride:
+            end += 1
+        if starts[first] != _NOWHERE:
+            yield _Block(buffer, first, end, columns, starts[first], stride if end > first + 1 else columns)
+        first = end
 
 
 def _layers(handle: EngineHandle, target_modules: Sequence[str]) -> list[_Layer]:
@@ -227,14 +259,14 @@ class PerturbedSlots:
 
     def write_perturbed(self, directions: Sequence[torch.Tensor], zo_eps: float) -> None:
         """Fill the slots; every number is formed in float32 and rounded once to the pool's dtype."""
-        theta = self._layout.gather(self._adapter.theta)
+        theta = self._adapter.theta
         signs = (1, -1) if self._two_sided else (1,)
         slots = iter(self._slots[1:])
-        for z in map(self._layout.gather, directions):
+        for z in directions:
             for sign in signs:
-                next(slots).put(torch.add(theta, z, alpha=sign * zo_eps))
+                next(slots).write(torch.add(theta, z, alpha=sign * zo_eps))
         if not self._two_sided:
-            self.current.put(theta)
+            self.write_current()
 
     def write_current(self) -> None:
         self.current.write(self._adapter.theta)

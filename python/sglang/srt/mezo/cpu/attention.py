@@ -8,6 +8,7 @@ from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang.srt.mezo.cpu import kernel
 from sglang.srt.mezo.cpu.attention_plan import Group, Row, plan
+from sglang.srt.mezo.cpu.linear import rounded_rows
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
 
@@ -68,7 +69,8 @@ class CpuAttentionBackend(TorchNativeAttnBackend):
                 v.reshape(-1, layer.tp_v_head_num, layer.v_head_dim),
             )
         causal = layer.attn_type != AttentionType.ENCODER_ONLY
-        output = query.new_empty(len(query) + 1, layer.tp_q_head_num, layer.v_head_dim)  # padding is written to the last
+        rows = rounded_rows(len(query)) + 1  # the next layer runs so many; padding is written to the last
+        output = query.new_empty(rows, layer.tp_q_head_num, layer.v_head_dim)
         all_in_pool = save_kv_cache or k is None
         in_c = kernel.LIBRARY is not None and all_in_pool and not layer.logit_cap and _plain_float32(query, *pool)
         planned = self._plan(forward_batch, causal, batch is None, in_c)
@@ -78,7 +80,7 @@ class CpuAttentionBackend(TorchNativeAttnBackend):
             for group in planned:
                 keys, values = batch if group.fresh else pool
                 _attend_group(group, query, keys, values, output, layer, causal)
-        return output[:-1].view(len(query), -1)
+        return output[: len(query)].view(len(query), -1)
 
     def _plan(self, forward_batch: ForwardBatch, causal: bool, from_pool: bool, in_c: bool) -> kernel.Batch | list[Group]:
         name = (causal, from_pool, in_c)

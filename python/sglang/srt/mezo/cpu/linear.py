@@ -11,25 +11,47 @@ from torch.nn.functional import linear as torch_linear
 
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
-_KERNELS = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
+_CAPACITY = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
 _MOST_KERNELS = 256
+# From the first number of tokens on a layer runs the next multiple of the second.
+_ROUNDED_FROM, _MULTIPLE = 64, 16
 
 
 def bound_kernels() -> None:
-    """Keep so many of oneDNN's kernels, unless the user says how many; to be called before its first use in a process.
-
-    It compiles one for each number of tokens that a layer meets, and keeps 1,024 by default, a quarter of a megabyte each. What
-    kernels have in common it never gives back: that is another 300 MB after requests of all lengths.
-    """
-    if _KERNELS.replace("ONEDNN", "DNNL") not in os.environ:
-        os.environ.setdefault(_KERNELS, str(_MOST_KERNELS))
+    """Keep fewer of oneDNN's kernels than its 1,024, unless the user says how many; to be called before its first use in a process."""
+    if _CAPACITY.replace("ONEDNN", "DNNL") not in os.environ:
+        os.environ.setdefault(_CAPACITY, str(_MOST_KERNELS))
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x W' + b in float32; x: (..., in), weight: (out, in), bias: (out,) or None."""
+    """x W' + b in float32; x: (..., in), weight: (out, in), bias: (out,) or None.
+
+    oneDNN compiles kernels for every number of rows that it meets, and never gives back half of their half a megabyte. For
+    requests of all lengths that would be a gigabyte, so numbers of rows are rounded up.
+    """
     if not (_HAS_ONEDNN and weight.is_contiguous() and x.numel()):
         return torch_linear(x, weight, bias)
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    rows = x.shape[:-1].numel()
+    if rounded_rows(rows) == rows:
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    padded = _with_more_rows(x.reshape(rows, -1), rounded_rows(rows))
+    return torch.ops.mkldnn._linear_pointwise(padded, weight, bias, "none", [], "")[:rows].view(*x.shape[:-1], -1)
+
+
+def rounded_rows(rows: int) -> int:
+    """Rows that a layer runs for so many; an input with room for them is not copied."""
+    return -(-rows // _MULTIPLE) * _MULTIPLE if rows >= _ROUNDED_FROM else rows
+
+
+def _with_more_rows(x: torch.Tensor, rows: int) -> torch.Tensor:
+    """x: (fewer rows, columns). What the others hold does not matter, as no row of a product depends on another."""
+    room = x.untyped_storage().nbytes() // x.element_size() - x.storage_offset()
+    if x.is_contiguous() and room >= rows * x.shape[1]:
+        return x.as_strided((rows, x.shape[1]), (x.shape[1], 1))
+    padded = x.new_empty(rows, x.shape[1])
+    padded[: len(x)] = x
+    padded[len(x) :] = 0
+    return padded
 
 
 def apply_linear(original: Callable, method, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
