@@ -6,7 +6,7 @@ The work of a step is counted from its plans, whatever the implementation does:
   in common counts once, and a base-model prefix not at all, as its KV is kept;
 - every computed token attends to all tokens before it; a base-model prefix is read from the KV pool once;
 - scores need the head at the rows that are read: single words where the normaliser cancels, the vocabulary where not;
-- the adapter and a direction are read, and two slots written.
+- the adapter and the directions are read, and a slot for each adapter that is evaluated is written.
 
 The ceiling is measured side by side with the steps: the time of the bare matrix products at these shapes over the model's
 own weights, which come from memory as in a step, by the faster of PyTorch's choice and oneDNN, and the bandwidth of a copy.
@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from sglang.srt.mezo.cpu.linear import linear as onednn_linear
+from sglang.srt.mezo.cpu.linear import HAS_ONEDNN, onednn_linear
 from sglang.srt.mezo.plan import ExamplePlan, needs_normaliser
 from sglang.srt.mezo.sharing import distinct_tokens
 from sglang.srt.mezo.trainer import MezoTrainer
@@ -51,7 +51,7 @@ class Work:
 def work(trainer: MezoTrainer, batch: Sequence[ExamplePlan]) -> Work:
     """The unavoidable work of a step on ``batch``."""
     config, model = trainer.config, trainer.handle.model_runner.model_config
-    slots = 2 * config.num_perturbations
+    slots = config.forward_passes
     itemsize = trainer.slot_dtype.itemsize
     rows = [row for plan in batch for row in plan.rows]
     prefixes = {row.prefix for row in rows}
@@ -138,7 +138,7 @@ class CeilingMeter:
 
 def fastest_linear(x: torch.Tensor, weight: torch.Tensor) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     """PyTorch's linear, or oneDNN's where that is faster."""
-    candidates = [torch.nn.functional.linear] + ([onednn_linear] if x.device.type == "cpu" and x.dtype == torch.float32 else [])
+    candidates = [torch.nn.functional.linear] + ([onednn_linear] if HAS_ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32 else [])
 
     def cost(candidate: Callable) -> float:
         times = []

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch.nn.functional import linear as torch_linear
 
-_HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 _CAPACITY = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
 _MOST_KERNELS = 256
@@ -29,13 +29,18 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     oneDNN compiles kernels for every number of rows that it meets, and never gives back half of their half a megabyte. For
     requests of all lengths that would be a gigabyte, so numbers of rows are rounded up.
     """
-    if not (_HAS_ONEDNN and weight.is_contiguous() and x.numel()):
+    if not (HAS_ONEDNN and weight.is_contiguous() and x.numel()):
         return torch_linear(x, weight, bias)
     rows = x.shape[:-1].numel()
     if rounded_rows(rows) == rows:
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        return onednn_linear(x, weight, bias)
     padded = _with_more_rows(x.reshape(rows, -1), rounded_rows(rows))
-    return torch.ops.mkldnn._linear_pointwise(padded, weight, bias, "none", [], "")[:rows].view(*x.shape[:-1], -1)
+    return onednn_linear(padded, weight, bias)[:rows].view(*x.shape[:-1], -1)
+
+
+def onednn_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """``linear`` for any number of rows, each with kernels of its own."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 def rounded_rows(rows: int) -> int:
