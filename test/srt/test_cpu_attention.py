@@ -147,7 +147,7 @@ CASES = {
     "many rows over one prefix": dict(rows=[(21, 3)] * 100, shared=[0] * 100),
     "some long, some short": dict(rows=random_rows((0, 60), (1, 2)) + random_rows((0, 60), (33, 60), count=4)),
     "rows that do not fill tiles": dict(rows=[(0, 130), (33, 65), (31, 9), (160, 64), (5, 8), (0, 7)], heads=6, kv_heads=2, dim=80),
-    "long rows over one prefix": dict(rows=[(40, 30), (40, 66), (40, 7)], shared=[0, 0, 0], heads=6, kv_heads=2, dim=64),
+    "long rows over one prefix": dict(rows=[(40, 30), (40, 66), (40, 7), (40, 9)], shared=[0, 0, 0, 0], heads=6, kv_heads=2, dim=64),
     "longer than one piece": dict(rows=[(3, MAX_FRESH + 90), (0, MAX_FRESH + 1), (4, 2)]),
 }
 

@@ -20,7 +20,7 @@
 #define LANES 16
 #define TILE (2 * LANES)
 /* From so many queries on, keys are transposed tile by tile: the sums of a product then stay apart, one in a lane. */
-#define MANY 8
+#define MANY 24
 typedef float Lanes __attribute__((vector_size(LANES * sizeof(float)), aligned(sizeof(float))));
 
 /* Fresh tokens of one sequence: `fresh` of the batch's tokens from `start` on, after `prefix` cached ones. */
@@ -72,7 +72,7 @@ INLINE void dots(const Query *queries, int64_t count, const float *key, int64_t 
 /* The scores of `num` keys from `at` on, and of nothing in the rest of the last tile. */
 INLINE void score(const Query *queries, int64_t count, const float *k, int64_t stride, const int32_t *places, int64_t num, int64_t at, int64_t dim, float *tile) {
     int64_t from = 0;
-    for (; count >= MANY && num - from >= MANY; from += TILE) {
+    for (; count >= MANY && num - from >= LANES / 2; from += TILE) {
         int64_t width = num - from < TILE ? num - from : TILE;
         for (int64_t n = 0; n < width; n++)
             for (int64_t j = 0; j < dim; j++) tile[j * TILE + n] = k[places[from + n] * stride + j];
