@@ -251,6 +251,23 @@ def test_fresh_keys_come_from_the_batch_where_no_row_has_a_prefix():
     assert all(group.fresh for group in groups)
 
 
+@pytest.mark.parametrize("heads, kv_heads, dim", [(4, 4, 64), (6, 2, 64), (4, 4, 80), (4, 2, 128)])
+def test_the_kernel_gives_a_token_the_same_bits_wherever_its_row_is_cut(heads, kv_heads, dim):
+    if kernel.LIBRARY is None:
+        pytest.skip("PyTorch adds in another order")
+    whole = Case([(0, 150)], heads=heads, kv_heads=kv_heads, dim=dim)
+    expected = whole.run(CpuAttentionBackend)
+    table, loc = whole.runner.req_to_token_pool.req_to_token, whole.batch.out_cache_loc
+    for prefix in (1, 2, 3, 20, 63, 64, 101, 149):
+        case = Case([(prefix, 150 - prefix), (7, 5)], heads=heads, kv_heads=kv_heads, dim=dim)
+        case.pool = case.runner.token_to_kv_pool = whole.pool
+        case.runner.req_to_token_pool.req_to_token[case.requests[0], :150] = table[whole.requests[0], :150]
+        case.batch.out_cache_loc[: 150 - prefix] = loc[prefix:]
+        for name in ("q", "k", "v"):
+            getattr(case, name)[: 150 - prefix] = getattr(whole, name)[prefix:]
+        assert torch.equal(case.run(CpuAttentionBackend)[: 150 - prefix], expected[prefix:])
+
+
 def test_what_is_not_a_number_stays_so():
     case = Case(random_rows((0, 20), (1, 9)))
     case.q[0] = float("nan")

@@ -1,5 +1,8 @@
 /* Attention over keys and values where they lie in a paged KV pool: no gather, no padding, no mask.
  *
+ * What comes out for a token is the same to the last bit wherever its row was cut into cached and fresh tokens, and
+ * whatever other rows there are: KV that is computed anew equals what was there before.
+ *
  * One call does one layer. Work is split by bundle (rows with one and the same cached prefix, which is read once for all
  * of them) and by key-value head. The calling process shares its OpenMP threads with PyTorch.
  */
@@ -18,9 +21,6 @@
 #define INLINE static inline __attribute__((always_inline))
 
 #define LANES 16
-#define TILE (2 * LANES)
-/* From so many queries on, keys are transposed tile by tile: the sums of a product then stay apart, one in a lane. */
-#define MANY 24
 typedef float Lanes __attribute__((vector_size(LANES * sizeof(float)), aligned(sizeof(float))));
 
 /* Fresh tokens of one sequence: `fresh` of the batch's tokens from `start` on, after `prefix` cached ones. */
@@ -48,7 +48,7 @@ typedef struct {
     int64_t low, high;
 } Query;
 
-/* The scores of one key; four queries at a time, so that it is loaded once for them. */
+/* The scores of one key, in the same order of additions for every query; four queries at a time, so that it is loaded once for them. */
 INLINE void dots(const Query *queries, int64_t count, const float *key, int64_t at, int64_t dim) {
     int64_t i = 0;
     for (; i + 4 <= count; i += 4) {
@@ -67,29 +67,6 @@ INLINE void dots(const Query *queries, int64_t count, const float *key, int64_t 
         for (int64_t j = 0; j < dim; j++) w += queries[i].q[j] * key[j];
         queries[i].scores[at] = w;
     }
-}
-
-/* The scores of `num` keys from `at` on, and of nothing in the rest of the last tile. */
-INLINE void score(const Query *queries, int64_t count, const float *k, int64_t stride, const int32_t *places, int64_t num, int64_t at, int64_t dim, float *tile) {
-    int64_t from = 0;
-    for (; count >= MANY && num - from >= LANES / 2; from += TILE) {
-        int64_t width = num - from < TILE ? num - from : TILE;
-        for (int64_t n = 0; n < width; n++)
-            for (int64_t j = 0; j < dim; j++) tile[j * TILE + n] = k[places[from + n] * stride + j];
-        int64_t i = 0;
-        for (; i + 4 <= count; i += 4) {
-            if (at + from >= queries[i + 3].high) continue;
-            Lanes s[4][2] = {0};
-            for (int64_t j = 0; j < dim; j++) {
-                Lanes x = *(const Lanes *)(tile + j * TILE), y = *(const Lanes *)(tile + j * TILE + LANES);
-                for (int n = 0; n < 4; n++) s[n][0] += queries[i + n].q[j] * x, s[n][1] += queries[i + n].q[j] * y;
-            }
-            for (int n = 0; n < 4; n++)
-                for (int m = 0; m < 2; m++) *(Lanes *)(queries[i + n].scores + at + from + m * LANES) = s[n][m];
-        }
-        for (int64_t n = 0; n < width && i < count; n++) dots(queries + i, count - i, k + places[from + n] * stride, at + from + n, dim);
-    }
-    for (; from < num; from++) dots(queries, count, k + places[from] * stride, at + from, dim);
 }
 
 /* out += weights . values over `count` keys from `at` on; for four queries and 2 * LANES numbers at a time, kept in registers. */
@@ -135,7 +112,7 @@ INLINE void attend_sized(const Call *c, int64_t bundle, int64_t head, int64_t di
     int64_t total = 0;
     for (int64_t r = 0; r < num_rows; r++) total += rows[r].fresh * group;
     Query *queries = (Query *)scratch;
-    float *tile = (float *)(queries + total), *scores = tile + TILE * dim;
+    float *scores = (float *)(queries + total);
     for (int64_t r = 0; r < num_rows; r++)
         for (int64_t t = 0; t < rows[r].fresh; t++)
             for (int64_t g = 0; g < group; g++) {
@@ -149,11 +126,14 @@ INLINE void attend_sized(const Call *c, int64_t bundle, int64_t head, int64_t di
     const float *k = c->k + head * dim, *v = c->v + head * v_dim;
     int64_t k_stride = c->kv_heads * dim, v_stride = c->kv_heads * v_dim;
     const int32_t *places = c->table + rows->request * c->table_stride;
-    score(queries, count, k, k_stride, places, prefix, 0, dim, tile);
+    for (int64_t j = 0; j < prefix; j++) dots(queries, count, k + places[j] * k_stride, j, dim);
     Query *own = queries;
     for (int64_t r = 0; r < num_rows; own += rows[r].fresh * group, r++) {
         const int32_t *fresh = c->table + rows[r].request * c->table_stride + prefix;
-        score(own, rows[r].fresh * group, k, k_stride, fresh, rows[r].fresh, prefix, dim, tile);
+        for (int64_t t = 0; t < rows[r].fresh; t++) {
+            int64_t blind = c->causal ? t * group / 4 * 4 : 0; /* queries before it, in fours */
+            dots(own + blind, rows[r].fresh * group - blind, k + fresh[t] * k_stride, prefix + t, dim);
+        }
     }
     for (int64_t i = 0; i < count; i++) {
         softmax(queries + i, c->scaling);
@@ -189,11 +169,11 @@ int mezo_attend(const Call *c, int64_t num_bundles) {
         }
         queries = sum > queries ? sum : queries;
     }
-    longest = (longest + 2 * TILE - 1) / TILE * TILE; /* a tile may begin at any key */
+    longest = (longest + 15) / 16 * 16;
     int failed = 0;
 #pragma omp parallel
     {
-        char *scratch = malloc(queries * (c->heads / c->kv_heads) * (sizeof(Query) + longest * sizeof(float)) + TILE * c->dim * sizeof(float));
+        char *scratch = malloc(queries * (c->heads / c->kv_heads) * (sizeof(Query) + longest * sizeof(float)));
         if (!scratch) {
 #pragma omp atomic write
             failed = 1;
