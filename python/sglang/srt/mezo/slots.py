@@ -148,7 +148,7 @@ def _blocks(buffer: int, positions: torch.Tensor) -> Iterator[_Block]:
     starts, columns = positions[:, 0].tolist(), positions.shape[1]
     somewhere = positions[positions[:, 0] != _NOWHERE]
     if not torch.equal(somewhere, somewhere[:, :1] + torch.arange(columns)):
-        raise ValueError("SGLang stores the rows of a LoRA weight in parts")
+        raise ValueError("a row of a LoRA weight lies in parts in SGLang's pool, where whole rows are copied")
     first = 0
     while first < len(starts):
         stride = starts[first + 1] - starts[first] if first + 1 < len(starts) else columns

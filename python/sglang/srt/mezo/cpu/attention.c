@@ -1,7 +1,7 @@
 /* Attention over keys and values where they lie in a paged KV pool: no gather, no padding, no mask.
  *
  * What comes out for a token is the same to the last bit wherever its row was cut into cached and fresh tokens, and
- * whatever other rows there are: KV that is computed anew equals what was there before.
+ * whatever other rows there are, so that a resumed run meets the KV it had.
  *
  * One call does one layer. Work is split by bundle (rows with one and the same cached prefix, which is read once for all
  * of them) and by key-value head. The calling process shares its OpenMP threads with PyTorch.
