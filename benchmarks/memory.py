@@ -94,9 +94,9 @@ def train(model: str, epochs: int) -> int:
     from sglang.srt.mezo.engine import MezoEngine
     from sglang.srt.mezo.trainer import MezoTrainer
 
-    engine = MezoEngine(model, r=R, target_modules=TARGETS[TUNING], num_slots=3, **ENGINE)
-    examples = WORKLOADS["sst2"].examples(NUM_EXAMPLES, vocab_size=50_000)
     config = MezoConfig(tuning=TUNING, per_device_train_batch_size=BATCH_SIZE, num_train_epochs=epochs)
+    engine = MezoEngine(model, r=R, target_modules=TARGETS[TUNING], num_slots=config.num_slots, **ENGINE)
+    examples = WORKLOADS["sst2"].examples(NUM_EXAMPLES, vocab_size=50_000)
     trainer = MezoTrainer(engine.handle, config, AdapterSpec(model, R, ALPHA, TARGETS[TUNING]), examples)
     for step in range(trainer.max_steps):
         trainer.train_step(trainer.batch(step))

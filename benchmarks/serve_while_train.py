@@ -38,7 +38,10 @@ IN_FLIGHT = 32  # requests of the closed loop
 PROMPT_SENTENCES, OUTPUT_TOKENS = (1, 4), (8, 32)
 DATA = {"reviews": (ROOT / "examples/assets/reviews", "test"), "sst2": (ROOT.parent / "shared/data/sst2", "validation")}
 NUM_TRAIN, NUM_DEV, BATCH_SIZE = 160, 32, 16
-JOB = {"max_steps": 1_000_000, "learning_rate": 1e-4, "zo_eps": 3e-3, "batch_size": BATCH_SIZE, "invocation": " It was"}
+JOB = {
+    "max_steps": 1_000_000, "learning_rate": 1e-4, "num_perturbations": 1, "scale_by_loss_std": False, "zo_eps": 3e-3, "batch_size": BATCH_SIZE,
+    "invocation": " It was",
+}  # fmt: skip
 EPOCH_STEPS = NUM_TRAIN // BATCH_SIZE
 EPOCH_SECONDS = 900  # at most, without other load
 

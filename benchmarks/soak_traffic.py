@@ -121,7 +121,7 @@ class ServingActor(Actor):
         return {"model": self.server.model, "max_tokens": self.draw.randint(1, 48), "temperature": self.draw.choice((0, 1)), **fields}
 
     def _complete(self) -> None:
-        body = self._body(prompt=self.text(), n=self.draw.choice((1, 1, 2)))
+        body = self._body(prompt=self.text(), n=self.draw.choice((1, 2, 8)))
         self.call("completion", "POST", "/v1/completions", self._ALLOWED, json=body)
 
     def _chat(self) -> None:
@@ -159,7 +159,7 @@ class JobActor(Actor):
 
     def act(self) -> None:
         train, dev = (self._upload(self.draw.sample(self.rows, count)) for count in (self.draw.randint(16, 200), 16))
-        self._directions = self.draw.choice((1, 1, 2))
+        self._directions = self.draw.choice((1, 2, 8))
         method = {"type": "supervised", "supervised": {"hyperparameters": self._hyperparameters()}}
         body = {"model": self.server.model, "training_file": train, "validation_file": dev, "seed": 1, "method": method}
         self._job = self.call("create job", "POST", "/v1/fine_tuning/jobs", json=body).json()["id"]
@@ -176,6 +176,7 @@ class JobActor(Actor):
             "tuning": tuning,
             "max_steps": self.draw.randint(5, 200 if tuning == "alora" else 30),
             "num_perturbations": self._directions,
+            "scale_by_loss_std": self._directions > 1,
             "r": self.draw.choice((4, 8)),
             "save_steps": 40,
             "eval_steps": 20,

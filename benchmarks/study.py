@@ -43,25 +43,31 @@ class Variant:
     steps: int
 
 
-EIGHT = {"num_perturbations": 8, "perturbation": "rademacher"}
-ONE_SIDED = {**EIGHT, "estimator": "one_sided", "zo_eps": 5e-4}  # a long one-sided step sees the curvature
+TWO_POINT = {"estimator": "two_sided", "num_perturbations": 1, "perturbation": "gaussian", "scale_by_loss_std": False, "zo_eps": 3e-3}
+UNSCALED = {"scale_by_loss_std": False}
+ONE_SIDED = {"estimator": "one_sided", "zo_eps": 5e-4}  # a long one-sided step sees the curvature
 VARIANTS = {
-    PLAIN: Variant({"estimator": "two_sided", "num_perturbations": 1, "perturbation": "gaussian"}, (1e-3, 2e-3, 4e-3), 2000),
-    "8 directions": Variant({**EIGHT, "estimator": "two_sided"}, (1.6e-2, 2.4e-2, 3.2e-2), 250),
-    "8 directions, one-sided": Variant(ONE_SIDED, (1.6e-2, 2.4e-2, 3.2e-2), 250),
-    "8 directions, FZOO": Variant({**ONE_SIDED, "scale_by_loss_std": True}, (1e-4, 3e-4, 1e-3), 250),
-    "low rank": Variant({"perturbation_rank": 1, "perturbation_interval": 50}, (1e-3, 2e-3, 4e-3), 2000),
-    "momentum": Variant({"momentum": 0.9}, (1e-4, 2e-4, 4e-4), 2000),
-    "adamw": Variant({"optim": "adamw"}, (3e-4, 1e-3, 3e-3), 2000),
+    PLAIN: Variant(TWO_POINT, (5e-4, 1e-3, 2e-3, 4e-3), 2000),
+    "default": Variant({}, (MezoConfig.learning_rate,), 250),
+    "8 directions, unscaled": Variant(UNSCALED, (1e-2, 2e-2, 3e-2), 250),
+    "8 directions, one-sided, unscaled": Variant({**ONE_SIDED, **UNSCALED}, (1.6e-2, 2.4e-2, 3.2e-2), 250),
+    "8 directions, one-sided": Variant(ONE_SIDED, (1e-2, 2e-2, 3e-2), 250),
+    "low rank": Variant({**TWO_POINT, "perturbation_rank": 1, "perturbation_interval": 50}, (1e-3, 2e-3, 4e-3), 2000),
+    "momentum": Variant({**TWO_POINT, "momentum": 0.9}, (1e-4, 2e-4, 4e-4), 2000),
+    "adamw": Variant({**TWO_POINT, "optim": "adamw"}, (3e-4, 1e-3, 3e-3), 2000),
 }
+"""``default`` is what ``MezoConfig`` does by itself, its learning rate included; the others say what they change."""
 
-COMMON = {"zo_eps": 3e-3, "lr_scheduler_type": "linear", "per_device_train_batch_size": 16, "logging_steps": 50, "disable_tqdm": True}
+SETTINGS = ("estimator", "num_perturbations", "perturbation", "perturbation_rank", "scale_by_loss_std", "zo_eps", "optim", "momentum",
+            "lr_scheduler_type", "per_device_train_batch_size")  # fmt: skip
+"""Of a run, that are kept with its results."""
+COMMON = {"logging_steps": 50, "disable_tqdm": True}
 LABELS = {
     "sst2": (" terrible", " great"),
     "trec": (" abbreviation", " entity", " description", " human", " location", " number"),
     "boolq": (" no", " yes"),
 }
-INVOCATIONS = {"sst2": " It was", "trec": "\nType:", "boolq": "?\nAnswer:"}
+INVOCATIONS = {"sst2": " It was", "trec": " Type:", "boolq": "?\nAnswer:"}
 
 Run = dict[str, Any]
 """task, variant, seed and learning_rate."""
@@ -88,21 +94,24 @@ def main() -> None:
         for run in planned(arguments):
             if not any(all(row[name] == run[name] for name in run) for row in load(arguments.json)["rows"]):
                 run_in_new_process(arguments, run)
-    show(load(arguments.json))
+    print("\n".join(table(load(arguments.json))))
     plot(load(arguments.json), arguments.json.with_suffix(".png"))
 
 
 def planned(arguments: argparse.Namespace) -> Iterator[Run]:
     """All runs of this call, seed by seed, so that what is there early can be compared early."""
-    for seed in [TUNING_SEED] if arguments.part == "tune" else arguments.seeds:
+    tune = arguments.part == "tune"
+    for seed in [TUNING_SEED] if tune else arguments.seeds:
         for task in arguments.tasks:
             for variant in arguments.variants:
-                rates = VARIANTS[variant].rates if arguments.part == "tune" else [best_rate(load(arguments.json)["rows"], task, variant)]
-                for rate in rates:
+                rates = VARIANTS[variant].rates if tune else [best_rate(load(arguments.json)["rows"], task, variant)]
+                for rate in rates if not tune or len(rates) > 1 else ():
                     yield {"task": task, "variant": variant, "seed": seed, "learning_rate": rate}
 
 
 def best_rate(rows: Sequence[dict[str, Any]], task: str, variant: str) -> float:
+    if len(VARIANTS[variant].rates) == 1:
+        return VARIANTS[variant].rates[0]
     tried = [row for row in rows if (row["task"], row["variant"], row["seed"]) == (task, variant, TUNING_SEED)]
     if not tried:
         raise SystemExit(f"no learning rate was chosen for {variant} on {task} yet: `tune` comes first")
@@ -122,7 +131,7 @@ def run_one(arguments: argparse.Namespace, run: Run) -> None:
     summary = finetune(*settings(arguments, run))
     config = settings(arguments, run)[2]
     curve = curve_of(Path(config.output_dir))
-    row = {**run, "dtype": arguments.dtype, "settings": {**COMMON, **VARIANTS[run["variant"]].settings}, "steps": config.max_steps,
+    row = {**run, "dtype": arguments.dtype, "settings": {name: getattr(config, name) for name in SETTINGS}, "steps": config.max_steps,
            "passes_a_step": config.forward_passes, "zero_shot_accuracy": summary["zero_shot_accuracy"], "accuracy": summary["accuracy"],
            "dev_accuracy": max(point["eval_accuracy"] for point in curve), "curve": curve}  # fmt: skip
     add(arguments.json, row=row)
@@ -174,7 +183,7 @@ def open_timed(arguments: argparse.Namespace, run: Run) -> Operations:
         return time.perf_counter() - started
 
     return {
-        "prefixes": lambda: timed(lambda: drain(trainer.scorer.prefix_passes(trainer.train_plans, trainer.slots.groups))),
+        "prefixes": lambda: timed(lambda: drain(trainer.scorer.prefix_passes(trainer.train_plans, trainer.slots.groups(0, trainer.slots.width)))),
         "step": lambda: timed(lambda: trainer.train_step(trainer.batch(trainer.global_step))),
     }
 
@@ -209,27 +218,32 @@ def add(path: Path, row: dict[str, Any] | None = None, times: dict[str, Any] | N
     write_json(path, {"rows": report["rows"] + ([row] if row else []), "times": report["times"] | (times or {})})
 
 
-def show(report: dict[str, Any]) -> None:
-    print(f"{'task':<8}{'variant':<26}{'rate':>8} {'seeds':>6} {'accuracy':>10} {'dev':>8} {'step ms':>8} {'run s':>7} {'to plain, passes':>17} {'s':>6} {'of plain':>9}")
+def table(report: dict[str, Any]) -> list[str]:
+    """A row for each variant that seeds were run of. Times are of the steps that `time` has measured, prefixes included."""
+    lines = ["| task | variant | learning rate | seeds | accuracy, mean (min to max) | one step, median | a run | to the development accuracy that plain ends with |",
+             "|---|---|---|---|---|---|---|---|"]  # fmt: skip
     measured = [row for row in report["rows"] if row["seed"] != TUNING_SEED]
     for task in dict.fromkeys(row["task"] for row in measured):
         for variant in dict.fromkeys(row["variant"] for row in measured if row["task"] == task):
-            show_variant(report, task, variant)
+            own = rows_of(report, task, variant)
+            accuracies = [row["accuracy"] for row in own]
+            accuracy = f"{statistics.mean(accuracies):.1%} ({min(accuracies):.1%} to {max(accuracies):.1%})"
+            cells = [task, variant, f"{own[0]['learning_rate']:g}", str(len(own)), accuracy, *times_of(report, task, variant)]
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
-def show_variant(report: dict[str, Any], task: str, variant: str) -> None:
-    own = rows_of(report, task, variant)
-    accuracy, dev = (statistics.mean(row[name] for row in own) for name in ("accuracy", "dev_accuracy"))
-    reached = passes_to_plain(report, task, variant)
-    step, run, time_to, share = "-", "-", "-", "-"
-    if variant in report["times"].get(task, {}):
-        step = f"{1000 * statistics.median(report['times'][task][variant]['step_s']):.0f}"
-        run = f"{seconds_of(report, task, variant):.0f}"
-        if reached is not None:
-            time_to = f"{seconds_of(report, task, variant, reached):.0f}"
-            share = f"{seconds_of(report, task, variant, reached) / seconds_of(report, task, PLAIN):.0%}"
-    print(f"{task:<8}{variant:<26}{own[0]['learning_rate']:>8.1e} {len(own):>6} {accuracy:>10.1%} {dev:>8.1%} {step:>8} {run:>7} "
-          f"{'never' if reached is None else round(reached):>17} {time_to:>6} {share:>9}")  # fmt: skip
+def times_of(report: dict[str, Any], task: str, variant: str) -> tuple[str, str, str]:
+    """Of a step, of a run, and until the plain variant's development accuracy is reached."""
+    if variant not in report["times"].get(task, {}):
+        return "-", "-", "-"
+    step, run = statistics.median(report["times"][task][variant]["step_s"]), seconds_of(report, task, variant)
+    passes = passes_to_plain(report, task, variant)
+    reached = "never"
+    if passes is not None:
+        seconds = seconds_of(report, task, variant, passes)
+        reached = f"{seconds:.0f} s, {seconds / seconds_of(report, task, PLAIN):.0%} of plain's run"
+    return f"{1000 * step:.0f} ms", f"{run:.0f} s", reached
 
 
 def rows_of(report: dict[str, Any], task: str, variant: str) -> list[dict[str, Any]]:

@@ -7,13 +7,15 @@ import json
 import statistics
 from pathlib import Path
 
+import study
+
 RESULTS = Path(__file__).parent / "results"
 LOOPS = ("strong", "official")
 
 
 def main() -> None:
     serving = [serve_while_train(path.name) for path in sorted(RESULTS.glob("serve_while_train*.json"))]
-    for table in (step_time("step_time.json"), step_time("limit_share.json"), step_time("directions.json"), small_pool(), accuracy(), memory(), *serving):
+    for table in (step_time("step_time.json"), step_time("limit_share.json"), step_time("directions.json"), small_pool(), study.table(study.load(RESULTS / "study.json")), accuracy(), memory(), *serving):
         print("\n".join(table), end="\n\n")
 
 

@@ -17,9 +17,7 @@ from pathlib import Path
 from openai import OpenAI, OpenAIError
 
 REVIEWS = Path(__file__).parent / "assets" / "reviews"
-EMBEDDED = {
-    "invocation": " It was", "learning_rate": 3e-3, "zo_eps": 3e-3, "lr_scheduler_type": "linear", "clip_projected_grad": 1.0, "max_steps": 2000,
-}  # fmt: skip
+EMBEDDED = {"invocation": " It was"}
 """Hyperparameters for the model and the task that the repository carries."""
 
 

@@ -28,11 +28,7 @@ EMBEDDED = {
     "dataset": str(ASSETS / "reviews"),
     "dev_split": "validation",
     "test_split": "test",
-    "max_steps": "2000",
-    "learning_rate": "3e-3",
-    "zo_eps": "3e-3",
-    "lr_scheduler_type": "linear",
-    "clip_projected_grad": "1.0",
+    "max_steps": "250",
 }
 """Flags for the model and the task that the repository carries; the command line may override each."""
 

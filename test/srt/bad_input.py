@@ -11,7 +11,10 @@ Expected = tuple[int, str | None, str, str]
 
 MIB = 1 << 20
 ROW = {"prompt": "the plot is thin. It was", "options": [" terrible", " great"], "label": 0}
-JOB = {"invocation": " It was", "learning_rate": 1e-3, "zo_eps": 3e-3, "clip_projected_grad": 1.0, "max_tokens_per_batch": 32}
+JOB = {
+    "invocation": " It was", "learning_rate": 1e-3, "num_perturbations": 1, "scale_by_loss_std": False, "zo_eps": 3e-3, "clip_projected_grad": 1.0,
+    "max_tokens_per_batch": 32,
+}  # fmt: skip
 
 REFUSED_FLAGS = {
     "--dp-size 2": "--enable-mezo needs dp_size=1, not 2",
@@ -148,7 +151,7 @@ JOBS: dict[str, tuple[dict[str, Any], Expected]] = {
     "a pass of all tokens": hyperparameter("max_tokens_per_batch", 20000, "from 1 to 8192"),
     "r above --max-lora-rank": hyperparameter("r", 17, "r=17 is not allowed: from 1 to 16, the server's --max-lora-rank"),
     "unknown module": hyperparameter("target_modules", ["fc1"], "some of k_proj, out_proj, q_proj, v_proj"),
-    "too many directions": hyperparameter("num_perturbations", 3, "at most 2 with two_sided estimates and the server's --max-loras-per-batch=8"),
+    "too many directions": hyperparameter("num_perturbations", 65, "at most 64"),
     "invocation for ordinary LoRA": ({"method": supervised(**JOB, tuning="lora")}, (400, f"{PLACE}.invocation", "invalid_value", "null")),
     "a deep list": hyperparameter("target_modules", json.loads("[" * 200 + "]" * 200), "a list of strings"),
     "unknown hyperparameter": hyperparameter("epsilon", 1, "is not a hyperparameter; there are n_epochs, ", "unknown_parameter"),

@@ -29,14 +29,17 @@ def test_one_sided_estimates_have_an_error_of_first_order():
     assert estimates != pytest.approx(exact, abs=1e-5)
 
 
-def test_scaled_estimates_do_not_depend_on_the_size_of_loss_and_step():
-    plus, _, at_theta, _ = losses_around()
-    scaled = projected_grads(plus, at_theta, EPS, "one_sided", scale_by_loss_std=True)
-    deviation = torch.tensor(plus, dtype=torch.float64).std(correction=1).item()
-    assert scaled == pytest.approx([(a - b) / deviation for a, b in zip(plus, at_theta)])
-    assert projected_grads([7 * x for x in plus], [7 * x for x in at_theta], 1.0, "one_sided", True) == pytest.approx(scaled)
+@pytest.mark.parametrize("estimator", ["two_sided", "one_sided"])
+def test_scaled_estimates_do_not_depend_on_the_size_of_loss_and_step(estimator):
+    plus, minus, at_theta, _ = losses_around()
+    other, evaluated, sides = (minus, plus + minus, 2) if estimator == "two_sided" else (at_theta, plus, 1)
+    scaled = projected_grads(plus, other, EPS, estimator, scale_by_loss_std=True)
+    deviation = torch.tensor(evaluated, dtype=torch.float64).std(correction=1).item()
+    assert scaled == pytest.approx([(a - b) / (sides * deviation) for a, b in zip(plus, other)])
+    assert projected_grads([7 * x for x in plus], [7 * x for x in other], 1.0, estimator, True) == pytest.approx(scaled)
 
 
 def test_equal_losses_say_nothing_about_the_slope():
     assert projected_grads([2.0, 2.0], [1.5, 1.5], EPS, "one_sided", scale_by_loss_std=True) == [0.0, 0.0]
     assert projected_grads([2.0], [2.0], EPS) == [0.0]
+    assert projected_grads([2.0, 2.0], [2.0, 2.0], EPS, scale_by_loss_std=True) == [0.0, 0.0]

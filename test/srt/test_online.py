@@ -21,13 +21,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sglang.srt.mezo.adapter import AdapterSpec
 from sglang.srt.mezo.config import MezoConfig
 from sglang.srt.mezo.data import Encoder
+from sglang.srt.mezo.estimator import projected_grads
 from sglang.srt.mezo.seed_log import SeedLog
 
-MAIN_JOB = {
-    "invocation": " It was", "learning_rate": 3e-3, "zo_eps": 3e-3, "lr_scheduler_type": "linear", "clip_projected_grad": 1.0,
-    "max_steps": 2000, "eval_steps": 500,
-}  # fmt: skip
-SHORT = {**MAIN_JOB, "max_steps": 30, "logging_steps": 1, "lr_scheduler_type": "constant", "learning_rate": 2e-2, "max_tokens_per_batch": 32}
+MAIN_JOB = {"invocation": " It was"}
+# More directions than the server has slots for.
+SHORT = {**MAIN_JOB, "max_steps": 30, "logging_steps": 1, "lr_scheduler_type": "constant", "num_perturbations": 3, "max_tokens_per_batch": 32}
+SLOTS = 8 - 1 - 1
+"""Of the server's pool, that a job may take: not the base model's, nor the one that is left to serve an adapter."""
 TEXTS = ["the plot is thin, but the acting is superb. It was", "never again will i eat here. It was", "no such words in here"]
 
 
@@ -70,7 +71,7 @@ def accuracy(server, model: str, rows: list[dict]) -> float:
 
 def test_the_main_job_lifts_held_out_accuracy_as_it_does_offline(server, trained):
     assert trained.status == "succeeded" and trained.fine_tuned_model == "reviews-model:reviews"
-    assert trained.trained_tokens > 100_000 and trained.finished_at >= trained.created_at and trained.error is None
+    assert trained.trained_tokens > 50_000 and trained.finished_at >= trained.created_at and trained.error is None
     held_out = reviews("test", 600)
     assert accuracy(server, server.model, held_out) < 0.6
     assert accuracy(server, trained.fine_tuned_model, held_out) >= 0.85
@@ -101,13 +102,13 @@ def test_events_and_checkpoints_tell_the_story_and_page(server, trained):
     assert len({event.id for event in events}) == len(events) > 20
     messages = [event.message for event in reversed(events)]
     assert messages[0] == f"Created fine-tuning job: {trained.id}" and messages[-1] == "The job has successfully completed"
-    assert "Step 2000/2000: training loss=" in " ".join(messages)
+    assert "Step 250/250: training loss=" in " ".join(messages)
     steps = [event.data["step"] for event in reversed(events) if event.type == "metrics"]
-    assert steps == sorted(steps) and steps[-1] == 2000
+    assert steps == sorted(steps) and steps[-1] == 250
     checkpoints = list(jobs.checkpoints.list(trained.id, limit=2))
-    assert [checkpoint.step_number for checkpoint in checkpoints] == [2000, 1500, 1000, 500]
+    assert [checkpoint.step_number for checkpoint in checkpoints] == [250, 200, 150, 100, 50]
     assert checkpoints[0].metrics.valid_loss < checkpoints[-1].metrics.valid_loss
-    assert checkpoints[0].fine_tuned_model_checkpoint == f"{trained.fine_tuned_model}:ckpt-step-2000"
+    assert checkpoints[0].fine_tuned_model_checkpoint == f"{trained.fine_tuned_model}:ckpt-step-250"
     early = accuracy(server, checkpoints[-1].fine_tuned_model_checkpoint, reviews("test", 60))
     assert early > 0.6, "a checkpoint answers by its name"
 
@@ -182,9 +183,9 @@ def test_answers_equal_peft_on_the_saved_files_before_and_after_updates(server, 
         before = served[0][-1]
         batch = {"rows": reviews("train", 4), "zo_random_seed": 1000 + update}
         losses = server.http.post(f"/mezo/jobs/{job.id}/evaluate", json=batch).raise_for_status().json()
-        (plus,), (minus,), (grad,) = losses["loss_plus"], losses["loss_minus"], losses["projected_grad"]
-        assert grad == pytest.approx((plus - minus) / (2 * SHORT["zo_eps"]), rel=1e-5)
-        step = {"zo_random_seed": 1000 + update, "projected_grad": [1.0], "learning_rate": 0.05}
+        estimates = projected_grads(losses["loss_plus"], losses["loss_minus"], MezoConfig.zo_eps, scale_by_loss_std=True)
+        assert losses["projected_grad"] == pytest.approx(estimates, rel=1e-5) and len(estimates) == 3
+        step = {"zo_random_seed": 1000 + update, "projected_grad": [1.0, -1.0, 0.5], "learning_rate": 0.1}
         answer = server.http.post(f"/mezo/jobs/{job.id}/update", json=step).raise_for_status().json()
         assert answer == {"step": 31 + update, "model": job.fine_tuned_model}
 
@@ -193,7 +194,7 @@ def test_answers_equal_peft_on_the_saved_files_before_and_after_updates(server, 
 
 
 def offline_series(server, job, rows: list[dict], tmp_path: Path) -> list[tuple]:
-    """(step, loss_plus, loss_minus, projected_grad) of the job's settings on an engine without a server."""
+    """(losses, projected gradients) of every step under the job's settings, on an engine without a server."""
     sent = job.method.supervised.hyperparameters.model_dump()
     names = MezoConfig.__dataclass_fields__.keys() & sent.keys()
     config = MezoConfig(
@@ -201,7 +202,7 @@ def offline_series(server, job, rows: list[dict], tmp_path: Path) -> list[tuple]
         seed=job.seed, output_dir=str(tmp_path / "offline"), disable_tqdm=True,
     )  # fmt: skip
     process = EngineProcess(
-        model_path=str(MODEL), r=16, target_modules=["q_proj", "k_proj", "v_proj", "out_proj"], num_slots=7, dtype="float32", max_total_tokens=20000
+        model_path=str(MODEL), r=16, target_modules=["q_proj", "k_proj", "v_proj", "out_proj"], num_slots=SLOTS, dtype="float32", max_total_tokens=20000
     )  # fmt: skip
     try:
         process.call(train_offline, config, rows)
@@ -223,7 +224,7 @@ def train_offline(engine, config: MezoConfig, rows: list[dict]) -> None:
 
 def series(run: Path) -> list[tuple]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [(line["step"], line["loss_plus"][0], line["loss_minus"][0], line["projected_grad"][0]) for line in lines if "loss_plus" in line]
+    return [(line["loss_plus"] + line["loss_minus"], line["projected_grad"]) for line in lines if "loss_plus" in line]
 
 
 @contextmanager
@@ -268,8 +269,8 @@ def test_a_quiet_server_makes_the_offline_series_bit_for_bit_and_a_busy_one_near
         server.wait_for(busy.id, "succeeded")
     assert len(answers) > 10
     for beside, alone in zip(series(server.run_directory(busy.id)), online, strict=True):
-        assert beside[1:3] == pytest.approx(alone[1:3], rel=1e-4)
-        assert beside[3] == pytest.approx(alone[3], rel=1e-4, abs=2e-4)
+        assert beside[0] == pytest.approx(alone[0], rel=1e-4)
+        assert beside[1] == pytest.approx(alone[1], rel=1e-4, abs=2e-4)
 
 
 def test_answers_of_the_base_model_are_the_same_while_a_job_trains(server, files):
@@ -295,7 +296,7 @@ def test_examples_are_added_and_the_adapter_is_served_while_the_job_runs(server,
     assert added["added"] == 20 and added["step"] > 10
     model = server.http.post(f"/mezo/jobs/{job.id}/publish", json={}).raise_for_status().json()["model"]
     first = prompt_log_probs(server, model, TEXTS)
-    server.wait_for_step(job.id, added["step"] + 100)
+    server.wait_for_step(job.id, added["step"] + 20)
     assert server.http.post(f"/mezo/jobs/{job.id}/publish", json={}).raise_for_status().json()["model"] == model
     assert prompt_log_probs(server, model, TEXTS) != first
     server.client.fine_tuning.jobs.cancel(job.id)
@@ -322,7 +323,7 @@ def test_flush_pause_and_health_go_together_with_a_running_job(server, files):
 def test_metrics_are_beside_those_of_sglang(server, trained):
     metrics = server.http.get("/metrics/").text
     values = {line.split("{")[0].split(" ")[0]: float(line.rsplit(" ", 1)[1]) for line in metrics.splitlines() if line.startswith("sglang:mezo")}
-    assert values["sglang:mezo_steps_total"] >= 2000
+    assert values["sglang:mezo_steps_total"] >= 250
     assert values["sglang:mezo_prefix_tokens_reused_total"] > values["sglang:mezo_prefix_tokens_computed_total"] > 0
     for name in ("train_loss", "projected_grad", "learning_rate", "share", "step_seconds_count", "piece_seconds_count"):
         assert f"sglang:mezo_{name}" in values

@@ -14,16 +14,15 @@ from sglang.srt.mezo.adapter import Adapter, AdapterSpec, Site
 from sglang.srt.mezo.seed_log import SeedLog
 
 JOB = {
-    "invocation": " It was", "learning_rate": 1e-2, "zo_eps": 3e-3, "lr_scheduler_type": "linear", "clip_projected_grad": 1.0,
-    "logging_steps": 1, "eval_steps": 40, "save_steps": 20, "max_tokens_per_batch": 32,
+    "invocation": " It was", "num_perturbations": 3, "logging_steps": 1, "eval_steps": 40, "save_steps": 20, "max_tokens_per_batch": 32,
 }  # fmt: skip
-STEPS_BETWEEN_KILLS = 150
+STEPS_BETWEEN_KILLS = 80
 
 
-def losses(run: Path) -> dict[int, tuple[float, float]]:
-    """The losses of each step; of a step that was run twice, as its record was lost with the process, the later ones."""
+def losses(run: Path) -> dict[int, tuple[list[float], list[float]]]:
+    """loss_plus and loss_minus of each step; of a step that was run twice, as its record was lost with the process, the later ones."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return {line["step"]: (line["loss_plus"][0], line["loss_minus"][0]) for line in lines if "loss_plus" in line}
+    return {line["step"]: (line["loss_plus"], line["loss_minus"]) for line in lines if "loss_plus" in line}
 
 
 def rebuilt(run: Path, steps: int) -> dict[str, torch.Tensor]:

@@ -43,10 +43,10 @@ def refused(body, engine=ENGINE):
 @pytest.mark.parametrize("body", [{}, {"method": None}, {"method": {"type": "supervised"}}, {"hyperparameters": None}, request()])
 def test_nothing_given_is_the_default_of_a_server(body):
     config, hyperparameters = resolve(body, ENGINE, 1000, seed=7)
-    assert hyperparameters == {"n_epochs": 32, "batch_size": 16, "learning_rate_multiplier": 1}
+    assert hyperparameters == {"n_epochs": 4, "batch_size": 16, "learning_rate_multiplier": 1}
     expected = MezoConfig(
-        tuning="lora", target_modules=["q_proj", "v_proj"], max_tokens_per_batch=256, max_steps=2000, num_train_epochs=32, seed=7,
-        save_steps=250,
+        tuning="lora", target_modules=["q_proj", "v_proj"], max_tokens_per_batch=256, max_steps=250, num_train_epochs=4, seed=7,
+        save_steps=50,
     )
     assert MezoConfig(**config) == expected
     assert not {"output_dir", "overwrite_output_dir", "resume_from_checkpoint"} & config.keys()
@@ -167,7 +167,7 @@ def test_a_wrong_type_is_named_with_its_path_and_what_is_allowed(name, value):
         ("batch_size", 4097, "from 1 to 4096"),
         *(("gradient_accumulation_steps", value, "from 1 to 256, as a step takes 4096 examples at most") for value in (0, 257)),
         ("r", 17, "from 1 to 16, the server's --max-lora-rank"),
-        ("num_perturbations", 3, "at most 2 with two_sided estimates and the server's --max-loras-per-batch=8"),
+        ("num_perturbations", 65, "at most 64"),
         ("max_tokens_per_batch", 0, "from 1 to 8192"),
         ("max_tokens_per_batch", 8193, "from 1 to 8192"),
         ("max_tokens_per_batch", 4001, "from 1 to 4000, the size of the KV pool"),
@@ -206,11 +206,11 @@ def test_the_older_place_does_as_well_and_errors_name_it():
 @pytest.mark.parametrize(
     ("hyperparameters", "num_train", "n_epochs", "batch_size", "max_steps"),
     [
-        ({}, 1000, 32, 16, 2000),
-        ({}, 5, 2000, 5, 2000),
-        ({}, 1_000_000, 1, 16, 2000),
-        ({"batch_size": 8}, 1000, 16, 8, 2000),
-        ({"gradient_accumulation_steps": 2}, 1000, 64, 16, 2000),
+        ({}, 1000, 4, 16, 250),
+        ({}, 5, 250, 5, 250),
+        ({}, 1_000_000, 1, 16, 250),
+        ({"batch_size": 8}, 1000, 2, 8, 250),
+        ({"gradient_accumulation_steps": 2}, 1000, 8, 16, 250),
         ({"max_steps": 10}, 1000, 1, 16, 10),
         ({"max_steps": 10, "n_epochs": 7}, 20, 8, 16, 10),
         ({"n_epochs": 3}, 1000, 3, 16, -1),
@@ -251,6 +251,17 @@ def test_a_backend_without_activated_adapters_says_so():
     engine = EngineDescription(**{name: getattr(ENGINE, name) for name in ENGINE.__struct_fields__} | {"alora": False})
     assert "this server's LoRA backend cannot serve aLoRA" in refused(request(invocation=" It was"), engine).message
     assert resolve(request(), engine, 10, seed=7)[0]["tuning"] == "lora"
+
+
+@pytest.mark.parametrize(("estimator", "needed"), [("two_sided", 5), ("one_sided", 4)])
+def test_a_server_needs_room_for_one_direction_and_an_adapter_beside(estimator, needed):
+    def engine(max_loras_per_batch: int) -> EngineDescription:
+        return EngineDescription(**{name: getattr(ENGINE, name) for name in ENGINE.__struct_fields__} | {"max_loras_per_batch": max_loras_per_batch})
+
+    assert resolved(estimator=estimator, engine=engine(needed))[0]["num_perturbations"] == MezoConfig.num_perturbations
+    error = refused(request(estimator=estimator), engine(needed - 1))
+    assert error.param == f"{PLACE}.estimator"
+    assert f"--max-loras-per-batch={needed - 1} has room for: this one needs {needed}" in error.message
 
 
 def test_a_long_value_is_cut_in_the_message():

@@ -149,7 +149,7 @@ def test_a_job_is_created_with_everything_resolved(client, service):
     assert (job.object, job.status, job.model, job.seed) == ("fine_tuning.job", "validating_files", "tiny", 5)
     assert (job.organization_id, job.result_files, job.fine_tuned_model) == ("sglang-mezo", [], None)
     assert (job.validation_file, job.metadata, job.error) == (validation, {"run": "a"}, None)
-    assert (job.hyperparameters.n_epochs, job.hyperparameters.batch_size) == (800, 16)
+    assert (job.hyperparameters.n_epochs, job.hyperparameters.batch_size) == (100, 16)
     resolved = job.method.supervised.hyperparameters
     assert (resolved.zo_eps, resolved.r, resolved.tuning, resolved.max_tokens_per_batch) == (0.001, 4, "alora", 256)
     stored = service.store.job(job.id)

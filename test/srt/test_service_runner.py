@@ -405,7 +405,6 @@ def test_slots_are_taken_only_once_requests_in_flight_leave_the_room(engine, con
     ("settings", "fields", "param", "message"),
     [
         ({"r": 64}, {}, None, "rank"),
-        ({"num_perturbations": 9}, {}, None, "adapter slots are needed"),
         ({}, {"target_modules": ["gate_proj"]}, "target_modules", "gate_proj"),
         ({"zo_eps": -1.0}, {}, "zo_eps", "positive"),
         ({}, {"segments": [(0, 10), (4, 6)]}, "segments", "10 examples"),

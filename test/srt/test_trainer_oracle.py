@@ -32,7 +32,7 @@ BATCHES = {
 def make_trainer(engine, tuning: str, spec: AdapterSpec, batch: Sequence[Example], objective: str, num_perturbations: int, **settings):
     from sglang.srt.mezo.trainer import MezoTrainer
 
-    config = MezoConfig(tuning=tuning, zo_eps=ZO_EPS, num_perturbations=num_perturbations, **settings)
+    config = MezoConfig(tuning=tuning, zo_eps=ZO_EPS, num_perturbations=num_perturbations, scale_by_loss_std=False, **settings)
     return MezoTrainer(engine.handle, config, spec, batch, objective=objective)
 
 
@@ -86,7 +86,7 @@ def losses_on_prefix_of_plus(engine, spec, batch, theta, z):
     try:
         trainer.adapter.theta.copy_(theta)
         trainer.paired_losses(trainer.train_plans, z, ZO_EPS)
-        return [loss_on_prefix_of(engine, trainer, batch, plus, minus) for plus, minus in trainer.slots.pairs]
+        return [loss_on_prefix_of(engine, trainer, batch, plus, minus) for plus, minus in map(trainer.slots.of_direction, range(len(z)))]
     finally:
         trainer.close()
 

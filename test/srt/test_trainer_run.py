@@ -78,6 +78,12 @@ def step_with_theta(engine, config, spec, train, value):
         trainer.close()
 
 
+def leave_spare_slots(engine, config, spec, spare_slots):
+    from sglang.srt.mezo.trainer import MezoTrainer
+
+    MezoTrainer(engine.handle, config, spec, TRAIN, spare_slots=spare_slots)
+
+
 def lost_share(engine, config, spec, train, dtype):
     """Share of the perturbation that a slot of another dtype would lose at a typical adapter."""
     from sglang.srt.mezo.noise import direction
@@ -106,9 +112,9 @@ def engine(model_path):
     process.close()
 
 
-def start(model_path: str) -> EngineProcess:
+def start(model_path: str, num_slots: int = NUM_SLOTS) -> EngineProcess:
     return EngineProcess(
-        model_path=model_path, r=4, target_modules=TARGETS, num_slots=NUM_SLOTS, dtype="float32", skip_tokenizer_init=True,
+        model_path=model_path, r=4, target_modules=TARGETS, num_slots=num_slots, dtype="float32", skip_tokenizer_init=True,
         max_total_tokens=3000,
     )  # fmt: skip
 
@@ -219,7 +225,6 @@ def test_training_lowers_the_loss(engine, spec, config):
 @pytest.mark.parametrize(
     "changes, error, message",
     [
-        ({"num_perturbations": 3}, CapacityError, "7 adapter slots are needed"),
         ({"tuning": "lora"}, ConfigError, "invocation"),
         ({"metric_for_best_model": "eval_f1"}, ConfigError, "metric_for_best_model='eval_f1'"),
     ],
@@ -229,7 +234,22 @@ def test_settings_that_cannot_work(engine, spec, config, changes, error, message
         engine.call(run, replace(config, **changes), spec, TRAIN, EVALUATION)
 
 
+@pytest.mark.parametrize("estimator", ["two_sided", "one_sided"])
+def test_directions_take_turns_where_the_pool_has_less_room(engine, model_path, spec, config, estimator):
+    config = replace(config, num_perturbations=7, estimator=estimator)
+    assert config.num_slots > NUM_SLOTS
+    in_turns = engine.call(steps, config, spec, TRAIN, 4)
+    roomy = start(model_path, num_slots=config.num_slots)
+    try:
+        at_once = roomy.call(steps, config, spec, TRAIN, 4)
+    finally:
+        roomy.close()
+    assert in_turns == at_once
+
+
 def test_an_adapter_that_the_pool_cannot_hold(engine, spec, config):
+    with pytest.raises(CapacityError, match="6 adapter slots are needed, but 5 of the pool's 6 are free"):
+        engine.call(leave_spare_slots, config, spec, 3)
     with pytest.raises(CapacityError, match="rank 8"):
         engine.call(run, config, replace(spec, r=8), TRAIN)
     with pytest.raises(ConfigError, match="target_modules"):

@@ -32,8 +32,8 @@ class MezoConfig:
     target_modules: Optional[list[str]] = _setting(None, "Modules to adapt; the attention projections by default.")
 
     objective: Optional[Objective] = _setting(None, "Loss; the one that the data suggests by default.")
-    learning_rate: float = _setting(1e-3, "Step size at the peak of the schedule.")
-    lr_scheduler_type: SchedulerType = _setting("constant", "Schedule after the warm-up.")
+    learning_rate: float = _setting(2e-2, "Step size at the peak of the schedule.")
+    lr_scheduler_type: SchedulerType = _setting("linear", "Schedule after the warm-up.")
     warmup_steps: float = _setting(0, "Steps of linear warm-up; below 1, a share of max_steps.")
     optim: Optim = _setting("sgd", "What is done with the estimated gradient: sgd as in MeZO, or adamw.")
     momentum: float = _setting(0.0, "Momentum of sgd.")
@@ -44,11 +44,11 @@ class MezoConfig:
     clip_projected_grad: Optional[float] = _setting(None, "Bound on the absolute value of each projected gradient.")
 
     zo_eps: float = _setting(1e-2, "Radius of the perturbation.")
-    num_perturbations: int = _setting(1, "Directions a step; their gradient estimates are averaged.")
+    num_perturbations: int = _setting(8, "Directions a step; their gradient estimates are averaged.")
     estimator: Estimator = _setting("two_sided", "two_sided: losses on both sides of theta; one_sided: beside the loss at theta, which all directions share.")
-    scale_by_loss_std: bool = _setting(False, "Divide loss differences by their losses' standard deviation, not by zo_eps (FZOO); one_sided only.")
-    perturbation: Distribution = _setting("gaussian", "Distribution of the directions.")
-    perturbation_rank: Optional[int] = _setting(None, "Rank of each matrix of a direction, a product of Gaussian factors (LOZO); full by default.")
+    scale_by_loss_std: bool = _setting(True, "Divide loss differences by the losses' standard deviation, not by zo_eps (FZOO).")
+    perturbation: Distribution = _setting("rademacher", "Distribution of the directions' numbers, or of their factors'.")
+    perturbation_rank: Optional[int] = _setting(None, "Rank of each matrix of a direction, a product of two factors (LOZO); full by default.")
     perturbation_interval: int = _setting(1, "Steps in a row whose low-rank directions have the same right factors.")
 
     max_steps: int = _setting(-1, "Steps to run; below 1, as many as num_train_epochs needs.")
@@ -60,7 +60,7 @@ class MezoConfig:
     echoes: int = _setting(32, "Passes over as many examples as the KV pool has room for, before the next, where it has not for all.")
     prefix_reuse: bool = _setting(True, "Reuse KV where that is exact; off only to check that it is.")
 
-    eval_steps: int = _setting(250, "Steps between evaluations on the development set.")
+    eval_steps: int = _setting(50, "Steps between evaluations on the development set.")
     logging_steps: int = _setting(10, "Steps between lines in metrics.jsonl.")
     save_steps: int = _setting(0, "Steps between checkpoint-<step>/ directories; 0 for none. The seed log is always kept.")
     load_best_model_at_end: bool = _setting(True, "End with the adapter that did best on the development set.")
@@ -83,10 +83,9 @@ class MezoConfig:
         for name in ("momentum", "adam_beta1", "adam_beta2"):
             self._require(name, 0 <= getattr(self, name) < 1, "at least 0 and below 1")
         self._require("momentum", self.momentum == 0 or self.optim == "sgd", "0 beside adamw, which has adam_beta1")
-        self._require("scale_by_loss_std", not self.scale_by_loss_std or (self.estimator == "one_sided" and self.num_perturbations > 1),
-                      "false but for one_sided estimates along two directions or more")  # fmt: skip
+        self._require("scale_by_loss_std", not self.scale_by_loss_std or self.num_perturbations > 1,
+                      "false along one direction, of whose slope only the sign would be left")  # fmt: skip
         self._require("perturbation_rank", self.perturbation_rank is None or self.perturbation_rank >= 1, "at least 1, or none for full rank")
-        self._require("perturbation", self.perturbation_rank is None or self.perturbation == "gaussian", "gaussian beside perturbation_rank")
         self._require("perturbation_interval", self.perturbation_interval == 1 or self.perturbation_rank is not None,
                       "1 for directions of full rank")  # fmt: skip
         self._require("clip_projected_grad", self.clip_projected_grad is None or self.clip_projected_grad > 0, "a positive number")
@@ -112,7 +111,7 @@ class MezoConfig:
 
     @property
     def num_slots(self) -> int:
-        """Adapter slots that a step needs: theta itself, and one or two for each direction."""
+        """Adapter slots in which all directions of a step are scored at once: theta itself, and one or two for each direction."""
         return 1 + self.num_perturbations * (2 if self.estimator == "two_sided" else 1)
 
     @property

@@ -150,15 +150,19 @@ def _configure_logging(server_args) -> None:
     logging.getLogger("sglang.srt.mezo").setLevel(min(logging.WARNING, logging.getLogger().level))
 
 
+def free_slots(handle: EngineHandle) -> int:
+    """Adapters that the LoRA pool has room for beside the base model and those that are pinned."""
+    manager = handle.lora_manager
+    return manager.max_loras_per_batch - 1 - manager.num_pinned_loras
+
+
 def require_pool(handle: EngineHandle, slots: int, r: int) -> None:
     """Raise CapacityError where the LoRA pool cannot hold so many more adapters of rank ``r`` beside the base model."""
     manager = handle.lora_manager
-    pool = manager.max_loras_per_batch
-    free = pool - 1 - manager.num_pinned_loras
-    if slots > free:
+    if slots > free_slots(handle):
         raise CapacityError(
-            f"{slots} adapter slots are needed (for each direction, and one for the adapter as it is), but {free} of the pool's "
-            f"{pool} are free: lower num_perturbations or raise max_loras_per_batch"
+            f"{slots} adapter slots are needed, but {free_slots(handle)} of the pool's {manager.max_loras_per_batch} are free: "
+            "raise max_loras_per_batch"
         )
     if r > manager.max_lora_rank:
         raise CapacityError(f"an adapter of rank {r} does not fit the pool's rank of {manager.max_lora_rank}: lower r or raise max_lora_rank")

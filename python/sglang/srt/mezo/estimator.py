@@ -16,11 +16,10 @@ def projected_grads(
     Args:
         loss_plus: at theta + zo_eps z_k.
         loss_minus: at theta - zo_eps z_k, or with "one_sided" at theta.
-        scale_by_loss_std: divide the differences by the standard deviation of ``loss_plus`` in place of the distance
-            (FZOO, arXiv 2506.09034): steps of one length, whatever the slope. Zero where all losses are equal.
+        scale_by_loss_std: put the standard deviation of the losses beside theta in the place of ``zo_eps`` (FZOO,
+            arXiv 2506.09034, there one-sided): steps of one length, whatever the slope. Zero where all losses are equal.
     """
+    two_sided = estimator == "two_sided"
     differences = [plus - minus for plus, minus in zip(loss_plus, loss_minus, strict=True)]
-    distance = 2 * zo_eps if estimator == "two_sided" else zo_eps
-    if scale_by_loss_std:
-        distance = statistics.stdev(loss_plus) or math.inf
-    return [difference / distance for difference in differences]
+    radius = (statistics.stdev([*loss_plus, *(loss_minus if two_sided else ())]) or math.inf) if scale_by_loss_std else zo_eps
+    return [difference / (2 * radius if two_sided else radius) for difference in differences]

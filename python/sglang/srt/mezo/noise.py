@@ -56,23 +56,23 @@ def direction(seed: int, index: int, numel: int, distribution: Distribution = "g
     Returns:
         float32 [numel] on the CPU.
     """
-    generator = _generator(seed, _DIRECTION, index)
-    return _rademacher(generator, numel) if distribution == "rademacher" else _gaussian(generator, numel)
+    return _draw(_generator(seed, _DIRECTION, index), numel, distribution)
 
 
-def low_rank_direction(seed: int, index: int, shapes: Shapes, rank: int) -> torch.Tensor:
-    """Like ``direction``, but u v' / sqrt(rank) in every matrix, with Gaussian u and v (LOZO, arXiv 2410.07698).
+def low_rank_direction(seed: int, index: int, shapes: Shapes, rank: int, distribution: Distribution = "gaussian") -> torch.Tensor:
+    """Like ``direction``, but u v' / sqrt(rank) in every matrix (LOZO, arXiv 2410.07698, with Gaussian u and v).
 
     Args:
         seed: v depends on its upper half only, so that seeds of ``step_seed`` with an interval share it.
         shapes: of the matrices that the adapter's flat vector holds.
         rank: columns of u and v.
+        distribution: of the numbers of u and v.
 
     Returns:
         float32 [parameters] on the CPU; every number has mean 0 and variance 1.
     """
-    left = _gaussian(_generator(seed, _DIRECTION, index), rank * sum(rows for rows, _ in shapes))
-    right = _gaussian(_generator(seed >> 32, _BASIS, index), rank * sum(columns for _, columns in shapes))
+    left = _draw(_generator(seed, _DIRECTION, index), rank * sum(rows for rows, _ in shapes), distribution)
+    right = _draw(_generator(seed >> 32, _BASIS, index), rank * sum(columns for _, columns in shapes), distribution)
     matrices, row, column = [], 0, 0
     for rows, columns in shapes:
         u = left[row * rank : (row + rows) * rank].view(rows, rank)
@@ -96,6 +96,10 @@ def _generator(seed: int, stream: int, index: int, counter: int = 0) -> np.rando
 def _words(generator: np.random.Philox, count: int) -> np.ndarray:
     """The next 32-bit words of a stream as signed numbers, the lower half of each 64 bits first."""
     return generator.random_raw(-(-count // 2)).astype("<u8", copy=False).view("<i4")[:count]
+
+
+def _draw(generator: np.random.Philox, numel: int, distribution: Distribution) -> torch.Tensor:
+    return _rademacher(generator, numel) if distribution == "rademacher" else _gaussian(generator, numel)
 
 
 def _gaussian(generator: np.random.Philox, numel: int) -> torch.Tensor:

@@ -36,8 +36,8 @@ class UpdateRule:
     """How theta moves, given the projected gradients: with their log it is all that a replay needs.
 
     Attributes:
-        distribution: of the directions' numbers.
-        perturbation_rank: of the directions' matrices, whose factors are Gaussian; None for full ones.
+        distribution: of the directions' numbers, or of their factors'.
+        perturbation_rank: of the directions' matrices; None for full ones.
         weight_decay: decoupled, as in AdamW.
         momentum: of SGD, as in ``torch.optim.SGD`` without dampening.
         adam_beta1, adam_beta2, adam_epsilon: as in ``torch.optim.AdamW``.
@@ -76,7 +76,7 @@ class Optimizer:
     def direction(self, seed: int, index: int) -> torch.Tensor:
         """Direction ``index`` of the step that has ``seed``: float32 [parameters]."""
         if self._rule.perturbation_rank is not None:
-            return low_rank_direction(seed, index, self._shapes, self._rule.perturbation_rank)
+            return low_rank_direction(seed, index, self._shapes, self._rule.perturbation_rank, self._rule.distribution)
         return direction(seed, index, self._theta.numel(), self._rule.distribution)
 
     def step(self, directions: Sequence[torch.Tensor], projected_grads: Sequence[float], learning_rate: float) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from sglang.srt.mezo.adapter import Adapter, AdapterSpec, Site
-from sglang.srt.mezo.engine import EngineHandle, require_pool
+from sglang.srt.mezo.engine import EngineHandle, free_slots, require_pool
 from sglang.srt.mezo.errors import CapacityError, ConfigError
 
 _STACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
@@ -201,25 +201,28 @@ def _output_widths(base: torch.nn.Module) -> list[int]:
 
 
 class PerturbedSlots:
-    """Slots for theta itself and, for each direction, for theta + eps z_k and with ``two_sided`` for theta - eps z_k.
+    """Slots for theta itself and for some directions at a time: for each theta + eps z_k, and with ``two_sided`` theta - eps z_k.
+
+    Args:
+        num_perturbations: directions of a step; they take turns where the pool has less room.
+        spare: adapters that the pool is to have room for besides, the base model not counted.
 
     Raises:
-        CapacityError: the pool could not hold them even without requests.
+        CapacityError: the pool could not hold those of one direction even without requests.
     """
 
-    def __init__(self, handle: EngineHandle, adapter: Adapter, num_perturbations: int, two_sided: bool = True):
-        signs = "+-" if two_sided else "+"
-        require_pool(handle, len(signs) * num_perturbations + 1, adapter.spec.r)
+    def __init__(self, handle: EngineHandle, adapter: Adapter, num_perturbations: int, two_sided: bool = True, spare: int = 0):
+        self._signs = (1, -1) if two_sided else (1,)
+        require_pool(handle, 1 + len(self._signs) + spare, adapter.spec.r)
         self._handle = handle
         self._adapter = adapter
         self._layout = SlotLayout(handle, adapter)
-        self._names = ["mezo-current"] + [f"mezo-{k}{sign}" for k, sign in itertools.product(range(num_perturbations), signs)]
+        self.width = min(num_perturbations, (free_slots(handle) - 1 - spare) // len(self._signs))
         self._slots: list[Slot] = []
-        self._two_sided = two_sided
 
     @property
     def count(self) -> int:
-        return len(self._names)
+        return 1 + self.width * len(self._signs)
 
     @property
     def claimed(self) -> bool:
@@ -227,9 +230,10 @@ class PerturbedSlots:
 
     def claim(self) -> None:
         """Take the slots. Between two batches, and only where the adapters of requests in flight leave the room."""
+        names = ["mezo-current"] + [f"mezo-{k}{'+' if sign > 0 else '-'}" for k, sign in itertools.product(range(self.width), self._signs)]
         with ExitStack() as release_on_error:
             slots = []
-            for name in self._names:
+            for name in names:
                 slots.append(Slot(self._handle, self._adapter.spec, self._layout, name))
                 release_on_error.callback(slots[-1].release)
             release_on_error.pop_all()
@@ -239,34 +243,29 @@ class PerturbedSlots:
     def current(self) -> Slot:
         return self._slots[0]
 
-    @property
-    def pairs(self) -> list[tuple[Slot, Slot]]:
-        """(theta + eps z_k, theta - eps z_k) of two-sided slots."""
-        return list(zip(self._slots[1::2], self._slots[2::2]))
+    def of_direction(self, place: int) -> list[Slot]:
+        """Slots of the direction at ``place``, from 0 to below ``width``: for theta + eps z, and two-sided for theta - eps z."""
+        first = 1 + place * len(self._signs)
+        return self._slots[first : first + len(self._signs)]
 
-    @property
-    def groups(self) -> list[tuple[str, ...]]:
-        """Adapter ids in the order of ``losses_of``; those of a group are best scored in one pass, as they are compared."""
-        if self._two_sided:
-            return [(plus.lora_id, minus.lora_id) for plus, minus in self.pairs]
-        return [(slot.lora_id,) for slot in self._slots]
+    def groups(self, first: int, end: int) -> list[tuple[str, ...]]:
+        """Adapter ids to score for directions ``first`` to below ``end`` of a step, at most ``width`` of them.
+
+        Those of a group are best scored in one pass, as they are compared. One-sided, theta comes before the first direction.
+        """
+        theta = [(self.current.lora_id,)] if first == 0 and len(self._signs) == 1 else []
+        return theta + [tuple(slot.lora_id for slot in self.of_direction(place)) for place in range(end - first)]
 
     def losses_of(self, losses: Sequence[float]) -> tuple[list[float], list[float]]:
-        """loss_plus and loss_minus of every direction, from the losses of ``groups``; one-sided, the latter is theta's."""
-        if self._two_sided:
+        """loss_plus and loss_minus of every direction, from the losses of all ``groups`` of a step; one-sided, the latter is theta's."""
+        if len(self._signs) == 2:
             return list(losses[0::2]), list(losses[1::2])
         return list(losses[1:]), [losses[0]] * (len(losses) - 1)
 
-    def write_perturbed(self, directions: Sequence[torch.Tensor], zo_eps: float) -> None:
-        """Fill the slots; every number is formed in float32 and rounded once to the pool's dtype."""
-        theta = self._adapter.theta
-        signs = (1, -1) if self._two_sided else (1,)
-        slots = iter(self._slots[1:])
-        for z in directions:
-            for sign in signs:
-                next(slots).write(torch.add(theta, z, alpha=sign * zo_eps))
-        if not self._two_sided:
-            self.write_current()
+    def write_direction(self, place: int, z: torch.Tensor, zo_eps: float) -> None:
+        """Fill the slots at ``place``; every number is formed in float32 and rounded once to the pool's dtype."""
+        for slot, sign in zip(self.of_direction(place), self._signs):
+            slot.write(torch.add(self._adapter.theta, z, alpha=sign * zo_eps))
 
     def write_current(self) -> None:
         self.current.write(self._adapter.theta)

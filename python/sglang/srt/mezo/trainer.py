@@ -37,7 +37,7 @@ class MezoTrainer:
     """Fits a LoRA or aLoRA adapter of the engine's model.
 
     Args:
-        handle: the engine; its LoRA pool needs ``config.num_slots`` free slots.
+        handle: the engine. With ``config.num_slots`` free slots in its LoRA pool all directions of a step are scored at once.
         config: settings of the run; what the adapter is, is read from ``spec``.
         spec: the adapter, as PEFT would describe it. ``spec.invocation`` must be set for aLoRA.
         train_dataset, eval_dataset: tokenised examples. Without ``eval_dataset`` the last adapter is kept.
@@ -46,6 +46,7 @@ class MezoTrainer:
         segments: (step from which they count, number) of the training examples in their order, where a run that
             resumes was given some later; by default all count from step 0.
         claim_slots: take the slots now; or later by ``slots.claim()``, where requests may need them now.
+        spare_slots: adapters that the pool is to have room for besides.
 
     Raises:
         ConfigError, DataError, CapacityError: before anything is written or trained.
@@ -62,6 +63,7 @@ class MezoTrainer:
         kept_tokens: int | None = None,
         segments: Sequence[tuple[int, int]] = (),
         claim_slots: bool = True,
+        spare_slots: int = 0,
     ):
         _check_invocation(config, spec)
         self.config = config
@@ -86,7 +88,7 @@ class MezoTrainer:
         self.adapter = Adapter.initial(spec, adapted_sites(handle, spec.target_modules), config.seed)
         self.scorer = Scorer(handle, planner.scope, config.max_tokens_per_batch, config.prefix_reuse, kept_tokens)
         self.optimizer = Optimizer(self.adapter.theta, self.adapter.shapes, config.update_rule)
-        self.slots = PerturbedSlots(handle, self.adapter, config.num_perturbations, config.estimator == "two_sided")
+        self.slots = PerturbedSlots(handle, self.adapter, config.num_perturbations, config.estimator == "two_sided", spare_slots)
         if claim_slots:
             self.slots.claim()
         self.global_step = 0
@@ -131,7 +133,7 @@ class MezoTrainer:
     def paired_passes(
         self, batch: Sequence[ExamplePlan], z: Sequence[torch.Tensor], zo_eps: float
     ) -> Passes[tuple[list[float], list[float]]]:
-        """Losses at theta + zo_eps z_k and theta - zo_eps z_k, all in the same packed passes.
+        """Losses at theta + zo_eps z_k and theta - zo_eps z_k, of as many directions in the same packed passes as there are slots for.
 
         Args:
             z: float32 [numel] for each direction.
@@ -139,9 +141,17 @@ class MezoTrainer:
         Returns:
             loss_plus and loss_minus, one number per direction; one-sided, loss_minus is the loss at theta.
         """
-        self.slots.write_perturbed(z, zo_eps)
-        values = yield from self.scorer.passes(batch, self.slots.groups, self.objective)
-        return self.slots.losses_of(self.handle.share(batch_loss(batch, values, self.objective).mean.tolist()))
+        if self.config.estimator == "one_sided":
+            self.slots.write_current()
+        losses = []
+        for first in range(0, len(z), self.slots.width):
+            end = min(first + self.slots.width, len(z))
+            for place in range(end - first):
+                self.slots.write_direction(place, z[first + place], zo_eps)
+                yield
+            values = yield from self.scorer.passes(batch, self.slots.groups(first, end), self.objective)
+            losses += batch_loss(batch, values, self.objective).mean.tolist()
+        return self.slots.losses_of(self.handle.share(losses))
 
     def perturbed_passes(self, batch: Sequence[ExamplePlan], zo_random_seed: int, zo_eps: float) -> Passes[dict[str, list[float]]]:
         """``loss_plus``, ``loss_minus`` and ``projected_grad`` along the directions of a seed; theta stays as it is."""
@@ -212,7 +222,7 @@ class MezoTrainer:
         for start in range(0, len(self.eval_plans), size):
             yield from self.scorer.prefix_passes(self.eval_plans[start : start + size], [(self.slots.current.lora_id,)])
         for step in self.stream.first_epochs(self.global_step):
-            yield from self.scorer.prefix_passes(self.batch(step), self.slots.groups)
+            yield from self.scorer.prefix_passes(self.batch(step), self.slots.groups(0, self.slots.width))
 
     def _window(self, kept_tokens: int) -> int | None:
         """Examples whose prefixes are kept at a time; None where the pool has room for all."""

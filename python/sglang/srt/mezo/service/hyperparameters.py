@@ -14,7 +14,7 @@ from sglang.srt.mezo.config import MezoConfig
 from sglang.srt.mezo.errors import ConfigError, shown
 from sglang.srt.mezo.service.errors import RequestError
 from sglang.srt.mezo.service.job_data import MAX_PASS_TOKENS
-from sglang.srt.mezo.service.messages import EngineDescription
+from sglang.srt.mezo.service.messages import SPARE_SLOTS, EngineDescription
 
 _SETTINGS = (
     "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "clip_projected_grad",
@@ -38,7 +38,7 @@ KINDS: dict[str, Any] = {
 _PLACES = ("hyperparameters", "method.supervised.hyperparameters")
 _WIRE_NAMES = {"per_device_train_batch_size": "batch_size", "num_train_epochs": "n_epochs"}
 _UNSTORED = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint")  # where a run lies, and whether it goes on
-_AUTO_STEPS = 2000
+_AUTO_STEPS = 250
 
 LARGEST = 1e6
 """Of what multiplies weights, perturbations or steps: nothing is learned beyond it, and float32 has room for the products."""
@@ -46,6 +46,7 @@ SMALLEST_ZO_EPS = 1e-12
 
 _MOST_STEPS = 10**9
 _MOST_EXAMPLES = 4096  # of a step, which works on its list of examples in one piece
+_MOST_DIRECTIONS = 64  # which are all in memory during a step
 _MOST_RANK = 64  # of directions, which are drawn in one piece
 _MOST_CHARACTERS = 1000  # of an invocation
 _COUNTS = {"n_epochs": _MOST_STEPS, "max_steps": _MOST_STEPS, "batch_size": _MOST_EXAMPLES, "max_tokens_per_batch": MAX_PASS_TOKENS}
@@ -55,6 +56,7 @@ _MOST = {
         ("learning_rate", "learning_rate_multiplier", "weight_decay", "clip_projected_grad", "zo_eps", "lora_alpha", "adam_epsilon"),
         int(LARGEST),
     ),
+    "num_perturbations": _MOST_DIRECTIONS,
     "perturbation_interval": _MOST_STEPS,
     "echoes": _MOST_STEPS,
     "perturbation_rank": _MOST_RANK,
@@ -210,11 +212,10 @@ def _check_against(engine: EngineDescription, config: MezoConfig, given: Mapping
     targets, adaptable = config.target_modules or [], engine.target_modules
     require("target_modules", set(targets) <= set(adaptable), f"some of {', '.join(adaptable)}, which this server adapts")
     require("target_modules", len(set(targets)) == len(targets), "each module once")
-    # Beside the job's own slots one serves the base model, and one is left to serve an adapter.
-    slots = engine.max_loras_per_batch - 2
-    most = (slots - 1) // (2 if config.estimator == "two_sided" else 1)
-    require("num_perturbations", config.num_slots <= slots,
-            f"at most {most} with {config.estimator} estimates and the server's --max-loras-per-batch={engine.max_loras_per_batch}")  # fmt: skip
+    # theta and one direction, beside the base model and what is served
+    slots = (3 if config.estimator == "two_sided" else 2) + 1 + SPARE_SLOTS
+    require("estimator", slots <= engine.max_loras_per_batch,
+            f"one that the server's --max-loras-per-batch={engine.max_loras_per_batch} has room for: this one needs {slots}")  # fmt: skip
     require("max_tokens_per_batch", config.max_tokens_per_batch <= engine.kv_capacity,
             f"from 1 to {engine.kv_capacity}, the size of the KV pool")  # fmt: skip
 

@@ -14,7 +14,7 @@ from sglang.srt.mezo.optimizer import round_to_log
 from sglang.srt.mezo.passes import Passes
 from sglang.srt.mezo.run import TrainingRun, TrainResult
 from sglang.srt.mezo.seed_log import LogRecord
-from sglang.srt.mezo.service.messages import StartJob
+from sglang.srt.mezo.service.messages import SPARE_SLOTS, StartJob
 from sglang.srt.mezo.tracking import Tracker
 from sglang.srt.mezo.trainer import MezoTrainer
 
@@ -50,7 +50,9 @@ class Job:
         spec = AdapterSpec(
             command.base_model, config.r, config.lora_alpha, tuple(command.target_modules), tuple(command.invocation)
         )
-        trainer = MezoTrainer(handle, config, spec, train, evaluation, command.objective, kept_tokens, command.segments, claim_slots=False)
+        trainer = MezoTrainer(
+            handle, config, spec, train, evaluation, command.objective, kept_tokens, command.segments, claim_slots=False, spare_slots=SPARE_SLOTS
+        )
 
         def make_tracker(config: MezoConfig, path: Path, first_step: int, max_steps: int) -> Tracker:
             return EventTracker(config, path, first_step, max_steps, emit)

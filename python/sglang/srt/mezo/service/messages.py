@@ -88,6 +88,10 @@ class ApplyUpdate(Struct, tag=True, kw_only=True):
     learning_rate: float
 
 
+SPARE_SLOTS = 1
+"""Of the LoRA pool, that a job leaves to serve adapters beside it."""
+
+
 class EngineDescription(Struct, kw_only=True):
     """What a job may ask of this engine.
 
