@@ -101,6 +101,7 @@ class CeilingMeter:
     """Measures a ceiling piece by piece, so that other measurements can come between."""
 
     def __init__(self, trainer: MezoTrainer, work: Work):
+        self._work = work
         self._weights = linear_weights(trainer)
         like = {"dtype": self._weights[0].dtype, "device": self._weights[0].device}
         self._passes = max(1, -(-work.tokens // trainer.config.max_tokens_per_batch))
@@ -134,6 +135,16 @@ class CeilingMeter:
     @property
     def ceiling(self) -> Ceiling:
         return Ceiling(statistics.median(self._gemm), 2 * _COPY_BYTES / statistics.median(self._copy))
+
+    @property
+    def limit(self) -> float:
+        """Seconds: the shortest that the step could take."""
+        return self.ceiling.seconds(self._work)
+
+
+def meter_of_next_steps(trainer: MezoTrainer, steps: int = 16) -> CeilingMeter:
+    """For the mean work of the trainer's next steps."""
+    return CeilingMeter(trainer, mean_work([work(trainer, trainer.batch(trainer.global_step + i)) for i in range(steps)]))
 
 
 def fastest_linear(x: torch.Tensor, weight: torch.Tensor) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cost_model import meter_of_next_steps
 from step_time import ALPHA, LEARNING_RATE, TARGETS, ZO_EPS, machine
 from transformers import OPTConfig, OPTForCausalLM
 from turns import Operations, Worker
@@ -61,9 +62,11 @@ def compare(trainers: dict[str, Worker], turns: int) -> dict[str, Any]:
     for _ in range(turns):
         for pool, trainer in trainers.items():
             times[pool].append(trainer.call("steps", steps) / steps)
+            trainer.call("sweep")
     differences = {pool: trainer.call("difference") for pool, trainer in trainers.items()}
+    limits = {pool: trainer.call("limit") for pool, trainer in trainers.items()}
     medians = {pool: statistics.median(values) for pool, values in times.items()}
-    return {"pools": described, "window": window, "steps_a_turn": steps, "step_s": times, "slowdown": medians["tenth"] / medians["all"],
+    return {"pools": described, "window": window, "steps_a_turn": steps, "step_s": times, "limit_s": limits, "slowdown": medians["tenth"] / medians["all"],
             "loss_difference_without_reuse": differences}  # fmt: skip
 
 
@@ -82,10 +85,13 @@ def open_trainer(model: str, share: float, count: int) -> Operations:
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     spec = AdapterSpec(model, RANK, ALPHA, TARGETS["alora"], WORKLOAD.invocation_tokens)
     trainer = MezoTrainer(engine.handle, config, spec, examples)
+    meter = meter_of_next_steps(trainer)
     return {
         "describe": lambda: {"kv_tokens": engine.handle.kv_capacity, "prefix_tokens": tokens, "examples": count, "window": trainer.stream.window},
         "steps": lambda number: run(trainer, number),
         "difference": lambda: difference(trainer),
+        "sweep": meter.sweep,
+        "limit": lambda: meter.limit,
     }
 
 
@@ -111,7 +117,7 @@ def show(row: dict[str, Any]) -> None:
     for pool, described in row["pools"].items():
         values = [1000 * value for value in row["step_s"][pool]]
         print(f"pool of {described['kv_tokens']} tokens for {described['prefix_tokens']}: {statistics.median(values):.0f} ms a step "
-              f"({min(values):.0f} to {max(values):.0f}), losses without reuse differ by {row['loss_difference_without_reuse'][pool]:.1e}")  # fmt: skip
+              f"({min(values):.0f} to {max(values):.0f}; limit without prefixes {1000 * row['limit_s'][pool]:.0f} ms), losses without reuse differ by {row['loss_difference_without_reuse'][pool]:.1e}")  # fmt: skip
     print(f"{'pass' if row['slowdown'] <= TARGET else 'FAIL'}  {row['slowdown']:.2f}x, at most {TARGET}")
 
 

@@ -37,6 +37,7 @@ from sglang.srt.mezo.engine import MezoEngine
 from sglang.srt.mezo.trainer import MezoTrainer
 
 LOOPS = {"strong": StrongMezo, "official": OfficialStyleMezo}
+IN_BFLOAT16 = "_bfloat16"  # after a loop's name: in that type, whatever ours is
 EPOCH_STEPS = 10
 MODELS: dict[str, dict[str, int]] = {
     "opt-125m": {},
@@ -80,7 +81,8 @@ def main() -> None:
     parser.add_argument("--model", choices=MODELS, default="opt-125m", help="shape of the model")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--num_perturbations", type=int, nargs="+", default=[1], help="directions of our step")
-    parser.add_argument("--loops", nargs="*", choices=LOOPS, default=list(LOOPS), help="loops to measure beside")
+    loops = [*LOOPS, *(name + IN_BFLOAT16 for name in LOOPS)]
+    parser.add_argument("--loops", nargs="*", choices=loops, default=list(LOOPS), help="loops to measure beside")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--json", type=Path)
@@ -126,7 +128,7 @@ def measure(case: Case) -> dict[str, Any]:
         OPTForCausalLM(case.model_config).to(getattr(torch, case.dtype)).save_pretrained(model)
         examples = case.shape.examples(EPOCH_STEPS * case.batch_size, vocab_size=50_000)
         trainer = our_trainer(case, model, examples)
-        loops = {kind: peft_loop(LOOPS[kind], case, model, trainer.handle.device) for kind in case.loops}
+        loops = {name: peft_loop(name, case, model, trainer.handle.device) for name in case.loops}
     torch.set_num_threads(case.threads)
     batches = [[Plain(examples[i]) for i in trainer.stream.batch(step)] for step in range(EPOCH_STEPS)]
     for _ in range(EPOCH_STEPS):
@@ -144,13 +146,12 @@ def measure(case: Case) -> dict[str, Any]:
             times[kind].append(seconds(lambda: loop.step(batches[repeat % EPOCH_STEPS])))
     times = {kind: values[1:] for kind, values in times.items()}  # the first warms up
     median = {kind: statistics.median(values) for kind, values in times.items()}
-    limit = meter.ceiling.seconds(works)
     return {
         **asdict(case),
         **{f"{kind}_s": values for kind, values in times.items()},
         **{f"ratio_{kind}": median[kind] / median["ours"] for kind in loops},
-        "limit_s": limit,
-        "limit_share": limit / median["ours"],
+        "limit_s": meter.limit,
+        "limit_share": meter.limit / median["ours"],
         "work": asdict(works),
         "ceiling": asdict(meter.ceiling),
         "prefix_tokens_reused": stats.reused - before[0],
@@ -181,11 +182,12 @@ def our_trainer(case: Case, model: str, examples: list[Example]) -> MezoTrainer:
     return MezoTrainer(engine.handle, config, spec, examples)
 
 
-def peft_loop(kind: type, case: Case, model: str, device: torch.device):
-    base = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, case.dtype)).to(device)
+def peft_loop(name: str, case: Case, model: str, device: torch.device):
+    dtype = "bfloat16" if name.endswith(IN_BFLOAT16) else case.dtype
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)).to(device)
     invocation = case.shape.invocation_tokens if case.tuning == "alora" else ()
     adapted = build_peft_model(base, case.tuning, case.r, ALPHA, TARGETS[case.tuning], invocation)
-    return kind(adapted, zo_eps=ZO_EPS, learning_rate=LEARNING_RATE, seed=0, pad_token_id=1)
+    return LOOPS[name.removesuffix(IN_BFLOAT16)](adapted, zo_eps=ZO_EPS, learning_rate=LEARNING_RATE, seed=0, pad_token_id=1)
 
 
 def seconds(step) -> float:
@@ -218,6 +220,9 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
         print(f"{row['workload']:<10}{row['tuning']:<8}{row['dtype']:<10}{row['num_perturbations']:>3} {row['work']['tokens']:>7} {spread:>22} "
               f"{1000 * row['limit_s']:>9.1f} {row['limit_share']:>6.1%} {times[0]:>10} {times[1]:>12} {ratios[0]:>8} {ratios[1]:>10} {reused:>8}",
               flush=True)  # fmt: skip
+        for name in row["loops"]:
+            if name.endswith(IN_BFLOAT16):
+                print(f"{name}: {1000 * statistics.median(row[f'{name}_s']):.0f} ms, {row[f'ratio_{name}']:.1f}x", flush=True)
 
 
 if __name__ == "__main__":

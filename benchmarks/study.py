@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cost_model import meter_of_next_steps
 from turns import Operations, Worker
 
 from sglang.srt.mezo.config import MezoConfig
@@ -167,15 +168,21 @@ def measure_steps(arguments: argparse.Namespace) -> None:
         prefixes = {variant: worker.call("prefixes") for variant, worker in workers.items()}
         for worker in workers.values():
             worker.call("step")  # the first warms up
-        turns = [{variant: worker.call("step") for variant, worker in workers.items()} for _ in range(arguments.turns)]
+        times: dict[str, list[float]] = {variant: [] for variant in workers}
+        for _ in range(arguments.turns):
+            for variant, worker in workers.items():
+                times[variant].append(worker.call("step"))
+                worker.call("sweep")
+        limits = {variant: worker.call("limit") for variant, worker in workers.items()}
         for worker in workers.values():
             worker.stop()
-        times = {variant: [turn[variant] for turn in turns] for variant in workers}
-        add(arguments.json, times={task: {variant: {"step_s": values, "prefixes_s": prefixes[variant]} for variant, values in times.items()}})
+        measured = {variant: {"step_s": times[variant], "limit_s": limits[variant], "prefixes_s": prefixes[variant]} for variant in workers}
+        add(arguments.json, times={task: measured})
 
 
 def open_timed(arguments: argparse.Namespace, run: Run) -> Operations:
     trainer, _ = open_trainer(*settings(arguments, run))
+    meter = meter_of_next_steps(trainer)
 
     def timed(function) -> float:
         started = time.perf_counter()
@@ -185,6 +192,8 @@ def open_timed(arguments: argparse.Namespace, run: Run) -> Operations:
     return {
         "prefixes": lambda: timed(lambda: drain(trainer.scorer.prefix_passes(trainer.train_plans, trainer.slots.groups(0, trainer.slots.width)))),
         "step": lambda: timed(lambda: trainer.train_step(trainer.batch(trainer.global_step))),
+        "sweep": meter.sweep,
+        "limit": lambda: meter.limit,
     }
 
 
@@ -220,7 +229,7 @@ def add(path: Path, row: dict[str, Any] | None = None, times: dict[str, Any] | N
 
 def table(report: dict[str, Any]) -> list[str]:
     """A row for each variant that seeds were run of. Times are of the steps that `time` has measured, prefixes included."""
-    lines = ["| task | variant | learning rate | seeds | accuracy, mean (min to max) | one step, median | a run | to the development accuracy that plain ends with |",
+    lines = ["| task | variant | learning rate | seeds | accuracy, mean (min to max) | one step, median, and its share of the limit | a run | to the development accuracy that plain ends with |",
              "|---|---|---|---|---|---|---|---|"]  # fmt: skip
     measured = [row for row in report["rows"] if row["seed"] != TUNING_SEED]
     for task in dict.fromkeys(row["task"] for row in measured):
@@ -237,13 +246,14 @@ def times_of(report: dict[str, Any], task: str, variant: str) -> tuple[str, str,
     """Of a step, of a run, and until the plain variant's development accuracy is reached."""
     if variant not in report["times"].get(task, {}):
         return "-", "-", "-"
-    step, run = statistics.median(report["times"][task][variant]["step_s"]), seconds_of(report, task, variant)
+    times, run = report["times"][task][variant], seconds_of(report, task, variant)
+    step = statistics.median(times["step_s"])
     passes = passes_to_plain(report, task, variant)
     reached = "never"
     if passes is not None:
         seconds = seconds_of(report, task, variant, passes)
         reached = f"{seconds:.0f} s, {seconds / seconds_of(report, task, PLAIN):.0%} of plain's run"
-    return f"{1000 * step:.0f} ms", f"{run:.0f} s", reached
+    return f"{1000 * step:.0f} ms, {times['limit_s'] / step:.0%}", f"{run:.0f} s", reached
 
 
 def rows_of(report: dict[str, Any], task: str, variant: str) -> list[dict[str, Any]]:

@@ -5,9 +5,11 @@
 
 import json
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 
 import study
+from step_time import IN_BFLOAT16
 
 RESULTS = Path(__file__).parent / "results"
 LOOPS = ("strong", "official")
@@ -24,14 +26,20 @@ def step_time(name: str) -> list[str]:
              "|---|---|---|---|---|---|---|---|"]  # fmt: skip
     for row in load(name):
         ours = 1000 * statistics.median(row["ours_s"])
-        loops = [f"{1000 * statistics.median(row[f'{kind}_s']):.0f} ms" if f"{kind}_s" in row else "-" for kind in LOOPS]
-        ratios = [f"{row[f'ratio_{kind}']:.1f}x" if f"{kind}_s" in row else "-" for kind in LOOPS]
+        loops = [in_both_types(row, kind, lambda name: f"{1000 * statistics.median(row[f'{name}_s']):.0f} ms") for kind in LOOPS]
+        ratios = [in_both_types(row, kind, lambda name: f"{row[f'ratio_{name}']:.1f}x") for kind in LOOPS]
         total = row["prefix_tokens_total"]
         reused = f"{row['prefix_tokens_reused'] / total:.0%}" if total else "-"
         directions = "" if row["num_perturbations"] == 1 else f", {row['num_perturbations']} directions"
         label = f"{row['workload']} lengths, {row['tuning']}, {row['dtype']}{directions}"
         lines.append(f"| {label} | {ours:.0f} ms | {1000 * row['limit_s']:.0f} ms, {row['limit_share']:.0%} | {' | '.join(loops + ratios)} | {reused} |")
     return lines
+
+
+def in_both_types(row: dict, loop: str, show: Callable[[str], str]) -> str:
+    """Of a loop in our type, and in brackets of the same loop in bfloat16 where that was measured."""
+    ours, theirs = (show(name) if f"{name}_s" in row else None for name in (loop, loop + IN_BFLOAT16))
+    return "-" if ours is None else ours if theirs is None else f"{ours} ({theirs})"
 
 
 def small_pool() -> list[str]:

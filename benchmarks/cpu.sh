@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# Every table of the README but accuracy, the study's runs and the soak, on a machine without a GPU and with nothing else running.
+# A command adds to its file in benchmarks/results/, or makes it anew: each can be run alone. SmolLM2's need models/smollm2-135m.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+bash scripts/setup.sh
+python=.venv/bin/python
+out=benchmarks/results
+model=models/smollm2-135m
+
+$python benchmarks/step_time.py --workload sst2 --loops strong official strong_bfloat16 official_bfloat16 --json $out/step_time.json
+$python benchmarks/step_time.py --workload boolq multirc --tuning alora --loops strong --repeats 5 --json $out/step_time.json
+$python benchmarks/step_time.py --workload copa multirc icl16 --tuning lora --loops official --repeats 5 --json $out/step_time.json
+$python benchmarks/step_time.py --workload sst2 boolq --loops --repeats 9 --json $out/limit_share.json
+$python benchmarks/step_time.py --workload sst2 --tuning alora --num_perturbations 1 8 32 --loops --json $out/directions.json
+$python benchmarks/growth.py --json $out/growth.json
+$python benchmarks/small_pool.py --json $out/small_pool.json
+$python benchmarks/memory.py --json $out/memory.json
+$python benchmarks/startup.py --json $out/startup.json
+OMP_NUM_THREADS=1 $python benchmarks/serve_while_train.py --json $out/serve_while_train.json
+OMP_NUM_THREADS=1 $python benchmarks/serve_while_train.py --curve --pairs 8 --json $out/serve_while_train_curve.json
+
+[ -d $model ] || exit 0
+$python benchmarks/precision.py --model $model --json $out/precision.json
+$python benchmarks/study.py time --model $model --variants two-sided default --json $out/study.json
+OMP_NUM_THREADS=1 $python benchmarks/serve_while_train.py --model $model --load-seconds 60 --pairs 6 --json $out/serve_while_train_smollm2.json
