@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from step_time import machine
-from study import settings, write_rows
+from study import PLAIN, settings, write_rows
 from turns import Operations, Worker
 
 from sglang.srt.mezo.finetune import open_trainer
@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def open_estimates(model: str, dtype: str, task: str, runs: Path) -> Operations:
-    run = {"task": task, "variant": "two-sided", "seed": 0, "learning_rate": 2e-3}
+    run = {"task": task, "variant": PLAIN, "seed": 0, "learning_rate": 2e-3}
     trainer, _ = open_trainer(*settings(SimpleNamespace(model=model, dtype=dtype, runs=runs), run))
     batch = trainer.batch(0)
 

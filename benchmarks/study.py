@@ -32,7 +32,7 @@ DATA = Path(__file__).resolve().parents[2] / "shared/data"
 NUM_TRAIN, NUM_DEV, NUM_TEST = 700, 200, 500
 KV_TOKENS = 65_536  # more than all prompts have
 TUNING_SEED = 100
-PLAIN = "two-sided"
+PLAIN = "plain"
 
 
 @dataclass(frozen=True)
