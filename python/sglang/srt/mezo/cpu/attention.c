@@ -20,7 +20,8 @@
 #endif
 #define INLINE static inline __attribute__((always_inline))
 
-#define LANES 16
+/* Four queries' sums of 2 * LANES numbers are in registers: AVX2 has 16 of eight numbers. */
+#define LANES 8
 typedef float Lanes __attribute__((vector_size(LANES * sizeof(float)), aligned(sizeof(float))));
 
 /* Fresh tokens of one sequence: `fresh` of the batch's tokens from `start` on, after `prefix` cached ones. */
