@@ -34,31 +34,35 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    series = []
+    series: list[dict[str, Any]] = []
     for tuning in arguments.tuning:
         for quantity, values in QUANTITIES.items():
             base = Case("64", tuning, repeats=arguments.repeats)
             rows = run_cases([replace(base, **{quantity: value}) for value in values])
             series.append({"tuning": tuning, "quantity": quantity, "rows": rows})
+            if arguments.json:
+                report = {"series": series, "machine": machine(os.cpu_count()), "settings": settings()}
+                arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+                plot(series, arguments.json.with_suffix(".png"))
+    print("\n".join(table(series)))
+
+
+def table(series: Sequence[dict[str, Any]]) -> list[str]:
+    """A row for each quantity and value."""
+    lines = ["| tuning | grows | step, median (min to max) | limit, share reached | growth, measured and limit | one over the other |",
+             "|---|---|---|---|---|---|"]  # fmt: skip
     for one in series:
-        show(one)
-    if arguments.json:
-        report = {"series": series, "machine": machine(os.cpu_count()), "settings": settings()}
-        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
-        plot(series, arguments.json.with_suffix(".png"))
+        for row, (ours, limit) in zip(one["rows"], growth(one["rows"])):
+            step, *ends = (1000 * pick(row["ours_s"]) for pick in (statistics.median, min, max))
+            lines.append(f"| {one['tuning']} | {NAMES[one['quantity']]} {row[one['quantity']]} | {step:.0f} ms ({ends[0]:.0f} to {ends[1]:.0f}) "
+                         f"| {1000 * row['limit_s']:.0f} ms, {row['limit_share']:.0%} | {ours:.1f}x and {limit:.1f}x | {ours / limit:.2f} |")  # fmt: skip
+    return lines
 
 
 def growth(rows: Sequence[dict[str, Any]]) -> list[tuple[float, float]]:
     """(measured, limit) of every row over those of the first."""
     times = [(statistics.median(row["ours_s"]), row["limit_s"]) for row in rows]
     return [(ours / times[0][0], limit / times[0][1]) for ours, limit in times]
-
-
-def show(one: dict[str, Any]) -> None:
-    print(f"\n{one['tuning']}, {NAMES[one['quantity']]}: {'ours ms':>10} {'limit ms':>10} {'share':>8} {'excess growth':>14}")
-    for row, (ours, limit) in zip(one["rows"], growth(one["rows"])):
-        print(f"{row[one['quantity']]!s:>18} {1000 * statistics.median(row['ours_s']):>10.1f} {1000 * row['limit_s']:>10.1f} "
-              f"{row['limit_share']:>8.1%} {ours / limit:>14.2f}")  # fmt: skip
 
 
 def plot(series: Sequence[dict[str, Any]], path: Path) -> None:

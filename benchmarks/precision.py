@@ -2,9 +2,9 @@
 
     python benchmarks/precision.py --model models/smollm2-135m --json benchmarks/results/precision.json
 
-The model's weights and activations are of the type, master weights and losses always of float32. The reference is float32 at
-the smallest zo_eps. A correlation of 1 means that nothing is lost; of c, that the estimate's signal is worth c squared as many
-directions.
+The model's weights and activations are of the type, master weights and losses always of float32. Both the two-sided estimate and
+the default one, which compares directions with each other, are held against the float32 one of their kind at the smallest zo_eps. A
+correlation of 1 means that nothing is lost; of c, that the estimate's signal is worth c squared as many directions.
 """
 
 import argparse
@@ -16,13 +16,17 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from step_time import machine
-from study import PLAIN, settings, write_rows
+from study import settings, write_rows
 from turns import Operations, Worker
 
+from sglang.srt.mezo.config import MezoConfig
+from sglang.srt.mezo.estimator import Estimator, paired, projected_grads
 from sglang.srt.mezo.finetune import open_trainer
+from sglang.srt.mezo.passes import drain
 
 DTYPES = ("float32", "bfloat16")
 EPSILONS = (1e-3, 3e-3, 1e-2, 3e-2)
+ESTIMATORS: tuple[Estimator, ...] = ("two_sided", MezoConfig.estimator)
 TRAINED_STEPS = 20  # so that both matrices of the adapter matter
 
 
@@ -30,29 +34,44 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--task", default="sst2")
-    parser.add_argument("--directions", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=8, help="whose directions are compared, eight each")
     parser.add_argument("--runs", type=Path, default=Path("runs/study"))
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     write_rows(arguments.task, arguments.runs / "data" / arguments.task)
-    workers = {dtype: Worker(open_estimates, arguments.model, dtype, arguments.task, arguments.runs) for dtype in DTYPES}
+    workers = {dtype: Worker(open_losses, arguments.model, dtype, arguments.task, arguments.runs) for dtype in DTYPES}
     theta = workers["float32"].call("train")
-    estimates = {
-        (dtype, zo_eps): worker.call("estimates", theta, arguments.directions, zo_eps) for dtype, worker in workers.items() for zo_eps in EPSILONS
-    }
-    reference = estimates["float32", EPSILONS[0]]
+    losses = {(dtype, zo_eps): worker.call("losses", theta, arguments.steps, zo_eps) for dtype, worker in workers.items() for zo_eps in EPSILONS}
     rows = []
-    for (dtype, zo_eps), values in estimates.items():
-        error = float(np.sqrt(np.mean(np.subtract(values, reference) ** 2)) / np.std(reference))
-        rows.append({"dtype": dtype, "zo_eps": zo_eps, "correlation": float(np.corrcoef(values, reference)[0, 1]), "relative_rms_error": error})
-        print("{dtype:<10} zo_eps {zo_eps:<7} correlation {correlation:.4f}, error {relative_rms_error:.1%} of the spread".format(**rows[-1]))
+    for estimator in ESTIMATORS:
+        reference = estimates(losses["float32", EPSILONS[0]], EPSILONS[0], estimator)
+        for (dtype, zo_eps), steps in losses.items():
+            values = estimates(steps, zo_eps, estimator)
+            rows.append({
+                "estimator": estimator, "dtype": dtype, "zo_eps": zo_eps, "correlation": float(np.corrcoef(values, reference)[0, 1]),
+                "relative_rms_error": float(np.sqrt(np.mean((values - reference) ** 2)) / np.std(reference)),
+            })  # fmt: skip
+    print("\n".join(table(rows)))
     if arguments.json:
-        report = {"model": Path(arguments.model).name, "task": arguments.task, "directions": arguments.directions, "rows": rows, "machine": machine(os.cpu_count())}
+        report = {"model": Path(arguments.model).name, "task": arguments.task, "steps": arguments.steps, "rows": rows, "machine": machine(os.cpu_count())}
         arguments.json.write_text(json.dumps(report, indent=2) + "\n")
 
 
-def open_estimates(model: str, dtype: str, task: str, runs: Path) -> Operations:
-    run = {"task": task, "variant": PLAIN, "seed": 0, "learning_rate": 2e-3}
+def estimates(steps: list[tuple[list[float], list[float]]], zo_eps: float, estimator: Estimator) -> np.ndarray:
+    """Of all directions of all steps, from their losses on both sides of theta."""
+    sides = steps if estimator == "two_sided" else [paired(plus, estimator) for plus, _ in steps]
+    return np.concatenate([projected_grads(plus, other, zo_eps, estimator) for plus, other in sides])
+
+
+def table(rows: list[dict]) -> list[str]:
+    lines = ["| estimator | dtype | zo_eps | correlation with float32 at 1e-3 | error, of the spread |", "|---|---|---|---|---|"]
+    for row in rows:
+        lines.append(f"| {row['estimator']} | {row['dtype']} | {row['zo_eps']:g} | {row['correlation']:.4f} | {row['relative_rms_error']:.1%} |")
+    return lines
+
+
+def open_losses(model: str, dtype: str, task: str, runs: Path) -> Operations:
+    run = {"task": task, "variant": "two-sided", "seed": 0, "learning_rate": MezoConfig.learning_rate}
     trainer, _ = open_trainer(*settings(SimpleNamespace(model=model, dtype=dtype, runs=runs), run))
     batch = trainer.batch(0)
 
@@ -61,12 +80,11 @@ def open_estimates(model: str, dtype: str, task: str, runs: Path) -> Operations:
             trainer.train_step(trainer.batch(step))
         return trainer.adapter.theta.tolist()
 
-    def estimates(theta: list[float], directions: int, zo_eps: float) -> list[float]:
+    def losses(theta: list[float], steps: int, zo_eps: float) -> list[tuple[list[float], list[float]]]:
         trainer.adapter.theta.copy_(torch.tensor(theta))
-        pairs = (trainer.paired_losses(batch, [trainer.optimizer.direction(seed, 0)], zo_eps) for seed in range(directions))
-        return [(plus[0] - minus[0]) / (2 * zo_eps) for plus, minus in pairs]
+        return [trainer.paired_losses(batch, drain(trainer.directions(seed)), zo_eps) for seed in range(steps)]
 
-    return {"train": train, "estimates": estimates}
+    return {"train": train, "losses": losses}
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ PROMPT_SENTENCES, OUTPUT_TOKENS = (1, 4), (8, 32)
 DATA = {"reviews": (ROOT / "examples/assets/reviews", "test"), "sst2": (ROOT.parent / "shared/data/sst2", "validation")}
 NUM_TRAIN, NUM_DEV, BATCH_SIZE = 160, 32, 16
 JOB = {
-    "max_steps": 1_000_000, "learning_rate": 1e-4, "num_perturbations": 1, "scale_by_loss_std": False, "zo_eps": 3e-3, "batch_size": BATCH_SIZE,
+    "max_steps": 1_000_000, "learning_rate": 1e-4, "num_perturbations": 1, "estimator": "two_sided", "scale_by_loss_std": False, "zo_eps": 3e-3, "batch_size": BATCH_SIZE,
     "invocation": " It was",
 }  # fmt: skip
 EPOCH_STEPS = NUM_TRAIN // BATCH_SIZE

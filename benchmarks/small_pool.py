@@ -76,7 +76,8 @@ def open_trainer(model: str, share: float, count: int) -> Operations:
     cut = len(WORKLOAD.invocation_tokens)
     tokens = distinct_tokens({example.prompt[:-cut] for example in examples})
     config = MezoConfig(
-        per_device_train_batch_size=BATCH_SIZE, num_perturbations=1, scale_by_loss_std=False, zo_eps=ZO_EPS, learning_rate=LEARNING_RATE, max_steps=10_000
+        per_device_train_batch_size=BATCH_SIZE, num_perturbations=1, estimator="two_sided", scale_by_loss_std=False, zo_eps=ZO_EPS,
+        learning_rate=LEARNING_RATE, max_steps=10_000,
     )  # fmt: skip
     engine = MezoEngine(
         model, r=RANK, target_modules=TARGETS["alora"], num_slots=config.num_slots, dtype="float32", skip_tokenizer_init=True,

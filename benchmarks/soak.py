@@ -33,7 +33,7 @@ REVIEWS = ROOT / "examples/assets/reviews/train.jsonl"
 KV_TOKENS = 16384  # few enough that requests and training take them from each other
 SLOTS = 7  # two for each of the job's two directions, its adapter, the base model, a served adapter: none to lose
 FLAGS = ("--dtype", "float32", "--max-total-tokens", str(KV_TOKENS), "--max-loras-per-batch", str(SLOTS), "--enable-metrics")
-JOB = {"max_steps": 60, "num_perturbations": 2, "invocation": " It was", "logging_steps": 1, "learning_rate": 1e-4}
+JOB = {"max_steps": 60, "num_perturbations": 2, "estimator": "two_sided", "invocation": " It was", "logging_steps": 1, "learning_rate": 1e-4}
 
 SAMPLE_SECONDS = 10
 GROWTH = {"rss_mib": (0.05, 64), "threads": (0.0, 4), "descriptors": (0.0, 8)}  # the larger of a share and a number

@@ -177,6 +177,7 @@ class JobActor(Actor):
             "max_steps": self.draw.randint(5, 200 if tuning == "alora" else 30),
             "num_perturbations": self._directions,
             "scale_by_loss_std": self._directions > 1,
+            "estimator": "leave_one_out" if self._directions > 2 else "two_sided",
             "r": self.draw.choice((4, 8)),
             "save_steps": 40,
             "eval_steps": 20,

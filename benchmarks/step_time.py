@@ -171,7 +171,7 @@ class Plain:
 def our_trainer(case: Case, model: str, examples: list[Example]) -> MezoTrainer:
     config = MezoConfig(
         tuning=case.tuning, per_device_train_batch_size=case.batch_size, num_perturbations=case.num_perturbations,
-        scale_by_loss_std=case.num_perturbations > 1, zo_eps=ZO_EPS, learning_rate=LEARNING_RATE, max_steps=10_000,
+        estimator="two_sided", scale_by_loss_std=case.num_perturbations > 1, zo_eps=ZO_EPS, learning_rate=LEARNING_RATE, max_steps=10_000,
     )  # fmt: skip
     engine = MezoEngine(
         model, r=case.r, target_modules=TARGETS[case.tuning], num_slots=config.num_slots, dtype=case.dtype, skip_tokenizer_init=True,

@@ -45,14 +45,16 @@ class Variant:
 
 
 TWO_POINT = {"estimator": "two_sided", "num_perturbations": 1, "perturbation": "gaussian", "scale_by_loss_std": False, "zo_eps": 3e-3}
+TWO_SIDED = {"estimator": "two_sided"}
+ONE_SIDED = {"estimator": "one_sided", "zo_eps": 5e-4}  # beside theta a long step sees the curvature
 UNSCALED = {"scale_by_loss_std": False}
-ONE_SIDED = {"estimator": "one_sided", "zo_eps": 5e-4}  # a long one-sided step sees the curvature
 VARIANTS = {
     PLAIN: Variant(TWO_POINT, (5e-4, 1e-3, 2e-3, 4e-3), 2000),
-    "default": Variant({}, (MezoConfig.learning_rate,), 250),
-    "8 directions, unscaled": Variant(UNSCALED, (1e-2, 2e-2, 3e-2), 250),
-    "8 directions, one-sided, unscaled": Variant({**ONE_SIDED, **UNSCALED}, (1.6e-2, 2.4e-2, 3.2e-2), 250),
-    "8 directions, one-sided": Variant(ONE_SIDED, (1e-2, 2e-2, 3e-2), 250),
+    "default": Variant({}, (MezoConfig.learning_rate,), 500),
+    "two-sided": Variant(TWO_SIDED, (1e-2, 2e-2, 3e-2), 250),
+    "two-sided, unscaled": Variant({**TWO_SIDED, **UNSCALED}, (1e-2, 1.6e-2, 2e-2), 250),
+    "one-sided": Variant(ONE_SIDED, (1e-2, 2e-2, 3e-2), 250),
+    "one-sided, unscaled": Variant({**ONE_SIDED, **UNSCALED}, (1.6e-2, 2.4e-2, 3.2e-2), 250),
     "low rank": Variant({**TWO_POINT, "perturbation_rank": 1, "perturbation_interval": 50}, (1e-3, 2e-3, 4e-3), 2000),
     "momentum": Variant({**TWO_POINT, "momentum": 0.9}, (1e-4, 2e-4, 4e-4), 2000),
     "adamw": Variant({**TWO_POINT, "optim": "adamw"}, (3e-4, 1e-3, 3e-3), 2000),

@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Callable
 from pathlib import Path
 
+import growth
 import study
 from step_time import IN_BFLOAT16
 
@@ -17,7 +18,8 @@ LOOPS = ("strong", "official")
 
 def main() -> None:
     serving = [serve_while_train(path.name) for path in sorted(RESULTS.glob("serve_while_train*.json"))]
-    for table in (step_time("step_time.json"), step_time("limit_share.json"), step_time("directions.json"), small_pool(), study.table(study.load(RESULTS / "study.json")), accuracy(), memory(), *serving):
+    for table in (step_time("step_time.json"), step_time("limit_share.json"), step_time("directions.json"), growth.table(load("growth.json", "series")),
+                  small_pool(), study.table(study.load(RESULTS / "study.json")), accuracy(), memory(), *serving):  # fmt: skip
         print("\n".join(table), end="\n\n")
 
 
@@ -90,8 +92,8 @@ def serve_while_train(name: str) -> list[str]:
     return lines
 
 
-def load(name: str) -> list[dict]:
-    return json.loads((RESULTS / name).read_text())["rows"]
+def load(name: str, part: str = "rows") -> list[dict]:
+    return json.loads((RESULTS / name).read_text())[part]
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ Expected = tuple[int, str | None, str, str]
 MIB = 1 << 20
 ROW = {"prompt": "the plot is thin. It was", "options": [" terrible", " great"], "label": 0}
 JOB = {
-    "invocation": " It was", "learning_rate": 1e-3, "num_perturbations": 1, "scale_by_loss_std": False, "zo_eps": 3e-3, "clip_projected_grad": 1.0,
-    "max_tokens_per_batch": 32,
+    "invocation": " It was", "learning_rate": 1e-3, "num_perturbations": 1, "estimator": "two_sided", "scale_by_loss_std": False,
+    "zo_eps": 3e-3, "clip_projected_grad": 1.0, "max_tokens_per_batch": 32,
 }  # fmt: skip
 
 REFUSED_FLAGS = {

@@ -26,7 +26,7 @@ from sglang.srt.mezo.errors import ConfigError, DataError, MezoError
         ("perturbation", "uniform", "one of gaussian, rademacher"),
         ("perturbation_rank", 0, "at least 1, or none for full rank"),
         ("perturbation_interval", 2, "1 for directions of full rank"),
-        ("estimator", "forward", "one of two_sided, one_sided"),
+        ("estimator", "forward", "one of two_sided, one_sided, leave_one_out"),
         ("optim", "adam", "one of sgd, adamw"),
         *((name, value, "at least 0 and below 1") for value in (-0.1, 1.0) for name in ("momentum", "adam_beta1", "adam_beta2")),
         ("report_to", "wandb", "one of none, tensorboard"),
@@ -61,6 +61,8 @@ def test_a_run_cannot_be_resumed_and_deleted_at_once():
         ({"optim": "adamw", "momentum": 0.9}, "momentum"),
         ({"num_perturbations": 1}, "scale_by_loss_std"),
         ({"num_perturbations": 1, "estimator": "one_sided"}, "scale_by_loss_std"),
+        ({"num_perturbations": 2, "estimator": "leave_one_out"}, "scale_by_loss_std"),
+        ({"num_perturbations": 1, "estimator": "leave_one_out", "scale_by_loss_std": False}, "estimator"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(settings, field):
@@ -69,7 +71,7 @@ def test_settings_that_do_not_go_together_are_refused(settings, field):
     assert caught.value.field == field
 
 
-@pytest.mark.parametrize(("estimator", "slots", "passes"), [("two_sided", 9, 8), ("one_sided", 5, 5)])
+@pytest.mark.parametrize(("estimator", "slots", "passes"), [("two_sided", 9, 8), ("one_sided", 5, 5), ("leave_one_out", 5, 4)])
 def test_slots_and_forward_passes_follow_from_the_estimator(estimator, slots, passes):
     config = MezoConfig(num_perturbations=4, estimator=estimator)
     assert (config.num_slots, config.forward_passes) == (slots, passes)

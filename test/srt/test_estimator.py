@@ -1,9 +1,11 @@
 """Projected gradients against z . grad L of a function whose gradient is known."""
 
+import itertools
+
 import pytest
 import torch
 
-from sglang.srt.mezo.estimator import projected_grads
+from sglang.srt.mezo.estimator import forward_passes, paired, projected_grads
 from sglang.srt.mezo.noise import direction
 
 EPS = 1e-4
@@ -27,6 +29,36 @@ def test_one_sided_estimates_have_an_error_of_first_order():
     estimates = projected_grads(plus, at_theta, EPS, "one_sided")
     assert estimates == pytest.approx(exact, abs=100 * EPS)
     assert estimates != pytest.approx(exact, abs=1e-5)
+
+
+SIGNED = [torch.tensor(z, dtype=torch.float64) for z in itertools.product((-1, 1), repeat=4)]
+"""All directions of four random signs."""
+SLOPE = torch.tensor([1.0, -2.0, 0.5, 3.0], dtype=torch.float64)
+
+
+def leave_one_out(z, curvature: float = 0.0) -> list[float]:
+    """Estimates from losses at 0.1 z_k, whose gradient at 0 is SLOPE."""
+    losses = [(0.1 * z_k @ SLOPE + curvature * (0.1 * z_k).square().sum()).item() for z_k in z]
+    return projected_grads(*paired(losses, "leave_one_out"), 0.1, "leave_one_out")
+
+
+def test_leaving_one_out_compares_directions_free_of_the_curvature_that_they_share():
+    for z in itertools.combinations(SIGNED, 3):
+        exact = [(z_k - sum(z_j for z_j in z if z_j is not z_k) / 2).dot(SLOPE).item() for z_k in z]
+        assert leave_one_out(z, curvature=50.0) == pytest.approx(exact)
+
+
+def test_leaving_one_out_is_unbiased():
+    pairs = list(itertools.product(SIGNED, repeat=2))
+    gradients = [sum(grad * z_k for grad, z_k in zip(leave_one_out(z), z)) / 2 for z in pairs]
+    assert (sum(gradients) / len(pairs)).tolist() == pytest.approx(SLOPE.tolist())
+
+
+def test_what_each_loss_is_compared_with():
+    assert paired([1.0, 2.0, 3.0, 5.0], "two_sided") == ([1.0, 3.0], [2.0, 5.0])
+    assert paired([1.0, 2.0, 3.0], "one_sided") == ([2.0, 3.0], [1.0, 1.0])
+    assert paired([1.0, 2.0, 6.0], "leave_one_out") == ([1.0, 2.0, 6.0], [4.0, 3.5, 1.5])
+    assert [forward_passes(estimator, 3) for estimator in ("two_sided", "one_sided", "leave_one_out")] == [6, 4, 3]
 
 
 @pytest.mark.parametrize("estimator", ["two_sided", "one_sided"])

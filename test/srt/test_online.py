@@ -26,7 +26,7 @@ from sglang.srt.mezo.seed_log import SeedLog
 
 MAIN_JOB = {"invocation": " It was"}
 # More directions than the server has slots for.
-SHORT = {**MAIN_JOB, "max_steps": 30, "logging_steps": 1, "lr_scheduler_type": "constant", "num_perturbations": 3, "max_tokens_per_batch": 32}
+SHORT = {**MAIN_JOB, "max_steps": 30, "logging_steps": 1, "lr_scheduler_type": "constant", "num_perturbations": 7, "max_tokens_per_batch": 32}
 SLOTS = 8 - 1 - 1
 """Of the server's pool, that a job may take: not the base model's, nor the one that is left to serve an adapter."""
 TEXTS = ["the plot is thin, but the acting is superb. It was", "never again will i eat here. It was", "no such words in here"]
@@ -183,9 +183,9 @@ def test_answers_equal_peft_on_the_saved_files_before_and_after_updates(server, 
         before = served[0][-1]
         batch = {"rows": reviews("train", 4), "zo_random_seed": 1000 + update}
         losses = server.http.post(f"/mezo/jobs/{job.id}/evaluate", json=batch).raise_for_status().json()
-        estimates = projected_grads(losses["loss_plus"], losses["loss_minus"], MezoConfig.zo_eps, scale_by_loss_std=True)
-        assert losses["projected_grad"] == pytest.approx(estimates, rel=1e-5) and len(estimates) == 3
-        step = {"zo_random_seed": 1000 + update, "projected_grad": [1.0, -1.0, 0.5], "learning_rate": 0.1}
+        estimates = projected_grads(losses["loss_plus"], losses["loss_minus"], MezoConfig.zo_eps, MezoConfig.estimator, scale_by_loss_std=True)
+        assert losses["projected_grad"] == pytest.approx(estimates, rel=1e-5) and len(estimates) == 7
+        step = {"zo_random_seed": 1000 + update, "projected_grad": [1.0, -1.0, 0.5, 0.0, 2.0, -0.5, -1.0], "learning_rate": 0.1}
         answer = server.http.post(f"/mezo/jobs/{job.id}/update", json=step).raise_for_status().json()
         assert answer == {"step": 31 + update, "model": job.fine_tuned_model}
 

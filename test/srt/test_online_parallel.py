@@ -8,7 +8,7 @@ from live_server import LiveServer, reviews
 from sglang.srt.mezo.seed_log import SeedLog
 
 JOB = {
-    "learning_rate": 1e-2, "zo_eps": 3e-3, "logging_steps": 1, "eval_steps": 5, "save_steps": 5, "max_steps": 12, "num_perturbations": 2,
+    "learning_rate": 1e-2, "zo_eps": 3e-3, "logging_steps": 1, "eval_steps": 5, "save_steps": 5, "max_steps": 12, "num_perturbations": 3,
     "max_tokens_per_batch": 64, "target_modules": ["q_proj", "k_proj", "v_proj", "out_proj"],
 }  # fmt: skip
 

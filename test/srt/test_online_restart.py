@@ -14,7 +14,7 @@ from sglang.srt.mezo.adapter import Adapter, AdapterSpec, Site
 from sglang.srt.mezo.seed_log import SeedLog
 
 JOB = {
-    "invocation": " It was", "num_perturbations": 3, "logging_steps": 1, "eval_steps": 40, "save_steps": 20, "max_tokens_per_batch": 32,
+    "invocation": " It was", "num_perturbations": 7, "logging_steps": 1, "eval_steps": 40, "save_steps": 20, "max_tokens_per_batch": 32,
 }  # fmt: skip
 STEPS_BETWEEN_KILLS = 80
 

@@ -253,7 +253,7 @@ def test_a_backend_without_activated_adapters_says_so():
     assert resolve(request(), engine, 10, seed=7)[0]["tuning"] == "lora"
 
 
-@pytest.mark.parametrize(("estimator", "needed"), [("two_sided", 5), ("one_sided", 4)])
+@pytest.mark.parametrize(("estimator", "needed"), [("two_sided", 5), ("one_sided", 4), ("leave_one_out", 4)])
 def test_a_server_needs_room_for_one_direction_and_an_adapter_beside(estimator, needed):
     def engine(max_loras_per_batch: int) -> EngineDescription:
         return EngineDescription(**{name: getattr(ENGINE, name) for name in ENGINE.__struct_fields__} | {"max_loras_per_batch": max_loras_per_batch})

@@ -117,7 +117,7 @@ def engine(process):
 def config(tmp_path) -> MezoConfig:
     return MezoConfig(
         output_dir=str(tmp_path / "run"), max_steps=8, per_device_train_batch_size=4, eval_steps=3, logging_steps=1, save_steps=4,
-        learning_rate=5e-3, lr_scheduler_type="linear", num_perturbations=2, max_tokens_per_batch=16, disable_tqdm=True,
+        learning_rate=5e-3, lr_scheduler_type="linear", num_perturbations=4, max_tokens_per_batch=16, disable_tqdm=True,
     )  # fmt: skip
 
 
@@ -367,7 +367,7 @@ def test_updates_of_a_finished_job_go_on_from_the_adapter_that_is_served(engine,
     for expected in (best + 1, best + 2):
         assert start(engine, again, model_path, manual=True)[0]
         engine.call(tick)
-        update = {"job_id": "job", "zo_random_seed": 7, "projected_grad": [0.5, -0.5], "learning_rate": 1e-3}
+        update = {"job_id": "job", "zo_random_seed": 7, "projected_grad": [0.5, -0.5, 1.0, 0.0], "learning_rate": 1e-3}
         assert engine.call(send, "ApplyUpdate", update)[3] == {"step": expected}
         stop(engine)
         assert len(SeedLog.open(Path(config.output_dir) / "seed_log")) == expected

@@ -16,6 +16,7 @@ from sglang.srt.mezo.passes import drain
 
 NUM_PERTURBATIONS = 3
 ZO_EPS = 1e-3
+TWO_SIDED = {"estimator": "two_sided", "scale_by_loss_std": False}
 SINGLE = [(11,), (12,)]
 
 BATCHES = {
@@ -32,7 +33,7 @@ BATCHES = {
 def make_trainer(engine, tuning: str, spec: AdapterSpec, batch: Sequence[Example], objective: str, num_perturbations: int, **settings):
     from sglang.srt.mezo.trainer import MezoTrainer
 
-    config = MezoConfig(tuning=tuning, zo_eps=ZO_EPS, num_perturbations=num_perturbations, scale_by_loss_std=False, **settings)
+    config = MezoConfig(tuning=tuning, zo_eps=ZO_EPS, num_perturbations=num_perturbations, **{**TWO_SIDED, **settings})
     return MezoTrainer(engine.handle, config, spec, batch, objective=objective)
 
 
@@ -212,6 +213,28 @@ def test_one_sided_losses_share_the_one_at_theta(model, tuning, tmp_path):
             beside.theta.add_(z[k], alpha=ZO_EPS)
             exact = reference_loss(oracle.Reference(path, beside, tmp_path / f"beside-{k}", torch.float64), objective, examples).item() - at_theta
             assert abs(plus[k] - minus[k] - exact) <= 0.01 * abs(exact) + 3 * floor
+    assert leaked == 0
+
+
+@pytest.mark.parametrize("tuning", ["alora", "lora"])
+def test_leaving_one_out_compares_with_the_mean_of_the_other_directions(model, tuning, tmp_path):
+    kind, path, engine = model
+    objective, examples = BATCHES["longer options"]
+    adapter = random_adapter(engine, kind, path, tuning)
+    z = [direction(8, k, adapter.numel) for k in range(NUM_PERTURBATIONS)]
+    plus, minus, floor, leaked = engine.call(
+        losses, tuning, adapter.spec, examples, objective, adapter.theta, z, ZO_EPS, {"estimator": "leave_one_out"}
+    )
+    exact = []
+    for k, z_k in enumerate(z):
+        beside = random_adapter(engine, kind, path, tuning)
+        beside.theta.add_(z_k, alpha=ZO_EPS)
+        with torch.no_grad():
+            reference = oracle.Reference(path, beside, tmp_path / f"beside-{k}", torch.float64)
+            exact.append(reference_loss(reference, objective, examples).item())
+    for k in range(NUM_PERTURBATIONS):
+        difference = exact[k] - (sum(exact) - exact[k]) / (NUM_PERTURBATIONS - 1)
+        assert abs(plus[k] - minus[k] - difference) <= 0.01 * abs(difference) + 3 * floor
     assert leaked == 0
 
 

@@ -128,7 +128,7 @@ def spec(model_path) -> AdapterSpec:
 def config(tmp_path) -> MezoConfig:
     return MezoConfig(
         output_dir=str(tmp_path / "run"), max_steps=12, per_device_train_batch_size=4, eval_steps=5, logging_steps=3,
-        learning_rate=5e-3, lr_scheduler_type="linear", warmup_steps=2, weight_decay=0.1, num_perturbations=2, disable_tqdm=True,
+        learning_rate=5e-3, lr_scheduler_type="linear", warmup_steps=2, weight_decay=0.1, num_perturbations=4, disable_tqdm=True,
     )  # fmt: skip
 
 
@@ -199,7 +199,7 @@ def test_a_pool_too_small_for_all_prefixes_is_gone_over_in_windows(engine, spec,
     for with_reuse, without in zip(reused, computed, strict=True):
         assert with_reuse == pytest.approx(without, abs=1e-5)
     # 1,600 examples in windows that are each gone over eight times: little more than an eighth is computed.
-    assert stats.computed < 0.2 * stats.total / (2 * config.num_perturbations)
+    assert stats.computed < 0.2 * stats.total / config.forward_passes
 
 
 def test_a_resumed_run_keeps_its_window(engine, spec, config):
@@ -234,7 +234,7 @@ def test_settings_that_cannot_work(engine, spec, config, changes, error, message
         engine.call(run, replace(config, **changes), spec, TRAIN, EVALUATION)
 
 
-@pytest.mark.parametrize("estimator", ["two_sided", "one_sided"])
+@pytest.mark.parametrize("estimator", ["two_sided", "one_sided", "leave_one_out"])
 def test_directions_take_turns_where_the_pool_has_less_room(engine, model_path, spec, config, estimator):
     config = replace(config, num_perturbations=7, estimator=estimator)
     assert config.num_slots > NUM_SLOTS
@@ -249,7 +249,7 @@ def test_directions_take_turns_where_the_pool_has_less_room(engine, model_path, 
 
 def test_an_adapter_that_the_pool_cannot_hold(engine, spec, config):
     with pytest.raises(CapacityError, match="6 adapter slots are needed, but 5 of the pool's 6 are free"):
-        engine.call(leave_spare_slots, config, spec, 3)
+        engine.call(leave_spare_slots, config, spec, 4)
     with pytest.raises(CapacityError, match="rank 8"):
         engine.call(run, config, replace(spec, r=8), TRAIN)
     with pytest.raises(ConfigError, match="target_modules"):
@@ -272,7 +272,7 @@ def test_a_prompt_longer_than_the_context(engine, spec, config):
 def test_a_batch_that_the_kv_pool_cannot_hold(engine, spec, config):
     long = [replace(TRAIN[0], prompt=(2, *range(10, 70), 7, 8), options=(tuple(range(10, 60)), (12,)))] * 8
     with pytest.raises(CapacityError, match="KV tokens"):
-        engine.call(run, replace(config, per_device_train_batch_size=64, num_perturbations=2), spec, long)
+        engine.call(run, replace(config, per_device_train_batch_size=64), spec, long)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(engine, spec, config):

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Literal, Optional
 
 from sglang.srt.mezo.errors import ConfigError
-from sglang.srt.mezo.estimator import Estimator
+from sglang.srt.mezo.estimator import SIGNS, Estimator, forward_passes
 from sglang.srt.mezo.noise import Distribution
 from sglang.srt.mezo.optimizer import Optim, SchedulerType, UpdateRule
 
@@ -45,7 +45,8 @@ class MezoConfig:
 
     zo_eps: float = _setting(1e-2, "Radius of the perturbation.")
     num_perturbations: int = _setting(8, "Directions a step; their gradient estimates are averaged.")
-    estimator: Estimator = _setting("two_sided", "two_sided: losses on both sides of theta; one_sided: beside the loss at theta, which all directions share.")
+    estimator: Estimator = _setting("leave_one_out", "What a direction's loss is compared with. leave_one_out: the mean of the other directions' losses; "
+                                                  "two_sided: the loss on the other side of theta; one_sided: the loss at theta.")  # fmt: skip
     scale_by_loss_std: bool = _setting(True, "Divide loss differences by the losses' standard deviation, not by zo_eps (FZOO).")
     perturbation: Distribution = _setting("rademacher", "Distribution of the directions' numbers, or of their factors'.")
     perturbation_rank: Optional[int] = _setting(None, "Rank of each matrix of a direction, a product of two factors (LOZO); full by default.")
@@ -83,8 +84,10 @@ class MezoConfig:
         for name in ("momentum", "adam_beta1", "adam_beta2"):
             self._require(name, 0 <= getattr(self, name) < 1, "at least 0 and below 1")
         self._require("momentum", self.momentum == 0 or self.optim == "sgd", "0 beside adamw, which has adam_beta1")
-        self._require("scale_by_loss_std", not self.scale_by_loss_std or self.num_perturbations > 1,
-                      "false along one direction, of whose slope only the sign would be left")  # fmt: skip
+        slopes = self.num_perturbations - (1 if self.estimator == "leave_one_out" else 0)
+        self._require("scale_by_loss_std", not self.scale_by_loss_std or slopes > 1,
+                      f"false along {self.num_perturbations} direction(s) with {self.estimator}, where only signs of slopes would be left")  # fmt: skip
+        self._require("estimator", self.estimator != "leave_one_out" or self.num_perturbations > 1, "two_sided or one_sided along one direction, which has no others")
         self._require("perturbation_rank", self.perturbation_rank is None or self.perturbation_rank >= 1, "at least 1, or none for full rank")
         self._require("perturbation_interval", self.perturbation_interval == 1 or self.perturbation_rank is not None,
                       "1 for directions of full rank")  # fmt: skip
@@ -112,12 +115,12 @@ class MezoConfig:
     @property
     def num_slots(self) -> int:
         """Adapter slots in which all directions of a step are scored at once: theta itself, and one or two for each direction."""
-        return 1 + self.num_perturbations * (2 if self.estimator == "two_sided" else 1)
+        return 1 + self.num_perturbations * len(SIGNS[self.estimator])
 
     @property
     def forward_passes(self) -> int:
         """Adapters that a step evaluates its batch under."""
-        return self.num_slots - (1 if self.estimator == "two_sided" else 0)
+        return forward_passes(self.estimator, self.num_perturbations)
 
     def steps_for(self, num_examples: int) -> int:
         """Steps that a run takes over ``num_examples`` training examples."""
@@ -136,7 +139,7 @@ _CHOICES = {
     "tuning": ("alora", "lora"),
     "objective": (None, "classification", "completion", "language_modeling"),
     "lr_scheduler_type": ("constant", "linear", "cosine"),
-    "estimator": ("two_sided", "one_sided"),
+    "estimator": tuple(SIGNS),
     "perturbation": ("gaussian", "rademacher"),
     "optim": ("sgd", "adamw"),
     "report_to": ("none", "tensorboard"),

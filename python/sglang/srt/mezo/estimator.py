@@ -1,23 +1,48 @@
-"""Projected gradients from losses: central differences (SPSA), or one-sided ones that share the loss at theta."""
+"""Where a step evaluates losses, and projected gradients from them."""
 
 import math
 import statistics
 from collections.abc import Sequence
 from typing import Literal
 
-Estimator = Literal["two_sided", "one_sided"]
+Estimator = Literal["two_sided", "one_sided", "leave_one_out"]
+"""What the loss at theta + zo_eps z_k is compared with: that at theta - zo_eps z_k (SPSA), that at theta, which all directions
+share (FZOO, arXiv 2506.09034), or the mean over the other directions of the step. The last needs no further losses, and what
+all have in common falls out of it, curvature too: a baseline as in Kool et al., "Buy 4 REINFORCE Samples, Get a Baseline for
+Free!", 2019."""
+
+SIGNS: dict[Estimator, tuple[int, ...]] = {"two_sided": (1, -1), "one_sided": (1,), "leave_one_out": (1,)}
+"""Of the points theta + sign zo_eps z_k that a direction is evaluated at."""
+
+
+def forward_passes(estimator: Estimator, num_perturbations: int) -> int:
+    """Adapters that a step evaluates its batch under."""
+    return num_perturbations * len(SIGNS[estimator]) + (1 if estimator == "one_sided" else 0)
+
+
+def paired(losses: Sequence[float], estimator: Estimator) -> tuple[list[float], list[float]]:
+    """The loss at theta + zo_eps z_k of every direction, and what it is compared with.
+
+    Args:
+        losses: at the ``SIGNS`` of each direction in turn; with "one_sided" the one at theta comes first.
+    """
+    if estimator == "two_sided":
+        return list(losses[0::2]), list(losses[1::2])
+    if estimator == "one_sided":
+        return list(losses[1:]), [losses[0]] * (len(losses) - 1)
+    total = math.fsum(losses)
+    return list(losses), [(total - loss) / (len(losses) - 1) for loss in losses]
 
 
 def projected_grads(
     loss_plus: Sequence[float], loss_minus: Sequence[float], zo_eps: float, estimator: Estimator = "two_sided", scale_by_loss_std: bool = False
 ) -> list[float]:
-    """The estimate of z_k . grad L along every direction.
+    """The estimate of z_k . grad L along every direction; leaving one out, of its difference to the mean of the others.
 
     Args:
-        loss_plus: at theta + zo_eps z_k.
-        loss_minus: at theta - zo_eps z_k, or with "one_sided" at theta.
-        scale_by_loss_std: put the standard deviation of the losses beside theta in the place of ``zo_eps`` (FZOO,
-            arXiv 2506.09034, there one-sided): steps of one length, whatever the slope. Zero where all losses are equal.
+        loss_plus, loss_minus: as ``paired`` gives them.
+        scale_by_loss_std: put the standard deviation of the losses beside theta in the place of ``zo_eps`` (FZOO): steps of one
+            length, whatever the slope. Zero where all losses are equal.
     """
     two_sided = estimator == "two_sided"
     differences = [plus - minus for plus, minus in zip(loss_plus, loss_minus, strict=True)]

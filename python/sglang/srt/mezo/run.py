@@ -28,7 +28,7 @@ _SMOOTHED_STEPS = 20  # what is shown as the loss is the mean of so many steps
 
 @dataclass(frozen=True)
 class StepResult:
-    """One step. Every tuple has one entry per direction; a one-sided step has the loss at theta as each loss_minus."""
+    """One step. Every tuple has one entry per direction; loss_minus is what the estimator compares loss_plus with."""
 
     step: int
     zo_random_seed: int
@@ -39,7 +39,7 @@ class StepResult:
 
     @property
     def loss(self) -> float:
-        """Mean of the losses on both sides over the directions."""
+        """Mean over the directions of the losses and of what they are compared with."""
         return sum(self.loss_plus + self.loss_minus) / (2 * len(self.loss_plus))
 
 

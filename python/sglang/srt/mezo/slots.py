@@ -10,6 +10,7 @@ import torch
 from sglang.srt.mezo.adapter import Adapter, AdapterSpec, Site
 from sglang.srt.mezo.engine import EngineHandle, free_slots, require_pool
 from sglang.srt.mezo.errors import CapacityError, ConfigError
+from sglang.srt.mezo.estimator import SIGNS, Estimator
 
 _STACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 """SGLang's fused linear layers and the Hugging Face layers in them, in the order of their rows."""
@@ -201,7 +202,7 @@ def _output_widths(base: torch.nn.Module) -> list[int]:
 
 
 class PerturbedSlots:
-    """Slots for theta itself and for some directions at a time: for each theta + eps z_k, and with ``two_sided`` theta - eps z_k.
+    """Slots for theta itself and for some directions at a time, at the points where ``estimator`` needs their losses.
 
     Args:
         num_perturbations: directions of a step; they take turns where the pool has less room.
@@ -211,8 +212,9 @@ class PerturbedSlots:
         CapacityError: the pool could not hold those of one direction even without requests.
     """
 
-    def __init__(self, handle: EngineHandle, adapter: Adapter, num_perturbations: int, two_sided: bool = True, spare: int = 0):
-        self._signs = (1, -1) if two_sided else (1,)
+    def __init__(self, handle: EngineHandle, adapter: Adapter, num_perturbations: int, estimator: Estimator = "two_sided", spare: int = 0):
+        self._estimator: Estimator = estimator
+        self._signs = SIGNS[estimator]
         require_pool(handle, 1 + len(self._signs) + spare, adapter.spec.r)
         self._handle = handle
         self._adapter = adapter
@@ -244,7 +246,7 @@ class PerturbedSlots:
         return self._slots[0]
 
     def of_direction(self, place: int) -> list[Slot]:
-        """Slots of the direction at ``place``, from 0 to below ``width``: for theta + eps z, and two-sided for theta - eps z."""
+        """Slots of the direction at ``place``, from 0 to below ``width``, one for each of the estimator's ``SIGNS``."""
         first = 1 + place * len(self._signs)
         return self._slots[first : first + len(self._signs)]
 
@@ -253,14 +255,8 @@ class PerturbedSlots:
 
         Those of a group are best scored in one pass, as they are compared. One-sided, theta comes before the first direction.
         """
-        theta = [(self.current.lora_id,)] if first == 0 and len(self._signs) == 1 else []
+        theta = [(self.current.lora_id,)] if first == 0 and self._estimator == "one_sided" else []
         return theta + [tuple(slot.lora_id for slot in self.of_direction(place)) for place in range(end - first)]
-
-    def losses_of(self, losses: Sequence[float]) -> tuple[list[float], list[float]]:
-        """loss_plus and loss_minus of every direction, from the losses of all ``groups`` of a step; one-sided, the latter is theta's."""
-        if len(self._signs) == 2:
-            return list(losses[0::2]), list(losses[1::2])
-        return list(losses[1:]), [losses[0]] * (len(losses) - 1)
 
     def write_direction(self, place: int, z: torch.Tensor, zo_eps: float) -> None:
         """Fill the slots at ``place``; every number is formed in float32 and rounded once to the pool's dtype."""

@@ -15,7 +15,7 @@ from sglang.srt.mezo.batches import BatchStream
 from sglang.srt.mezo.data import Example
 from sglang.srt.mezo.engine import EngineHandle
 from sglang.srt.mezo.errors import ConfigError, DataError, DivergedError
-from sglang.srt.mezo.estimator import projected_grads
+from sglang.srt.mezo.estimator import paired, projected_grads
 from sglang.srt.mezo.evaluate import evaluation_passes
 from sglang.srt.mezo.noise import step_seed
 from sglang.srt.mezo.optimizer import Optimizer, learning_rate_at, round_to_log
@@ -88,7 +88,7 @@ class MezoTrainer:
         self.adapter = Adapter.initial(spec, adapted_sites(handle, spec.target_modules), config.seed)
         self.scorer = Scorer(handle, planner.scope, config.max_tokens_per_batch, config.prefix_reuse, kept_tokens)
         self.optimizer = Optimizer(self.adapter.theta, self.adapter.shapes, config.update_rule)
-        self.slots = PerturbedSlots(handle, self.adapter, config.num_perturbations, config.estimator == "two_sided", spare_slots)
+        self.slots = PerturbedSlots(handle, self.adapter, config.num_perturbations, config.estimator, spare_slots)
         if claim_slots:
             self.slots.claim()
         self.global_step = 0
@@ -133,13 +133,13 @@ class MezoTrainer:
     def paired_passes(
         self, batch: Sequence[ExamplePlan], z: Sequence[torch.Tensor], zo_eps: float
     ) -> Passes[tuple[list[float], list[float]]]:
-        """Losses at theta + zo_eps z_k and theta - zo_eps z_k, of as many directions in the same packed passes as there are slots for.
+        """Losses at theta + zo_eps z_k and what they are compared with, of as many directions in the same packed passes as there are slots for.
 
         Args:
             z: float32 [numel] for each direction.
 
         Returns:
-            loss_plus and loss_minus, one number per direction; one-sided, loss_minus is the loss at theta.
+            loss_plus and loss_minus, one number per direction, as ``paired`` gives them.
         """
         if self.config.estimator == "one_sided":
             self.slots.write_current()
@@ -151,7 +151,7 @@ class MezoTrainer:
                 yield
             values = yield from self.scorer.passes(batch, self.slots.groups(first, end), self.objective)
             losses += batch_loss(batch, values, self.objective).mean.tolist()
-        return self.slots.losses_of(self.handle.share(losses))
+        return paired(self.handle.share(losses), self.config.estimator)
 
     def perturbed_passes(self, batch: Sequence[ExamplePlan], zo_random_seed: int, zo_eps: float) -> Passes[dict[str, list[float]]]:
         """``loss_plus``, ``loss_minus`` and ``projected_grad`` along the directions of a seed; theta stays as it is."""

@@ -12,6 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from sglang.srt.mezo.config import MezoConfig
 from sglang.srt.mezo.errors import ConfigError, shown
+from sglang.srt.mezo.estimator import SIGNS
 from sglang.srt.mezo.service.errors import RequestError
 from sglang.srt.mezo.service.job_data import MAX_PASS_TOKENS
 from sglang.srt.mezo.service.messages import SPARE_SLOTS, EngineDescription
@@ -213,7 +214,7 @@ def _check_against(engine: EngineDescription, config: MezoConfig, given: Mapping
     require("target_modules", set(targets) <= set(adaptable), f"some of {', '.join(adaptable)}, which this server adapts")
     require("target_modules", len(set(targets)) == len(targets), "each module once")
     # theta and one direction, beside the base model and what is served
-    slots = (3 if config.estimator == "two_sided" else 2) + 1 + SPARE_SLOTS
+    slots = 1 + len(SIGNS[config.estimator]) + 1 + SPARE_SLOTS
     require("estimator", slots <= engine.max_loras_per_batch,
             f"one that the server's --max-loras-per-batch={engine.max_loras_per_batch} has room for: this one needs {slots}")  # fmt: skip
     require("max_tokens_per_batch", config.max_tokens_per_batch <= engine.kv_capacity,
