@@ -109,24 +109,24 @@ class CeilingMeter:
         widths = {weight.shape[1] for weight in self._weights}
         self._inputs = {width: torch.randn(tokens, width, **like) for width in widths}
         self._head = (_head_weight(trainer), torch.randn(work.head_rows, _head_weight(trainer).shape[1], **like))
-        self._linear = fastest_linear(self._inputs[self._weights[0].shape[1]], self._weights[0])
         self._source = torch.ones(_COPY_BYTES // 4, device=like["device"])
         self._target = torch.empty_like(self._source)
-        self._gemm: list[float] = []
+        self._gemm: dict[Callable, list[float]] = {linear: [] for linear in linears(self._weights[0])}
         self._copy: list[float] = []
 
     def sweep(self) -> None:
-        """All large products of a step, and one copy."""
+        """All large products of a step by each of the ``linears``, and one copy."""
         with torch.inference_mode():
-            started = time.perf_counter()
-            for _ in range(self._passes):
-                for weight in self._weights:
-                    self._linear(self._inputs[weight.shape[1]], weight)
-            weight, rows = self._head
-            if len(rows):
-                self._linear(rows, weight)
-            synchronize()
-            self._gemm.append(time.perf_counter() - started)
+            for linear, seconds in self._gemm.items():
+                started = time.perf_counter()
+                for _ in range(self._passes):
+                    for weight in self._weights:
+                        linear(self._inputs[weight.shape[1]], weight)
+                weight, rows = self._head
+                if len(rows):
+                    linear(rows, weight)
+                synchronize()
+                seconds.append(time.perf_counter() - started)
             started = time.perf_counter()
             self._target.copy_(self._source)
             synchronize()
@@ -134,7 +134,7 @@ class CeilingMeter:
 
     @property
     def ceiling(self) -> Ceiling:
-        return Ceiling(statistics.median(self._gemm), 2 * _COPY_BYTES / statistics.median(self._copy))
+        return Ceiling(min(map(statistics.median, self._gemm.values())), 2 * _COPY_BYTES / statistics.median(self._copy))
 
     @property
     def limit(self) -> float:
@@ -147,21 +147,9 @@ def meter_of_next_steps(trainer: MezoTrainer, steps: int = 16) -> CeilingMeter:
     return CeilingMeter(trainer, mean_work([work(trainer, trainer.batch(trainer.global_step + i)) for i in range(steps)]))
 
 
-def fastest_linear(x: torch.Tensor, weight: torch.Tensor) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """PyTorch's linear, or oneDNN's where that is faster."""
-    candidates = [torch.nn.functional.linear] + ([onednn_linear] if HAS_ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32 else [])
-
-    def cost(candidate: Callable) -> float:
-        times = []
-        with torch.inference_mode():
-            for _ in range(10):
-                started = time.perf_counter()
-                candidate(x, weight)
-                synchronize()
-                times.append(time.perf_counter() - started)
-        return statistics.median(times)
-
-    return min(candidates, key=cost)
+def linears(weight: torch.Tensor) -> list[Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]:
+    """PyTorch's linear, and oneDNN's where it can run."""
+    return [torch.nn.functional.linear] + ([onednn_linear] if HAS_ONEDNN and weight.device.type == "cpu" and weight.dtype == torch.float32 else [])
 
 
 def synchronize() -> None:

@@ -11,7 +11,7 @@ model=models/smollm2-135m
 $python benchmarks/step_time.py --workload sst2 --loops strong official strong_bfloat16 official_bfloat16 --json $out/step_time.json
 $python benchmarks/step_time.py --workload boolq multirc --tuning alora --loops strong --repeats 5 --json $out/step_time.json
 $python benchmarks/step_time.py --workload copa multirc icl16 --tuning lora --loops official --repeats 5 --json $out/step_time.json
-$python benchmarks/step_time.py --workload sst2 boolq --loops --repeats 9 --json $out/limit_share.json
+$python benchmarks/step_time.py --workload sst2 boolq --loops --repeats 5 --json $out/limit_share.json
 $python benchmarks/step_time.py --workload sst2 --tuning alora --num_perturbations 1 8 32 --loops --json $out/directions.json
 $python benchmarks/growth.py --json $out/growth.json
 $python benchmarks/small_pool.py --json $out/small_pool.json
@@ -22,5 +22,5 @@ OMP_NUM_THREADS=1 $python benchmarks/serve_while_train.py --curve --pairs 8 --js
 
 [ -d $model ] || exit 0
 $python benchmarks/precision.py --model $model --json $out/precision.json
-$python benchmarks/study.py time --model $model --variants plain default --json $out/study.json
+$python benchmarks/study.py time --model $model --variants plain two-sided default --json $out/study.json
 OMP_NUM_THREADS=1 $python benchmarks/serve_while_train.py --model $model --load-seconds 60 --pairs 6 --json $out/serve_while_train_smollm2.json
