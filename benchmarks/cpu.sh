@@ -8,7 +8,8 @@ python=.venv/bin/python
 out=benchmarks/results
 model=models/smollm2-135m
 
-$python benchmarks/step_time.py --workload sst2 --loops strong official strong_bfloat16 official_bfloat16 --json $out/step_time.json
+$python benchmarks/step_time.py --workload sst2 --loops strong official --json $out/step_time.json
+$python benchmarks/step_time.py --workload sst2 --loops strong_bfloat16 official_bfloat16 --repeats 5 --json $out/step_time_bfloat16.json
 $python benchmarks/step_time.py --workload boolq multirc --tuning alora --loops strong --repeats 5 --json $out/step_time.json
 $python benchmarks/step_time.py --workload copa multirc icl16 --tuning lora --loops official --repeats 5 --json $out/step_time.json
 $python benchmarks/step_time.py --workload sst2 boolq --loops --repeats 5 --json $out/limit_share.json

@@ -136,11 +136,12 @@ def measure(case: Case) -> dict[str, Any]:
         trainer.train_step(trainer.batch(trainer.global_step))
     stats = trainer.scorer.prefix_stats
     before = (stats.reused, stats.total)
-    works = mean_work([work(trainer, trainer.batch(trainer.global_step + i)) for i in range(1, case.repeats + 1)])
+    steps = 2 if loops else 1  # of a turn; the last is timed
+    works = mean_work([work(trainer, trainer.batch(trainer.global_step + steps * turn - 1)) for turn in range(2, case.repeats + 2)])
     meter = CeilingMeter(trainer, works)
     times: dict[str, list[float]] = {"ours": [], **{kind: [] for kind in loops}}
     for repeat in range(case.repeats + 1):
-        if loops:
+        for _ in range(steps - 1):
             trainer.train_step(trainer.batch(trainer.global_step))
         batch = trainer.batch(trainer.global_step)
         times["ours"].append(seconds(lambda: trainer.train_step(batch)))

@@ -18,7 +18,8 @@ LOOPS = ("strong", "official")
 
 def main() -> None:
     serving = [serve_while_train(path.name) for path in sorted(RESULTS.glob("serve_while_train*.json"))]
-    for table in (step_time("step_time.json"), step_time("limit_share.json"), step_time("directions.json"), growth.table(load("growth.json", "series")),
+    steps = [step_time(path.name) for path in sorted(RESULTS.glob("step_time*.json"))]
+    for table in (*steps, step_time("limit_share.json"), step_time("directions.json"), growth.table(load("growth.json", "series")),
                   small_pool(), study.table(study.load(RESULTS / "study.json")), accuracy(), memory(), *serving):  # fmt: skip
         print("\n".join(table), end="\n\n")
 
@@ -28,8 +29,8 @@ def step_time(name: str) -> list[str]:
              "|---|---|---|---|---|---|---|---|"]  # fmt: skip
     for row in load(name):
         ours = 1000 * statistics.median(row["ours_s"])
-        loops = [in_both_types(row, kind, lambda name: f"{1000 * statistics.median(row[f'{name}_s']):.0f} ms") for kind in LOOPS]
-        ratios = [in_both_types(row, kind, lambda name: f"{row[f'ratio_{name}']:.1f}x") for kind in LOOPS]
+        loops = [of_loop(row, kind, lambda name: f"{1000 * statistics.median(row[f'{name}_s']):.0f} ms") for kind in LOOPS]
+        ratios = [of_loop(row, kind, lambda name: f"{row[f'ratio_{name}']:.1f}x") for kind in LOOPS]
         total = row["prefix_tokens_total"]
         reused = f"{row['prefix_tokens_reused'] / total:.0%}" if total else "-"
         directions = "" if row["num_perturbations"] == 1 else f", {row['num_perturbations']} directions"
@@ -38,10 +39,10 @@ def step_time(name: str) -> list[str]:
     return lines
 
 
-def in_both_types(row: dict, loop: str, show: Callable[[str], str]) -> str:
-    """Of a loop in our type, and in brackets of the same loop in bfloat16 where that was measured."""
-    ours, theirs = (show(name) if f"{name}_s" in row else None for name in (loop, loop + IN_BFLOAT16))
-    return "-" if ours is None else ours if theirs is None else f"{ours} ({theirs})"
+def of_loop(row: dict, loop: str, show: Callable[[str], str]) -> str:
+    """Of a loop in our type, or of the same loop in bfloat16, which says so; each where it was measured."""
+    shown = [show(name) + ("" if name == loop else " in bfloat16") for name in (loop, loop + IN_BFLOAT16) if f"{name}_s" in row]
+    return ", ".join(shown) or "-"
 
 
 def small_pool() -> list[str]:

@@ -61,10 +61,11 @@ def test_what_each_loss_is_compared_with():
     assert [forward_passes(estimator, 3) for estimator in ("two_sided", "one_sided", "leave_one_out")] == [6, 4, 3]
 
 
-@pytest.mark.parametrize("estimator", ["two_sided", "one_sided"])
+@pytest.mark.parametrize("estimator", ["two_sided", "one_sided", "leave_one_out"])
 def test_scaled_estimates_do_not_depend_on_the_size_of_loss_and_step(estimator):
     plus, minus, at_theta, _ = losses_around()
-    other, evaluated, sides = (minus, plus + minus, 2) if estimator == "two_sided" else (at_theta, plus, 1)
+    other = {"two_sided": minus, "one_sided": at_theta, "leave_one_out": paired(plus, "leave_one_out")[1]}[estimator]
+    evaluated, sides = (plus + minus, 2) if estimator == "two_sided" else (plus, 1)
     scaled = projected_grads(plus, other, EPS, estimator, scale_by_loss_std=True)
     deviation = torch.tensor(evaluated, dtype=torch.float64).std(correction=1).item()
     assert scaled == pytest.approx([(a - b) / (sides * deviation) for a, b in zip(plus, other)])

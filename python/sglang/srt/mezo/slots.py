@@ -212,7 +212,7 @@ class PerturbedSlots:
         CapacityError: the pool could not hold those of one direction even without requests.
     """
 
-    def __init__(self, handle: EngineHandle, adapter: Adapter, num_perturbations: int, estimator: Estimator = "two_sided", spare: int = 0):
+    def __init__(self, handle: EngineHandle, adapter: Adapter, num_perturbations: int, estimator: Estimator, spare: int = 0):
         self._estimator: Estimator = estimator
         self._signs = SIGNS[estimator]
         require_pool(handle, 1 + len(self._signs) + spare, adapter.spec.r)
