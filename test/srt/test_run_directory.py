@@ -20,7 +20,7 @@ SITES = [Site("model.layers.0.self_attn.q_proj", 64, 96)]
 
 
 def config(folder: Path, **settings) -> MezoConfig:
-    return MezoConfig(output_dir=str(folder / "run"), **{"num_perturbations": 2, "weight_decay": 0.1, **settings})
+    return MezoConfig(output_dir=str(folder / "run"), **{"num_perturbations": 2, "estimator": "two_sided", "weight_decay": 0.1, **settings})
 
 
 def initial_adapter(seed: int = 42, r: int = 4) -> Adapter:

@@ -68,7 +68,7 @@ def test_auto_is_the_default_of_every_hyperparameter():
         ("clip_projected_grad", 5, "clip_projected_grad"),
         ("clip_projected_grad", None, "clip_projected_grad"),
         ("zo_eps", 1e-3, "zo_eps"),
-        ("num_perturbations", 2, "num_perturbations"),
+        ("num_perturbations", 4, "num_perturbations"),
         ("perturbation", "rademacher", "perturbation"),
         ("perturbation_rank", 2, "perturbation_rank"),
         ("perturbation_rank", None, "perturbation_rank"),
@@ -117,7 +117,7 @@ def test_every_hyperparameter_is_reported_under_its_own_name():
 
 
 def test_what_is_reported_makes_the_same_job_again():
-    config, hyperparameters = resolved(r=4, n_epochs=3, zo_eps=1e-3, invocation=" It was", num_perturbations=2)
+    config, hyperparameters = resolved(r=4, n_epochs=3, zo_eps=1e-3, invocation=" It was", num_perturbations=4)
     assert resolved(**reported(config, hyperparameters)) == (config, hyperparameters)
 
 
