@@ -9,7 +9,7 @@ The work of a step is counted from its plans, whatever the implementation does:
 - the adapter and the directions are read, and a slot for each adapter that is evaluated is written.
 
 The ceiling is measured side by side with the steps: the time of the bare matrix products at these shapes over the model's
-own weights, which come from memory as in a step, by the faster of PyTorch's choice and oneDNN, and the bandwidth of a copy.
+own weights, which come from memory as in a step, by the fastest of PyTorch's choice, oneDNN and linear.c, and the bandwidth of a copy.
 Attention and LoRA products are small; they are taken to run at the rate of the large ones.
 """
 
@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from sglang.srt.mezo.cpu.linear import HAS_ONEDNN, onednn_linear
+from sglang.srt.mezo.cpu.linear import HAS_C, HAS_ONEDNN, c_linear, onednn_linear
 from sglang.srt.mezo.plan import ExamplePlan, needs_normaliser
 from sglang.srt.mezo.sharing import distinct_tokens
 from sglang.srt.mezo.trainer import MezoTrainer
@@ -62,7 +62,7 @@ def work(trainer: MezoTrainer, batch: Sequence[ExamplePlan]) -> Work:
     attention = 4 * model.num_hidden_layers * model.num_attention_heads * model.head_dim * tokens * round(mean_context)
     head = _head_weight(trainer)
     normalise = needs_normaliser(batch, trainer.objective)
-    head_rows = slots * len({(row.prefix, row.suffix, position) for row in rows for position, _ in row.reads}) if normalise else 0
+    head_rows = slots * len({(row.prefix, row.suffix[: position + 1]) for row in rows for position, _ in row.reads}) if normalise else 0
     single_reads = 0 if normalise else slots * sum(len(row.reads) for row in rows)
     kv_width = 2 * model.num_hidden_layers * model.get_total_num_kv_heads() * model.head_dim
     return Work(
@@ -148,8 +148,11 @@ def meter_of_next_steps(trainer: MezoTrainer, steps: int = 16) -> CeilingMeter:
 
 
 def linears(weight: torch.Tensor) -> list[Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]:
-    """PyTorch's linear, and oneDNN's where it can run."""
-    return [torch.nn.functional.linear] + ([onednn_linear] if HAS_ONEDNN and weight.device.type == "cpu" and weight.dtype == torch.float32 else [])
+    """PyTorch's linear, and those in float32 on CPU that can run here."""
+    plain = [torch.nn.functional.linear]
+    if weight.device.type != "cpu" or weight.dtype != torch.float32:
+        return plain
+    return plain + [onednn_linear] * HAS_ONEDNN + [c_linear] * HAS_C
 
 
 def synchronize() -> None:

@@ -9,10 +9,11 @@ import torch
 
 LAYERS = """
 import torch
-from sglang.srt.mezo.cpu.linear import bound_kernels, linear
-bound_kernels()
+from sglang.srt.mezo.cpu import linear
+linear.bound_kernels()
+linear.HAS_C = False
 for tokens, width in {calls}:
-    linear(torch.ones(tokens, width), torch.ones(8, width))
+    linear.linear(torch.ones(tokens, width), torch.ones(8, width))
 """
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch without oneDNN")
 

@@ -86,14 +86,15 @@ def test_lora_runs_every_token_in_its_slot():
 
 
 @pytest.mark.parametrize("tuning", PLANNERS)
-def test_rows_may_share_what_comes_before_the_first_token_that_is_read(tuning):
-    for row in PLANNERS[tuning].plan(MIXED).rows:
-        assert row.prefix + row.suffix[: row.shareable] == MIXED.prompt[:-1]
+def test_rows_may_share_their_prompt_but_run_one_token_themselves(tuning):
+    single, longer, _ = PLANNERS[tuning].plan(MIXED).rows
+    assert single.prefix + single.suffix[: single.shareable] == MIXED.prompt[:-1]
+    assert longer.prefix + longer.suffix[: longer.shareable] == MIXED.prompt
 
 
 def test_tokens_of_a_slot_count_a_shared_prompt_once():
     long = Example(tuple(range(2, 102)), ((11, 12), (13, 14, 15)), 0)
-    assert PLANNERS["lora"].plan(long).slot_tokens == 99 + 2 + 3
+    assert PLANNERS["lora"].plan(long).slot_tokens == 100 + 1 + 2
     assert PLANNERS["lora"].plan(SINGLE).slot_tokens == len(SINGLE.prompt)
     assert PLANNERS["alora"].plan(SINGLE).slot_tokens == len(INVOCATION)
 

@@ -4,7 +4,8 @@ import torch
 
 from sglang.srt.mezo.engine import EngineHandle
 
-_ROWS_PER_CHUNK = 256  # bounds the full-vocabulary logits that exist at once
+# Rows whose logits over the vocabulary exist at once; on CPU so few that they stay in the cache.
+_MOST_ROWS, _MOST_ROWS_ON_CPU = 1024, 64
 
 
 class Head:
@@ -30,10 +31,11 @@ class Head:
         """
         out = torch.empty(rows.numel(), dtype=torch.float32, device=hidden.device)
         needed, row_of_read = rows.unique(return_inverse=True)
-        for start in range(0, needed.numel(), _ROWS_PER_CHUNK):
-            logits = self._full_logits(hidden.index_select(0, needed[start : start + _ROWS_PER_CHUNK]))
+        most = _MOST_ROWS_ON_CPU if hidden.device.type == "cpu" else _MOST_ROWS
+        for start in range(0, needed.numel(), most):
+            logits = self._full_logits(hidden.index_select(0, needed[start : start + most]))
             log_probs = torch.log_softmax(logits.float(), dim=-1)
-            mine = ((row_of_read >= start) & (row_of_read < start + _ROWS_PER_CHUNK)).nonzero().squeeze(1)
+            mine = ((row_of_read >= start) & (row_of_read < start + most)).nonzero().squeeze(1)
             out[mine] = log_probs[row_of_read[mine] - start, tokens[mine]]
         return out
 

@@ -43,8 +43,8 @@ class Row:
 
     @property
     def shareable(self) -> int:
-        """Tokens of the suffix before the first that is read: rows of one slot may share them."""
-        return self.reads[0][0]
+        """Tokens of the suffix that rows of one slot may share: up to the first that is read, but never all."""
+        return min(self.reads[0][0] + 1, len(self.suffix) - 1)
 
 
 @dataclass(frozen=True)

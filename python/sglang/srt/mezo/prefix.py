@@ -195,6 +195,19 @@ class BasePrefixes:
                 tree.unlock(lock)
 
 
+@dataclass(eq=False)
+class Beginning:
+    """What comes before a row's own tokens. Rows that share it have the same one.
+
+    Attributes:
+        kv_indices: int64 [cached].
+        last_hidden: [1, hidden], the input of the head after the last token; None where the base model ran that.
+    """
+
+    kv_indices: torch.Tensor
+    last_hidden: torch.Tensor | None = None
+
+
 @dataclass(frozen=True)
 class SlotRow:
     """A row in one slot: ``suffix`` under adapter ``lora_id``, after ``prefix`` on the base model."""
@@ -222,36 +235,41 @@ class SlotPrefixes:
             base: prefix -> int64 [len(prefix)] KV indices.
 
         Yields:
-            for every row int64 [cached] KV indices of all that comes before its own tokens.
+            list of the ``Beginning`` of every row.
         """
         keys = [(row.lora_id, row.prefix) for row in rows]
         groups = list(dict.fromkeys(keys))
         number_of = {key: number for number, key in enumerate(groups)}
         sharing = share([row.suffix for row in rows], [row.shareable for row in rows], [number_of[key] for key in keys])
-        ends: dict[int, torch.Tensor] = {}
+        starts = {prefix: Beginning(kv_indices) for prefix, kv_indices in base.items()}
+        ends: dict[int, Beginning] = {}
         owned: list[torch.Tensor] = []
         try:
             for level in sharing.levels:
                 for numbers in _groups_within(level, self._max_tokens, length=lambda number: len(sharing.nodes[number].tokens)):
                     nodes = [sharing.nodes[number] for number in numbers]
-                    before = [base[groups[node.group][1]] if node.parent is None else ends[node.parent] for node in nodes]
+                    before = [starts[groups[node.group][1]] if node.parent is None else ends[node.parent] for node in nodes]
                     lora_ids = [groups[node.group][0] for node in nodes]
-                    parts = self._compute([node.tokens for node in nodes], before, lora_ids, owned)
-                    ends.update(zip(numbers, (torch.cat(pair) for pair in zip(before, parts))))
-            yield [base[row.prefix] if node is None else ends[node] for row, (node, _) in zip(rows, sharing.rows)]
+                    ends.update(zip(numbers, self._compute([node.tokens for node in nodes], before, lora_ids, owned)))
+            yield [starts[row.prefix] if node is None else ends[node] for row, (node, _) in zip(rows, sharing.rows)]
         finally:
             for kv_indices in owned:
                 self._handle.kv_allocator.free(kv_indices)
 
     def _compute(
-        self, tokens: Sequence[Tokens], before: Sequence[torch.Tensor], lora_ids: Sequence[str | None], owned: list[torch.Tensor]
-    ) -> Sequence[torch.Tensor]:
-        """Run texts after what comes before them, in one batch; their KV indices, which are ``owned`` from then on."""
-        sequences = [Sequenced(*one, ((lora_id, len(one[1])),)) for *one, lora_id in zip(before, tokens, lora_ids)]
-        _, new = extend(self._handle, sequences)
+        self, tokens: Sequence[Tokens], before: Sequence[Beginning], lora_ids: Sequence[str | None], owned: list[torch.Tensor]
+    ) -> list[Beginning]:
+        """Run texts after what comes before them, in one batch; their KV is ``owned`` from then on."""
+        sequences = [Sequenced(start.kv_indices, text, ((lora_id, len(text)),)) for start, text, lora_id in zip(before, tokens, lora_ids)]
+        hidden, new = extend(self._handle, sequences)
         owned.append(new)
         self._stats.computed += new.numel()
-        return new.split([len(text) for text in tokens])
+        lengths = [len(text) for text in tokens]
+        last_hidden = hidden[torch.tensor(lengths, device=hidden.device).cumsum(0) - 1]
+        return [
+            Beginning(torch.cat((start.kv_indices, part)), last)
+            for start, part, last in zip(before, new.split(lengths), last_hidden.split(1))
+        ]
 
 
 def _key(prefix: Tokens):

@@ -13,7 +13,7 @@ from sglang.srt.mezo.forward import Sequenced, extend
 from sglang.srt.mezo.head import Head
 from sglang.srt.mezo.passes import Passes, drain
 from sglang.srt.mezo.plan import ExamplePlan, PrefixScope, Row, needs_normaliser
-from sglang.srt.mezo.prefix import BasePrefixes, PrefixStats, SlotPrefixes, SlotRow
+from sglang.srt.mezo.prefix import BasePrefixes, Beginning, PrefixStats, SlotPrefixes, SlotRow
 from sglang.srt.mezo.sharing import PASS_COST, common_length
 
 SlotGroup = tuple[str | None, ...]
@@ -117,41 +117,49 @@ class Scorer:
         return len(unit.group) * (unit.plan.slot_tokens - (shared if shared >= PASS_COST else 0))
 
     def _score_items(self, items: Sequence[_Item], normalise: bool, keep: bool) -> torch.Tensor:
-        with self._sequences(items, keep) as sequences:
+        with self._beginnings(items, keep) as beginnings:
+            sequences = [self._sequence(item, beginning) for item, beginning in zip(items, beginnings)]
             self.prefix_stats.total += sum(sequence.cached.numel() for sequence in sequences)
             hidden, kv_indices = extend(self._handle, sequences)
             self._handle.kv_allocator.free(kv_indices)
-        return self._read(hidden, items, sequences, normalise)
+        return self._read(hidden, items, sequences, beginnings, normalise)
 
     @contextmanager
-    def _sequences(self, items: Sequence[_Item], keep: bool):
+    def _beginnings(self, items: Sequence[_Item], keep: bool):
         if not self._prefix_reuse:
             computed = sum(len(item.row.prefix) for item in items)
             self.prefix_stats.total += computed
             self.prefix_stats.computed += computed
-            yield [self._whole(item) for item in items]
+            yield [Beginning(_NOTHING)] * len(items)
             return
         rows = [SlotRow(item.lora_id, item.row.prefix, item.row.suffix, item.row.shareable) for item in items]
         tokens = sum(len(row.suffix) for row in rows)
         held = self.base_prefixes.acquire((row.prefix for row in rows), tokens, keep)
-        with held as base, self._slot_prefixes.acquire(rows, base) as cached:
-            yield [_continued(item, indices) for item, indices in zip(items, cached)]
+        with held as base, self._slot_prefixes.acquire(rows, base) as beginnings:
+            yield beginnings
 
-    def _whole(self, item: _Item) -> Sequenced:
-        tokens = item.row.prefix + item.row.suffix
-        if self._scope is PrefixScope.BASE and item.row.prefix:
-            segments = ((None, len(item.row.prefix)), (item.lora_id, len(item.row.suffix)))
-        else:
-            segments = ((item.lora_id, len(tokens)),)
-        return Sequenced(_NOTHING, tokens, segments)
+    def _sequence(self, item: _Item, beginning: Beginning) -> Sequenced:
+        """The tokens of the row that do not belong to its beginning."""
+        cached, row = beginning.kv_indices, item.row
+        on_base = row.prefix[cached.numel() :] if self._scope is PrefixScope.BASE else ()
+        own = (row.prefix + row.suffix)[cached.numel() :]
+        segments = ((None, len(on_base)), (item.lora_id, len(own) - len(on_base)))
+        return Sequenced(cached, own, segments if on_base else segments[1:])
 
-    def _read(self, hidden: torch.Tensor, items: Sequence[_Item], sequences: Sequence[Sequenced], normalise: bool) -> torch.Tensor:
+    def _read(
+        self, hidden: torch.Tensor, items: Sequence[_Item], sequences: Sequence[Sequenced], beginnings: Sequence[Beginning], normalise: bool
+    ) -> torch.Tensor:
+        """The first token that is read may be the last of a beginning: its hidden state comes behind those of the batch."""
         rows, tokens, end = [], [], 0
-        for item, sequence in zip(items, sequences):
-            end += len(sequence.tokens)
-            suffix_start = end - len(item.row.suffix)
-            rows += [suffix_start + position for position, _ in item.row.reads]
-            tokens += [token for _, token in item.row.reads]
+        shared: dict[Beginning, int] = {}
+        for item, sequence, beginning in zip(items, sequences, beginnings):
+            start, end = end, end + len(sequence.tokens)
+            for position, token in item.row.reads:
+                row = end - len(item.row.suffix) + position
+                rows.append(row if row >= start else shared.setdefault(beginning, len(hidden) + len(shared)))
+                tokens.append(token)
+        if shared:
+            hidden = torch.cat((hidden, *(beginning.last_hidden for beginning in shared)))
         rows, tokens = (torch.tensor(column, device=hidden.device) for column in (rows, tokens))
         read = self._head.log_probs if normalise else self._head.logits
         with torch.inference_mode():
@@ -199,9 +207,3 @@ def _items(plan: ExamplePlan, group: SlotGroup, first_slot: int, first_read: int
         for slot, lora_id in enumerate(group, first_slot)
         for row, column in zip(plan.rows, columns)
     ]
-
-
-def _continued(item: _Item, cached: torch.Tensor) -> Sequenced:
-    """The tokens of the row that no cached KV covers."""
-    own = item.row.suffix[cached.numel() - len(item.row.prefix) :]
-    return Sequenced(cached, own, ((item.lora_id, len(own)),))

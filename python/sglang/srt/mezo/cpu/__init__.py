@@ -56,14 +56,14 @@ HOOKS = (
         "UnquantizedLinearMethod.apply",
         "around",
         apply_linear,
-        "linear layers in float32 through oneDNN",
+        "linear layers in float32 through linear.c or oneDNN",
     ),
     Hook(
         "sglang.srt.layers.logits_processor",
         "LogitsProcessor._compute_lm_head",
         "around",
         compute_lm_head,
-        "the head in float32 through oneDNN",
+        "the head in float32 through linear.c or oneDNN",
     ),
     Hook(
         "sglang.srt.lora.lora_manager",

@@ -1,17 +1,16 @@
 """Attention in C (attention.c): keys and values are read where they lie in the KV pool.
 
-The library is built with the package. Where it could not be, ``LIBRARY`` is None and attention runs on plain PyTorch.
+Where it was not built, ``LIBRARY`` is None and attention runs on plain PyTorch.
 """
 
 import ctypes
-import sysconfig
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from sglang.srt.mezo.cpu.attention_plan import Row, bundle_rows, cut_rows
+from sglang.srt.mezo.cpu.library import load
 
 # Causal rows longer than this are cut: the scores of a piece are kept at once, and what it cannot see is left out.
 _MOST_QUERIES = 64
@@ -29,16 +28,9 @@ class _Call(ctypes.Structure):
     )
 
 
-def _load() -> ctypes.CDLL | None:
-    path = Path(__file__).with_name(f"_attention{sysconfig.get_config_var('EXT_SUFFIX')}")
-    if not path.exists():
-        return None
-    library = ctypes.CDLL(str(path))
-    library.mezo_attend.argtypes = (ctypes.POINTER(_Call), ctypes.c_int64)
-    return library
-
-
-LIBRARY = _load()
+LIBRARY = load("_attention")
+if LIBRARY is not None:
+    LIBRARY.mezo_attend.argtypes = (ctypes.POINTER(_Call), ctypes.c_int64)
 
 
 class Batch:

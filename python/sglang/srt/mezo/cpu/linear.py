@@ -1,14 +1,27 @@
-"""Linear layers in float32 through oneDNN: on AMD processors it is twice as fast as MKL, PyTorch's choice for float32.
+"""Linear layers in float32, where PyTorch's choice is MKL: on AMD processors it reaches half of what they can do.
 
-In the lower precisions PyTorch takes oneDNN by itself. The weight is used as it lies: no second copy of it is packed.
+With AVX2 they run in C (linear.c), with AVX-512, or where that was not built, through oneDNN. Either uses the weight as it
+lies: no second copy of it is packed. In the lower precisions PyTorch takes oneDNN by itself.
 """
 
+import ctypes
 import os
 from collections.abc import Callable
 
 import torch
 from torch.nn.functional import linear as torch_linear
 
+from sglang.srt.mezo.cpu.library import load
+
+
+class _Call(ctypes.Structure):
+    """The C structure of that name."""
+
+    _fields_ = [(name, ctypes.c_void_p) for name in ("x", "weight", "bias", "y")] + [(name, ctypes.c_int64) for name in ("rows", "columns", "outputs", "x_stride")]  # fmt: skip
+
+
+_LIBRARY = load("_linear")
+HAS_C = _LIBRARY is not None and torch.backends.cpu.get_cpu_capability() == "AVX2"
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 _CAPACITY = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
@@ -29,13 +42,30 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     oneDNN compiles kernels for every number of rows that it meets, and never gives back half of their half a megabyte. For
     requests of all lengths that would be a gigabyte, so numbers of rows are rounded up.
     """
-    if not (HAS_ONEDNN and weight.is_contiguous() and x.numel()):
+    if not (x.numel() and weight.is_contiguous() and (HAS_C or HAS_ONEDNN)):
         return torch_linear(x, weight, bias)
+    bias = None if bias is None else bias.contiguous()
+    if HAS_C:
+        return c_linear(x, weight, bias)
     rows = x.shape[:-1].numel()
     if rounded_rows(rows) == rows:
         return onednn_linear(x, weight, bias)
     padded = _with_more_rows(x.reshape(rows, -1), rounded_rows(rows))
     return onednn_linear(padded, weight, bias)[:rows].view(*x.shape[:-1], -1)
+
+
+def c_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """``linear`` in C, with a contiguous weight and bias. What comes out for a row is the same to the last bit whatever other rows there are."""
+    rows = x.reshape(-1, x.shape[-1])
+    rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    y = rows.new_empty(len(rows), len(weight))
+    call = _Call(
+        x=rows.data_ptr(), weight=weight.data_ptr(), bias=None if bias is None else bias.data_ptr(), y=y.data_ptr(),
+        rows=len(rows), columns=rows.shape[1], outputs=len(weight), x_stride=rows.stride(0),
+    )  # fmt: skip
+    if _LIBRARY.mezo_linear(ctypes.byref(call)):
+        raise MemoryError(f"a linear layer: no memory to lay out {len(rows)} rows of {rows.shape[1]} numbers")
+    return y.view(*x.shape[:-1], -1)
 
 
 def onednn_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -45,6 +75,8 @@ def onednn_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
 
 def rounded_rows(rows: int) -> int:
     """Rows that a layer runs for so many; an input with room for them is not copied."""
+    if HAS_C:
+        return rows
     return -(-rows // _MULTIPLE) * _MULTIPLE if rows >= _ROUNDED_FROM else rows
 
 
