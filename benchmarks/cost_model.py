@@ -133,8 +133,13 @@ class CeilingMeter:
             self._copy.append(time.perf_counter() - started)
 
     @property
+    def gemm_seconds(self) -> dict[str, float]:
+        """Median time of the large products, by the name of who made them."""
+        return {linear.__name__: statistics.median(seconds) for linear, seconds in self._gemm.items()}
+
+    @property
     def ceiling(self) -> Ceiling:
-        return Ceiling(min(map(statistics.median, self._gemm.values())), 2 * _COPY_BYTES / statistics.median(self._copy))
+        return Ceiling(min(self.gemm_seconds.values()), 2 * _COPY_BYTES / statistics.median(self._copy))
 
     @property
     def limit(self) -> float:

@@ -158,6 +158,7 @@ def measure(case: Case) -> dict[str, Any]:
         "limit_share": meter.limit / median["ours"],
         "work": asdict(works),
         "ceiling": asdict(meter.ceiling),
+        "gemm_seconds": meter.gemm_seconds,
         "prefix_tokens_reused": stats.reused - before[0],
         "prefix_tokens_total": stats.total - before[1],
     }

@@ -11,7 +11,7 @@ LAYERS = """
 import torch
 from sglang.srt.mezo.cpu import linear
 linear.bound_kernels()
-linear.HAS_C = False
+linear.IN_C = False
 for tokens, width in {calls}:
     linear.linear(torch.ones(tokens, width), torch.ones(8, width))
 """

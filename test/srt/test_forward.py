@@ -26,6 +26,23 @@ def sequences_on(device: str) -> list[Sequenced]:
     return [Sequenced(indices, list(range(new)), (("adapter", new),)) for indices, (_, new) in zip(cached, LENGTHS)]
 
 
+def test_a_sequence_may_follow_on_another_of_its_batch():
+    handle, nothing = handle_on("cpu"), torch.empty(0, dtype=torch.int64)
+    segments = (("adapter", 2),)
+    sequences = [
+        Sequenced(torch.tensor([100, 101]), [7, 8], segments),
+        Sequenced(nothing, [9, 9], segments, follows=(0, 3)),
+        Sequenced(nothing, [6, 6], segments, follows=(1, 4)),
+        Sequenced(torch.tensor([105]), [5, 5], segments),
+    ]
+    batch = _forward_batch(handle, sequences, [4, 0, 2, 1], torch.arange(200, 208))
+    table = handle.req_to_token_pool.req_to_token
+    assert table[0, :5].tolist() == [100, 101, 200, 202, 203]
+    assert table[2, :6].tolist() == [100, 101, 200, 202, 204, 205]
+    assert table[1, :3].tolist() == [105, 206, 207]
+    assert batch.positions.tolist() == [2, 3, 3, 4, 4, 5, 1, 2] and batch.extend_prefix_lens_cpu == [2, 3, 4, 1]
+
+
 def batch_on(device: str):
     handle = handle_on(device)
     return handle, _forward_batch(handle, sequences_on(device), [4, 0, 2], torch.arange(200, 207, device=device))

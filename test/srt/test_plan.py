@@ -85,13 +85,6 @@ def test_lora_runs_every_token_in_its_slot():
     assert PLANNERS["lora"].scope is PrefixScope.SLOT
 
 
-@pytest.mark.parametrize("tuning", PLANNERS)
-def test_rows_may_share_their_prompt_but_run_one_token_themselves(tuning):
-    single, longer, _ = PLANNERS[tuning].plan(MIXED).rows
-    assert single.prefix + single.suffix[: single.shareable] == MIXED.prompt[:-1]
-    assert longer.prefix + longer.suffix[: longer.shareable] == MIXED.prompt
-
-
 def test_tokens_of_a_slot_count_a_shared_prompt_once():
     long = Example(tuple(range(2, 102)), ((11, 12), (13, 14, 15)), 0)
     assert PLANNERS["lora"].plan(long).slot_tokens == 100 + 1 + 2

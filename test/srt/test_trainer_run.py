@@ -270,7 +270,7 @@ def test_a_prompt_longer_than_the_context(engine, spec, config):
 
 
 def test_a_batch_that_the_kv_pool_cannot_hold(engine, spec, config):
-    long = [replace(TRAIN[0], prompt=(2, *range(10, 70), 7, 8), options=(tuple(range(10, 60)), (12,)))] * 8
+    long = [replace(TRAIN[0], prompt=(2, *range(10, 70), 7, 8), options=(tuple(range(10 + i, 60 + i)), (12,))) for i in range(64)]
     with pytest.raises(CapacityError, match="KV tokens"):
         engine.call(run, replace(config, per_device_train_batch_size=64), spec, long)
 

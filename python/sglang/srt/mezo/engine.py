@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
     from sglang.srt.model_executor.model_runner import ModelRunner
 
+_WRITE_KV_FIRST = {"CpuAttentionBackend", "TritonAttnBackend", "FlashAttentionBackend"}
+
 
 @dataclass(frozen=True)
 class EngineHandle:
@@ -84,6 +86,11 @@ class EngineHandle:
     def free_kv_tokens(self) -> int:
         """KV tokens that can be had now, by evicting unlocked prefixes if need be."""
         return self.kv_allocator.available_size() + self.tree_cache.evictable_size()
+
+    @property
+    def writes_kv_first(self) -> bool:
+        """Whether attention finds the KV of a batch's own tokens in the pool. FlashInfer's, for one, writes it afterwards."""
+        return type(self.model_runner.attn_backend).__name__ in _WRITE_KV_FIRST
 
     @property
     def free_rows(self) -> int:

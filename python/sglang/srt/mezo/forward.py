@@ -18,11 +18,14 @@ class Sequenced:
         cached: int64 [prefix], KV indices of the tokens before ``tokens``.
         tokens: token ids to run, at least one.
         segments: (adapter id or None for the base model, number of tokens), covering ``tokens`` in order.
+        follows: instead of ``cached``, (earlier sequence of the batch, how many of its tokens): those come before ``tokens``.
+            The attention backend must write the KV of a batch before it reads it.
     """
 
     cached: torch.Tensor
     tokens: Sequence[int]
     segments: Sequence[tuple[str | None, int]]
+    follows: tuple[int, int] | None = None
 
 
 def extend(handle: EngineHandle, sequences: Sequence[Sequenced]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -72,12 +75,14 @@ def _forward_batch(handle: EngineHandle, sequences: Sequence[Sequenced], rows: l
     from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode, ForwardBatch, ForwardMode
     from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
-    prefixes = [sequence.cached.numel() for sequence in sequences]
     extends = [len(sequence.tokens) for sequence in sequences]
+    new = kv_indices.split(extends)
+    before = _before(sequences, new)
+    prefixes = [indices.numel() for indices in before]
     totals = [p + e for p, e in zip(prefixes, extends)]
     starts = [0, *itertools.accumulate(extends[:-1])]
     device = handle.device
-    _fill_rows(handle.req_to_token_pool.req_to_token, rows, totals, [sequence.cached for sequence in sequences], kv_indices.split(extends))
+    _fill_rows(handle.req_to_token_pool.req_to_token, rows, totals, before, new)
     positions = torch.cat([torch.arange(p, t) for p, t in zip(prefixes, totals)])
     batch = ForwardBatch(
         forward_mode=ForwardMode.EXTEND,
@@ -104,6 +109,18 @@ def _forward_batch(handle: EngineHandle, sequences: Sequence[Sequenced], rows: l
     translator = handle.model_runner.kv_index_translator
     translator.own_plan(batch).bind(batch, translator)
     return batch
+
+
+def _before(sequences: Sequence[Sequenced], new: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """KV indices of what comes before the tokens of each sequence, those being ``new``."""
+    before: list[torch.Tensor] = []
+    for sequence in sequences:
+        if sequence.follows is None:
+            before.append(sequence.cached)
+        else:
+            other, tokens = sequence.follows
+            before.append(torch.cat((before[other], new[other]))[:tokens])
+    return before
 
 
 def _fill_rows(table: torch.Tensor, rows: list[int], lengths: list[int], cached: Sequence[torch.Tensor], new: Sequence[torch.Tensor]) -> None:

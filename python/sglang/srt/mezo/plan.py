@@ -41,11 +41,6 @@ class Row:
     suffix: tuple[int, ...]
     reads: tuple[tuple[int, int], ...]
 
-    @property
-    def shareable(self) -> int:
-        """Tokens of the suffix that rows of one slot may share: up to the first that is read, but never all."""
-        return min(self.reads[0][0] + 1, len(self.suffix) - 1)
-
 
 @dataclass(frozen=True)
 class ExamplePlan:
@@ -59,7 +54,7 @@ class ExamplePlan:
     @cached_property
     def slot_tokens(self) -> int:
         """Tokens that run in every slot."""
-        return tokens_run([row.suffix for row in self.rows], [row.shareable for row in self.rows])
+        return tokens_run([row.suffix for row in self.rows])
 
     @property
     def single_token_options(self) -> bool:

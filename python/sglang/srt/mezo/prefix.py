@@ -1,4 +1,4 @@
-"""Prefixes whose KV is taken from the radix tree, or kept privately for one pass.
+"""Prefixes whose KV is taken from the radix tree.
 
 What is counted here is counted where the KV is taken: a token is reused when a row reads KV that was not computed for
 that row's scoring, and computed when it ran through the model.
@@ -15,9 +15,12 @@ from sglang.srt.mezo.engine import EngineHandle
 from sglang.srt.mezo.errors import CapacityError
 from sglang.srt.mezo.forward import Sequenced, extend
 from sglang.srt.mezo.passes import Passes, drain
-from sglang.srt.mezo.sharing import PASS_COST, common_length, share
+from sglang.srt.mezo.sharing import common_length
 
 Tokens = tuple[int, ...]
+
+_PASS_COST = 64
+"""Tokens that a forward pass costs beside those it runs, as weights are read once more."""
 
 
 @dataclass
@@ -162,7 +165,7 @@ class BasePrefixes:
         room, before = self._max_tokens, ()
         for prefix in missing:
             hit = self._hit(prefix)
-            if common_length(before, prefix) >= hit + PASS_COST:
+            if common_length(before, prefix) >= hit + _PASS_COST:
                 continue
             pieces[prefix] = before = prefix[: hit + room]
             room -= len(before) - hit
@@ -195,97 +198,7 @@ class BasePrefixes:
                 tree.unlock(lock)
 
 
-@dataclass(eq=False)
-class Beginning:
-    """What comes before a row's own tokens. Rows that share it have the same one.
-
-    Attributes:
-        kv_indices: int64 [cached].
-        last_hidden: [1, hidden], the input of the head after the last token; None where the base model ran that.
-    """
-
-    kv_indices: torch.Tensor
-    last_hidden: torch.Tensor | None = None
-
-
-@dataclass(frozen=True)
-class SlotRow:
-    """A row in one slot: ``suffix`` under adapter ``lora_id``, after ``prefix`` on the base model."""
-
-    lora_id: str | None
-    prefix: Tokens
-    suffix: Tokens
-    shareable: int
-    """Tokens of the suffix that may run apart from the row."""
-
-
-class SlotPrefixes:
-    """Beginnings of suffixes, which rows of one slot share: run once for them, private to the pass, freed after it."""
-
-    def __init__(self, handle: EngineHandle, max_tokens: int, stats: PrefixStats):
-        self._handle = handle
-        self._max_tokens = max_tokens
-        self._stats = stats
-
-    @contextmanager
-    def acquire(self, rows: Sequence[SlotRow], base: dict[Tokens, torch.Tensor]):
-        """Run what rows of the same slot and prefix have in common, level after level.
-
-        Args:
-            base: prefix -> int64 [len(prefix)] KV indices.
-
-        Yields:
-            list of the ``Beginning`` of every row.
-        """
-        keys = [(row.lora_id, row.prefix) for row in rows]
-        groups = list(dict.fromkeys(keys))
-        number_of = {key: number for number, key in enumerate(groups)}
-        sharing = share([row.suffix for row in rows], [row.shareable for row in rows], [number_of[key] for key in keys])
-        starts = {prefix: Beginning(kv_indices) for prefix, kv_indices in base.items()}
-        ends: dict[int, Beginning] = {}
-        owned: list[torch.Tensor] = []
-        try:
-            for level in sharing.levels:
-                for numbers in _groups_within(level, self._max_tokens, length=lambda number: len(sharing.nodes[number].tokens)):
-                    nodes = [sharing.nodes[number] for number in numbers]
-                    before = [starts[groups[node.group][1]] if node.parent is None else ends[node.parent] for node in nodes]
-                    lora_ids = [groups[node.group][0] for node in nodes]
-                    ends.update(zip(numbers, self._compute([node.tokens for node in nodes], before, lora_ids, owned)))
-            yield [starts[row.prefix] if node is None else ends[node] for row, (node, _) in zip(rows, sharing.rows)]
-        finally:
-            for kv_indices in owned:
-                self._handle.kv_allocator.free(kv_indices)
-
-    def _compute(
-        self, tokens: Sequence[Tokens], before: Sequence[Beginning], lora_ids: Sequence[str | None], owned: list[torch.Tensor]
-    ) -> list[Beginning]:
-        """Run texts after what comes before them, in one batch; their KV is ``owned`` from then on."""
-        sequences = [Sequenced(start.kv_indices, text, ((lora_id, len(text)),)) for start, text, lora_id in zip(before, tokens, lora_ids)]
-        hidden, new = extend(self._handle, sequences)
-        owned.append(new)
-        self._stats.computed += new.numel()
-        lengths = [len(text) for text in tokens]
-        last_hidden = hidden[torch.tensor(lengths, device=hidden.device).cumsum(0) - 1]
-        return [
-            Beginning(torch.cat((start.kv_indices, part)), last)
-            for start, part, last in zip(before, new.split(lengths), last_hidden.split(1))
-        ]
-
-
 def _key(prefix: Tokens):
     from sglang.srt.mem_cache.radix_cache import RadixKey
 
     return RadixKey(array("q", prefix), None)
-
-
-def _groups_within(items: Sequence, max_tokens: int, length=len) -> Iterable[list]:
-    """Cut a list into runs of at most ``max_tokens`` tokens each, or of one item that is longer."""
-    group, tokens = [], 0
-    for item in items:
-        if group and tokens + length(item) > max_tokens:
-            yield group
-            group, tokens = [], 0
-        group.append(item)
-        tokens += length(item)
-    if group:
-        yield group

@@ -13,8 +13,8 @@ from sglang.srt.mezo.forward import Sequenced, extend
 from sglang.srt.mezo.head import Head
 from sglang.srt.mezo.passes import Passes, drain
 from sglang.srt.mezo.plan import ExamplePlan, PrefixScope, Row, needs_normaliser
-from sglang.srt.mezo.prefix import BasePrefixes, Beginning, PrefixStats, SlotPrefixes, SlotRow
-from sglang.srt.mezo.sharing import PASS_COST, common_length
+from sglang.srt.mezo.prefix import BasePrefixes, PrefixStats
+from sglang.srt.mezo.sharing import Borrowed, common_length, share
 
 SlotGroup = tuple[str | None, ...]
 """Adapter ids that are scored in the same pass: both signs of a direction, or one adapter alone."""
@@ -51,7 +51,7 @@ class Scorer:
         self._head = Head(handle)
         self.prefix_stats = PrefixStats()
         self.base_prefixes = BasePrefixes(handle, max_tokens, self.prefix_stats, kept_tokens)
-        self._slot_prefixes = SlotPrefixes(handle, max_tokens, self.prefix_stats)
+        self._shares_in_slots = prefix_reuse and handle.writes_kv_first
 
     def score(self, plans: Sequence[ExamplePlan], groups: Sequence[SlotGroup], objective: Objective) -> torch.Tensor:
         """All of ``passes`` at once."""
@@ -110,60 +110,86 @@ class Scorer:
         """
         if not self._prefix_reuse:
             return sum(len(item.row.prefix) + len(item.row.suffix) for item in unit.items)
+        if not self._shares_in_slots:
+            return sum(len(item.row.suffix) for item in unit.items)
         shared = 0
         if before is not None and before.group == unit.group:
             a, b = before.items[-1].row, unit.items[0].row
-            shared = common_length(a.suffix[: a.shareable], b.suffix[: b.shareable]) if a.prefix == b.prefix else 0
-        return len(unit.group) * (unit.plan.slot_tokens - (shared if shared >= PASS_COST else 0))
+            shared = common_length(a.suffix, b.suffix[:-1]) if a.prefix == b.prefix else 0
+        return len(unit.group) * (unit.plan.slot_tokens - shared)
 
     def _score_items(self, items: Sequence[_Item], normalise: bool, keep: bool) -> torch.Tensor:
-        with self._beginnings(items, keep) as beginnings:
-            sequences = [self._sequence(item, beginning) for item, beginning in zip(items, beginnings)]
-            self.prefix_stats.total += sum(sequence.cached.numel() for sequence in sequences)
-            hidden, kv_indices = extend(self._handle, sequences)
+        borrowed = self._borrowed(items)
+        with self._base(items, keep) as base:
+            hidden, kv_indices = extend(self._handle, self._sequences(items, borrowed, base))
             self._handle.kv_allocator.free(kv_indices)
-        return self._read(hidden, items, sequences, beginnings, normalise)
+        return self._read(hidden, items, borrowed, normalise)
+
+    def _borrowed(self, items: Sequence[_Item]) -> dict[int, Borrowed]:
+        """Item -> the tokens of its suffix that another item runs, in the order in which they run."""
+        if not self._shares_in_slots:
+            return {number: Borrowed(None, 0) for number in range(len(items))}
+        keys = [(item.lora_id, item.row.prefix) for item in items]
+        number_of = {key: number for number, key in enumerate(dict.fromkeys(keys))}
+        borrowed = share([item.row.suffix for item in items], [number_of[key] for key in keys])
+        self._count_shared(borrowed)
+        return borrowed
+
+    def _count_shared(self, borrowed: dict[int, Borrowed]) -> None:
+        """What a row runs and others borrow is computed; it and what is borrowed are read."""
+        lengths = [one.length for one in borrowed.values()]
+        lent = sum(max(0, after - own) for own, after in zip(lengths, lengths[1:]))
+        self.prefix_stats.computed += lent
+        self.prefix_stats.total += lent + sum(lengths)
 
     @contextmanager
-    def _beginnings(self, items: Sequence[_Item], keep: bool):
+    def _base(self, items: Sequence[_Item], keep: bool):
+        """Prefix -> KV indices of the base model: none where prefixes are run anew."""
+        prefix_tokens = sum(len(item.row.prefix) for item in items)
+        self.prefix_stats.total += prefix_tokens
         if not self._prefix_reuse:
-            computed = sum(len(item.row.prefix) for item in items)
-            self.prefix_stats.total += computed
-            self.prefix_stats.computed += computed
-            yield [Beginning(_NOTHING)] * len(items)
+            self.prefix_stats.computed += prefix_tokens
+            yield {item.row.prefix: _NOTHING for item in items}
             return
-        rows = [SlotRow(item.lora_id, item.row.prefix, item.row.suffix, item.row.shareable) for item in items]
-        tokens = sum(len(row.suffix) for row in rows)
-        held = self.base_prefixes.acquire((row.prefix for row in rows), tokens, keep)
-        with held as base, self._slot_prefixes.acquire(rows, base) as beginnings:
-            yield beginnings
+        tokens = sum(len(item.row.suffix) for item in items)
+        with self.base_prefixes.acquire((item.row.prefix for item in items), tokens, keep) as base:
+            yield base
 
-    def _sequence(self, item: _Item, beginning: Beginning) -> Sequenced:
-        """The tokens of the row that do not belong to its beginning."""
-        cached, row = beginning.kv_indices, item.row
-        on_base = row.prefix[cached.numel() :] if self._scope is PrefixScope.BASE else ()
-        own = (row.prefix + row.suffix)[cached.numel() :]
-        segments = ((None, len(on_base)), (item.lora_id, len(own) - len(on_base)))
-        return Sequenced(cached, own, segments if on_base else segments[1:])
+    def _sequences(self, items: Sequence[_Item], borrowed: dict[int, Borrowed], base: dict[tuple[int, ...], torch.Tensor]) -> list[Sequenced]:
+        """In the order of ``borrowed``."""
+        place = {number: place for place, number in enumerate(borrowed)}
+        sequences = []
+        for number, taken in borrowed.items():
+            item, cached = items[number], base[items[number].row.prefix]
+            own = item.row.suffix[taken.length :]
+            on_base = item.row.prefix[len(cached) :]
+            segments = ((item.lora_id, len(own)),)
+            if on_base and self._scope is PrefixScope.BASE:
+                segments = ((None, len(on_base)), *segments)
+            follows = None if taken.row is None else (place[taken.row], len(item.row.prefix) + taken.length)
+            sequences.append(Sequenced(cached, on_base + own, segments, follows))
+        return sequences
 
-    def _read(
-        self, hidden: torch.Tensor, items: Sequence[_Item], sequences: Sequence[Sequenced], beginnings: Sequence[Beginning], normalise: bool
-    ) -> torch.Tensor:
-        """The first token that is read may be the last of a beginning: its hidden state comes behind those of the batch."""
-        rows, tokens, end = [], [], 0
-        shared: dict[Beginning, int] = {}
-        for item, sequence, beginning in zip(items, sequences, beginnings):
-            start, end = end, end + len(sequence.tokens)
-            for position, token in item.row.reads:
-                row = end - len(item.row.suffix) + position
-                rows.append(row if row >= start else shared.setdefault(beginning, len(hidden) + len(shared)))
-                tokens.append(token)
-        if shared:
-            hidden = torch.cat((hidden, *(beginning.last_hidden for beginning in shared)))
+    def _read(self, hidden: torch.Tensor, items: Sequence[_Item], borrowed: dict[int, Borrowed], normalise: bool) -> torch.Tensor:
+        """The values of the items, one after the other; a token that was borrowed is read where it ran."""
+        rows_of = self._hidden_rows(items, borrowed)
+        rows = [rows_of[number][position] for number, item in enumerate(items) for position, _ in item.row.reads]
+        tokens = [token for item in items for _, token in item.row.reads]
         rows, tokens = (torch.tensor(column, device=hidden.device) for column in (rows, tokens))
         read = self._head.log_probs if normalise else self._head.logits
         with torch.inference_mode():
             return read(hidden, rows, tokens).cpu()
+
+    def _hidden_rows(self, items: Sequence[_Item], borrowed: dict[int, Borrowed]) -> dict[int, list[int]]:
+        """Item -> for every token of its suffix the row of the hidden states."""
+        rows_of: dict[int, list[int]] = {}
+        end = 0
+        for number, taken in borrowed.items():
+            row = items[number].row
+            end += (0 if self._prefix_reuse else len(row.prefix)) + len(row.suffix) - taken.length
+            first = rows_of[taken.row][: taken.length] if taken.length else []
+            rows_of[number] = [*first, *range(end - len(row.suffix) + taken.length, end)]
+        return rows_of
 
 
 @dataclass(frozen=True)
