@@ -86,8 +86,8 @@ ROWS: dict[str, tuple[bytes | dict[str, Any], str]] = {
     "too many options": (ROW | {"options": [" great"] * 129}, "129 options are too many: at most 128"),
     "100,000 options": (ROW | {"options": [" a"] * 100_000}, "100000 options are too many: at most 128"),
     "options too long together": (
-        ROW | {"prompt": "all right. It was", "options": [" good film" * 25] * 100},
-        "its 100 options take 10205 tokens in one forward pass, and at most 8192 go into one",
+        ROW | {"prompt": "all right. It was", "options": [f" {i}" + " good film" * 25 for i in range(100)]},
+        "its 100 options take 10011 tokens in one forward pass, and at most 8192 go into one",
     ),
     "label out of range": (ROW | {"label": 2}, "label=2 must be an index of the 2 options"),
     "label negative": (ROW | {"label": -1}, "label=-1 must be an index"),

@@ -167,7 +167,7 @@ async def test_a_command_gets_its_own_answer_after_one_whose_caller_went_away():
         ({**ROW, "prompt": "no invocation"}, "invocation tokens"),
         ({**ROW, "prompt": "good " * 70 + "It was"}, "more than the context of 64"),
         ({**ROW, "options": [" good"] * 129}, "129 options are too many: at most 128"),
-        ({**ROW, "prompt": "all right. It was", "options": [" good film" * 20] * 100}, "its 100 options take"),
+        ({**ROW, "prompt": "all right. It was", "options": [f" {i}" + " good film" * 20 for i in range(100)]}, "its 100 options take"),
         ('{"prompt": "%s"}' % ("x" * (4 << 20)), "the line is longer than 4194304 bytes"),
         ({"prompt": "all right. It was", "completion": " great"}, "nothing to choose from"),
     ],
