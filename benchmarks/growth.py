@@ -1,10 +1,12 @@
 """How the time of a step grows with batch, prompt length, directions, rank and layers, beside what the cost model says.
 
-    python benchmarks/growth.py --json benchmarks/results/growth.json
+    python benchmarks/growth.py --tuning alora --repeats 15 --json benchmarks/results/growth.json
+    python benchmarks/growth.py --tuning lora --repeats 5 --json benchmarks/results/growth.json
 
 One quantity changes at a time; the others stay at a batch of 16, one direction, rank 8, OPT-125m's 12 layers and prompts of
-64 tokens, with ordinary LoRA of 16, as it runs them all. The last column is the growth of the measured time over the growth of
-the limit, from the smallest value on: above 1 something grows faster than the work does.
+64 tokens, with ordinary LoRA of 16, as it runs them all. All values of a quantity take turns, each in a process of its own. The
+last column is the growth of the measured time over the growth of the limit, from the smallest value on: above 1 something grows
+faster than the work does.
 """
 
 import argparse
@@ -16,13 +18,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from step_time import Case, machine, run_cases, settings
+from step_time import Case, Measurement, machine, settings, show
+from turns import Operations, Worker
 
 COMMON = {"batch_size": (4, 16, 64), "r": (4, 16, 64), "layers": (3, 12, 24)}
-QUANTITIES = {  # "workload" is the prompt length
+VALUES = {  # "workload" is the prompt length
     "alora": {**COMMON, "workload": ("16", "64", "256", "512"), "num_perturbations": (1, 4, 16)},
     "lora": {**COMMON, "workload": ("16", "64", "128"), "num_perturbations": (1, 4, 8)},
 }
+EPOCH_STEPS = 4  # as several engines keep the prefixes of an epoch at the same time
 PROMPTS = {"alora": "64", "lora": "16"}
 NAMES = {"batch_size": "batch", "workload": "prompt length", "num_perturbations": "directions", "r": "rank", "layers": "layers"}
 
@@ -30,20 +34,40 @@ NAMES = {"batch_size": "batch", "workload": "prompt length", "num_perturbations"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tuning", nargs="+", choices=PROMPTS, default=list(PROMPTS))
+    parser.add_argument("--quantity", nargs="+", choices=NAMES, default=list(NAMES))
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    series: list[dict[str, Any]] = []
+    os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
+    old = json.loads(arguments.json.read_text())["series"] if arguments.json and arguments.json.is_file() else []
+    series = {(one["tuning"], one["quantity"]): one for one in old}
     for tuning in arguments.tuning:
-        for quantity, values in QUANTITIES[tuning].items():
-            base = Case(PROMPTS[tuning], tuning, repeats=arguments.repeats)
-            rows = run_cases([replace(base, **{quantity: value}) for value in values])
-            series.append({"tuning": tuning, "quantity": quantity, "rows": rows})
+        for quantity in arguments.quantity:
+            base = Case(PROMPTS[tuning], tuning, repeats=arguments.repeats, epoch_steps=EPOCH_STEPS)
+            rows = measure_side_by_side([replace(base, **{quantity: value}) for value in VALUES[tuning][quantity]])
+            series[tuning, quantity] = {"tuning": tuning, "quantity": quantity, "rows": rows}
             if arguments.json:
-                report = {"series": series, "machine": machine(os.cpu_count()), "settings": settings()}
+                report = {"series": list(series.values()), "machine": machine(os.cpu_count()), "settings": settings()}
                 arguments.json.write_text(json.dumps(report, indent=2) + "\n")
-                plot(series, arguments.json.with_suffix(".png"))
-    print("\n".join(table(series)))
+                plot(report["series"], arguments.json.with_suffix(".png"))
+    print("\n".join(table(list(series.values()))))
+
+
+def measure_side_by_side(cases: Sequence[Case]) -> list[dict[str, Any]]:
+    workers = [Worker(open_measurement, case) for case in cases]
+    for _ in range(cases[0].repeats + 1):
+        for worker in workers:
+            worker.call("turn")
+    rows = [worker.call("row") for worker in workers]
+    for worker in workers:
+        worker.stop()
+    show(rows)
+    return rows
+
+
+def open_measurement(case: Case) -> Operations:
+    measurement = Measurement(case)
+    return {"turn": measurement.turn, "row": measurement.row}
 
 
 def table(series: Sequence[dict[str, Any]]) -> list[str]:

@@ -39,7 +39,7 @@ from sglang.srt.mezo.trainer import MezoTrainer
 
 LOOPS = {"strong": StrongMezo, "official": OfficialStyleMezo}
 IN_BFLOAT16 = "_bfloat16"  # after a loop's name: in that type, whatever ours is
-EPOCH_STEPS = 10
+STEPS_OF_A_TURN = 2  # the last is timed
 MODELS: dict[str, dict[str, int]] = {
     "opt-125m": {},
     "opt-1.3b": {"hidden_size": 2048, "word_embed_proj_dim": 2048, "num_hidden_layers": 24, "num_attention_heads": 32, "ffn_dim": 8192},
@@ -63,6 +63,7 @@ class Case:
     dtype: str = "float32"
     loops: tuple[str, ...] = ()
     repeats: int = 7
+    epoch_steps: int = 10
     threads: int = os.cpu_count()
 
     @property
@@ -97,12 +98,14 @@ def main() -> None:
              threads=arguments.threads)
         for workload, tuning, n in itertools.product(arguments.workload, arguments.tuning, arguments.num_perturbations)
     ]  # fmt: skip
-    rows = run_cases(cases)
+    rows = []
+    for case in cases:
+        rows += run_cases([case])
+        if arguments.json:
+            report = {"rows": add_rows(arguments.json, rows), "machine": machine(arguments.threads), "settings": settings()}
+            arguments.json.write_text(json.dumps(report, indent=2) + "\n")
     print()
     show(rows)
-    if arguments.json:
-        report = {"rows": add_rows(arguments.json, rows), "machine": machine(arguments.threads), "settings": settings()}
-        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
 
 
 def add_rows(path: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -125,43 +128,64 @@ def run_cases(cases: Sequence[Case]) -> list[dict[str, Any]]:
 
 
 def measure(case: Case) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as model:
-        OPTForCausalLM(case.model_config).to(getattr(torch, case.dtype)).save_pretrained(model)
-        examples = case.shape.examples(EPOCH_STEPS * case.batch_size, vocab_size=50_000)
-        trainer = our_trainer(case, model, examples)
-        loops = {name: peft_loop(name, case, model, trainer.handle.device) for name in case.loops}
-    torch.set_num_threads(case.threads)
-    batches = [[Plain(examples[i]) for i in trainer.stream.batch(step)] for step in range(EPOCH_STEPS)]
-    for _ in range(EPOCH_STEPS if case.tuning == "alora" else 1):
-        trainer.train_step(trainer.batch(trainer.global_step))
-    stats = trainer.scorer.prefix_stats
-    before = (stats.reused, stats.total)
-    steps = 2 if loops else 1  # of a turn; the last is timed
-    works = mean_work([work(trainer, trainer.batch(trainer.global_step + steps * turn - 1)) for turn in range(2, case.repeats + 2)])
-    meter = CeilingMeter(trainer, works)
-    times: dict[str, list[float]] = {"ours": [], **{kind: [] for kind in loops}}
-    for repeat in range(case.repeats + 1):
-        for _ in range(steps - 1):
-            trainer.train_step(trainer.batch(trainer.global_step))
-        batch = trainer.batch(trainer.global_step)
-        times["ours"].append(seconds(lambda: trainer.train_step(batch)))
-        meter.sweep()
-        for kind, loop in loops.items():
-            times[kind].append(seconds(lambda: loop.step(batches[repeat % EPOCH_STEPS])))
-    times = {kind: values[1:] for kind, values in times.items()}  # the first warms up
-    median = {kind: statistics.median(values) for kind, values in times.items()}
-    return {
-        **asdict(case),
-        **{f"{kind}_s": values for kind, values in times.items()},
-        **{f"ratio_{kind}": median[kind] / median["ours"] for kind in loops},
-        "limit_s": meter.limit,
-        "limit_share": meter.limit / median["ours"],
-        "work": asdict(works),
-        "ceiling": asdict(meter.ceiling),
-        "gemm_seconds": meter.gemm_seconds,
-        "prefix_tokens_reused": stats.reused - before[0],
-        "prefix_tokens_total": stats.total - before[1],
-    }
+    measurement = Measurement(case)
+    for _ in range(case.repeats + 1):
+        measurement.turn()
+    return measurement.row()
+
+
+class Measurement:
+    """A case in this process: our engine, the loops beside it, and the ceiling."""
+
+    def __init__(self, case: Case):
+        self._case = case
+        with tempfile.TemporaryDirectory() as model:
+            OPTForCausalLM(case.model_config).to(getattr(torch, case.dtype)).save_pretrained(model)
+            examples = case.shape.examples(case.epoch_steps * case.batch_size, vocab_size=50_000)
+            trainer = our_trainer(case, model, examples)
+            self._loops = {name: peft_loop(name, case, model, trainer.handle.device) for name in case.loops}
+        torch.set_num_threads(case.threads)
+        batches = [[Plain(examples[i]) for i in trainer.stream.batch(step)] for step in range(case.epoch_steps)]
+        self._batches = itertools.cycle(batches)
+        self._trainer = trainer
+        for _ in range(case.epoch_steps if case.tuning == "alora" else 1):
+            self._step()
+        stats = trainer.scorer.prefix_stats
+        self._before = (stats.reused, stats.total)
+        timed = [trainer.global_step + STEPS_OF_A_TURN * turn - 1 for turn in range(2, case.repeats + 2)]
+        self._work = mean_work([work(trainer, trainer.batch(step)) for step in timed])
+        self._meter = CeilingMeter(trainer, self._work)
+        self._times: dict[str, list[float]] = {"ours": [], **{kind: [] for kind in self._loops}}
+
+    def turn(self) -> None:
+        """Times one step of each; the first turn only warms up."""
+        for _ in range(STEPS_OF_A_TURN - 1):
+            self._step()
+        self._times["ours"].append(seconds(self._step))
+        self._meter.sweep()
+        batch = next(self._batches)
+        for kind, loop in self._loops.items():
+            self._times[kind].append(seconds(lambda: loop.step(batch)))
+
+    def row(self) -> dict[str, Any]:
+        times = {kind: values[1:] for kind, values in self._times.items()}
+        median = {kind: statistics.median(values) for kind, values in times.items()}
+        stats = self._trainer.scorer.prefix_stats
+        return {
+            **asdict(self._case),
+            **{f"{kind}_s": values for kind, values in times.items()},
+            **{f"ratio_{kind}": median[kind] / median["ours"] for kind in self._loops},
+            "limit_s": self._meter.limit,
+            "limit_share": self._meter.limit / median["ours"],
+            "work": asdict(self._work),
+            "ceiling": asdict(self._meter.ceiling),
+            "gemm_seconds": self._meter.gemm_seconds,
+            "prefix_tokens_reused": stats.reused - self._before[0],
+            "prefix_tokens_total": stats.total - self._before[1],
+        }
+
+    def _step(self) -> None:
+        self._trainer.train_step(self._trainer.batch(self._trainer.global_step))
 
 
 class Plain:
@@ -181,6 +205,7 @@ def our_trainer(case: Case, model: str, examples: list[Example]) -> MezoTrainer:
     engine = MezoEngine(
         model, r=case.r, target_modules=TARGETS[case.tuning], num_slots=config.num_slots, dtype=case.dtype, skip_tokenizer_init=True,
         log_level="error", max_running_requests=4 * case.batch_size * case.num_perturbations,
+        max_total_tokens=3 * sum(len(example.prompt) for example in examples) // 2 + 2 * config.max_tokens_per_batch,
     )  # fmt: skip
     invocation = case.shape.invocation_tokens if case.tuning == "alora" else ()
     spec = AdapterSpec(model, case.r, ALPHA, TARGETS[case.tuning], invocation)
@@ -209,7 +234,7 @@ def machine(threads: int) -> dict[str, Any]:
 
 
 def settings() -> dict[str, Any]:
-    return {"models": "random weights", "target_modules": TARGETS, "epoch_steps": EPOCH_STEPS}
+    return {"models": "random weights", "target_modules": TARGETS}
 
 
 def show(rows: Sequence[dict[str, Any]]) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import growth
+import precision
 import study
 from step_time import IN_BFLOAT16
 
@@ -20,7 +21,8 @@ def main() -> None:
     serving = [serve_while_train(path.name) for path in sorted(RESULTS.glob("serve_while_train*.json"))]
     steps = [step_time(path.name) for path in sorted(RESULTS.glob("step_time*.json"))]
     for table in (*steps, step_time("limit_share.json"), step_time("directions.json"), growth.table(load("growth.json", "series")),
-                  small_pool(), study.table(study.load(RESULTS / "study.json")), accuracy(), memory(), *serving):  # fmt: skip
+                  small_pool(), study.table(study.load(RESULTS / "study.json")), accuracy(), precision.table(load("precision.json")),
+                  memory(), startup(), *serving):  # fmt: skip
         print("\n".join(table), end="\n\n")
 
 
@@ -73,6 +75,14 @@ def memory() -> list[str]:
     for row in load("memory.json"):
         serving, training = (f"{row[key] / 2**20:.0f} MiB" for key in ("serving_bytes", "training_bytes"))
         lines.append(f"| OPT-125m shape, {row['tuning']}, float32 | {serving} | {training} | {row['ratio']:.3f} |")
+    return lines
+
+
+def startup() -> list[str]:
+    lines = ["| start, shortest | with us | without | we add |", "|---|---|---|---|"]
+    for row in load("startup.json"):
+        ours, theirs = (min(row[key]) for key in ("with_s", "without_s"))
+        lines.append(f"| {row['what']} | {ours:.2f} s | {theirs:.2f} s | {row['added_s']:+.2f} s |")
     return lines
 
 

@@ -23,6 +23,9 @@ Shapes = Sequence[tuple[int, int]]
 _BLOCK = 1 << 15  # normal numbers that belong together
 _BLOCKS_AT_ONCE = 8  # enough work for several threads
 
+# [256, 8]: the signs that the bits of a byte stand for, lowest bit first.
+_SIGNS = torch.tensor([[1.0 if octet >> bit & 1 else -1.0 for bit in range(8)] for octet in range(256)])
+
 # Streams that are drawn for different purposes.
 _DIRECTION, _STEP_SEED, _INITIAL, _BASIS = range(4)
 
@@ -122,6 +125,5 @@ def _gaussian(generator: np.random.Philox, numel: int) -> torch.Tensor:
 def _rademacher(generator: np.random.Philox, numel: int) -> torch.Tensor:
     """One sign a bit, lowest bit first."""
     octets = generator.random_raw(-(-numel // 64)).astype("<u8", copy=False).view(np.uint8)
-    bits = np.unpackbits(octets, count=numel, bitorder="little")
-    return torch.from_numpy(bits).float().mul_(2.0).sub_(1.0)
+    return _SIGNS.index_select(0, torch.from_numpy(octets).int()).view(-1)[:numel]
 

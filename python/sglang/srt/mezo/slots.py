@@ -100,6 +100,9 @@ class SlotLayout:
 
     The flat vector's positions are stacked and cut for this tensor-parallel rank by the same methods that SGLang applies to
     weights. What comes out are blocks of it, so a write is a copy of each, whatever the layer.
+
+    Attributes:
+        room: float32 [numel] on the CPU, for an adapter that is made only to be written; elsewhere it is copied once more.
     """
 
     def __init__(self, handle: EngineHandle, adapter: Adapter):
@@ -115,12 +118,14 @@ class SlotLayout:
             stacked.append(layer.module.slice_lora_a_weights(torch.cat([a for a, _ in parts])))
             stacked.append(layer.module.slice_lora_b_weights(torch.cat([b for _, b in parts])))
         self._blocks = [block for buffer, places in enumerate(stacked) for block in _blocks(buffer, places)]
-        self._weights = torch.zeros(adapter.numel, device=handle.device)
+        self.room = torch.zeros(adapter.numel)
+        self._weights = self.room.to(handle.device)  # the same memory where that is the CPU
         self._views = [self._weights.as_strided((block.end - block.first, block.columns), (block.stride, 1), block.offset) for block in self._blocks]
 
     def blocks_of(self, weights: torch.Tensor) -> list[torch.Tensor]:
         """Flat vector [numel] in the blocks of ``targets``, on the engine's device; good until the next call."""
-        self._weights.copy_(weights, non_blocking=True)
+        if weights is not self._weights:
+            self._weights.copy_(weights, non_blocking=True)
         return self._views
 
     def targets(self, handle: EngineHandle, slot: int) -> list[torch.Tensor]:
@@ -261,7 +266,7 @@ class PerturbedSlots:
     def write_direction(self, place: int, z: torch.Tensor, zo_eps: float) -> None:
         """Fill the slots at ``place``; every number is formed in float32 and rounded once to the pool's dtype."""
         for slot, sign in zip(self.of_direction(place), self._signs):
-            slot.write(torch.add(self._adapter.theta, z, alpha=sign * zo_eps))
+            slot.write(torch.add(self._adapter.theta, z, alpha=sign * zo_eps, out=self._layout.room))
 
     def write_current(self) -> None:
         self.current.write(self._adapter.theta)

@@ -4,11 +4,12 @@
  * whatever other rows there are, so that a resumed run meets the KV it had.
  *
  * One call does one layer. Work is split by bundle (rows with one and the same cached prefix, which is read once for all
- * of them) and by key-value head. The calling process shares its OpenMP threads with PyTorch.
+ * of them) and by some key-value heads of it. The calling process shares its OpenMP threads with PyTorch.
  */
 
 #include <float.h>
 #include <math.h>
+#include <omp.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -49,8 +50,13 @@ typedef struct {
     int64_t low, high;
 } Query;
 
-/* Keys and values of one head lie far apart in the pool: the processor does not guess the next ones. */
+/* What one thread keeps in its cache, in bytes. */
+#define SCRATCH (192 << 10)
+
+/* Places lie anywhere in the pool: the processor does not guess the next ones. Keys are fetched AHEAD of their turn, values a
+ * block ahead. */
 #define AHEAD 4
+#define BLOCK 16
 INLINE void fetch(const float *numbers, int64_t count) {
     for (int64_t i = 0; i < count; i += 16) __builtin_prefetch(numbers + i);
 }
@@ -76,8 +82,9 @@ INLINE void dots(const Query *queries, int64_t count, const float *key, int64_t 
     }
 }
 
-/* out += weights . values over `count` keys from `at` on; for four queries and 2 * LANES numbers at a time, kept in registers. */
-INLINE void add_values(const Query *queries, int64_t num, const float *v, int64_t stride, const int32_t *places, int64_t count, int64_t at, int64_t v_dim) {
+/* out += weights . values over `count` keys from `at` on; for four queries and 2 * LANES numbers at a time, kept in registers.
+ * Values are fetched for the key `next` after each. */
+INLINE void add_values(const Query *queries, int64_t num, const float *v, int64_t stride, const int32_t *places, int64_t next, int64_t count, int64_t at, int64_t v_dim) {
     int64_t i = 0;
     for (; i + 4 <= num; i += 4) {
         const float *a = queries[i].scores + at, *b = queries[i + 1].scores + at, *c = queries[i + 2].scores + at, *d = queries[i + 3].scores + at;
@@ -88,6 +95,7 @@ INLINE void add_values(const Query *queries, int64_t num, const float *v, int64_
                 for (int m = 0; m < 2; m++) s[n][m] = *(const Lanes *)(queries[i + n].out + from + m * LANES);
             for (int64_t j = 0; j < seen; j++) {
                 const float *value = v + places[j] * stride + from;
+                __builtin_prefetch(v + places[j + next] * stride + from);
                 Lanes x = *(const Lanes *)value, y = *(const Lanes *)(value + LANES);
                 s[0][0] += a[j] * x, s[0][1] += a[j] * y;
                 s[1][0] += b[j] * x, s[1][1] += b[j] * y;
@@ -113,59 +121,77 @@ INLINE void softmax(const Query *query, float scaling) {
     for (int64_t j = query->low; j < query->high; j++) s[j] /= sum;
 }
 
-INLINE void attend_sized(const Call *c, int64_t bundle, int64_t head, int64_t dim, int64_t v_dim, char *scratch, int64_t longest) {
-    const Row *rows = c->rows + c->bundles[bundle];
-    int64_t num_rows = c->bundles[bundle + 1] - c->bundles[bundle], group = c->heads / c->kv_heads, prefix = rows->prefix, count = 0;
-    int64_t total = 0;
-    for (int64_t r = 0; r < num_rows; r++) total += rows[r].fresh * group;
-    Query *queries = (Query *)scratch;
-    float *scores = (float *)(queries + total);
+/* Writes the queries of `num_rows` rows for one key-value head, their scores `longest` apart, and returns where the next ones go. */
+INLINE Query *set_queries(const Call *c, const Row *rows, int64_t num_rows, int64_t head, Query *query, float *scores, int64_t longest) {
+    int64_t group = c->heads / c->kv_heads, prefix = rows->prefix;
     for (int64_t r = 0; r < num_rows; r++)
         for (int64_t t = 0; t < rows[r].fresh; t++)
-            for (int64_t g = 0; g < group; g++) {
+            for (int64_t g = 0; g < group; g++, scores += longest) {
                 int64_t token = rows[r].start + t, h = head * group + g, high = prefix + (c->causal ? t + 1 : rows[r].fresh);
                 int64_t low = c->window < 0 || prefix + t < c->window ? 0 : prefix + t - c->window;
-                float *out = c->out + (token * c->heads + h) * v_dim;
-                memset(out, 0, v_dim * sizeof(float));
-                queries[count] = (Query){c->q + token * c->q_stride + h * dim, out, scores + count * longest, low, high};
-                count++;
+                float *out = c->out + (token * c->heads + h) * c->v_dim;
+                memset(out, 0, c->v_dim * sizeof(float));
+                *query++ = (Query){c->q + token * c->q_stride + h * c->dim, out, scores, low, high};
             }
-    const float *k = c->k + head * dim, *v = c->v + head * v_dim;
+    return query;
+}
+
+/* One bundle and the key-value heads first .. first + num of it: their keys and values lie side by side in a place of the pool. */
+INLINE void attend_sized(const Call *c, int64_t bundle, int64_t first, int64_t num, int64_t dim, int64_t v_dim, char *scratch, int64_t longest) {
+    const Row *rows = c->rows + c->bundles[bundle];
+    int64_t num_rows = c->bundles[bundle + 1] - c->bundles[bundle], group = c->heads / c->kv_heads, prefix = rows->prefix, total = 0;
+    for (int64_t r = 0; r < num_rows; r++) total += rows[r].fresh * group;
+    Query *queries = (Query *)scratch, *end = queries; /* those of a head after each other */
+    float *scores = (float *)(queries + num * total);
+    for (int64_t n = 0; n < num; n++) end = set_queries(c, rows, num_rows, first + n, end, scores + n * total * longest, longest);
+    const float *k = c->k + first * dim, *v = c->v + first * v_dim;
     int64_t k_stride = c->kv_heads * dim, v_stride = c->kv_heads * v_dim;
     const int32_t *places = c->table + rows->request * c->table_stride;
     for (int64_t j = 0; j < prefix; j++) {
-        if (j + AHEAD < prefix) fetch(k + places[j + AHEAD] * k_stride, dim);
-        fetch(v + places[j] * v_stride, v_dim);
-        dots(queries, count, k + places[j] * k_stride, j, dim);
+        if (j + AHEAD < prefix) fetch(k + places[j + AHEAD] * k_stride, num * dim);
+        for (int64_t n = 0; n < num; n++) dots(queries + n * total, total, k + places[j] * k_stride + n * dim, j, dim);
     }
     Query *own = queries;
-    for (int64_t r = 0; r < num_rows; own += rows[r].fresh * group, r++) {
-        const int32_t *fresh = c->table + rows[r].request * c->table_stride + prefix;
-        for (int64_t t = 0; t < rows[r].fresh; t++) {
-            int64_t blind = c->causal ? t * group / 4 * 4 : 0; /* queries before it, in fours */
-            dots(own + blind, rows[r].fresh * group - blind, k + fresh[t] * k_stride, prefix + t, dim);
+    for (int64_t n = 0; n < num; n++)
+        for (int64_t r = 0; r < num_rows; own += rows[r].fresh * group, r++) {
+            const int32_t *fresh = c->table + rows[r].request * c->table_stride + prefix;
+            for (int64_t t = 0; t < rows[r].fresh; t++) {
+                int64_t blind = c->causal ? t * group / 4 * 4 : 0; /* queries before it, in fours */
+                dots(own + blind, rows[r].fresh * group - blind, k + fresh[t] * k_stride + n * dim, prefix + t, dim);
+            }
         }
+    for (Query *query = queries; query < end; query++) {
+        softmax(query, c->scaling);
+        memset(query->scores, 0, query->low * sizeof(float));
+        memset(query->scores + query->high, 0, (longest - query->high) * sizeof(float));
     }
-    for (int64_t i = 0; i < count; i++) {
-        softmax(queries + i, c->scaling);
-        memset(queries[i].scores, 0, queries[i].low * sizeof(float));
-        memset(queries[i].scores + queries[i].high, 0, (longest - queries[i].high) * sizeof(float));
+    for (int64_t j = 0; j < prefix; j += BLOCK) {
+        int64_t count = prefix - j < BLOCK ? prefix - j : BLOCK, after = prefix - j - count, next = after < BLOCK ? after : BLOCK;
+        for (int64_t n = 0; n < num; n++) add_values(queries + n * total, total, v + n * v_dim, v_stride, places + j, next, count, j, v_dim);
     }
-    add_values(queries, count, v, v_stride, places, prefix, 0, v_dim);
     own = queries;
-    for (int64_t r = 0; r < num_rows; own += rows[r].fresh * group, r++) {
-        const int32_t *fresh = c->table + rows[r].request * c->table_stride + prefix;
-        add_values(own, rows[r].fresh * group, v, v_stride, fresh, rows[r].fresh, prefix, v_dim);
-    }
+    for (int64_t n = 0; n < num; n++)
+        for (int64_t r = 0; r < num_rows; own += rows[r].fresh * group, r++) {
+            const int32_t *fresh = c->table + rows[r].request * c->table_stride + prefix;
+            add_values(own, rows[r].fresh * group, v + n * v_dim, v_stride, fresh, 0, rows[r].fresh, prefix, v_dim);
+        }
 }
 
-CLONES static void attend_head(const Call *c, int64_t bundle, int64_t head, char *scratch, int64_t longest) {
+CLONES static void attend_heads(const Call *c, int64_t bundle, int64_t first, int64_t num, char *scratch, int64_t longest) {
     if (c->dim == 64 && c->v_dim == 64)
-        attend_sized(c, bundle, head, 64, 64, scratch, longest);
+        attend_sized(c, bundle, first, num, 64, 64, scratch, longest);
     else if (c->dim == 128 && c->v_dim == 128)
-        attend_sized(c, bundle, head, 128, 128, scratch, longest);
+        attend_sized(c, bundle, first, num, 128, 128, scratch, longest);
     else
-        attend_sized(c, bundle, head, c->dim, c->v_dim, scratch, longest);
+        attend_sized(c, bundle, first, num, c->dim, c->v_dim, scratch, longest);
+}
+
+/* As many heads at a time as keep their scores in the cache, and leave some work for every thread. */
+static int64_t heads_of_an_item(const Call *c, int64_t num_bundles, int64_t bytes_of_head) {
+    int64_t span = SCRATCH / bytes_of_head, fair = num_bundles * c->kv_heads / (4 * omp_get_max_threads());
+    span = span < fair ? span : fair;
+    span = span < c->kv_heads ? span : c->kv_heads;
+    return span > 1 ? span : 1;
 }
 
 /* Returns 0, or -1 where memory is short. */
@@ -181,17 +207,21 @@ int mezo_attend(const Call *c, int64_t num_bundles) {
         queries = sum > queries ? sum : queries;
     }
     longest = (longest + 15) / 16 * 16;
+    int64_t head = queries * (c->heads / c->kv_heads) * (sizeof(Query) + longest * sizeof(float));
+    int64_t span = heads_of_an_item(c, num_bundles, head), items = (c->kv_heads + span - 1) / span;
     int failed = 0;
 #pragma omp parallel
     {
-        char *scratch = malloc(queries * (c->heads / c->kv_heads) * (sizeof(Query) + longest * sizeof(float)));
+        char *scratch = malloc(span * head);
         if (!scratch) {
 #pragma omp atomic write
             failed = 1;
         }
 #pragma omp for schedule(dynamic)
-        for (int64_t item = 0; item < num_bundles * c->kv_heads; item++)
-            if (scratch) attend_head(c, item / c->kv_heads, item % c->kv_heads, scratch, longest);
+        for (int64_t item = 0; item < num_bundles * items; item++) {
+            int64_t first = item % items * span, num = c->kv_heads - first < span ? c->kv_heads - first : span;
+            if (scratch) attend_heads(c, item / items, first, num, scratch, longest);
+        }
         free(scratch);
     }
     return failed ? -1 : 0;
