@@ -16,7 +16,7 @@ from sglang.srt.mezo.seed_log import SeedLog
 JOB = {
     "invocation": " It was", "num_perturbations": 7, "logging_steps": 1, "eval_steps": 40, "save_steps": 20, "max_tokens_per_batch": 32,
 }  # fmt: skip
-STEPS_BETWEEN_KILLS = 80
+STEPS_BETWEEN_KILLS = 40
 
 
 def losses(run: Path) -> dict[int, tuple[list[float], list[float]]]:
