@@ -20,9 +20,10 @@ LOOPS = ("strong", "official")
 def main() -> None:
     serving = [serve_while_train(path.name) for path in sorted(RESULTS.glob("serve_while_train*.json"))]
     steps = [step_time(path.name) for path in sorted(RESULTS.glob("step_time*.json"))]
+    starts = [startup()] if (RESULTS / "startup.json").is_file() else []
     for table in (*steps, step_time("limit_share.json"), step_time("directions.json"), growth.table(load("growth.json", "series")),
                   small_pool(), study.table(study.load(RESULTS / "study.json")), accuracy(), precision.table(load("precision.json")),
-                  memory(), startup(), *serving):  # fmt: skip
+                  memory(), *starts, *serving):  # fmt: skip
         print("\n".join(table), end="\n\n")
 
 

@@ -120,7 +120,7 @@ def test_everything_holds_in_one_process(tmp_path):
         config.architectures = ["OPTForCausalLM"]
         config.save_pretrained(tmp_path / name)
     code = """
-import importlib
+import importlib, pkgutil, sys, types
 from sglang.srt.mezo import alora_serving, cpu, overlay
 from sglang.srt.models.registry import ModelRegistry
 from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
@@ -134,6 +134,9 @@ assert overlay.is_ours(module, overlay.REPLACED_MODULES["sglang.srt.models.opt"]
 for hook in (*alora_serving.HOOKS, *cpu.HOOKS):
     importlib.import_module(hook.module)
     assert hook.target in HookRegistry._patched, hook.target
+held = {id(value) for module in list(sys.modules.values()) if isinstance(module, types.ModuleType) for value in list(vars(module).values())}
+for hook in (*alora_serving.HOOKS, *cpu.HOOKS):
+    assert id(pkgutil.resolve_name(hook.target).__wrapped__) not in held, f"{hook.target}: a module has kept the function that was there before"
 assert {"out_proj", "fc1", "fc2"} <= set(SUPPORTED_LORA_TARGET_MODULES)
 assert "fc2" in utils.ROW_PARALLELISM_LINEAR_LORA_NAMES
 assert get_backend_from_name("torch_native").__name__ == "CpuLoRABackend"
@@ -178,7 +181,7 @@ print("all there")
 
 def test_with_training_off_the_server_has_upstreams_routes_and_scheduler():
     code = LOAD + """
-import importlib, json
+import importlib, json, pkgutil, sys, types
 from sglang.srt.entrypoints.http_server import app
 from sglang.srt.mezo import online
 from sglang.srt.plugins.hook_registry import HookRegistry
@@ -186,10 +189,12 @@ for hook in online.SCHEDULER_HOOKS:
     importlib.import_module(hook.module)
 routes = sorted((path, method) for path, methods in app.openapi()["paths"].items() for method in methods)
 hooked = [hook.target for hook in online.SCHEDULER_HOOKS if hook.target in HookRegistry._patched]
-print(json.dumps([routes, hooked, app.router.lifespan_context.__module__]))
+held = {id(value) for module in list(sys.modules.values()) if isinstance(module, types.ModuleType) for value in list(vars(module).values())}
+stale = [target for target in hooked if id(pkgutil.resolve_name(target).__wrapped__) in held]
+print(json.dumps([routes, hooked, app.router.lifespan_context.__module__, stale]))
 """
 
-    def server(**environment: str) -> tuple[list, list, str]:
+    def server(**environment: str) -> tuple[list, list, str, list]:
         done = run_python(code, **environment)
         assert done.returncode == 0, done.stderr[-3000:]
         return json.loads(done.stdout.splitlines()[-1])
@@ -199,7 +204,7 @@ print(json.dumps([routes, hooked, app.router.lifespan_context.__module__]))
     assert all(route in on[0] for route in upstream[0]) and ["/v1/fine_tuning/jobs", "post"] in on[0]
     assert ["/v1/fine_tuning/jobs", "post"] not in off[0] and not any(path.startswith("/mezo") for path, _ in off[0])
     assert len(off[0]) > 50 and off[1] == [] and len(on[1]) == len(online.SCHEDULER_HOOKS)
-    assert on[2] != off[2]
+    assert on[2] != off[2] and on[3] == []
 
 
 def test_platform_stays_away_from_accelerators(monkeypatch):
