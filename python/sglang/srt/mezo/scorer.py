@@ -19,7 +19,9 @@ from sglang.srt.mezo.sharing import Borrowed, common_length, share
 SlotGroup = tuple[str | None, ...]
 """Adapter ids that are scored in the same pass: both signs of a direction, or one adapter alone."""
 
-_PREFIX_SHARE = 0.25  # of the KV pool that the prefixes of one pass may fill
+_PREFIX_SHARE = 0.25  # of the KV pool that the prefixes of one pass may fill, or as much as may be kept, up to
+_MOST_PREFIX_SHARE = 0.5
+_PASS_SHARE = 0.75  # of the KV pool for all tokens of a pass
 _NOTHING = torch.empty(0, dtype=torch.int64)
 
 
@@ -47,6 +49,8 @@ class Scorer:
         self._handle = handle
         self._scope = scope
         self._max_tokens = max_tokens
+        most = int(_MOST_PREFIX_SHARE * handle.kv_capacity)
+        self._prefix_room = max(int(_PREFIX_SHARE * handle.kv_capacity), min(kept_tokens, most))
         self._prefix_reuse = prefix_reuse
         self._head = Head(handle)
         self.prefix_stats = PrefixStats()
@@ -96,12 +100,15 @@ class Scorer:
         for unit in _units(plans, groups, slots_first=self._scope is PrefixScope.SLOT):
             cost, longer = self._cost(unit, before), prefixes.with_unit(unit)
             full = tokens + cost > self._max_tokens or len(batch) + len(unit.items) > self._handle.free_rows
-            if batch and (full or longer.tokens > _PREFIX_SHARE * self._handle.kv_capacity):
+            if batch and (full or not self._has_room(longer.tokens, tokens + cost)):
                 yield sorted(batch, key=lambda item: item.slot)
                 batch, tokens, cost, longer = [], 0, self._cost(unit, None), _Prefixes().with_unit(unit)
             batch += unit.items
             tokens, prefixes, before = tokens + cost, longer, unit
         yield sorted(batch, key=lambda item: item.slot)
+
+    def _has_room(self, prefix_tokens: int, tokens: int) -> bool:
+        return prefix_tokens <= self._prefix_room and prefix_tokens + tokens <= _PASS_SHARE * self._handle.kv_capacity
 
     def _cost(self, unit: "_Unit", before: "_Unit | None") -> int:
         """Tokens that the unit runs, after ``before`` in the same pass.
