@@ -6,7 +6,8 @@ The work of a step is counted from its plans, whatever the implementation does:
   in common counts once, and a base-model prefix not at all, as its KV is kept;
 - every computed token attends to all tokens before it; a base-model prefix is read from the KV pool once;
 - scores need the head at the rows that are read: single words where the normaliser cancels, the vocabulary where not;
-- the adapter and the directions are read, and a slot for each adapter that is evaluated is written.
+- the adapter is read for the points and again for the update, which writes it; the directions are read; a slot for each adapter
+  that is evaluated is written, and read by the products.
 
 The ceiling is measured side by side with the steps: the time of the bare matrix products at these shapes over the model's
 own weights, which come from memory as in a step, by the fastest of PyTorch's choice, oneDNN and linear.c, and the bandwidth of a copy.
@@ -70,7 +71,7 @@ def work(trainer: MezoTrainer, batch: Sequence[ExamplePlan]) -> Work:
         gemm_flops=2 * tokens * sum(weight.numel() for weight in linear_weights(trainer)) + 2 * head_rows * head.numel(),
         head_rows=head_rows,
         small_flops=attention + 2 * tokens * trainer.adapter.numel + 2 * single_reads * head.shape[1],
-        bytes=base_tokens * kv_width * itemsize + trainer.adapter.numel * (4 * (1 + config.num_perturbations) + slots * itemsize),
+        bytes=base_tokens * kv_width * itemsize + trainer.adapter.numel * (4 * (3 + config.num_perturbations) + 2 * slots * itemsize),
     )
 
 

@@ -12,6 +12,7 @@ from engine_process import EngineProcess
 
 from sglang.srt.mezo.adapter import Adapter, AdapterSpec
 from sglang.srt.mezo.config import MezoConfig
+from sglang.srt.mezo.data import Example
 from sglang.srt.mezo.errors import CapacityError, ConfigError, DataError, DivergedError
 from sglang.srt.mezo.seed_log import SeedLog
 
@@ -69,6 +70,18 @@ def windowed_steps(engine, config, spec, train, count):
     return window, *series, stats
 
 
+def passes_of_a_batch(engine, config, spec, train, kept_tokens):
+    """Forward passes that score a batch whose prefixes are in the tree."""
+    from sglang.srt.mezo.trainer import MezoTrainer
+
+    trainer = MezoTrainer(engine.handle, config, spec, train, kept_tokens=kept_tokens)
+    try:
+        trainer.train_step(trainer.batch(0))
+        return len(list(trainer.scorer.passes(trainer.batch(0), [(trainer.slots.current.lora_id,)], "classification")))
+    finally:
+        trainer.close()
+
+
 def step_with_theta(engine, config, spec, train, value):
     trainer = build(engine, config, spec, train)
     try:
@@ -95,6 +108,13 @@ def lost_share(engine, config, spec, train, dtype):
         return trainer.lost_perturbations(direction(0, 0, trainer.adapter.numel))
     finally:
         trainer.close()
+
+
+def long_examples(count: int, options: int) -> list[Example]:
+    """Prefixes of 62 tokens, no two of which begin alike; 50 tokens in all options but the last, no two of which begin alike."""
+    prompts = [(2, 10 + i, *range(10, 70), *oracle.INVOCATION) for i in range(count)]
+    options = (*(tuple(range(10 + i, 60 + i)) for i in range(options - 1)), (9,))
+    return [Example(prompt, options, i % len(options)) for i, prompt in enumerate(prompts)]
 
 
 # --- fixtures ------------------------------------------------------------------------------------------------------------
@@ -269,10 +289,24 @@ def test_a_prompt_longer_than_the_context(engine, spec, config):
         engine.call(run, config, spec, [*TRAIN, long])
 
 
-def test_a_batch_that_the_kv_pool_cannot_hold(engine, spec, config):
-    long = [replace(TRAIN[0], prompt=(2, *range(10, 70), 7, 8), options=(tuple(range(10 + i, 60 + i)), (12,))) for i in range(64)]
+def test_a_batch_larger_than_the_kv_pool_is_cut(engine, spec, config):
+    config = replace(config, per_device_train_batch_size=64)
+    window, reused, computed, _ = engine.call(windowed_steps, config, spec, long_examples(64, options=2), 2)
+    assert window < 64
+    for with_reuse, without in zip(reused, computed, strict=True):
+        assert with_reuse == pytest.approx(without, abs=1e-5)
+
+
+def test_an_example_that_the_kv_pool_cannot_hold(engine, spec, config):
     with pytest.raises(CapacityError, match="KV tokens"):
-        engine.call(run, replace(config, per_device_train_batch_size=64), spec, long)
+        engine.call(run, config, spec, long_examples(4, options=70))
+
+
+@pytest.mark.parametrize("kept_tokens, passes", [(None, 1), (0, 2)])
+def test_prefixes_that_may_be_kept_are_read_in_one_pass(engine, spec, config, kept_tokens, passes):
+    """The 18 prefixes fill 37 % of the pool."""
+    config = replace(config, per_device_train_batch_size=18, max_tokens_per_batch=10_000)
+    assert engine.call(passes_of_a_batch, config, spec, long_examples(18, options=2), kept_tokens) == passes
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(engine, spec, config):
