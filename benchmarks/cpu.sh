@@ -13,7 +13,7 @@ $python benchmarks/step_time.py --workload sst2 --loops strong_bfloat16 official
 $python benchmarks/step_time.py --workload boolq multirc --tuning alora --loops strong --repeats 5 --json $out/step_time.json
 $python benchmarks/step_time.py --workload copa multirc icl16 --tuning lora --loops official --repeats 5 --json $out/step_time.json
 $python benchmarks/step_time.py --workload sst2 boolq --loops --repeats 5 --json $out/limit_share.json
-$python benchmarks/step_time.py --workload sst2 --tuning alora --num_perturbations 1 8 32 --loops --json $out/directions.json
+$python benchmarks/directions.py --json $out/directions.json
 $python benchmarks/growth.py --tuning alora --repeats 15 --json $out/growth.json
 $python benchmarks/growth.py --tuning lora --repeats 5 --json $out/growth.json
 $python benchmarks/small_pool.py --json $out/small_pool.json

@@ -13,8 +13,9 @@ $python -m pytest test/srt/test_trainer_oracle.py test/srt/test_opt_model.py
 
 for model in opt-125m opt-1.3b opt-13b; do
     $python benchmarks/step_time.py --model $model --dtype bfloat16 --json "$out/step_time-$model.json"
-    $python benchmarks/step_time.py --model $model --dtype bfloat16 --workload sst2 --num_perturbations 1 8 32 --loops \
-        --json "$out/directions-$model.json"
+done
+for model in opt-125m opt-1.3b; do  # six engines hold the model at a time
+    $python benchmarks/directions.py --model $model --dtype bfloat16 --json "$out/directions-$model.json"
 done
 $python benchmarks/growth.py --json "$out/growth.json"
 $python benchmarks/small_pool.py --json "$out/small_pool.json"

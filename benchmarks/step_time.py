@@ -2,7 +2,6 @@
 the limit of the arithmetic (see cost_model.py).
 
     python benchmarks/step_time.py --workload sst2 boolq multirc copa icl16 --tuning alora lora --json benchmarks/results/step_time.json
-    python benchmarks/step_time.py --workload sst2 --tuning alora --num_perturbations 1 8 32 --loops --json benchmarks/results/directions.json
 
 Same model shape (random weights), data, dtype, device and threads in one process. All take turns, one step each, so that
 a drift of the machine hits all of them; ratios are of medians. Our steps are those after the first epoch, where prefixes are
@@ -35,6 +34,7 @@ from sglang.srt.mezo.adapter import AdapterSpec
 from sglang.srt.mezo.config import MezoConfig
 from sglang.srt.mezo.data import Example
 from sglang.srt.mezo.engine import MezoEngine
+from sglang.srt.mezo.estimator import Estimator
 from sglang.srt.mezo.trainer import MezoTrainer
 
 LOOPS = {"strong": StrongMezo, "official": OfficialStyleMezo}
@@ -56,6 +56,7 @@ class Case:
     workload: str
     tuning: str
     num_perturbations: int = 1
+    estimator: Estimator = "two_sided"
     batch_size: int = 16
     r: int = 8
     model: str = "opt-125m"
@@ -82,7 +83,6 @@ def main() -> None:
     parser.add_argument("--tuning", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--model", choices=MODELS, default="opt-125m", help="shape of the model")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--num_perturbations", type=int, nargs="+", default=[1], help="directions of our step")
     loops = [*LOOPS, *(name + IN_BFLOAT16 for name in LOOPS)]
     parser.add_argument("--loops", nargs="*", choices=loops, default=list(LOOPS), help="loops to measure beside")
     parser.add_argument("--repeats", type=int, default=7)
@@ -94,9 +94,9 @@ def main() -> None:
         print("ROW " + json.dumps(measure(Case(**json.loads(arguments.case)))), flush=True)
         os._exit(0)  # the engine's threads are of no further use
     cases = [
-        Case(workload, tuning, n, model=arguments.model, dtype=arguments.dtype, loops=tuple(arguments.loops), repeats=arguments.repeats,
+        Case(workload, tuning, model=arguments.model, dtype=arguments.dtype, loops=tuple(arguments.loops), repeats=arguments.repeats,
              threads=arguments.threads)
-        for workload, tuning, n in itertools.product(arguments.workload, arguments.tuning, arguments.num_perturbations)
+        for workload, tuning in itertools.product(arguments.workload, arguments.tuning)
     ]  # fmt: skip
     rows = []
     for case in cases:
@@ -110,7 +110,7 @@ def main() -> None:
 
 def add_rows(path: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows of a file, with ``rows`` in the place of those of the same cases: not all cases need all loops."""
-    names = ("workload", "tuning", "model", "dtype", "num_perturbations")
+    names = ("workload", "tuning", "model", "dtype")
     old = json.loads(path.read_text())["rows"] if path.is_file() else []
     return list({tuple(row[name] for name in names): row for row in old + rows}.values())
 
@@ -200,7 +200,7 @@ class Plain:
 def our_trainer(case: Case, model: str, examples: list[Example]) -> MezoTrainer:
     config = MezoConfig(
         tuning=case.tuning, per_device_train_batch_size=case.batch_size, num_perturbations=case.num_perturbations,
-        estimator="two_sided", scale_by_loss_std=case.num_perturbations > 1, zo_eps=ZO_EPS, learning_rate=LEARNING_RATE, max_steps=10_000,
+        estimator=case.estimator, scale_by_loss_std=case.num_perturbations > 1, zo_eps=ZO_EPS, learning_rate=LEARNING_RATE, max_steps=10_000,
     )  # fmt: skip
     engine = MezoEngine(
         model, r=case.r, target_modules=TARGETS[case.tuning], num_slots=config.num_slots, dtype=case.dtype, skip_tokenizer_init=True,

@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Callable
 from pathlib import Path
 
+import directions
 import growth
 import precision
 import study
@@ -21,7 +22,7 @@ def main() -> None:
     serving = [serve_while_train(path.name) for path in sorted(RESULTS.glob("serve_while_train*.json"))]
     steps = [step_time(path.name) for path in sorted(RESULTS.glob("step_time*.json"))]
     starts = [startup()] if (RESULTS / "startup.json").is_file() else []
-    for table in (*steps, step_time("limit_share.json"), step_time("directions.json"), growth.table(load("growth.json", "series")),
+    for table in (*steps, step_time("limit_share.json"), directions.table(load("directions.json")), growth.table(load("growth.json", "series")),
                   small_pool(), study.table(study.load(RESULTS / "study.json")), accuracy(), precision.table(load("precision.json")),
                   memory(), *starts, *serving):  # fmt: skip
         print("\n".join(table), end="\n\n")
@@ -36,8 +37,7 @@ def step_time(name: str) -> list[str]:
         ratios = [of_loop(row, kind, lambda name: f"{row[f'ratio_{name}']:.1f}x") for kind in LOOPS]
         total = row["prefix_tokens_total"]
         reused = f"{row['prefix_tokens_reused'] / total:.0%}" if total else "-"
-        directions = "" if row["num_perturbations"] == 1 else f", {row['num_perturbations']} directions"
-        label = f"{row['workload']} lengths, {row['tuning']}, {row['dtype']}{directions}"
+        label = f"{row['workload']} lengths, {row['tuning']}, {row['dtype']}"
         lines.append(f"| {label} | {ours:.0f} ms | {1000 * row['limit_s']:.0f} ms, {row['limit_share']:.0%} | {' | '.join(loops + ratios)} | {reused} |")
     return lines
 

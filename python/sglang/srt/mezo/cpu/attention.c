@@ -136,45 +136,59 @@ INLINE Query *set_queries(const Call *c, const Row *rows, int64_t num_rows, int6
     return query;
 }
 
-/* One bundle and the key-value heads first .. first + num of it: their keys and values lie side by side in a place of the pool. */
-INLINE void attend_sized(const Call *c, int64_t bundle, int64_t first, int64_t num, int64_t dim, int64_t v_dim, char *scratch, int64_t longest) {
-    const Row *rows = c->rows + c->bundles[bundle];
-    int64_t num_rows = c->bundles[bundle + 1] - c->bundles[bundle], group = c->heads / c->kv_heads, prefix = rows->prefix, total = 0;
-    for (int64_t r = 0; r < num_rows; r++) total += rows[r].fresh * group;
-    Query *queries = (Query *)scratch, *end = queries; /* those of a head after each other */
-    float *scores = (float *)(queries + num * total);
-    for (int64_t n = 0; n < num; n++) end = set_queries(c, rows, num_rows, first + n, end, scores + n * total * longest, longest);
-    const float *k = c->k + first * dim, *v = c->v + first * v_dim;
-    int64_t k_stride = c->kv_heads * dim, v_stride = c->kv_heads * v_dim;
-    const int32_t *places = c->table + rows->request * c->table_stride;
+/* Some key-value heads of one bundle. Their keys and values lie side by side in a place of the pool. */
+typedef struct {
+    const Row *rows;
+    int64_t num_rows, first, num; /* the heads first .. first + num */
+    int64_t total;                /* queries of one head; those of a head follow each other */
+} Part;
+
+INLINE void score(const Call *c, const Part *p, const Query *queries, int64_t dim) {
+    const float *k = c->k + p->first * dim;
+    int64_t stride = c->kv_heads * dim, group = c->heads / c->kv_heads, prefix = p->rows->prefix;
+    const int32_t *places = c->table + p->rows->request * c->table_stride;
     for (int64_t j = 0; j < prefix; j++) {
-        if (j + AHEAD < prefix) fetch(k + places[j + AHEAD] * k_stride, num * dim);
-        for (int64_t n = 0; n < num; n++) dots(queries + n * total, total, k + places[j] * k_stride + n * dim, j, dim);
+        if (j + AHEAD < prefix) fetch(k + places[j + AHEAD] * stride, p->num * dim);
+        for (int64_t n = 0; n < p->num; n++) dots(queries + n * p->total, p->total, k + places[j] * stride + n * dim, j, dim);
     }
-    Query *own = queries;
-    for (int64_t n = 0; n < num; n++)
-        for (int64_t r = 0; r < num_rows; own += rows[r].fresh * group, r++) {
-            const int32_t *fresh = c->table + rows[r].request * c->table_stride + prefix;
-            for (int64_t t = 0; t < rows[r].fresh; t++) {
+    for (int64_t n = 0; n < p->num; n++)
+        for (int64_t r = 0; r < p->num_rows; queries += p->rows[r].fresh * group, r++) {
+            const int32_t *fresh = c->table + p->rows[r].request * c->table_stride + prefix;
+            for (int64_t t = 0; t < p->rows[r].fresh; t++) {
                 int64_t blind = c->causal ? t * group / 4 * 4 : 0; /* queries before it, in fours */
-                dots(own + blind, rows[r].fresh * group - blind, k + fresh[t] * k_stride + n * dim, prefix + t, dim);
+                dots(queries + blind, p->rows[r].fresh * group - blind, k + fresh[t] * stride + n * dim, prefix + t, dim);
             }
         }
+}
+
+INLINE void weigh(const Call *c, const Part *p, const Query *queries, int64_t v_dim) {
+    const float *v = c->v + p->first * v_dim;
+    int64_t stride = c->kv_heads * v_dim, group = c->heads / c->kv_heads, prefix = p->rows->prefix;
+    const int32_t *places = c->table + p->rows->request * c->table_stride;
+    for (int64_t j = 0; j < prefix; j += BLOCK) {
+        int64_t count = prefix - j < BLOCK ? prefix - j : BLOCK, after = prefix - j - count, next = after < BLOCK ? after : BLOCK;
+        for (int64_t n = 0; n < p->num; n++) add_values(queries + n * p->total, p->total, v + n * v_dim, stride, places + j, next, count, j, v_dim);
+    }
+    for (int64_t n = 0; n < p->num; n++)
+        for (int64_t r = 0; r < p->num_rows; queries += p->rows[r].fresh * group, r++) {
+            const int32_t *fresh = c->table + p->rows[r].request * c->table_stride + prefix;
+            add_values(queries, p->rows[r].fresh * group, v + n * v_dim, stride, fresh, 0, p->rows[r].fresh, prefix, v_dim);
+        }
+}
+
+INLINE void attend_sized(const Call *c, int64_t bundle, int64_t first, int64_t num, int64_t dim, int64_t v_dim, char *scratch, int64_t longest) {
+    Part part = {c->rows + c->bundles[bundle], c->bundles[bundle + 1] - c->bundles[bundle], first, num, 0};
+    for (int64_t r = 0; r < part.num_rows; r++) part.total += part.rows[r].fresh * (c->heads / c->kv_heads);
+    Query *queries = (Query *)scratch, *end = queries;
+    float *scores = (float *)(queries + num * part.total);
+    for (int64_t n = 0; n < num; n++) end = set_queries(c, part.rows, part.num_rows, first + n, end, scores + n * part.total * longest, longest);
+    score(c, &part, queries, dim);
     for (Query *query = queries; query < end; query++) {
         softmax(query, c->scaling);
         memset(query->scores, 0, query->low * sizeof(float));
         memset(query->scores + query->high, 0, (longest - query->high) * sizeof(float));
     }
-    for (int64_t j = 0; j < prefix; j += BLOCK) {
-        int64_t count = prefix - j < BLOCK ? prefix - j : BLOCK, after = prefix - j - count, next = after < BLOCK ? after : BLOCK;
-        for (int64_t n = 0; n < num; n++) add_values(queries + n * total, total, v + n * v_dim, v_stride, places + j, next, count, j, v_dim);
-    }
-    own = queries;
-    for (int64_t n = 0; n < num; n++)
-        for (int64_t r = 0; r < num_rows; own += rows[r].fresh * group, r++) {
-            const int32_t *fresh = c->table + rows[r].request * c->table_stride + prefix;
-            add_values(own, rows[r].fresh * group, v + n * v_dim, v_stride, fresh, 0, rows[r].fresh, prefix, v_dim);
-        }
+    weigh(c, &part, queries, v_dim);
 }
 
 CLONES static void attend_heads(const Call *c, int64_t bundle, int64_t first, int64_t num, char *scratch, int64_t longest) {

@@ -36,17 +36,21 @@ class Row:
 
 @dataclass(frozen=True)
 class Bundle:
-    """Rows with one and the same prefix."""
+    """Rows with one and the same prefix; ``queries`` are their fresh tokens."""
 
     rows: tuple[Row, ...]
+    queries: int
+
+    @classmethod
+    def of(cls, row: Row) -> "Bundle":
+        return cls((row,), row.fresh)
+
+    def with_row(self, row: Row) -> "Bundle":
+        return Bundle((*self.rows, row), self.queries + row.fresh)
 
     @property
     def prefix(self) -> int:
         return self.rows[0].prefix
-
-    @property
-    def queries(self) -> int:
-        return sum(row.fresh for row in self.rows)
 
     @property
     def keys(self) -> int:
@@ -131,7 +135,7 @@ def plan(rows: Sequence[Row], req_to_token: torch.Tensor, causal: bool, from_poo
     table = req_to_token.numpy()
     if causal:
         rows = cut_rows(rows, MAX_FRESH)
-    bundles = bundle_rows(rows, table, _cheaper) if causal else [Bundle((row,)) for row in rows]
+    bundles = bundle_rows(rows, table, _cheaper) if causal else [Bundle.of(row) for row in rows]
     return [_build(group, table, from_pool) for group in _group(bundles)]
 
 
@@ -147,22 +151,16 @@ def cut_rows(rows: Sequence[Row], most: int) -> list[Row]:
 def bundle_rows(rows: Sequence[Row], table: np.ndarray, worth_it: Callable[[Bundle, Bundle, Bundle], bool]) -> list[Bundle]:
     """Join rows of one prefix as long as `worth_it(joined, one, other)`."""
     bundles: list[Bundle] = []
-    last_with_prefix: dict[tuple[int, int, int], int] = {}
+    last_with_prefix: dict[bytes, int] = {}
     for row in rows:
-        single = Bundle((row,))
-        if row.prefix == 0:
+        single = Bundle.of(row)
+        prefix = table[row.request, : row.prefix].tobytes()
+        at = last_with_prefix.get(prefix) if prefix else None
+        if at is not None and worth_it(joined := bundles[at].with_row(row), bundles[at], single):
+            bundles[at] = joined
+        else:
+            last_with_prefix[prefix] = len(bundles)
             bundles.append(single)
-            continue
-        tokens = table[row.request, : row.prefix]
-        name = (row.prefix, int(tokens[0]), int(tokens[-1]))
-        at = last_with_prefix.get(name)
-        if at is not None and np.array_equal(table[bundles[at].rows[0].request, : row.prefix], tokens):
-            joined = Bundle((*bundles[at].rows, row))
-            if worth_it(joined, bundles[at], single):
-                bundles[at] = joined
-                continue
-        last_with_prefix[name] = len(bundles)
-        bundles.append(single)
     return bundles
 
 
