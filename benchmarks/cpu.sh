@@ -9,14 +9,14 @@ out=benchmarks/results
 model=models/smollm2-135m
 
 $python benchmarks/step_time.py --workload sst2 --loops strong official --json $out/step_time.json
-$python benchmarks/step_time.py --workload sst2 --loops strong_bfloat16 official_bfloat16 --repeats 5 --json $out/step_time_bfloat16.json
+$python benchmarks/step_time.py --workload sst2 --tuning alora --loops strong_bfloat16 official_bfloat16 --repeats 5 --json $out/step_time_bfloat16.json
 $python benchmarks/step_time.py --workload boolq multirc --tuning alora --loops strong --repeats 5 --json $out/step_time.json
 $python benchmarks/step_time.py --workload copa multirc icl16 --tuning lora --loops official --repeats 5 --json $out/step_time.json
-$python benchmarks/step_time.py --workload sst2 boolq --loops --repeats 5 --json $out/limit_share.json
-$python benchmarks/directions.py --json $out/directions.json
+$python benchmarks/step_time.py --workload sst2 boolq --loops --repeats 7 --json $out/limit_share.json
+$python benchmarks/directions.py --repeats 9 --json $out/directions.json
 $python benchmarks/growth.py --tuning alora --repeats 15 --json $out/growth.json
 $python benchmarks/growth.py --tuning lora --repeats 5 --json $out/growth.json
-$python benchmarks/small_pool.py --json $out/small_pool.json
+$python benchmarks/small_pool.py --turns 7 --json $out/small_pool.json
 $python benchmarks/memory.py --json $out/memory.json
 $python benchmarks/startup.py --json $out/startup.json
 OMP_NUM_THREADS=1 $python benchmarks/serve_while_train.py --json $out/serve_while_train.json

@@ -19,8 +19,8 @@ from sglang.srt.mezo.sharing import Borrowed, common_length, share
 SlotGroup = tuple[str | None, ...]
 """Adapter ids that are scored in the same pass: both signs of a direction, or one adapter alone."""
 
-_PREFIX_SHARE = 0.25  # of the KV pool that the prefixes of one pass may fill, or as much as may be kept, up to
-_MOST_PREFIX_SHARE = 0.5
+# Of the KV pool that the prefixes of one pass may fill: the first, or as much as may be kept, up to the second.
+_PREFIX_SHARE, _MOST_PREFIX_SHARE = 0.25, 0.5
 _PASS_SHARE = 0.75  # of the KV pool for all tokens of a pass
 _NOTHING = torch.empty(0, dtype=torch.int64)
 
