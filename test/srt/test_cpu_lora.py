@@ -91,6 +91,26 @@ def test_random_segments(seed):
     torch.testing.assert_close(output.double(), layer.expected(x, per_token), atol=1e-3, rtol=1e-4)
 
 
+@pytest.mark.parametrize("slots", [[1, 2], [1, 2, 1]], ids=["in place", "gathered"])
+def test_a_slice_that_no_adapter_targets_is_left_out(slots):
+    layer, x = Layer([16, 8, 8]), torch.randn(3 * len(slots), IN)
+    for slot in (1, 2):
+        layer.lora_a[slot, RANKS[slot] : 2 * RANKS[slot]] = 0
+    layer.lora_b[:, 16:24] = torch.nan  # would show in a product
+    output = layer.run(backend_for([3] * len(slots), slots), x)
+    layer.lora_b[:, 16:24] = 0
+    expected = layer.expected(x, [slot for slot in slots for _ in range(3)])
+    torch.testing.assert_close(output.double(), expected, atol=1e-3, rtol=1e-4)
+
+
+def test_a_slice_that_some_adapters_target_counts():
+    layer, x = Layer([16, 8, 8]), torch.randn(9, IN)
+    layer.lora_a[1, 4:8] = 0  # k of the first slot
+    x[0] = 0
+    output = layer.run(backend_for([3, 3, 3], [1, 2, 4]), x)
+    torch.testing.assert_close(output.double(), layer.expected(x, [1] * 3 + [2] * 3 + [4] * 3), atol=1e-3, rtol=1e-4)
+
+
 def test_bfloat16():
     layer, x = Layer([16], dtype=torch.bfloat16), torch.randn(6, IN).bfloat16()
     output = layer.run(backend_for([3, 3], [1, 2]), x)

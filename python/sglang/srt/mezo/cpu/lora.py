@@ -129,7 +129,8 @@ def add_lora(
     x: (tokens, in).
     lora_a: (slots, slices * max_rank, in), the slices of a slot packed by its own rank.
     lora_b: (slots, out, max_rank).
-    offsets: slices + 1 bounds in the output dimension (q | k | v of a fused projection).
+    offsets: slices + 1 bounds in the output dimension (q | k | v of a fused projection). The slots hold zeros for a
+        slice that the adapter does not target; those add nothing, and no time is spent on adding it.
     """
     rank, slices = block.rank, len(offsets) - 1
     rows = x[block.rows].view(block.count, block.length, -1)
@@ -138,6 +139,8 @@ def add_lora(
     in_place = isinstance(block.rows, slice)
     for index, (low, high) in enumerate(pairwise(offsets)):
         part = hidden[:, :, index * rank : (index + 1) * rank]
+        if not part[0, 0].any() and not part.any():
+            continue
         weight = lora_b[block.slots, low:high, :rank].transpose(1, 2)
         if in_place:
             output[block.rows].view(block.count, block.length, -1)[:, :, low:high].baddbmm_(part, weight)
