@@ -9,7 +9,6 @@ import socket
 import struct
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -153,15 +152,14 @@ def in_background(folder: Path, *starts: str) -> list[Future]:
     return futures
 
 
-def start(folder: Path, flags: list[str]) -> tuple[int, str, float]:
-    """Exit status and output of a server, and the seconds until it ended."""
+def start(folder: Path, flags: list[str]) -> tuple[int, str]:
+    """Exit status and output of a server."""
     command = [Path(sys.executable).with_name("sglang-mezo"), "serve", "--model-path", MODEL, "--max-total-tokens", "20000", *flags]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    began = time.monotonic()
     ended = subprocess.run(
         command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=240
     )  # fmt: skip
-    return ended.returncode, ended.stdout, time.monotonic() - began
+    return ended.returncode, ended.stdout
 
 
 def check(status: int, error: dict[str, Any], *expected: *Expected) -> None:
@@ -341,13 +339,13 @@ def test_the_client_says_that_its_key_is_wrong(door):
 
 @pytest.mark.parametrize("flags", REFUSED_FLAGS)
 def test_a_server_that_cannot_train_says_so_and_ends(refused_starts, flags):
-    status, output, seconds = refused_starts[flags].result()
+    status, output = refused_starts[flags].result()
     assert status == 1 and f"sglang-mezo refuses to start: {REFUSED_FLAGS[flags]}" in output.splitlines()[-1]
-    assert "Traceback" not in output and seconds < 60
+    assert "Traceback" not in output and "Load weight begin" not in output
 
 
 def test_a_second_server_on_the_same_folder_says_so_and_ends(door, second_start):
-    status, output, _ = second_start.result()
+    status, output = second_start.result()
     assert status == 1 and "Traceback" not in output
     reason = f"--mezo-dir='{door.server.directory}' is not allowed: a folder that no other server uses"
     assert f"sglang-mezo refuses to start: {reason}" in output

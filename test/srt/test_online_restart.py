@@ -53,7 +53,7 @@ def equal_to_the_log(run: Path, checkpoint: Path) -> bool:
     return saved.keys() == replayed.keys() and all(torch.equal(saved[name], replayed[name]) for name in saved)
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [1, pytest.param(10, marks=pytest.mark.slow)])
 def test_killed_at_random_moments_a_job_ends_as_if_it_had_not_been(tmp_path, kills):
     moments = random.Random(kills)
     steps = STEPS_BETWEEN_KILLS * (kills + 1)
@@ -102,6 +102,7 @@ def check_run(run: Path, whole: Path, steps: int, kills: int) -> None:
     assert all(equal_to_the_log(run, checkpoint) for checkpoint in checkpoints)
 
 
+@pytest.mark.slow
 def test_a_server_may_rather_fail_the_job_that_its_end_interrupted(tmp_path):
     with LiveServer(tmp_path / "mezo", "--mezo-on-restart", "fail") as server:
         file = server.upload(reviews("train", 64))

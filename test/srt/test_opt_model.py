@@ -52,6 +52,7 @@ KINDS = {
     "untied": {"tie_word_embeddings": False, "activation_function": "silu"},
 }
 WITH_ADAPTER = "opt-125m"
+SLOW = ("galactica", 2)  # splits nothing that the others do not
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +136,11 @@ def cases(tmp_path_factory) -> dict[str, Case]:
 
 @pytest.fixture(
     scope="module",
-    params=[(kind, tp) for kind in KINDS for tp in (1, 2)],
+    params=[
+        pytest.param((kind, tp), marks=[pytest.mark.slow] * ((kind, tp) == SLOW))
+        for kind in KINDS
+        for tp in (1, 2)
+    ],
     ids=lambda p: f"{p[0]}-tp{p[1]}",
 )
 def served(request, cases) -> Iterator[tuple]:

@@ -163,8 +163,6 @@ def _after_dispatcher(result: None, scheduler) -> None:
     from sglang.utils import TypeBasedDispatcher
 
     messages.register()
-    import peft  # noqa: F401  takes seconds, which requests would wait for if it came with the first adapter to be saved
-
     scheduler.mezo_runner = None
     scheduler._request_dispatcher += TypeBasedDispatcher([(messages.MezoReqInput, lambda request: _runner(scheduler).handle(request))])
 

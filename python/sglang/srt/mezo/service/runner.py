@@ -5,8 +5,10 @@ leader and shared.
 """
 
 import logging
+import threading
 import time
 from contextlib import contextmanager
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from sglang.srt.mezo import slot_room
@@ -97,6 +99,8 @@ class MezoRunner:
     def _describe(self, command: messages.Describe) -> dict[str, Any]:
         if self._description is None:
             self._description = self._handle.share(describe(self._handle, self._settings))
+            # What writes adapters takes a while to import: neither the start nor, at the first adapter, a request waits for it.
+            threading.Thread(target=import_module, args=("peft",), daemon=True).start()
         return self._description
 
     def _load_examples(self, command: messages.LoadExamples) -> None:
