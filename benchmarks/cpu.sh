@@ -16,9 +16,11 @@ $python benchmarks/step_time.py --workload sst2 boolq --loops --repeats 7 --json
 $python benchmarks/directions.py --repeats 9 --json $out/directions.json
 $python benchmarks/growth.py --tuning alora --repeats 15 --json $out/growth.json
 $python benchmarks/growth.py --tuning lora --repeats 5 --json $out/growth.json
+$python benchmarks/growth.py --tuning lora --quantity r --repeats 15 --json $out/growth.json
+$python benchmarks/growth.py --tuning lora --quantity workload --repeats 9 --json $out/growth.json
 $python benchmarks/small_pool.py --turns 7 --json $out/small_pool.json
 $python benchmarks/memory.py --json $out/memory.json
-$python benchmarks/startup.py --json $out/startup.json
+$python benchmarks/startup.py --turns 8 --json $out/startup.json
 OMP_NUM_THREADS=1 $python benchmarks/serve_while_train.py --json $out/serve_while_train.json
 OMP_NUM_THREADS=1 $python benchmarks/serve_while_train.py --curve --pairs 8 --json $out/serve_while_train_curve.json
 
