@@ -9,6 +9,7 @@ import socket
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -45,8 +46,9 @@ from live_server import MODEL, LiveServer, reviews
 class FrontDoor:
     """The server, and the jobs in every state that a request can find one in."""
 
-    def __init__(self, server: LiveServer):
+    def __init__(self, server: LiveServer, seconds_to_start: float):
         self.server = server
+        self.seconds_to_start = seconds_to_start
         self.admin = openai.OpenAI(base_url=f"{server.url}/v1", api_key="admin-key", max_retries=0, timeout=60)
         self.http = httpx.Client(base_url=server.url, headers={"Authorization": "Bearer admin-key"}, timeout=60)
         self.answer = self.greedy()
@@ -112,8 +114,9 @@ def refused_starts(tmp_path_factory) -> dict[str, Future]:
 def door(refused_starts, tmp_path_factory) -> Iterator[FrontDoor]:
     directory = tmp_path_factory.mktemp("server") / "mezo"
     keys = ("--api-key", "user-key", "--admin-api-key", "admin-key")
+    began = time.monotonic()
     with LiveServer(directory, *keys, "--mezo-max-file-mb", "1", "--enable-metrics", key="user-key") as server:
-        yield FrontDoor(server)
+        yield FrontDoor(server, time.monotonic() - began)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -152,14 +155,15 @@ def in_background(folder: Path, *starts: str) -> list[Future]:
     return futures
 
 
-def start(folder: Path, flags: list[str]) -> tuple[int, str]:
-    """Exit status and output of a server."""
+def start(folder: Path, flags: list[str]) -> tuple[int, str, float]:
+    """Exit status and output of a server, and the seconds until it ended."""
     command = [Path(sys.executable).with_name("sglang-mezo"), "serve", "--model-path", MODEL, "--max-total-tokens", "20000", *flags]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    began = time.monotonic()
     ended = subprocess.run(
         command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=240
     )  # fmt: skip
-    return ended.returncode, ended.stdout
+    return ended.returncode, ended.stdout, time.monotonic() - began
 
 
 def check(status: int, error: dict[str, Any], *expected: *Expected) -> None:
@@ -338,14 +342,15 @@ def test_the_client_says_that_its_key_is_wrong(door):
 
 
 @pytest.mark.parametrize("flags", REFUSED_FLAGS)
-def test_a_server_that_cannot_train_says_so_and_ends(refused_starts, flags):
-    status, output = refused_starts[flags].result()
+def test_a_server_that_cannot_train_says_so_and_ends(door, refused_starts, flags):
+    status, output, seconds = refused_starts[flags].result()
     assert status == 1 and f"sglang-mezo refuses to start: {REFUSED_FLAGS[flags]}" in output.splitlines()[-1]
     assert "Traceback" not in output and "Load weight begin" not in output
+    assert "Load weight begin" in door.server.log_text() and seconds < door.seconds_to_start
 
 
 def test_a_second_server_on_the_same_folder_says_so_and_ends(door, second_start):
-    status, output = second_start.result()
+    status, output, _ = second_start.result()
     assert status == 1 and "Traceback" not in output
     reason = f"--mezo-dir='{door.server.directory}' is not allowed: a folder that no other server uses"
     assert f"sglang-mezo refuses to start: {reason}" in output
