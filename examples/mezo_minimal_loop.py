@@ -15,11 +15,12 @@ from tqdm import trange
 from transformers import AutoTokenizer
 
 from sglang.srt.mezo.adapter import Adapter, AdapterSpec
-from sglang.srt.mezo.data import Encoder, read_rows
+from sglang.srt.mezo.data import Encoder
 from sglang.srt.mezo.engine import MezoEngine
 from sglang.srt.mezo.noise import direction, step_seed
 from sglang.srt.mezo.plan import Planner
 from sglang.srt.mezo.readout import batch_loss, predictions
+from sglang.srt.mezo.rows import read_rows
 from sglang.srt.mezo.scorer import Scorer
 from sglang.srt.mezo.slots import Slot, SlotLayout, adapted_sites
 from sglang.srt.mezo.tasks import SST2

@@ -10,14 +10,11 @@ from tiny import CHAT_TEMPLATE, tiny_tokenizer
 from sglang.srt.mezo.data import (
     Encoder,
     Example,
-    SourceRow,
     default_objective,
     get_task,
-    read_jsonl,
-    read_rows,
-    sample_rows,
 )
 from sglang.srt.mezo.errors import DataError
+from sglang.srt.mezo.rows import SourceRow, read_jsonl, read_rows, sample_rows
 
 CONTEXT = 40
 END = 2

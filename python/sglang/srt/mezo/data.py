@@ -1,23 +1,18 @@
-"""From files and hub data sets to tokenised examples.
+"""From rows to tokenised examples.
 
 Rows come as a task's columns, or in one of the free forms ``{"prompt", "completion"}``, ``{"messages"}``,
 ``{"prompt", "options", "label"}`` and ``{"text"}``. A bad row is reported with its file, line and reason.
 """
 
-import json
 import logging
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
-
-import torch
 
 from sglang.srt.mezo.config import Objective
 from sglang.srt.mezo.errors import DataError, shown
 from sglang.srt.mezo.invocation import invocation_start
+from sglang.srt.mezo.rows import SourceRow
 from sglang.srt.mezo.tasks import TASKS, Task, TextExample
 
 if TYPE_CHECKING:
@@ -35,88 +30,6 @@ class Example:
     prompt: tuple[int, ...]
     options: tuple[tuple[int, ...], ...]
     label: int
-
-
-@dataclass(frozen=True)
-class SourceRow:
-    """A raw row and where it came from."""
-
-    fields: Mapping[str, Any]
-    source: str
-    line: int
-
-
-def read_rows(path: str, split: str, task: Task | None = None) -> list[SourceRow]:
-    """Read one split of a local file, a local folder or a hub data set.
-
-    Args:
-        path: a ``.jsonl`` or ``.txt`` file (the split is then the whole file), a folder with ``<split>.jsonl``, or
-            anything that ``datasets.load_dataset`` takes.
-        split: name of the split.
-        task: supplies the configuration of a hub data set.
-
-    Raises:
-        DataError: nothing can be read there, or a line is not JSON.
-    """
-    local = Path(path)
-    if local.is_dir() and (local / f"{split}.jsonl").is_file():
-        local = local / f"{split}.jsonl"
-    if local.suffix == ".txt" and local.is_file():
-        return list(_read_lines(local))
-    if local.suffix == ".jsonl" and local.is_file():
-        return list(read_jsonl(local, str(local)))
-    if local.suffix in (".jsonl", ".txt"):
-        raise DataError("no such file", str(local))
-    return _read_with_datasets(path, split, task)
-
-
-def _read_lines(path: Path) -> Iterator[SourceRow]:
-    """A row for every line that is not blank, as the "text" reader of ``datasets`` does."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise DataError(f"not UTF-8 text: {error}", str(path)) from error
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            yield SourceRow({"text": line}, str(path), number)
-
-
-def read_jsonl(path: Path, source: str, max_line_bytes: int = sys.maxsize - 1) -> Iterator[SourceRow]:
-    """Rows of a file of JSON lines, whatever its name; ``source`` is what messages call it.
-
-    Raises:
-        DataError: a line is longer than ``max_line_bytes``.
-    """
-    with open(path, "rb") as file:  # json decodes each line, so that bytes that are no text are an error of their line
-        for number, line in enumerate(iter(partial(file.readline, max_line_bytes + 1), b""), 1):
-            if len(line) > max_line_bytes:
-                raise DataError(f"the line is longer than {max_line_bytes} bytes", source, number)
-            if line.strip():
-                yield SourceRow(_parse_line(line), source, number)
-
-
-def _parse_line(line: bytes) -> Mapping[Any, Any]:
-    try:
-        fields = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        return {_BROKEN: f"not JSON: {error}"}
-    if not isinstance(fields, dict):
-        return {_BROKEN: f"a JSON object is needed, not {type(fields).__name__}"}
-    return fields
-
-
-_BROKEN = object()  # no key that a row could have
-
-
-def _read_with_datasets(path: str, split: str, task: Task | None) -> list[SourceRow]:
-    import datasets
-
-    arguments = (path, *task.dataset[1:]) if task is not None and path == task.dataset[0] else (path,)
-    try:
-        rows = datasets.load_dataset(*arguments, split=split)
-    except Exception as error:  # datasets raises a different type for every way in which a path can be wrong
-        raise DataError(f"cannot load split {split!r}: {error}", path) from error
-    return [SourceRow(row, f"{path}[{split}]", number) for number, row in enumerate(rows, 1)]
 
 
 class Encoder:
@@ -146,7 +59,7 @@ class Encoder:
         examples = []
         for row in rows:
             try:
-                examples += self.encode(row.fields)
+                examples += self.encode(row.whole_fields())
             except (DataError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
                 problem = DataError(_reason(error), row.source, row.line)
                 if on_bad_row == "raise":
@@ -159,8 +72,6 @@ class Encoder:
 
     def encode(self, fields: Mapping[str, Any]) -> list[Example]:
         """Tokenise one row; a long text becomes several examples."""
-        if _BROKEN in fields:
-            raise DataError(fields[_BROKEN])
         if self.task is not None:
             return [self._encode_text(self.task.render(fields))]
         for needed, encode in self._forms:
@@ -309,9 +220,3 @@ def get_task(name: str) -> Task:
     if name not in TASKS:
         raise DataError(f"unknown task {name!r}; known tasks: {', '.join(sorted(TASKS))}")
     return TASKS[name]
-
-
-def sample_rows(rows: Sequence[SourceRow], count: int | None, seed: int) -> list[SourceRow]:
-    """``count`` rows in a seeded random order, or all of them."""
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
-    return [rows[i] for i in order[:count]]

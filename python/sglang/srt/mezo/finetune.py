@@ -9,11 +9,12 @@ from typing import Any, Optional
 
 from sglang.srt.mezo.adapter import AdapterSpec
 from sglang.srt.mezo.config import MezoConfig
-from sglang.srt.mezo.data import Encoder, Example, OnBadRow, SourceRow, default_objective, get_task, read_rows, sample_rows
+from sglang.srt.mezo.data import Encoder, Example, OnBadRow, default_objective, get_task
 from sglang.srt.mezo.engine import MezoEngine
 from sglang.srt.mezo.errors import ConfigError, DataError
 from sglang.srt.mezo.evaluate import evaluate
 from sglang.srt.mezo.plots import plot_run
+from sglang.srt.mezo.rows import SourceRow, read_rows, sample_rows
 from sglang.srt.mezo.run_directory import RunDirectory, write_json
 from sglang.srt.mezo.trainer import MezoTrainer, TrainResult
 

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sglang.srt.mezo.config import Objective
-from sglang.srt.mezo.data import Encoder, Example, SourceRow, default_objective, read_jsonl
+from sglang.srt.mezo.data import Encoder, Example, default_objective
 from sglang.srt.mezo.errors import DataError
 from sglang.srt.mezo.plan import Planner
+from sglang.srt.mezo.rows import SourceRow, read_jsonl
 from sglang.srt.mezo.service.errors import RequestError
 from sglang.srt.mezo.service.messages import EngineDescription, TokenizedExample
 from sglang.srt.mezo.service.records import StoredJob
