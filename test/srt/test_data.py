@@ -237,8 +237,8 @@ def test_a_prompt_or_an_option_without_tokens_is_refused(tokenizer):
 
         eos_token_id = END
 
-        def __call__(self, text: str, add_special_tokens: bool = True):
-            return tokenizer(text.strip(), add_special_tokens=False)
+        def __call__(self, texts: list[str], add_special_tokens: bool = True):
+            return tokenizer([text.strip() for text in texts], add_special_tokens=False)
 
     encoder = Encoder(Stripping(), CONTEXT)
     with pytest.raises(DataError, match="option 1 has no tokens"):

@@ -13,7 +13,7 @@ MAX_LINES = 400
 
 FLOORS = {
     0: ("", "allocator", "errors", "config", "noise", "losses", "invocation", "estimator", "optimizer", "seed_log", "passes"),  # "" is the package itself
-    1: ("tasks", "rows", "data", "batches", "sharing", "plan", "readout", "adapter"),
+    1: ("tasks", "rows", "texts", "data", "batches", "sharing", "plan", "readout", "adapter"),
     2: ("engine", "forward", "head", "prefix", "slot_room", "slots", "scorer"),
     3: ("evaluate", "run_directory", "tracking", "run", "trainer", "finetune", "plots"),
     4: ("service",),

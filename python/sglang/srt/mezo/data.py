@@ -14,6 +14,7 @@ from sglang.srt.mezo.errors import DataError, shown
 from sglang.srt.mezo.invocation import invocation_start
 from sglang.srt.mezo.rows import SourceRow
 from sglang.srt.mezo.tasks import TASKS, Task, TextExample
+from sglang.srt.mezo.texts import Encoding, Texts, encode_together
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 OnBadRow = Literal["raise", "skip"]
+
+_ROWS_TOGETHER = 256
 
 
 @dataclass(frozen=True)
@@ -57,44 +60,58 @@ class Encoder:
     def encode_rows(self, rows: Sequence[SourceRow], on_bad_row: OnBadRow = "raise") -> list[Example]:
         """Tokenise all rows. A bad one raises DataError, or is logged and left out with ``on_bad_row="skip"``."""
         examples = []
-        for row in rows:
-            try:
-                examples += self.encode(row.whole_fields())
-            except (DataError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-                problem = DataError(_reason(error), row.source, row.line)
-                if on_bad_row == "raise":
-                    raise problem from error
-                logger.warning("skipped %s", problem)
+        for start in range(0, len(rows), _ROWS_TOGETHER):
+            for outcome in self.encode_each(rows[start : start + _ROWS_TOGETHER]):
+                if isinstance(outcome, list):
+                    examples += outcome
+                elif on_bad_row == "raise":
+                    raise outcome
+                else:
+                    logger.warning("skipped %s", outcome)
         if not examples:
             source = rows[0].source if rows else "data set"
             raise DataError("no usable row", source)
         return examples
 
+    def encode_each(self, rows: Sequence[SourceRow]) -> list[list[Example] | DataError]:
+        """The examples of each row, or why it cannot be used; the rows are tokenised together."""
+        outcomes = encode_together(self.tokenizer, [self._encoding_of(row) for row in rows])
+        return [_problem(outcome, row) if isinstance(outcome, Exception) else outcome for outcome, row in zip(outcomes, rows)]
+
     def encode(self, fields: Mapping[str, Any]) -> list[Example]:
         """Tokenise one row; a long text becomes several examples."""
+        [outcome] = encode_together(self.tokenizer, [self._encoding(fields)])
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    def _encoding_of(self, row: SourceRow) -> Encoding[list[Example]]:
+        return (yield from self._encoding(row.whole_fields()))
+
+    def _encoding(self, fields: Mapping[str, Any]) -> Encoding[list[Example]]:
         if self.task is not None:
-            return [self._encode_text(self.task.render(fields))]
+            return [(yield from self._encode_text(self.task.render(fields)))]
         for needed, encode in self._forms:
             if needed <= fields.keys():
-                return encode(self, fields)
+                return (yield from encode(self, fields))
         forms = ", ".join("{" + ", ".join(sorted(needed)) + "}" for needed, _ in self._forms)
         raise DataError(f"columns {shown(sorted(fields))} have none of the forms {forms}")
 
-    def _encode_options(self, fields: Mapping[str, Any]) -> list[Example]:
+    def _encode_options(self, fields: Mapping[str, Any]) -> Encoding[list[Example]]:
         _require_text("prompt", fields["prompt"])
         options = fields["options"]
         if not isinstance(options, list) or not all(isinstance(option, str) for option in options):
             raise DataError(f"options={shown(options)} must be a list of strings")
         for option in options:
             _require_unicode("options", option)
-        return [self._encode_text(TextExample(fields["prompt"], tuple(options), fields["label"]))]
+        return [(yield from self._encode_text(TextExample(fields["prompt"], tuple(options), fields["label"])))]
 
-    def _encode_completion(self, fields: Mapping[str, Any]) -> list[Example]:
+    def _encode_completion(self, fields: Mapping[str, Any]) -> Encoding[list[Example]]:
         _require_text("prompt", fields["prompt"])
         _require_text("completion", fields["completion"])
-        return [self._with_end(self._encode_text(TextExample(fields["prompt"], (fields["completion"],), 0)))]
+        return [self._with_end((yield from self._encode_text(TextExample(fields["prompt"], (fields["completion"],), 0))))]
 
-    def _encode_messages(self, fields: Mapping[str, Any]) -> list[Example]:
+    def _encode_messages(self, fields: Mapping[str, Any]) -> Encoding[list[Example]]:
         messages = fields["messages"]
         if not isinstance(messages, list) or len(messages) < 2 or not _is_answer(messages[-1]):
             raise DataError("messages must be a list of two or more that ends with an assistant message")
@@ -107,8 +124,7 @@ class Encoder:
         full = self._render_chat(messages, add_generation_prompt=False)
         if not full.startswith(prompt):
             raise DataError("the chat template writes the last message differently than its generation prompt announces")
-        ids = self.tokenizer(prompt, add_special_tokens=False).input_ids
-        answer = self.tokenizer(full[len(prompt) :], add_special_tokens=False).input_ids
+        ids, answer = yield Texts([prompt, full[len(prompt) :]], special_tokens=False)
         return [self._checked(Example(tuple(ids), (tuple(answer),), 0))]
 
     def _render_chat(self, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
@@ -119,40 +135,44 @@ class Encoder:
         except TemplateError as error:
             raise DataError(f"the chat template refuses the messages: {error}") from error
 
-    def _encode_plain_text(self, fields: Mapping[str, Any]) -> list[Example]:
+    def _encode_plain_text(self, fields: Mapping[str, Any]) -> Encoding[list[Example]]:
         _require_text("text", fields["text"])
-        ids = self.tokenizer(fields["text"]).input_ids
+        [ids] = yield Texts([fields["text"]])
         if len(ids) < 2:
             raise DataError("a text needs two tokens or more, one to start from and one to predict")
         blocks = [ids[start : start + self.max_length] for start in range(0, len(ids), self.max_length)]
         return [self._checked(Example(tuple(block[:1]), (tuple(block[1:]),), 0)) for block in blocks if len(block) > 1]
 
-    _forms: Sequence[tuple[set[str], Callable[["Encoder", Mapping[str, Any]], list[Example]]]] = (
+    _forms: Sequence[tuple[set[str], Callable[["Encoder", Mapping[str, Any]], Encoding[list[Example]]]]] = (
         ({"prompt", "options", "label"}, _encode_options),
         ({"prompt", "completion"}, _encode_completion),
         ({"messages"}, _encode_messages),
         ({"text"}, _encode_plain_text),
     )
 
-    def _encode_text(self, text: TextExample) -> Example:
+    def _encode_text(self, text: TextExample) -> Encoding[Example]:
         if not text.options or not all(text.options):
             raise DataError(f"options={shown(list(text.options))}: at least one is needed, and none may be empty")
         if not isinstance(text.label, int) or isinstance(text.label, bool) or not 0 <= text.label < len(text.options):
             raise DataError(f"label={shown(text.label)} must be an index of the {len(text.options)} options")
-        prompt = self.tokenizer(text.prompt).input_ids
+        [prompt] = yield Texts([text.prompt])
         if not prompt:
             raise DataError("the prompt has no tokens")
         if len(prompt) >= self.max_length:  # before every option is tokenised together with it
             raise DataError(f"a prompt of {len(prompt)} tokens and an option are more than the context of {self.max_length}")
-        options = tuple(tuple(self._continuation(text.prompt, prompt, option)) for option in text.options)
+        options = yield from self._continuations(text, prompt)
         return self._checked(Example(tuple(prompt), options, text.label))
 
-    def _continuation(self, prompt_text: str, prompt: list[int], option: str) -> list[int]:
-        """Tokens of ``option`` as they follow ``prompt``, even where the tokenizer would merge across the border."""
-        joint = self.tokenizer(prompt_text + option).input_ids
-        if joint[: len(prompt)] == prompt and len(joint) > len(prompt):
-            return joint[len(prompt) :]
-        return self.tokenizer(option, add_special_tokens=False).input_ids
+    def _continuations(self, text: TextExample, prompt: list[int]) -> Encoding[tuple[tuple[int, ...], ...]]:
+        """Tokens of each option as they follow ``prompt``, even where the tokenizer would merge across the border."""
+        joint = yield Texts([text.prompt + option for option in text.options])
+        options = [tuple(ids[len(prompt) :]) if ids[: len(prompt)] == prompt else () for ids in joint]
+        merged = [place for place, option in enumerate(options) if not option]
+        if merged:
+            alone = yield Texts([text.options[place] for place in merged], special_tokens=False)
+            for place, ids in zip(merged, alone):
+                options[place] = tuple(ids)
+        return tuple(options)
 
     def _with_end(self, example: Example) -> Example:
         """A completion is learned with its end, as TRL does."""
@@ -198,6 +218,12 @@ def _require_message(name: str, message: Any) -> None:
         _require_unicode(f"{name}.content", content)
     elif not isinstance(content, list) and not (content is None and message.get("tool_calls")):
         raise DataError(f"{name}.content={shown(content)} must be a string")
+
+
+def _problem(error: Exception, row: SourceRow) -> DataError:
+    problem = DataError(_reason(error), row.source, row.line)
+    problem.__cause__ = error
+    return problem
 
 
 def _reason(error: Exception) -> str:
