@@ -135,5 +135,5 @@ def serving(app: FastAPI) -> Iterator[int]:
             time.sleep(0.01)
         yield listener.getsockname()[1]
         server.should_exit = True
-        thread.join(10)
+        thread.join(120)
         assert not thread.is_alive()

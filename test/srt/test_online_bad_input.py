@@ -9,7 +9,6 @@ import socket
 import struct
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -46,9 +45,8 @@ from live_server import MODEL, LiveServer, reviews
 class FrontDoor:
     """The server, and the jobs in every state that a request can find one in."""
 
-    def __init__(self, server: LiveServer, seconds_to_start: float):
+    def __init__(self, server: LiveServer):
         self.server = server
-        self.seconds_to_start = seconds_to_start
         self.admin = openai.OpenAI(base_url=f"{server.url}/v1", api_key="admin-key", max_retries=0, timeout=60)
         self.http = httpx.Client(base_url=server.url, headers={"Authorization": "Bearer admin-key"}, timeout=60)
         self.answer = self.greedy()
@@ -114,9 +112,8 @@ def refused_starts(tmp_path_factory) -> dict[str, Future]:
 def door(refused_starts, tmp_path_factory) -> Iterator[FrontDoor]:
     directory = tmp_path_factory.mktemp("server") / "mezo"
     keys = ("--api-key", "user-key", "--admin-api-key", "admin-key")
-    began = time.monotonic()
     with LiveServer(directory, *keys, "--mezo-max-file-mb", "1", "--enable-metrics", key="user-key") as server:
-        yield FrontDoor(server, time.monotonic() - began)
+        yield FrontDoor(server)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -155,15 +152,14 @@ def in_background(folder: Path, *starts: str) -> list[Future]:
     return futures
 
 
-def start(folder: Path, flags: list[str]) -> tuple[int, str, float]:
-    """Exit status and output of a server, and the seconds until it ended."""
+def start(folder: Path, flags: list[str]) -> tuple[int, str]:
+    """Exit status and output of a server that ends by itself."""
     command = [Path(sys.executable).with_name("sglang-mezo"), "serve", "--model-path", MODEL, "--max-total-tokens", "20000", *flags]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    began = time.monotonic()
     ended = subprocess.run(
-        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=240
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600
     )  # fmt: skip
-    return ended.returncode, ended.stdout, time.monotonic() - began
+    return ended.returncode, ended.stdout
 
 
 def check(status: int, error: dict[str, Any], *expected: *Expected) -> None:
@@ -217,10 +213,10 @@ def test_a_client_that_goes_away_in_mid_upload_leaves_nothing(door, length, rese
     head = f"POST /v1/files HTTP/1.1\nHost: x\nAuthorization: Bearer admin-key\nContent-Type: {FORM}\n{length}\n\n"
     with socket.create_connection(("127.0.0.1", door.server.port)) as connection:
         connection.sendall(head.replace("\n", "\r\n").encode() + data)
-        door.server.until(lambda: door.stored() != before, 20, 0.01)
+        door.server.until(lambda: door.stored() != before, every=0.01)
         if reset:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    door.server.until(lambda: door.stored() == before, 20, 0.01)
+    door.server.until(lambda: door.stored() == before, every=0.01)
 
 
 # --- rows ------------------------------------------------------------------------------------------------------------
@@ -231,7 +227,7 @@ def test_a_job_fails_at_the_row_that_cannot_be_used(door, kind):
     bad, reason = ROWS[kind]
     line = bad if isinstance(bad, bytes) else json.dumps(bad).encode()
     job = door.create(door.put(json.dumps(ROW).encode() + b"\n\n" + line + b"\n", "bad.jsonl"))
-    failed = door.server.wait_for(job.id, "failed", seconds=30)
+    failed = door.server.wait_for(job.id, "failed")
     error = failed.error
     assert (error.code, error.param) == ("invalid_training_file", "training_file")
     assert error.message.startswith("bad.jsonl:3: ") and reason in error.message and len(error.message) < 1000
@@ -249,7 +245,7 @@ def test_a_job_fails_at_the_row_that_cannot_be_used(door, kind):
 )
 def test_a_job_names_the_file_that_cannot_be_used(door, param, content, message):
     files = {"training_file": door.files[0], param: door.put(content, "bad.jsonl")}
-    failed = door.server.wait_for(door.create(**files).id, "failed", seconds=30)
+    failed = door.server.wait_for(door.create(**files).id, "failed")
     assert (failed.error.code, failed.error.param) == (f"invalid_{param}", param) and failed.error.message.startswith(message)
 
 
@@ -343,14 +339,14 @@ def test_the_client_says_that_its_key_is_wrong(door):
 
 @pytest.mark.parametrize("flags", REFUSED_FLAGS)
 def test_a_server_that_cannot_train_says_so_and_ends(door, refused_starts, flags):
-    status, output, seconds = refused_starts[flags].result()
+    status, output = refused_starts[flags].result()
     assert status == 1 and f"sglang-mezo refuses to start: {REFUSED_FLAGS[flags]}" in output.splitlines()[-1]
     assert "Traceback" not in output and "Load weight begin" not in output
-    assert "Load weight begin" in door.server.log_text() and seconds < door.seconds_to_start
+    assert "Load weight begin" in door.server.log_text()  # which a server says that does not stop before
 
 
 def test_a_second_server_on_the_same_folder_says_so_and_ends(door, second_start):
-    status, output, _ = second_start.result()
+    status, output = second_start.result()
     assert status == 1 and "Traceback" not in output
     reason = f"--mezo-dir='{door.server.directory}' is not allowed: a folder that no other server uses"
     assert f"sglang-mezo refuses to start: {reason}" in output

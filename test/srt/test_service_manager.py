@@ -144,13 +144,12 @@ async def test_a_command_gets_its_own_answer_after_one_whose_caller_went_away():
     communicator = FanOutCommunicator(sent.append, fan_out=1)
     client = EngineClient(SimpleNamespace(auto_create_handle_loop=lambda: None, mezo_control_communicator=communicator))
     gone, waiting = (asyncio.create_task(client.call(StopJob(job_id=job_id))) for job_id in ("a", "b"))
-    await asyncio.sleep(0.01)
+    await eventually(lambda: sent)
     gone.cancel()
-    await asyncio.sleep(0.01)
+    await asyncio.wait([gone])
     for answered in ("a", "b"):
-        assert sent[-1].command.job_id == answered
+        await eventually(lambda: sent[-1].command.job_id == answered)
         communicator.handle_recv(MezoReqOutput(success=True, result={"job": answered}))
-        await asyncio.sleep(0.01)
     assert await waiting == {"job": "b"}
 
 

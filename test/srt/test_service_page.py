@@ -22,7 +22,7 @@ FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync",
 )  # fmt: skip
-WAIT = 20  # seconds until what is expected must be there; the page polls every two
+WAIT = 120  # seconds until what is expected must be there; the page polls every two
 
 
 # Texts whose contrast with what is behind them is below 4.5, the least that WCAG's level AA allows.
