@@ -373,6 +373,33 @@ def test_updates_of_a_finished_job_go_on_from_the_adapter_that_is_served(engine,
         assert len(SeedLog.open(Path(config.output_dir) / "seed_log")) == expected
 
 
+def test_a_job_whose_log_is_damaged_goes_on_before_the_damage_and_says_so(engine, config, model_path):
+    config = replace(config, r=4)
+    assert start(engine, config, model_path)[0]
+    engine.call(tick)
+    whole = log_of(config.output_dir)
+    engine.call(events)
+    path = Path(config.output_dir) / "seed_log"
+    record = len(whole) - 4 * (8 + 8 + 4 * 4 + 4)  # the fifth of eight
+    path.write_bytes(whole[:record] + bytes([whole[record] ^ 4]) + whole[record + 1 :])
+    again = replace(config, resume_from_checkpoint=True)
+
+    assert start(engine, again, model_path, manual=True)[0]
+    engine.call(tick)
+    ((kind, _, message, data),) = engine.call(events)
+    assert (kind, data["code"]) == ("failed", "LogError"), "a single operation must not get another adapter"
+    assert f"{path} is damaged: record 5 of 8" in message
+
+    assert start(engine, again, model_path)[0]
+    engine.call(tick)
+    told = engine.call(events)
+    assert [kind for kind, *_ in told][:2] == ["warning", "started"] and told[-1][0] == "succeeded"
+    assert "record 5 of 8" in told[0][2] and "goes on from step 4" in told[0][2] and told[1][1] == 4
+    assert log_of(config.output_dir) == whole
+    state = json.loads((path.parent / "trainer_state.json").read_text())
+    assert [entry["step"] for entry in state["log_history"]] == [0, 3, 6, 8]
+
+
 def tick_beside_adapters(engine, adapters):
     """Whether the job has its slots after a tick while requests of so many adapters are in the batch, and after they are done;
     whether a batch with one adapter more, and one of theirs alone, would be admitted in between."""

@@ -212,6 +212,21 @@ def test_a_resumed_run_equals_the_whole_run(engine, spec, config, tmp_path):
     assert torch.equal(adapter_in(tmp_path / "part" / "adapter", spec).theta, adapter_in(tmp_path / "whole" / "adapter", spec).theta)
 
 
+def test_a_run_whose_log_is_damaged_ends_as_if_it_were_not(engine, spec, config):
+    engine.call(run, config, spec, TRAIN, EVALUATION)
+    folder = Path(config.output_dir)
+    log, adapter = folder / "seed_log", adapter_in(folder / "adapter", spec).theta
+    whole = log.read_bytes()
+    damaged = bytearray(whole)
+    damaged[-6 * (8 + 8 + 4 * 4 + 4)] ^= 1
+    log.write_bytes(damaged)
+    engine.call(run, replace(config, resume_from_checkpoint=True), spec, TRAIN, EVALUATION)
+    assert log.read_bytes() == whole and torch.equal(adapter_in(folder / "adapter", spec).theta, adapter)
+    assert (folder / "seed_log.damaged-1").read_bytes() == damaged
+    state = json.loads((folder / "trainer_state.json").read_text())
+    assert [record["step"] for record in state["log_history"]] == [0, 5, 10, 12]
+
+
 def test_a_pool_too_small_for_all_prefixes_is_gone_over_in_windows(engine, spec, config):
     train = oracle.examples(300, [(11,), (12,)])
     window, reused, computed, stats = engine.call(windowed_steps, replace(config, echoes=8, learning_rate=1e-4), spec, train, 400)

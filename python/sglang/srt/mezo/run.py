@@ -75,11 +75,16 @@ class TrainingRun:
         self._make_tracker = make_tracker
         self._on_leader = trainer.handle.on_leader
         self._recent: list[float] = []
+        self._warnings: list[str] = []  # for the tracker, once there is one
 
     def open(self, served_only: bool = False) -> Passes[None]:
         """Start the run directory, or bring the adapter to where the earlier run in it stopped.
 
         served_only: of a run that ended with an earlier step's adapter, only to that step.
+
+        Raises:
+            ConfigError, LogError: what ``RunDirectory.open`` raises; with ``served_only`` also where a record of the log is
+                damaged. Otherwise the run goes on from the records before it, with a warning.
         """
         trainer = self.trainer
         theta, records, self.state = self._on_leader(self._open_directory, served_only)
@@ -164,15 +169,32 @@ class TrainingRun:
 
     def _open_directory(self, served_only: bool) -> tuple[torch.Tensor, list[LogRecord], dict[str, Any]]:
         self.log: SeedLog = self.directory.open(self.trainer.adapter)
-        records = self.log.records()
         state = {"global_step": 0, "evaluated_at": None, "best_global_step": None, "best_metric": None, "log_history": []}
         state |= self.directory.load_state() or {}
+        if not served_only:
+            self._recover(state)
+        records = self.log.records()
         if "window" not in state:
             state["window"] = self.trainer.stream.window
             self.directory.save_state(state)
         if served_only and len(records) >= self.trainer.max_steps and self.config.load_best_model_at_end:
             records = records[: state["best_global_step"]]
         return self.trainer.adapter.theta, records, state
+
+    def _recover(self, state: dict[str, Any]) -> None:
+        """Go on from the records that are whole, with what the run knew at that step."""
+        damage, step, known = self.log.recover(), len(self.log), state["global_step"]
+        if damage is None and step < known:
+            damage = f"{self.log.path} ends at step {step}, and the run had come to step {known}"
+        if damage is not None:
+            self._warnings.append(f"{damage}; the run goes on from step {step}")
+        if step >= known:
+            return
+        state["global_step"] = step
+        state["log_history"] = [entry for entry in state["log_history"] if entry["step"] <= step]
+        state["evaluated_at"] = state["log_history"][-1]["step"] if state["log_history"] else None
+        if (state["best_global_step"] or 0) > step:
+            state.update(best_global_step=None, best_metric=None)
 
     def _append_update(self, record: LogRecord) -> None:
         """What the run did after the adapter that was taken up is dropped: the log is the way to this adapter."""
@@ -186,6 +208,8 @@ class TrainingRun:
         self.tracker = self._make_tracker(self.config, self.directory.metrics, trainer.global_step, trainer.max_steps)
         if (window := trainer.stream.window) is not None:
             self.tracker.say(f"the KV pool has room for the prefixes of {window} examples at a time: each part is gone over {self.config.echoes} times")
+        for warning in self._warnings:
+            self.tracker.warn(warning, trainer.global_step)
 
     def _close_files(self) -> None:
         if hasattr(self, "tracker"):

@@ -10,7 +10,7 @@ from typing import Any
 from sglang.srt.mezo.adapter import Adapter, atomic_directory
 from sglang.srt.mezo.config import MezoConfig
 from sglang.srt.mezo.errors import ConfigError
-from sglang.srt.mezo.seed_log import LogHeader, SeedLog
+from sglang.srt.mezo.seed_log import LogHeader, SeedLog, digest_of
 
 _MAY_DIFFER_ON_RESUME = {
     "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "max_steps", "num_train_epochs", "logging_steps", "save_steps",
@@ -47,7 +47,8 @@ class RunDirectory:
         Raises:
             ConfigError: the folder holds a run and the configuration does not say what to do with it, or the earlier
                 run's settings differ.
-            LogError: another process runs in the folder.
+            LogError: another process runs in the folder, the log's header is damaged, or the initial adapter is not the one
+                that it starts from.
         """
         if self._config.resume_from_checkpoint:
             return self._resume(adapter)
@@ -68,7 +69,7 @@ class RunDirectory:
         self.path.mkdir(parents=True, exist_ok=True)
         write_json(self.path / "config.json", self._config.to_dict())
         adapter.save_pretrained(self.path / "initial_adapter")
-        header = LogHeader(adapter.shapes, self._config.num_perturbations, self._config.update_rule)
+        header = LogHeader(adapter.shapes, self._config.num_perturbations, self._config.update_rule, digest_of(adapter.theta))
         log = SeedLog.create(self.path / "seed_log", header)
         log.claim()
         return log
@@ -91,6 +92,7 @@ class RunDirectory:
         log.claim()
         try:
             adapter.load_weights(self.path / "initial_adapter")
+            log.require_initial(adapter.theta)
         except BaseException:
             log.close()
             raise

@@ -248,12 +248,12 @@ class MezoTrainer:
     def extend(self, examples: Sequence[Example]) -> int:
         """Add training examples; returns the first step that draws from them, the one after the step in progress.
 
-        ``max_steps`` stays as it is.
+        It is later where examples that were added before count from later on. ``max_steps`` stays as it is.
         """
         plans = [self.planner.plan(example) for example in examples]
         self.require_usable(plans)
         self.train_plans += plans
-        first_step = self.global_step + 1
+        first_step = max(self.global_step + 1, self.stream.segments[-1][0])
         self.stream.extend(first_step, len(plans))
         return first_step
 
