@@ -26,7 +26,7 @@ from sglang.srt.mezo.passes import drain
 
 DTYPES = ("float32", "bfloat16")
 EPSILONS = (1e-3, 3e-3, 1e-2, 3e-2)
-ESTIMATORS: tuple[Estimator, ...] = ("two_sided", MezoConfig.estimator)
+ESTIMATORS: tuple[Estimator, ...] = ("two_sided", MezoConfig().estimator)
 TRAINED_STEPS = 20  # so that both matrices of the adapter matter
 
 
@@ -71,7 +71,7 @@ def table(rows: list[dict]) -> list[str]:
 
 
 def open_losses(model: str, dtype: str, task: str, runs: Path) -> Operations:
-    run = {"task": task, "variant": "two-sided", "seed": 0, "learning_rate": MezoConfig.learning_rate}
+    run = {"task": task, "variant": "two-sided", "seed": 0, "learning_rate": MezoConfig().learning_rate}
     trainer, _ = open_trainer(*settings(SimpleNamespace(model=model, dtype=dtype, runs=runs), run))
     batch = trainer.batch(0)
 

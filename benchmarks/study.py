@@ -50,8 +50,8 @@ ONE_SIDED = {"estimator": "one_sided", "zo_eps": 5e-4}  # beside theta a long st
 UNSCALED = {"scale_by_loss_std": False}
 VARIANTS = {
     PLAIN: Variant(TWO_POINT, (5e-4, 1e-3, 2e-3, 4e-3), 2000),
-    "default": Variant({}, (MezoConfig.learning_rate,), 500),
-    "two-sided": Variant(TWO_SIDED, (MezoConfig.learning_rate,), 250),
+    "default": Variant({}, (MezoConfig().learning_rate,), 500),
+    "two-sided": Variant(TWO_SIDED, (MezoConfig().learning_rate,), 250),
     "two-sided, unscaled": Variant({**TWO_SIDED, **UNSCALED}, (1e-2, 1.6e-2, 2e-2), 250),
     "one-sided": Variant(ONE_SIDED, (1e-2, 2e-2, 3e-2), 250),
     "one-sided, unscaled": Variant({**ONE_SIDED, **UNSCALED}, (1.6e-2, 2.4e-2, 3.2e-2), 250),

@@ -21,16 +21,22 @@ from sglang.srt.mezo.errors import ConfigError, DataError, MezoError
         )),
         *((name, -1, "zero or more") for name in ("weight_decay", "warmup_steps", "save_steps", "noise_floor_steps")),
         ("tuning", "prefix", "one of alora, lora"),
-        ("objective", "f1", "one of None, classification, completion, language_modeling"),
+        ("objective", "f1", "one of classification, completion, language_modeling, null"),
         ("lr_scheduler_type", "polynomial", "one of constant, linear, cosine"),
         ("perturbation", "uniform", "one of gaussian, rademacher"),
         ("perturbation_rank", 0, "at least 1, or none for full rank"),
-        ("perturbation_interval", 2, "1 for directions of full rank"),
         ("estimator", "forward", "one of two_sided, one_sided, leave_one_out"),
         ("optim", "adam", "one of sgd, adamw"),
         *((name, value, "at least 0 and below 1") for value in (-0.1, 1.0) for name in ("momentum", "adam_beta1", "adam_beta2")),
         ("report_to", "wandb", "one of none, tensorboard"),
         ("target_modules", [], "at least one module"),
+        ("target_modules", "q_proj", "a list of strings, null"),
+        ("r", "8", "a whole number"),
+        ("r", 8.0, "a whole number"),
+        ("r", True, "a whole number"),
+        ("learning_rate", "1e-3", "a number"),
+        ("scale_by_loss_std", 1, "true or false"),
+        ("output_dir", None, "a string"),
         ("seed", -1, "an unsigned 64-bit number"),
         ("seed", 2**64, "an unsigned 64-bit number"),
     ],
@@ -59,9 +65,10 @@ def test_a_run_cannot_be_resumed_and_deleted_at_once():
     ("settings", "field"),
     [
         ({"optim": "adamw", "momentum": 0.9}, "momentum"),
-        ({"num_perturbations": 1}, "scale_by_loss_std"),
-        ({"num_perturbations": 1, "estimator": "one_sided"}, "scale_by_loss_std"),
-        ({"num_perturbations": 2, "estimator": "leave_one_out"}, "scale_by_loss_std"),
+        ({"num_perturbations": 1, "scale_by_loss_std": True}, "scale_by_loss_std"),
+        ({"num_perturbations": 1, "estimator": "one_sided", "scale_by_loss_std": True}, "scale_by_loss_std"),
+        ({"num_perturbations": 2, "estimator": "leave_one_out", "scale_by_loss_std": True}, "scale_by_loss_std"),
+        ({"num_perturbations": 1, "estimator": "leave_one_out"}, "estimator"),
         ({"num_perturbations": 1, "estimator": "leave_one_out", "scale_by_loss_std": False}, "estimator"),
     ],
 )
@@ -69,6 +76,31 @@ def test_settings_that_do_not_go_together_are_refused(settings, field):
     with pytest.raises(ConfigError) as caught:
         MezoConfig(**settings)
     assert caught.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("settings", "estimator", "scale_by_loss_std", "learning_rate"),
+    [
+        ({}, "leave_one_out", True, 0.02),
+        ({"num_perturbations": 3}, "leave_one_out", True, 0.02),
+        ({"num_perturbations": 2}, "two_sided", True, 0.02),
+        ({"num_perturbations": 2, "estimator": "leave_one_out"}, "leave_one_out", False, 0.001),
+        ({"num_perturbations": 1}, "two_sided", False, 0.001),
+        ({"num_perturbations": 1, "estimator": "one_sided"}, "one_sided", False, 0.001),
+        ({"num_perturbations": 1, "learning_rate": 0.5}, "two_sided", False, 0.5),
+        ({"scale_by_loss_std": False}, "leave_one_out", False, 0.02),
+    ],
+)
+def test_defaults_follow_what_is_given(settings, estimator, scale_by_loss_std, learning_rate):
+    config = MezoConfig(**settings)
+    assert (config.estimator, config.scale_by_loss_std, config.learning_rate) == (estimator, scale_by_loss_std, learning_rate)
+    assert MezoConfig(**config.to_dict()) == config  # what config.json says makes the same run
+
+
+def test_directions_that_share_factors_have_a_rank():
+    assert MezoConfig(perturbation_interval=5).perturbation_rank == 2
+    assert MezoConfig(perturbation_interval=5, perturbation_rank=1).perturbation_rank == 1
+    assert MezoConfig().perturbation_rank is None
 
 
 @pytest.mark.parametrize(("estimator", "slots", "passes"), [("two_sided", 9, 8), ("one_sided", 5, 5), ("leave_one_out", 5, 4)])

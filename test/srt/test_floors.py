@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2] / "python" / "sglang" / "srt" / "mezo
 MAX_LINES = 400
 
 FLOORS = {
-    0: ("", "allocator", "errors", "config", "noise", "losses", "invocation", "estimator", "optimizer", "seed_log", "passes"),  # "" is the package itself
+    0: ("", "allocator", "errors", "kinds", "config", "noise", "losses", "invocation", "estimator", "optimizer", "seed_log", "passes"),  # "" is the package itself
     1: ("tasks", "rows", "texts", "data", "batches", "sharing", "plan", "readout", "adapter"),
     2: ("engine", "forward", "head", "prefix", "slot_room", "slots", "scorer"),
     3: ("evaluate", "run_directory", "tracking", "run", "trainer", "finetune", "plots"),

@@ -183,7 +183,7 @@ def test_answers_equal_peft_on_the_saved_files_before_and_after_updates(server, 
         before = served[0][-1]
         batch = {"rows": reviews("train", 4), "zo_random_seed": 1000 + update}
         losses = server.http.post(f"/mezo/jobs/{job.id}/evaluate", json=batch).raise_for_status().json()
-        estimates = projected_grads(losses["loss_plus"], losses["loss_minus"], MezoConfig.zo_eps, MezoConfig.estimator, scale_by_loss_std=True)
+        estimates = projected_grads(losses["loss_plus"], losses["loss_minus"], MezoConfig.zo_eps, MezoConfig().estimator, scale_by_loss_std=True)
         assert losses["projected_grad"] == pytest.approx(estimates, rel=1e-5) and len(estimates) == 7
         step = {"zo_random_seed": 1000 + update, "projected_grad": [1.0, -1.0, 0.5, 0.0, 2.0, -0.5, -1.0], "learning_rate": 0.3}
         answer = server.http.post(f"/mezo/jobs/{job.id}/update", json=step).raise_for_status().json()

@@ -230,7 +230,7 @@ def test_epochs_that_a_client_asks_for_are_counted_in_examples_later():
 
 def test_the_multiplier_is_of_the_default_learning_rate_only():
     config, hyperparameters = resolved(learning_rate_multiplier=2)
-    assert config["learning_rate"] == 2 * MezoConfig.learning_rate
+    assert config["learning_rate"] == 2 * MezoConfig().learning_rate
     assert hyperparameters["learning_rate_multiplier"] == 2
     assert resolved(learning_rate_multiplier=1, learning_rate=0.5)[0]["learning_rate"] == 0.5
     error = refused(request(learning_rate_multiplier=2, learning_rate=0.5))
@@ -262,6 +262,76 @@ def test_a_server_needs_room_for_one_direction_and_an_adapter_beside(estimator, 
     error = refused(request(estimator=estimator), engine(needed - 1))
     assert error.param == f"{PLACE}.estimator"
     assert f"--max-loras-per-batch={needed - 1} has room for: this one needs {needed}" in error.message
+
+
+SERVERS = {
+    "ordinary": {},
+    "of a small rank": {"max_lora_rank": 4},
+    "of rank 1": {"max_lora_rank": 1},
+    "with few slots": {"max_loras_per_batch": 4},
+    "with a small pool": {"kv_capacity": 100},
+    "for other modules": {"target_modules": ["fc1"], "default_target_modules": {"alora": [], "lora": []}},
+    "without aLoRA": {"alora": False},
+}
+
+
+def server(kind):
+    return EngineDescription(**{name: getattr(ENGINE, name) for name in ENGINE.__struct_fields__} | SERVERS[kind])
+
+
+def in_range(engine):
+    """Of every hyperparameter, the ends of what is allowed, and something between."""
+    numbers = {name: (1, 2, 3, 64) for name in ("num_perturbations", "perturbation_rank")}
+    counts = {name: (1, 2, 10**9) for name in ("n_epochs", "max_steps", "perturbation_interval", "echoes", "eval_steps", "logging_steps")}
+    from_zero = {name: (0, 1, 10**9) for name in ("save_steps", "noise_floor_steps", "warmup_steps")}
+    positive = {name: (1e-12, 0.5, 1, 10**6) for name in ("learning_rate", "zo_eps", "lora_alpha", "adam_epsilon", "clip_projected_grad",
+                                                          "learning_rate_multiplier")}  # fmt: skip
+    below_one = {name: (0, 0.5, 0.999999) for name in ("momentum", "adam_beta1", "adam_beta2")}
+    booleans = {name: (True, False) for name in ("scale_by_loss_std", "load_best_model_at_end")}
+    two_sided = ("two_sided",) if engine.max_loras_per_batch > 4 else ()
+    return {
+        **numbers, **counts, **from_zero, **positive, **below_one, **booleans, "weight_decay": (0, 0.1, 10**6),
+        "batch_size": (1, 7, 4096), "gradient_accumulation_steps": (1, 2, 256), "r": {1, engine.max_lora_rank},
+        "max_tokens_per_batch": (1, 100, min(8192, engine.kv_capacity)), "lr_scheduler_type": ("constant", "linear", "cosine"),
+        "optim": ("sgd", "adamw"), "estimator": ("one_sided", "leave_one_out", *two_sided), "perturbation": ("gaussian", "rademacher"),
+        "tuning": ("lora",), "invocation": (None, *([" It was"] if engine.alora else ())), "target_modules": engine.target_modules and [engine.target_modules],
+        "objective": (None, "classification", "completion", "language_modeling"), "metric_for_best_model": (None, "eval_loss", "eval_accuracy"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", SERVERS)
+@pytest.mark.parametrize("num_train", [1, 1000])
+def test_whatever_is_sent_alone_can_be_trained(kind, num_train):
+    """What a client leaves open never contradicts it."""
+    ranges = in_range(server(kind))
+    assert ranges.keys() == KINDS.keys()
+    resolved(num_train, server(kind))
+    for name, values in ranges.items():
+        for value in values:
+            config, hyperparameters = resolved(num_train, server(kind), **{name: value})
+            assert reported(config, hyperparameters)[name] == value or name in ("invocation", "perturbation_rank")
+            assert MezoConfig(**config).to_dict().items() >= config.items()
+
+
+def test_what_is_left_open_follows_what_is_sent():
+    def of(kind="ordinary", **hyperparameters):
+        config, _ = resolved(engine=server(kind), **hyperparameters)
+        return config["estimator"], config["scale_by_loss_std"], config["learning_rate"]
+
+    assert of() == of(num_perturbations=3) == ("leave_one_out", True, 0.02)
+    assert of(num_perturbations=2) == ("two_sided", True, 0.02)
+    assert of(num_perturbations=2, estimator="leave_one_out") == ("leave_one_out", False, 0.001)
+    assert of(num_perturbations=1) == ("two_sided", False, 0.001)
+    assert of(num_perturbations=1, learning_rate_multiplier=3) == ("two_sided", False, 0.003)
+    assert of("with few slots", num_perturbations=1) == ("one_sided", False, 0.001)
+    assert resolved(engine=server("of a small rank"))[0]["r"] == 4
+    assert resolved(perturbation_interval=50)[0]["perturbation_rank"] == 2
+    assert resolved(engine=server("for other modules"))[0]["target_modules"] == ["fc1"]
+
+
+@pytest.mark.parametrize("multiplier", [5e-324, 1e-323])
+def test_a_multiplier_that_leaves_no_learning_rate_is_named(multiplier):
+    assert refused(request(learning_rate_multiplier=multiplier)).param == f"{PLACE}.learning_rate_multiplier"
 
 
 def test_a_long_value_is_cut_in_the_message():

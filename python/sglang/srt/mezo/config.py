@@ -1,11 +1,12 @@
 """Settings of a training run, with the names of Hugging Face's TrainingArguments, PEFT and the MeZO paper."""
 
 import math
-from dataclasses import asdict, dataclass, field
-from typing import Literal, Optional
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal, Optional
 
 from sglang.srt.mezo.errors import ConfigError
 from sglang.srt.mezo.estimator import SIGNS, Estimator, forward_passes
+from sglang.srt.mezo.kinds import require_types
 from sglang.srt.mezo.noise import Distribution
 from sglang.srt.mezo.optimizer import Optim, SchedulerType, UpdateRule
 
@@ -17,9 +18,18 @@ def _setting(default: object, help: str):
     return field(default=default, metadata={"help": help})
 
 
+def _follows(help: str):
+    """A setting whose default depends on others: None until ``MezoConfig`` has settled it."""
+    return field(default=None, metadata={"help": help, "follows": True})
+
+
 @dataclass(frozen=True)
 class MezoConfig:
-    """Every setting of a run; validated on construction, ConfigError names the field at fault."""
+    """Every setting of a run; validated on construction, ConfigError names the field at fault.
+
+    What is left open never contradicts what is given: defaults that depend on other settings are settled by ``defaults``, and
+    the fields, as ``to_dict`` and config.json, have what a run goes by.
+    """
 
     output_dir: str = _setting("runs/mezo", "Run directory: adapter, checkpoints, seed log, metrics.")
     overwrite_output_dir: bool = _setting(False, "Delete an earlier run in output_dir first.")
@@ -32,7 +42,7 @@ class MezoConfig:
     target_modules: Optional[list[str]] = _setting(None, "Modules to adapt; the attention projections by default.")
 
     objective: Optional[Objective] = _setting(None, "Loss; the one that the data suggests by default.")
-    learning_rate: float = _setting(2e-2, "Step size at the peak of the schedule.")
+    learning_rate: float = _follows("Step size at the peak of the schedule; 0.02 by default, 0.001 where a step has one slope.")
     lr_scheduler_type: SchedulerType = _setting("linear", "Schedule after the warm-up.")
     warmup_steps: float = _setting(0, "Steps of linear warm-up; below 1, a share of max_steps.")
     optim: Optim = _setting("sgd", "What is done with the estimated gradient: sgd as in MeZO, or adamw.")
@@ -45,11 +55,13 @@ class MezoConfig:
 
     zo_eps: float = _setting(1e-2, "Radius of the perturbation.")
     num_perturbations: int = _setting(8, "Directions a step; their gradient estimates are averaged.")
-    estimator: Estimator = _setting("leave_one_out", "What a direction's loss is compared with. leave_one_out: the mean of the other directions' losses; "
-                                                  "two_sided: the loss on the other side of theta; one_sided: the loss at theta.")  # fmt: skip
-    scale_by_loss_std: bool = _setting(True, "Divide loss differences by the losses' standard deviation, not by zo_eps (FZOO).")
+    estimator: Estimator = _follows("What a direction's loss is compared with. leave_one_out: the mean of the other directions' losses; two_sided: "
+                                    "the loss on the other side of theta, the default along one or two directions; one_sided: the loss at theta.")  # fmt: skip
+    scale_by_loss_std: bool = _follows("Divide loss differences by the losses' standard deviation, not by zo_eps (FZOO); "
+                                       "the default where a step has more than one slope.")  # fmt: skip
     perturbation: Distribution = _setting("rademacher", "Distribution of the directions' numbers, or of their factors'.")
-    perturbation_rank: Optional[int] = _setting(None, "Rank of each matrix of a direction, a product of two factors (LOZO); full by default.")
+    perturbation_rank: Optional[int] = _setting(None, "Rank of each matrix of a direction, a product of two factors (LOZO); full by default, "
+                                                      "2 where perturbation_interval is above 1.")  # fmt: skip
     perturbation_interval: int = _setting(1, "Steps in a row whose low-rank directions have the same right factors.")
 
     max_steps: int = _setting(-1, "Steps to run; below 1, as many as num_train_epochs needs.")
@@ -72,25 +84,25 @@ class MezoConfig:
     seed: int = _setting(42, "Seed of the initial adapter, the order of the data and the directions.")
 
     def __post_init__(self):
+        open_fields = {field.name for field in fields(self) if field.metadata.get("follows") and getattr(self, field.name) is None}
+        require_types(self, unset=open_fields)
+        for name, value in defaults(self.num_perturbations, self.estimator, self.perturbation_interval).items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
         for name in ("r", "num_perturbations", "perturbation_interval", "echoes", "per_device_train_batch_size", "gradient_accumulation_steps",
                      "per_device_eval_batch_size", "max_tokens_per_batch", "eval_steps", "logging_steps"):  # fmt: skip
-            self._require(name, isinstance(getattr(self, name), int) and getattr(self, name) >= 1, "at least 1")
+            self._require(name, getattr(self, name) >= 1, "at least 1")
         for name in ("lora_alpha", "learning_rate", "zo_eps", "num_train_epochs", "adam_epsilon"):
             self._require(name, 0 < getattr(self, name) < math.inf, "a positive number")
         for name in ("weight_decay", "warmup_steps", "save_steps", "noise_floor_steps"):
             self._require(name, 0 <= getattr(self, name) < math.inf, "zero or more")
-        for name, allowed in _CHOICES.items():
-            self._require(name, getattr(self, name) in allowed, f"one of {', '.join(map(str, allowed))}")
         for name in ("momentum", "adam_beta1", "adam_beta2"):
             self._require(name, 0 <= getattr(self, name) < 1, "at least 0 and below 1")
         self._require("momentum", self.momentum == 0 or self.optim == "sgd", "0 beside adamw, which has adam_beta1")
-        slopes = self.num_perturbations - (1 if self.estimator == "leave_one_out" else 0)
-        self._require("scale_by_loss_std", not self.scale_by_loss_std or slopes > 1,
-                      f"false along {self.num_perturbations} direction(s) with {self.estimator}, where only signs of slopes would be left")  # fmt: skip
         self._require("estimator", self.estimator != "leave_one_out" or self.num_perturbations > 1, "two_sided or one_sided along one direction, which has no others")
+        self._require("scale_by_loss_std", not self.scale_by_loss_std or _slopes(self.num_perturbations, self.estimator) > 1,
+                      f"false along {self.num_perturbations} direction(s) with {self.estimator}, where only signs of slopes would be left")  # fmt: skip
         self._require("perturbation_rank", self.perturbation_rank is None or self.perturbation_rank >= 1, "at least 1, or none for full rank")
-        self._require("perturbation_interval", self.perturbation_interval == 1 or self.perturbation_rank is not None,
-                      "1 for directions of full rank")  # fmt: skip
         self._require("clip_projected_grad", self.clip_projected_grad is None or self.clip_projected_grad > 0, "a positive number")
         self._require("target_modules", self.target_modules is None or len(self.target_modules) > 0, "at least one module")
         self._require("seed", 0 <= self.seed < 2**64, "an unsigned 64-bit number")
@@ -135,12 +147,22 @@ class MezoConfig:
         return asdict(self)
 
 
-_CHOICES = {
-    "tuning": ("alora", "lora"),
-    "objective": (None, "classification", "completion", "language_modeling"),
-    "lr_scheduler_type": ("constant", "linear", "cosine"),
-    "estimator": tuple(SIGNS),
-    "perturbation": ("gaussian", "rademacher"),
-    "optim": ("sgd", "adamw"),
-    "report_to": ("none", "tensorboard"),
-}
+def defaults(num_perturbations: int, estimator: Estimator | None, perturbation_interval: int) -> dict[str, Any]:
+    """What settings are that nobody gave, and that depend on others.
+
+    Leaving one out of two directions leaves a single slope, as one direction does: nothing to scale by, and steps whose length
+    is that of the slope, which are safe at the paper's learning rate only. Two sides of two directions are two slopes.
+    """
+    estimator = estimator or ("leave_one_out" if num_perturbations > 2 else "two_sided")
+    scaled = _slopes(num_perturbations, estimator) > 1
+    return {
+        "estimator": estimator,
+        "scale_by_loss_std": scaled,
+        "learning_rate": 2e-2 if scaled else 1e-3,
+        "perturbation_rank": 2 if perturbation_interval > 1 else None,
+    }
+
+
+def _slopes(num_perturbations: int, estimator: Estimator) -> int:
+    """Independent slopes that the losses of a step tell of."""
+    return num_perturbations - (1 if estimator == "leave_one_out" else 0)

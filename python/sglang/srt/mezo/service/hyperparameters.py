@@ -5,14 +5,13 @@ OpenAI's three come beside the settings of ``MezoConfig`` that a job may choose;
 
 import math
 from collections.abc import Mapping
-from types import NoneType
-from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from dataclasses import replace
+from typing import Any, NamedTuple, get_type_hints
 
-from pydantic import TypeAdapter, ValidationError
-
-from sglang.srt.mezo.config import MezoConfig
+from sglang.srt.mezo.config import MezoConfig, defaults
 from sglang.srt.mezo.errors import ConfigError, shown
-from sglang.srt.mezo.estimator import SIGNS
+from sglang.srt.mezo.estimator import SIGNS, Estimator
+from sglang.srt.mezo.kinds import described, fits
 from sglang.srt.mezo.service.errors import RequestError
 from sglang.srt.mezo.service.job_data import MAX_PASS_TOKENS
 from sglang.srt.mezo.service.messages import SPARE_SLOTS, EngineDescription
@@ -101,7 +100,6 @@ def resolve(request: Mapping[str, Any], engine: EngineDescription, num_train: in
     n_epochs = values.pop("n_epochs", None)
 
     fields = _online_defaults(values, engine) | values
-    fields["learning_rate"] = multiplier * fields.get("learning_rate", MezoConfig.learning_rate)
     fields["per_device_train_batch_size"] = batch_size
     fields["seed"] = seed
     if n_epochs is None:
@@ -109,6 +107,7 @@ def resolve(request: Mapping[str, Any], engine: EngineDescription, num_train: in
     else:
         fields["num_train_epochs"] = n_epochs
     config = _validated(fields, given)
+    config = _multiplied(config, multiplier, given)
     _check_against(engine, config, given)
 
     if "max_steps" in fields:
@@ -143,20 +142,8 @@ def _given(request: Mapping[str, Any]) -> dict[str, _Given]:
 
 
 def _require_type(sent: _Given, kind: Any) -> None:
-    """A boolean is no number, and a string neither."""
-    try:
-        TypeAdapter(kind).validate_python(sent.value, strict=True)
-    except ValidationError:
-        raise _refusal(sent, f'{_describe(kind)}, or "auto"') from None
-
-
-def _describe(kind: Any) -> str:
-    if get_origin(kind) is Literal:
-        return f"one of {', '.join(get_args(kind))}"
-    choices = [choice for choice in get_args(kind) if choice is not NoneType]
-    if NoneType in get_args(kind):
-        return f"{_describe(choices[0])}, null"
-    return {int: "a whole number", float: "a number", bool: "true or false", str: "a string", list[str]: "a list of strings"}[kind]
+    if not fits(sent.value, kind):
+        raise _refusal(sent, f'{described(kind)}, or "auto"')
 
 
 def _check_together(given: Mapping[str, _Given]) -> None:
@@ -186,10 +173,22 @@ def _online_defaults(values: Mapping[str, Any], engine: EngineDescription) -> di
     tuning = values.get("tuning", "lora" if values.get("invocation") is None else "alora")
     return {
         "tuning": tuning,
-        "target_modules": engine.default_target_modules.get(tuning, []),
-        "max_tokens_per_batch": engine.micro_step_tokens,
+        "target_modules": engine.default_target_modules.get(tuning) or engine.target_modules,
+        "r": min(MezoConfig.r, engine.max_lora_rank),
+        "estimator": _default_estimator(values.get("num_perturbations", MezoConfig.num_perturbations), engine),
+        "max_tokens_per_batch": min(engine.micro_step_tokens, engine.kv_capacity),
         "save_steps": values.get("eval_steps", MezoConfig.eval_steps),
     }
+
+
+def _default_estimator(num_perturbations: int, engine: EngineDescription) -> Estimator:
+    estimator = defaults(num_perturbations, None, 1)["estimator"]
+    return estimator if _slots(estimator) <= engine.max_loras_per_batch else "one_sided"
+
+
+def _slots(estimator: Estimator) -> int:
+    """Of the LoRA pool, that a job needs: theta and one direction, beside the base model and what is served."""
+    return 1 + len(SIGNS[estimator]) + 1 + SPARE_SLOTS
 
 
 def _validated(fields: dict[str, Any], given: Mapping[str, _Given]) -> MezoConfig:
@@ -197,6 +196,13 @@ def _validated(fields: dict[str, Any], given: Mapping[str, _Given]) -> MezoConfi
         return MezoConfig(**fields)
     except ConfigError as error:
         raise _refused(_WIRE_NAMES.get(error.field, error.field), error.value, error.allowed, given) from error
+
+
+def _multiplied(config: MezoConfig, multiplier: float, given: Mapping[str, _Given]) -> MezoConfig:
+    try:
+        return replace(config, learning_rate=multiplier * config.learning_rate)
+    except ConfigError as error:
+        raise _refusal(given["learning_rate_multiplier"], f"one that leaves the learning rate {error.allowed}") from error
 
 
 def _check_against(engine: EngineDescription, config: MezoConfig, given: Mapping[str, _Given]) -> None:
@@ -213,8 +219,7 @@ def _check_against(engine: EngineDescription, config: MezoConfig, given: Mapping
     targets, adaptable = config.target_modules or [], engine.target_modules
     require("target_modules", set(targets) <= set(adaptable), f"some of {', '.join(adaptable)}, which this server adapts")
     require("target_modules", len(set(targets)) == len(targets), "each module once")
-    # theta and one direction, beside the base model and what is served
-    slots = 1 + len(SIGNS[config.estimator]) + 1 + SPARE_SLOTS
+    slots = _slots(config.estimator)
     require("estimator", slots <= engine.max_loras_per_batch,
             f"one that the server's --max-loras-per-batch={engine.max_loras_per_batch} has room for: this one needs {slots}")  # fmt: skip
     require("max_tokens_per_batch", config.max_tokens_per_batch <= engine.kv_capacity,
