@@ -1,4 +1,4 @@
-"""Rows to tokens: every form of row, every way in which a row or a file can be bad, and the order of batches."""
+"""Rows to tokens: every form of row, and every way in which one can be bad."""
 
 import json
 import logging
@@ -14,7 +14,8 @@ from sglang.srt.mezo.data import (
     get_task,
 )
 from sglang.srt.mezo.errors import DataError
-from sglang.srt.mezo.rows import SourceRow, read_jsonl, read_rows, sample_rows
+from sglang.srt.mezo.rows import SourceRow, read_rows
+from sglang.srt.mezo.tasks import TASKS
 
 CONTEXT = 40
 END = 2
@@ -134,6 +135,7 @@ BAD_ROWS = {
     "empty option": ({**CHOICE, "options": [" great", ""]}, "none may be empty"),
     "options no list": ({**CHOICE, "options": " great"}, "options=' great' must be a list of strings"),
     "option no text": ({**CHOICE, "options": [" great", 3]}, "must be a list of strings"),
+    "two options the same": ({**CHOICE, "options": [" bad", " great", " bad"]}, "options[0]=' bad' and options[2]=' bad' are the same tokens"),
     "label too large": ({**CHOICE, "label": 2}, "label=2 must be an index of the 2 options"),
     "label negative": ({**CHOICE, "label": -1}, "label=-1 must be an index of the 2 options"),
     "label a boolean": ({**CHOICE, "label": True}, "label=True must be an index of the 2 options"),
@@ -192,12 +194,17 @@ def test_a_message_shows_the_beginning_of_a_long_value(encoder):
     assert "label='xxx" in str(caught.value) and len(str(caught.value)) < 500
 
 
-def test_a_line_may_have_a_length(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_text('{"text": "a"}\n{"text": "abc"}\n')
-    assert len(list(read_jsonl(path, "rows.jsonl", max_line_bytes=16))) == 2
-    with pytest.raises(DataError, match="rows.jsonl:2: the line is longer than 15 bytes"):
-        list(read_jsonl(path, "rows.jsonl", max_line_bytes=15))
+def test_options_of_the_same_tokens_are_refused(tokenizer):
+    """Where the tokenizer makes the same of two texts, nothing tells them apart either."""
+
+    class Lower:
+        eos_token_id = END
+
+        def __call__(self, texts, **settings):
+            return tokenizer(texts.lower() if isinstance(texts, str) else [text.lower() for text in texts], **settings)
+
+    with pytest.raises(DataError, match=r"options\[0\]=' great' and options\[2\]=' Great' are the same tokens"):
+        Encoder(Lower(), CONTEXT).encode({**CHOICE, "options": [" great", " bad", " Great"]})
 
 
 @pytest.mark.parametrize(
@@ -206,7 +213,11 @@ def test_a_line_may_have_a_length(tmp_path):
         ({"label": 1}, "column 'sentence' is missing"),
         ({"sentence": "good"}, "column 'label' is missing"),
         ({"sentence": "good", "label": -1}, "label=-1 must be an index of the 2 options"),
-        ({"sentence": 5, "label": 1}, "'int' object has no attribute 'strip'"),
+        ({"sentence": 5, "label": 1}, "sentence=5 must be a string"),
+        ({"sentence": None, "label": 1}, "sentence=None must be a string"),
+        ({"sentence": ["good"], "label": 1}, r"sentence=\['good'\] must be a string"),
+        ({"sentence": "\ud800", "label": 1}, "sentence is no Unicode text"),
+        ({"sentence": "good", "label": None}, "label=None must be an index of the 2 options"),
     ],
 )
 def test_a_bad_row_of_a_task_is_reported_too(tokenizer, row, reason):
@@ -274,75 +285,11 @@ def test_no_usable_row_is_an_error(encoder, on_bad_row):
         encoder.encode_rows([SourceRow({"question": "?"}, "rows.jsonl", 1)], on_bad_row)
 
 
-# --- files -------------------------------------------------------------------------------------------------------------
-
-
-def test_jsonl_rows_keep_their_line_numbers(tmp_path):
-    path = write_lines(tmp_path / "rows.jsonl", {"text": "a"}, "", "   ", {"text": "b"})
-    assert read_rows(path, "any") == [SourceRow({"text": "a"}, path, 1), SourceRow({"text": "b"}, path, 4)]
-
-
-def test_a_byte_order_mark_and_carriage_returns_do_no_harm(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes(b'\xef\xbb\xbf{"text": "a"}\r\n{"text": "caf\xc3\xa9"}\r\n')
-    assert [row.fields for row in read_rows(str(path), "train")] == [{"text": "a"}, {"text": "café"}]
-
-
-def test_a_folder_gives_the_file_of_the_split(tmp_path):
-    write_lines(tmp_path / "train.jsonl", {"text": "a"})
-    write_lines(tmp_path / "validation.jsonl", {"text": "b"})
-    assert [row.fields["text"] for row in read_rows(str(tmp_path), "validation")] == ["b"]
-
-
-def test_a_text_file_has_a_row_for_every_line_that_is_not_blank(tmp_path):
-    path = tmp_path / "book.txt"
-    path.write_text("two\n\nlines", encoding="utf-8")
-    assert read_rows(str(path), "train") == [SourceRow({"text": "two"}, str(path), 1), SourceRow({"text": "lines"}, str(path), 3)]
-
-
-def test_a_text_file_that_is_no_text_is_refused(tmp_path):
-    (tmp_path / "book.txt").write_bytes(b"caf\xe9")
-    with pytest.raises(DataError, match="book.txt: not UTF-8 text"):
-        read_rows(str(tmp_path / "book.txt"), "train")
-
-
-def test_other_files_are_read_by_datasets(tmp_path, monkeypatch):
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    folder = tmp_path / "data"
-    folder.mkdir()
-    (folder / "train.csv").write_text("prompt,completion\nit was,great\nit is,bad\n")
-    rows = read_rows(str(folder), "train")
-    assert rows[1] == SourceRow({"prompt": "it is", "completion": "bad"}, f"{folder}[train]", 2)
-    with pytest.raises(DataError, match="cannot load split 'test'"):
-        read_rows(str(folder), "test")
-
-
-@pytest.mark.parametrize("name", ["missing.jsonl", "missing.txt"])
-def test_a_missing_file_is_an_error_with_its_name(tmp_path, name):
-    with pytest.raises(DataError, match=f"{name}: no such file"):
-        read_rows(str(tmp_path / name), "train")
-
-
-def test_a_data_set_that_cannot_be_found_is_an_error_with_its_name(tmp_path):
-    with pytest.raises(DataError, match="nobody: cannot load split 'train'"):
-        read_rows(str(tmp_path / "nobody"), "train")
-
-
 def test_an_unknown_task_is_an_error_that_lists_the_known_ones():
     with pytest.raises(DataError, match="unknown task 'sst3'; known tasks: .*sst2"):
         get_task("sst3")
 
 
-# --- order -------------------------------------------------------------------------------------------------------------
-
-
-def test_sampled_rows_are_distinct_and_a_function_of_the_seed():
-    rows = [SourceRow({}, "rows", line) for line in range(100)]
-    lines = [row.line for row in sample_rows(rows, 30, seed=1)]
-    assert len(set(lines)) == 30 and lines != sorted(lines)
-    assert lines == [row.line for row in sample_rows(rows, 30, seed=1)]
-    assert lines != [row.line for row in sample_rows(rows, 30, seed=2)]
-    assert lines == [row.line for row in sample_rows(rows, None, seed=1)][:30]  # a larger sample holds the smaller one
-    assert sorted(row.line for row in sample_rows(rows, None, seed=1)) == list(range(100))
+@pytest.mark.parametrize("name", ["sst2", "SST2", "SST-2", "sst_2"])
+def test_a_task_is_found_however_its_name_is_written(name):
+    assert get_task(name) is TASKS["sst2"]

@@ -155,12 +155,14 @@ class Encoder:
             raise DataError(f"options={shown(list(text.options))}: at least one is needed, and none may be empty")
         if not isinstance(text.label, int) or isinstance(text.label, bool) or not 0 <= text.label < len(text.options):
             raise DataError(f"label={shown(text.label)} must be an index of the {len(text.options)} options")
+        _require_distinct(text.options, text.options)
         [prompt] = yield Texts([text.prompt])
         if not prompt:
             raise DataError("the prompt has no tokens")
         if len(prompt) >= self.max_length:  # before every option is tokenised together with it
             raise DataError(f"a prompt of {len(prompt)} tokens and an option are more than the context of {self.max_length}")
         options = yield from self._continuations(text, prompt)
+        _require_distinct(text.options, options)
         return self._checked(Example(tuple(prompt), options, text.label))
 
     def _continuations(self, text: TextExample, prompt: list[int]) -> Encoding[tuple[tuple[int, ...], ...]]:
@@ -190,6 +192,15 @@ class Encoder:
         if self.invocation:
             invocation_start(example.prompt, self.invocation)
         return example
+
+
+def _require_distinct(options: Sequence[str], values: Sequence[Any]) -> None:
+    """Between two options that are the same, as text or as tokens, nothing can be chosen or learned."""
+    first: dict[Any, int] = {}
+    for place, value in enumerate(values):
+        if (earlier := first.setdefault(value, place)) != place:
+            told = [shown(options[i]) for i in (earlier, place)]
+            raise DataError(f"options[{earlier}]={told[0]} and options[{place}]={told[1]} are the same tokens: nothing tells one from the other")
 
 
 def _require_text(name: str, value: Any) -> None:
@@ -242,7 +253,8 @@ def default_objective(examples: Sequence[Example], rows: Sequence[SourceRow]) ->
 
 
 def get_task(name: str) -> Task:
-    """The task of that name; raises DataError for an unknown one."""
-    if name not in TASKS:
+    """The task of that name, as SST2, sst-2 and sst2 are one; raises DataError for an unknown one."""
+    task = TASKS.get(name.lower().replace("-", "").replace("_", ""))
+    if task is None:
         raise DataError(f"unknown task {name!r}; known tasks: {', '.join(sorted(TASKS))}")
-    return TASKS[name]
+    return task

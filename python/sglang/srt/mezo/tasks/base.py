@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from sglang.srt.mezo.errors import DataError, shown
+
 
 @dataclass(frozen=True)
 class TextExample:
@@ -35,4 +37,21 @@ class Task(ABC):
 
     @abstractmethod
     def render(self, row: Mapping[str, Any]) -> TextExample:
-        """Turn a row into words; raises KeyError where a column is missing."""
+        """Turn a row into words.
+
+        Raises:
+            KeyError: a column is missing.
+            DataError: a column has a value that it cannot have.
+        """
+
+
+def text_of(row: Mapping[str, Any], column: str) -> str:
+    """The text in a column of a row; raises what ``Task.render`` does."""
+    value = row[column]
+    if not isinstance(value, str):
+        raise DataError(f"{column}={shown(value)} must be a string")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair, which no tokenizer takes
+        raise DataError(f"{column} is no Unicode text: {error}") from error
+    return value

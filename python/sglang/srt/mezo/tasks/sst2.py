@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from sglang.srt.mezo.tasks.base import Task, TextExample
+from sglang.srt.mezo.tasks.base import Task, TextExample, text_of
 
 
 class SST2(Task):
@@ -13,5 +13,5 @@ class SST2(Task):
 
     def render(self, row: Mapping[str, Any]) -> TextExample:
         return TextExample(
-            prompt=f"{row['sentence'].strip()}{self.invocation}", options=(" terrible", " great"), label=row["label"]
+            prompt=f"{text_of(row, 'sentence').strip()}{self.invocation}", options=(" terrible", " great"), label=row["label"]
         )
