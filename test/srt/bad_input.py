@@ -153,6 +153,7 @@ JOBS: dict[str, tuple[dict[str, Any], Expected]] = {
     "unknown module": hyperparameter("target_modules", ["fc1"], "some of k_proj, out_proj, q_proj, v_proj"),
     "too many directions": hyperparameter("num_perturbations", 65, "at most 64"),
     "invocation for ordinary LoRA": ({"method": supervised(**JOB, tuning="lora")}, (400, f"{PLACE}.invocation", "invalid_value", "null")),
+    "no modules": hyperparameter("target_modules", None, 'target_modules=None is not allowed: a list of strings, or "auto"'),
     "a deep list": hyperparameter("target_modules", json.loads("[" * 200 + "]" * 200), "a list of strings"),
     "unknown hyperparameter": hyperparameter("epsilon", 1, "is not a hyperparameter; there are n_epochs, ", "unknown_parameter"),
     **{name: hyperparameter(name, "/tmp/x", "is not a hyperparameter", "unknown_parameter") for name in (

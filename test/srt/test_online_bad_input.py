@@ -52,7 +52,7 @@ class FrontDoor:
         self.answer = self.greedy()
         self.files = [self.upload(reviews("train", 64)), self.upload(reviews("validation", 16))]
         self.done = self.create(*self.files, suffix="done", max_steps=2, save_steps=1).id
-        self.deleted = self.create(*self.files, suffix="deleted", max_steps=1).id
+        self.deleted = self.create(*self.files, suffix="deleted", max_steps=1, target_modules=["k_proj"]).id  # no q beside it, no v
         self.cancelled = self.create(self.files[0], suffix="cancelled", max_steps=10**9).id
         self.paused = self.create(self.files[0], suffix="paused", max_steps=10**9).id
         for job in (self.done, self.deleted):

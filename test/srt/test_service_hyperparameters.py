@@ -132,7 +132,7 @@ WRONG_TYPES = {
 
 def wrong_values():
     for name, kind in KINDS.items():
-        base = next((base for base in WRONG_TYPES if base == kind or base in getattr(kind, "__args__", ())), str)
+        base = next((base for base in reversed(WRONG_TYPES) if base == kind or base in getattr(kind, "__args__", ())), str)
         nullable = type(None) in getattr(kind, "__args__", ())
         yield from ((name, value) for value in WRONG_TYPES[base] if not (nullable and value is None))
 
@@ -144,6 +144,17 @@ def test_a_wrong_type_is_named_with_its_path_and_what_is_allowed(name, value):
     assert error.code == "invalid_value"
     assert error.message.startswith(f"{PLACE}.{name}={value!r} is not allowed: ")
     assert error.message.endswith('or "auto"')
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_null_is_a_setting_of_its_own_or_refused(name):
+    """What is settled has a value for all that a run cannot go without."""
+    if type(None) not in getattr(KINDS[name], "__args__", ()):
+        assert refused(request(**{name: None})).param == f"{PLACE}.{name}"
+        return
+    config, hyperparameters = resolved(**{name: None})
+    assert reported(config, hyperparameters)[name] is None and getattr(MezoConfig(), name) is None
+    assert config["target_modules"] and MezoConfig(**config)
 
 
 @pytest.mark.parametrize(

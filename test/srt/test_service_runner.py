@@ -1,7 +1,9 @@
 """Training in the scheduler, piece by piece: the offline run's numbers, whatever happens between the pieces."""
 
 import json
+import shutil
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 
 import oracle
@@ -63,8 +65,13 @@ def events(engine):
 
 
 def held(engine):
-    handle = engine.handle
-    return handle.free_kv_tokens, handle.free_rows, handle.lora_manager.num_pinned_loras
+    from sglang.srt.mezo import slot_room
+
+    handle, manager = engine.handle, engine.handle.lora_manager
+    registries = [sorted(known) for known in (manager.configs, manager.loras, manager.lora_refs)]
+    in_pool = sorted(uid for uid in manager.memory_pool.uid_to_buffer_id if uid is not None)
+    loaded = sum(map(len, engine.runner._loaded.values()))
+    return handle.free_kv_tokens, handle.free_rows, manager.num_pinned_loras, registries, in_pool, slot_room._reserved, loaded
 
 
 def end_job(engine):
@@ -447,6 +454,155 @@ def test_a_job_that_cannot_start_is_refused_and_holds_nothing(engine, config, mo
     assert not ok and at == param and message in text
     assert start(engine, replace(config, r=4), model_path)[0], "the engine is free"
     stop(engine)
+
+
+@pytest.mark.parametrize("targets", [names for n in (1, 2, 3) for names in combinations(["q_proj", "k_proj", "v_proj"], n)], ids="-".join)
+def test_every_subset_of_a_fused_layer_can_be_trained(engine, config, model_path, targets):
+    config = replace(config, r=4, max_steps=2)
+    assert start(engine, config, model_path, target_modules=list(targets))[0]
+    engine.call(tick)
+    kind, _, message, _ = engine.call(events)[-1]
+    assert kind == "succeeded", message
+    saved = json.loads((Path(config.output_dir) / "adapter" / "adapter_config.json").read_text())
+    assert saved["target_modules"] == sorted(targets)
+
+
+# --- what fails while a job is set up ------------------------------------------------------------------------------------
+
+
+def fail_once(engine, place, call):
+    """The ``call``-th call of a function of the engine ends as if the memory did."""
+    from sglang.srt.mezo.slots import SlotLayout
+
+    owner, name = {
+        "loading": (engine.handle.lora_manager, "load_lora_weights_from_tensors"),
+        "fetching": (engine.handle.lora_manager, "fetch_new_loras"),
+        "writing": (SlotLayout, "targets"),
+        "computing": (engine.handle.model_runner.model.model, "forward"),
+        "inserting": (engine.scheduler.tree_cache, "insert"),
+    }[place]
+    original, calls = getattr(owner, name), iter(range(call - 1, -1, -1))
+
+    def failing(*arguments, **named):
+        if next(calls, None) == 0:
+            raise MemoryError(f"no memory while {place}")
+        return original(*arguments, **named)
+
+    engine.restore = (owner, name, original)
+    setattr(owner, name, failing)
+
+
+def restore(engine):
+    setattr(*engine.restore)
+
+
+@pytest.mark.parametrize("call", [1, 2, 3, 5])
+@pytest.mark.parametrize("place", ["loading", "fetching", "writing", "computing", "inserting"])
+def test_a_job_that_fails_as_it_is_set_up_gives_back_all_that_it_took(engine, config, model_path, tmp_path, place, call):
+    before = engine.call(flush) or engine.call(held)
+    assert start(engine, replace(config, r=4, max_steps=2), model_path)[0]
+    engine.call(fail_once, place, call)
+    try:
+        engine.call(tick)
+    finally:
+        engine.call(restore)
+    kind, _, message, _ = engine.call(events)[-1]
+    assert kind == "failed" and f"no memory while {place}" in message
+    engine.call(flush)
+    assert engine.call(held) == before
+    again = replace(config, r=4, max_steps=2, output_dir=str(tmp_path / "again"))
+    assert start(engine, again, model_path)[0]
+    engine.call(tick)
+    assert engine.call(events)[-1][0] == "succeeded"
+
+
+def pin_another(engine, names):
+    """Adapters that a request pins while a job waits for its slots."""
+    from sglang.srt.lora.lora_registry import LoRARef
+
+    refs = [LoRARef(lora_name=name, lora_path="__tensor__", pinned=True) for name in names]
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
+    state = {
+        f"base_model.model.model.decoder.layers.{layer}.self_attn.{part}.lora_{side}.weight": torch.zeros(*shape)
+        for layer in range(2) for part in ("q_proj", "v_proj") for side, shape in (("A", (4, 64)), ("B", (64, 4)))
+    }  # fmt: skip
+    for ref in refs:
+        result = engine.handle.lora_manager.load_lora_adapter_from_tensors(ref, state, config)
+        assert result.success, result.error_message
+    engine.pinned = refs
+
+
+def unpin(engine):
+    for ref in engine.pinned:
+        engine.handle.lora_manager.unload_lora_adapter(ref)
+
+
+def test_slots_that_others_pin_in_the_meantime_end_the_job_and_no_other(engine, config, model_path, tmp_path):
+    """The job needs five slots; six are free as it starts, and four when it comes to take them."""
+    before = engine.call(held)
+    assert start(engine, replace(config, r=4), model_path)[0]
+    engine.call(pin_another, ["mezo-current", "mine"])
+    try:
+        engine.call(tick, 20)
+        stop(engine)
+    finally:
+        engine.call(unpin)
+    assert engine.call(held) == before
+    assert start(engine, replace(config, r=4, max_steps=1, output_dir=str(tmp_path / "again")), model_path)[0]
+    engine.call(tick)
+    assert engine.call(events)[-1][0] == "succeeded"
+
+
+def test_a_users_adapter_of_any_name_is_in_no_jobs_way(engine, config, model_path):
+    engine.call(pin_another, ["mezo-current"])
+    try:
+        assert start(engine, replace(config, r=4, max_steps=1), model_path)[0]
+        engine.call(tick)
+        assert engine.call(events)[-1][0] == "succeeded"
+    finally:
+        engine.call(unpin)
+
+
+def damage_state(folder: Path) -> None:
+    (folder / "trainer_state.json").write_text("{")
+
+
+def damage_metrics(folder: Path) -> None:
+    (folder / "metrics.jsonl").unlink()
+    (folder / "metrics.jsonl").mkdir()
+
+
+def damage_initial_adapter(folder: Path) -> None:
+    (folder / "initial_adapter" / "adapter_model.safetensors").write_bytes(b"x" * 100)
+
+
+@pytest.mark.parametrize("damage", [damage_state, damage_metrics, damage_initial_adapter])
+def test_a_run_that_cannot_be_taken_up_leaves_engine_and_files_free(engine, config, model_path, damage, tmp_path):
+    config = replace(config, r=4, max_steps=2)
+    assert start(engine, config, model_path)[0]
+    engine.call(tick)
+    folder, kept = Path(config.output_dir), tmp_path / "kept"
+    shutil.copytree(folder, kept)
+    before = engine.call(held)
+    damage(folder)
+    assert start(engine, replace(config, resume_from_checkpoint=True, max_steps=4), model_path)[0]
+    engine.call(tick)
+    assert engine.call(events)[-1][0] == "failed"
+    assert engine.call(held) == before
+    shutil.rmtree(folder)
+    shutil.copytree(kept, folder)
+    assert start(engine, replace(config, resume_from_checkpoint=True, max_steps=4), model_path)[0], "the log has no other writer"
+    engine.call(tick)
+    assert engine.call(events)[-1][0] == "succeeded"
+
+
+def test_a_folder_that_cannot_be_made_ends_the_job_and_no_other(engine, config, model_path, tmp_path):
+    before = engine.call(held)
+    (tmp_path / "file").write_text("")
+    assert start(engine, replace(config, r=4, output_dir=str(tmp_path / "file")), model_path)[0]
+    engine.call(tick)
+    assert engine.call(events)[-1][0] == "failed"
+    assert engine.call(held) == before
 
 
 def test_commands_for_another_job_are_refused(engine, config, model_path):

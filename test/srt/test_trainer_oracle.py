@@ -134,11 +134,11 @@ def model(request, tmp_path_factory):
     engine.close()
 
 
-def random_adapter(engine: EngineProcess, kind: str, path: str, tuning: str) -> Adapter:
+def random_adapter(engine: EngineProcess, kind: str, path: str, tuning: str, targets: Sequence[str] | None = None) -> Adapter:
     """An adapter in the middle of training: neither matrix is zero."""
     invocation = oracle.INVOCATION if tuning == "alora" else ()
     # PEFT cannot run aLoRA on OPT's fc1 and fc2, which Transformers calls with flattened batches.
-    targets = [name for name in oracle.TARGETS[kind] if tuning == "lora" or not name.startswith("fc")]
+    targets = targets or [name for name in oracle.TARGETS[kind] if tuning == "lora" or not name.startswith("fc")]
     spec = AdapterSpec(path, 4, 8, tuple(targets), invocation)
     adapter = Adapter.initial(spec, engine.call(sites, spec), seed=3)
     adapter.theta.add_(direction(99, 0, adapter.numel), alpha=0.05)
@@ -169,6 +169,25 @@ def test_losses_equal_peft(model, tuning, batch, tmp_path):
     assert max(abs(a - b) for a, b in zip(adapted, base)) > 2e-3, "the adapter must matter"
     assert plus + minus == pytest.approx([expected] * 2 * NUM_PERTURBATIONS, abs=1e-4)
     assert leaked == 0
+
+
+@pytest.mark.parametrize("targets", [["k_proj"], ["v_proj"], ["q_proj", "k_proj"], ["k_proj", "v_proj"], ["up_proj"], ["gate_proj", "v_proj"], ["fc2", "k_proj"]])
+@pytest.mark.parametrize("tuning", ["alora", "lora"])
+def test_any_subset_of_the_modules_can_be_adapted(model, tuning, targets, tmp_path):
+    """SGLang's fused layers are given zeros for what is left out."""
+    kind, path, engine = model
+    if not set(targets) <= set(oracle.TARGETS[kind]) or (tuning == "alora" and "fc2" in targets):
+        pytest.skip("another model's modules")
+    objective, examples = BATCHES["longer options"]
+    adapter = random_adapter(engine, kind, path, tuning, targets)
+    z = [direction(6, 0, adapter.numel)]
+    plus, minus, _, leaked = engine.call(losses, tuning, adapter.spec, examples, objective, adapter.theta, z, 0.05, {})
+    for sign, loss in ((1, *plus), (-1, *minus)):
+        moved = Adapter(adapter.spec, adapter.sites)
+        moved.theta = adapter.theta + sign * 0.05 * z[0]
+        with torch.no_grad():
+            assert loss == pytest.approx(reference_loss(oracle.Reference(path, moved, tmp_path / "adapter"), objective, examples).item(), abs=1e-4)
+    assert plus != minus and leaked == 0
 
 
 @pytest.mark.parametrize("batch", BATCHES)

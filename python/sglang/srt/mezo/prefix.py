@@ -189,10 +189,15 @@ class BasePrefixes:
             ]
             _, new = extend(self._handle, sequences)
             self._stats.computed += new.numel()
-            parts = new.split([len(sequence.tokens) for sequence in sequences])
-            for prefix, hit, indices, part in zip(prefixes, hits, cached, parts):
-                # The tree owns the new KV from here on, and frees what another prefix of the batch brought already.
-                tree.insert(InsertParams(key=_key(prefix), value=torch.cat((indices, part)), prev_prefix_len=hit))
+            parts = list(new.split([len(sequence.tokens) for sequence in sequences]))
+            try:
+                for prefix, hit, indices in zip(prefixes, hits, cached):
+                    # The tree owns the new KV from here on, and frees what another prefix of the batch brought already.
+                    tree.insert(InsertParams(key=_key(prefix), value=torch.cat((indices, parts[0])), prev_prefix_len=hit))
+                    del parts[0]
+            finally:
+                for part in parts:  # what the tree did not take
+                    self._handle.kv_allocator.free(part)
         finally:
             for lock in locks:
                 tree.unlock(lock)

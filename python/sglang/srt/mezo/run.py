@@ -6,6 +6,7 @@ Every tensor-parallel rank goes through the same passes; files, metrics and what
 import math
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -212,10 +213,11 @@ class TrainingRun:
             self.tracker.warn(warning, trainer.global_step)
 
     def _close_files(self) -> None:
-        if hasattr(self, "tracker"):
-            self.tracker.close()
-        if hasattr(self, "log"):
-            self.log.close()
+        with ExitStack() as stack:  # the log even if the metrics cannot be closed, as their last line finds a full disk
+            if hasattr(self, "log"):
+                stack.callback(self.log.close)
+            if hasattr(self, "tracker"):
+                self.tracker.close()
 
     def _report_step(self, result: StepResult) -> None:
         """First the log: a step that anybody hears of is on disk."""

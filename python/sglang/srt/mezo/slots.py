@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from uuid import uuid4
 
 import torch
 
@@ -46,26 +47,38 @@ def adaptable_modules(handle: EngineHandle) -> list[str]:
 
 
 class Slot:
-    """One adapter's place in the pool, pinned until ``release``; weights never pass through SGLang's loader."""
+    """One adapter's place in the pool, pinned until ``release``; weights never pass through SGLang's loader.
+
+    Raises:
+        CapacityError: the pool has no room. Whatever is raised, nothing stays taken.
+    """
 
     def __init__(self, handle: EngineHandle, spec: AdapterSpec, layout: "SlotLayout", name: str):
         from sglang.srt.lora.lora_registry import LoRARef
 
         self._handle = handle
         self._layout = layout
-        self._ref = LoRARef(lora_name=name, lora_path=f"mezo://{name}", pinned=True)
-        empty = Adapter(spec, layout.sites).state_dict()
+        # No user can have an adapter of that name.
+        self._ref = LoRARef(lora_name=f"mezo://{name}/{uuid4().hex}", lora_path=f"mezo://{name}", pinned=True)
+        with ExitStack() as release_on_error:
+            release_on_error.callback(self.release)
+            self._claim(spec, name)
+            release_on_error.pop_all()
+
+    def _claim(self, spec: AdapterSpec, name: str) -> None:
+        manager = self._handle.lora_manager
+        empty = Adapter(spec, self._layout.parts).state_dict()
         config = {
             "peft_type": "LORA",
             "r": spec.r,
             "lora_alpha": spec.lora_alpha,
             "target_modules": list(spec.target_modules),
         }
-        result = handle.lora_manager.load_lora_adapter_from_tensors(self._ref, empty, config)
+        result = manager.load_lora_adapter_from_tensors(self._ref, empty, config)
         if not result.success:
             raise CapacityError(f"adapter slot {name!r}: {result.error_message}")
-        handle.lora_manager.fetch_new_loras({self._ref.lora_id})
-        self._targets = layout.targets(handle, handle.lora_manager.memory_pool.uid_to_buffer_id[self.lora_id])
+        manager.fetch_new_loras({self.lora_id})
+        self._targets = self._layout.targets(self._handle, manager.memory_pool.uid_to_buffer_id[self.lora_id])
 
     @property
     def lora_id(self) -> str:
@@ -80,7 +93,9 @@ class Slot:
         torch._foreach_copy_(self._targets, self._layout.blocks_of(weights))
 
     def release(self) -> None:
-        self._handle.lora_manager.unload_lora_adapter(self._ref)
+        result = self._handle.lora_manager.unload_lora_adapter(self._ref)
+        if not result.success:
+            raise RuntimeError(f"adapter slot {self._ref.lora_name!r} is still taken: {result.error_message}")
 
 
 @dataclass(frozen=True)
@@ -102,6 +117,7 @@ class SlotLayout:
     weights. What comes out are blocks of it, so a write is a copy of each, whatever the layer.
 
     Attributes:
+        parts: what SGLang's layers have in a slot, adapted or not: its loader takes fused layers whole only.
         room: float32 [numel] on the CPU, for an adapter that is made only to be written; elsewhere it is copied once more.
     """
 
@@ -109,6 +125,7 @@ class SlotLayout:
         self.sites = adapter.sites
         self._r = adapter.spec.r
         self._layers = _layers(handle, adapter.spec.target_modules)
+        self.parts = [part for layer in self._layers for part in layer.parts]
         positions = Adapter(adapter.spec, adapter.sites)
         positions.theta = torch.arange(adapter.numel)
         matrices = {site.path: (a, b) for site, a, b in positions.matrices()}
@@ -272,5 +289,7 @@ class PerturbedSlots:
         self.current.write(self._adapter.theta)
 
     def release(self) -> None:
-        while self._slots:
-            self._slots.pop().release()
+        slots, self._slots = self._slots, []
+        with ExitStack() as stack:  # all of them, even if one fails
+            for slot in slots:
+                stack.callback(slot.release)

@@ -5,7 +5,7 @@ What takes long comes as ``Passes``, one forward pass at a time; each has a twin
 
 import math
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 
 import torch
 
@@ -299,9 +299,10 @@ class MezoTrainer:
             raise ConfigError("metric_for_best_model", self.config.metric_for_best_model, f"one of {', '.join(metrics)}")
 
     def close(self) -> None:
-        """Give slots and locks back to the engine."""
-        self.scorer.base_prefixes.release()
-        self.slots.release()
+        """Give slots and locks back to the engine, the ones even if the others fail."""
+        with ExitStack() as stack:
+            stack.callback(self.slots.release)
+            stack.callback(self.scorer.base_prefixes.release)
 
 
 def _check_invocation(config: MezoConfig, spec: AdapterSpec) -> None:

@@ -32,8 +32,9 @@ KINDS: dict[str, Any] = {
     "batch_size": int,
     "learning_rate_multiplier": float,
     **{name: _TYPES[name] for name in _SETTINGS},
+    "target_modules": list[str],
 }
-"""Every hyperparameter and its type."""
+"""Every hyperparameter and its type; where it takes null, that is a value like others, such as no bound. What a server decides takes none."""
 
 _PLACES = ("hyperparameters", "method.supervised.hyperparameters")
 _WIRE_NAMES = {"per_device_train_batch_size": "batch_size", "num_train_epochs": "n_epochs"}

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
 
@@ -84,11 +85,12 @@ class Job:
             self._work = self.run.passes()
 
     def stop(self) -> None:
-        """Give back the slots and the locks, close the files."""
-        if self._operation is not None:
-            self._fail_operation("the job was stopped")
-        self.trainer.close()
-        self.run.close()
+        """Give back the slots and the locks, close the files: each even if another fails."""
+        with ExitStack() as stack:
+            stack.callback(self.run.close)
+            stack.callback(self.trainer.close)
+            if self._operation is not None:
+                self._fail_operation("the job was stopped")
 
     def extend(self, examples: Sequence[Example]) -> int:
         self._require_open()
