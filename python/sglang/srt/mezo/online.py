@@ -123,6 +123,15 @@ def _dispatch(manager, event) -> None:
         manager.mezo_service.on_event(event)
 
 
+async def _around_shutdown(original: Callable, manager) -> None:
+    """SGLang waits here for SIGTERM, then until its requests are answered and the scheduler has ended."""
+    try:
+        await original(manager)
+    finally:
+        if manager.mezo_service is not None:
+            manager.mezo_service.on_engine_end()
+
+
 def _extend_app(http_server: ModuleType) -> None:
     """Add the routes, and start and stop the service with the application."""
     settings = _settings()
@@ -136,6 +145,8 @@ def _extend_app(http_server: ModuleType) -> None:
     native.install(http_server.app, service)
     page.install(http_server.app)
     install(Hook(_TOKENIZER, "TokenizerManager._handle_batch_output", "around", latency.around_batch_output, "latency of served requests"))
+    http_server.app.add_middleware(service.requests.middleware)
+    install(Hook(_TOKENIZER, "TokenizerManager.sigterm_watchdog", "around", _around_shutdown, "requests do not wait for an engine that has ended"))
     install(Hook("sglang.srt.utils.auth", "add_api_key_middleware", "after", page.after_keys, "the page asks for the key itself"))
     upstream = http_server.app.router.lifespan_context
 
@@ -143,8 +154,8 @@ def _extend_app(http_server: ModuleType) -> None:
     async def lifespan(app):
         async with upstream(app) as state:
             manager = http_server.get_global_state().tokenizer_manager
-            await service.start(manager)
             manager.mezo_service = service
+            await service.start(manager)
             try:
                 yield state
             finally:

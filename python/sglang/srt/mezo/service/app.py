@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from sglang.srt.mezo.errors import MezoError
 from sglang.srt.mezo.service.client import EngineClient
+from sglang.srt.mezo.service.in_flight import RequestsInFlight
 from sglang.srt.mezo.service.latency import LatencyRecorder
 from sglang.srt.mezo.service.manager import JobManager
 from sglang.srt.mezo.service.messages import EngineDescription, MezoEvent
@@ -27,6 +28,7 @@ class Service:
         self.settings = settings
         self.ready = False
         self.latency = LatencyRecorder()
+        self.requests = RequestsInFlight()
         self.client: EngineClient
         self.engine: EngineDescription
         self.store: Store
@@ -59,6 +61,13 @@ class Service:
         self.ready = False
         await self.manager.stop()
         self.store.close()
+
+    def on_engine_end(self) -> None:
+        """The scheduler is gone, and the application is about to stop: nothing that waits for an answer will get one."""
+        if not self.ready:
+            logger.info("the server has been stopped before fine-tuning was on")
+            os._exit(0)  # the start waits for the scheduler, and so for ever
+        self.requests.end()
 
     def _on_job_change(self) -> None:
         self.latency.set_training("running" in self.store.job_counts())

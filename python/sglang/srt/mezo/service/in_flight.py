@@ -1,0 +1,59 @@
+"""Requests that are being answered while the engine ends: none of them would ever get what it waits for."""
+
+import asyncio
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from sglang.srt.utils.json_response import SGLangORJSONResponse
+
+_ENDED = {"message": "the server is shutting down", "type": "server_error", "param": None, "code": "shutting_down"}
+
+
+class RequestsInFlight:
+    """Every HTTP request of the application, SGLang's routes and ours.
+
+    A web server that is asked to end waits for all of them, without a bound: for a publication whose adapter no scheduler
+    will load any more, for rows that a client sends slowly.
+    """
+
+    def __init__(self):
+        self._tasks: set[asyncio.Task] = set()
+        self._ended = False
+
+    def end(self) -> None:
+        """Answer all of them with 503, now, and those that still come; an answer that has begun is broken off."""
+        self._ended = True
+        for task in self._tasks:
+            task.cancel()
+
+    def middleware(self, app: ASGIApp) -> ASGIApp:
+        """``app`` with its requests known here."""
+
+        async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+            if scope["type"] == "http":
+                await self._answer(app, scope, receive, send)
+            else:
+                await app(scope, receive, send)
+
+        return answer
+
+    async def _answer(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+        has_begun = False
+
+        async def send_and_note(message: Message) -> None:
+            nonlocal has_begun
+            has_begun = True
+            await send(message)
+
+        task = asyncio.current_task()
+        self._tasks.add(task)
+        try:
+            if not self._ended:
+                return await app(scope, receive, send_and_note)
+        except asyncio.CancelledError:
+            if not self._ended:
+                raise
+        finally:
+            self._tasks.discard(task)
+        if not has_begun:
+            await SGLangORJSONResponse({"error": _ENDED}, 503, {"Connection": "close"})(scope, receive, send)

@@ -1,0 +1,146 @@
+"""The end of a server: whatever still waits for the engine is answered, and nothing keeps the process."""
+
+import asyncio
+import contextlib
+import socket
+import threading
+import time
+from types import SimpleNamespace
+
+import httpx
+import pytest
+import uvicorn
+from fastapi import FastAPI, Request
+from starlette.responses import StreamingResponse
+
+from sglang.srt.managers.communicator import FanOutCommunicator
+from sglang.srt.mezo import online
+from sglang.srt.mezo.service.app import Service
+from sglang.srt.mezo.service.client import EngineClient
+from sglang.srt.mezo.service.messages import StopJob
+from sglang.srt.mezo.service.settings import ServiceSettings
+
+SECONDS = 10  # a server that does not end within these does not end
+
+
+class Ending:
+    """A web server with the service's middleware, before a scheduler that takes commands and answers none."""
+
+    def __init__(self):
+        self.service = Service(ServiceSettings(enabled=True))
+        self.service.ready = True
+        self.manager = SimpleNamespace(
+            mezo_service=self.service,
+            auto_create_handle_loop=lambda: None,
+            mezo_control_communicator=FanOutCommunicator(lambda request: None, fan_out=1),
+        )
+        self.asked = threading.Semaphore(0)
+        self.app = FastAPI()
+        self.app.add_middleware(self.service.requests.middleware)
+        client = EngineClient(self.manager)
+
+        @self.app.get("/command")
+        async def command():
+            self.asked.release()
+            return await client.call(StopJob(job_id="a"))
+
+        @self.app.post("/rows")
+        async def rows(request: Request):
+            self.asked.release()
+            return len(await request.body())
+
+        @self.app.get("/stream")
+        async def stream():
+            async def words():
+                yield "one "
+                self.asked.release()
+                await asyncio.Event().wait()
+
+            return StreamingResponse(words())
+
+    @contextlib.contextmanager
+    def serving(self):
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            self._server = uvicorn.Server(uvicorn.Config(self.app, lifespan="off", log_level="critical", loop="uvloop"))
+            thread = threading.Thread(target=self._serve, args=(listener,), daemon=True)
+            thread.start()
+            while not self._server.started:
+                time.sleep(0.01)
+            yield listener.getsockname()[1]
+            thread.join(SECONDS)
+            assert not thread.is_alive(), "it waits for what will never come"
+
+    def _serve(self, listener: socket.socket) -> None:
+        async def serve() -> None:
+            self._loop = asyncio.get_running_loop()
+            await self._server.serve([listener])
+
+        asyncio.run(serve())
+
+    def end(self) -> None:
+        """What happens between SIGTERM, once the scheduler has ended, and the web server's own end."""
+
+        async def watchdog(manager) -> None:
+            self._server.should_exit = True
+
+        asyncio.run_coroutine_threadsafe(online._around_shutdown(watchdog, self.manager), self._loop).result()
+
+
+def ask(port: int, answers: list, path: str) -> threading.Thread:
+    def get() -> None:
+        try:
+            response = httpx.get(f"http://127.0.0.1:{port}{path}", timeout=2 * SECONDS)
+            answers.append((response.status_code, response.json()["error"]["code"]))
+        except httpx.TransportError as error:
+            answers.append(type(error))
+
+    thread = threading.Thread(target=get)
+    thread.start()
+    return thread
+
+
+@pytest.mark.parametrize(
+    "path, answer", [("/command", (503, "shutting_down")), ("/stream", httpx.RemoteProtocolError)], ids=["waits", "has begun"]
+)
+def test_what_waits_for_the_engine_ends_with_it(path, answer):
+    ending, answers = Ending(), []
+    with ending.serving() as port:
+        waiting = [ask(port, answers, path) for _ in range(3)]
+        for _ in waiting:
+            ending.asked.acquire()
+        ending.end()
+    for thread in waiting:
+        thread.join()
+    assert answers == [answer] * 3
+
+
+def test_rows_that_a_client_has_not_sent_yet_are_not_waited_for():
+    ending = Ending()
+    with ending.serving() as port, socket.create_connection(("127.0.0.1", port)) as connection:
+        connection.sendall(b"POST /rows HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\nhalf")
+        ending.asked.acquire()
+        ending.end()
+        assert connection.recv(65536).startswith(b"HTTP/1.1 503 ")
+
+
+def test_a_request_that_comes_after_the_engine_has_ended_is_refused():
+    ending = Ending()
+    with ending.serving() as port:
+        ending.service.requests.end()
+        response = httpx.get(f"http://127.0.0.1:{port}/command")
+        assert (response.status_code, response.json()["error"]["code"]) == (503, "shutting_down")
+        ending.end()
+
+
+def test_an_engine_that_ends_before_training_is_on_ends_the_process(monkeypatch):
+    """The start waits for its first answer."""
+    ending = Ending()
+    ending.service.ready = False
+    ended = []
+    monkeypatch.setattr("os._exit", ended.append)
+
+    async def gone(manager) -> None:
+        pass
+
+    asyncio.run(online._around_shutdown(gone, ending.manager))
+    assert ended == [0]
