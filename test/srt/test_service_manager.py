@@ -470,7 +470,7 @@ async def test_an_interrupted_job_fails_after_a_restart_where_that_is_wanted(tmp
         job = await server.running()
         waiting = await server.until(await server.create(), "queued")
     async with serving(tmp_path, tokenizer, on_restart="fail") as server:
-        assert server.store.job(job.id).error["code"] == "server_restarted"
+        assert (await server.until(job, "failed")).error["code"] == "server_restarted"
         await server.started(waiting)
 
 

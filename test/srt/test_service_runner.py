@@ -10,6 +10,7 @@ import oracle
 import pytest
 import torch
 from engine_process import EngineProcess
+from small_disk import small_disk
 
 from sglang.srt.mezo.adapter import Adapter, AdapterSpec
 from sglang.srt.mezo.config import MezoConfig
@@ -209,6 +210,66 @@ def test_stopped_and_started_again_it_ends_as_the_whole_run(engine, config, mode
     assert log_of(config.output_dir) == log_of(whole.output_dir)
     first, second = (json.loads((Path(c.output_dir) / "trainer_state.json").read_text()) for c in (config, whole))
     assert (first["best_global_step"], first["best_metric"]) == (second["best_global_step"], pytest.approx(second["best_metric"]))
+
+
+def test_a_run_on_a_full_disk_stops_and_goes_on_when_there_is_room(engine, config, model_path, tmp_path):
+    """Wherever the room ends: while the folder is made, in a line of metrics, a checkpoint, the best adapter, the result."""
+    config = replace(config, r=4)
+    whole = offline(engine, config, model_path, tmp_path)
+    engine.call(flush)
+    with small_disk(tmp_path / "disk", megabytes=1) as disk:
+        config = replace(config, output_dir=str(disk.path / "run"))
+        stops = 0
+        for pages in (1, 5, 8, 4, 6, 2, 3, 9, 9, 9, 9, None):
+            disk.free()
+            if pages is not None:
+                disk.fill(pages)
+            begun = (disk.path / "run" / "seed_log").exists()
+            assert start(engine, replace(config, resume_from_checkpoint=begun), model_path)[0]
+            engine.call(tick)
+            kind, _, message, data = engine.call(events)[-1]
+            if kind == "succeeded":
+                break
+            assert (kind, data["code"]) == ("failed", "disk_full") and "No space left on device" in message
+            stops += 1
+        assert kind == "succeeded" and stops >= 4
+        assert log_of(config.output_dir) == log_of(whole.output_dir)
+        assert [step for step, *_ in series(config.output_dir)] == sorted({step for step, *_ in series(config.output_dir)})
+        assert not list(disk.path.glob("run/**/.*"))
+
+
+def test_rows_and_updates_that_find_no_room_are_not_there(engine, config, model_path, tmp_path):
+    config = replace(config, r=4, max_steps=2)
+    rows = [(list(e.prompt), [list(o) for o in e.options], e.label) for e in oracle.examples(6, OPTIONS, seed=2)]
+    with small_disk(tmp_path / "disk", megabytes=1) as disk:
+        config = replace(config, output_dir=str(disk.path / "run"))
+        assert start(engine, config, model_path, evaluation=())[0]
+        engine.call(tick_to_step, 1)
+        disk.fill()
+        assert engine.call(refused_for_room, "AppendExamples", {"job_id": "job", "examples": rows})
+        assert engine.call(refused_for_room, "SaveAdapter", {"job_id": "job", "directory": str(disk.path / "saved")})
+        disk.free()
+        assert engine.call(send, "AppendExamples", {"job_id": "job", "examples": rows})[3] == {"step": 2}
+        assert json.loads((Path(config.output_dir) / "segments.json").read_text()) == [[0, 10], [2, 6]]
+        engine.call(tick)
+        again = replace(config, resume_from_checkpoint=True)
+        assert start(engine, again, model_path, evaluation=(), manual=True)[0]
+        engine.call(tick)
+        log = log_of(config.output_dir)
+        update = {"job_id": "job", "zo_random_seed": 7, "projected_grad": [0.5, -0.5, 1.0, 0.0], "learning_rate": 1e-3}
+        disk.fill()
+        assert engine.call(refused_for_room, "ApplyUpdate", update)
+        assert log_of(config.output_dir) == log
+        disk.free()
+        assert engine.call(send, "ApplyUpdate", update)[3] == {"step": 3}
+        stop(engine)
+
+
+def refused_for_room(engine, name, fields) -> bool:
+    from sglang.srt.mezo.service import messages
+
+    reply = engine.runner.handle(messages.MezoReqInput(command=getattr(messages, name)(**fields)))
+    return not reply.success and reply.code == "disk_full"
 
 
 def test_kept_prefixes_stay_within_their_budget_and_go_when_the_pool_is_wanted(engine, config, model_path):

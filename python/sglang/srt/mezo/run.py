@@ -201,8 +201,12 @@ class TrainingRun:
         """What the run did after the adapter that was taken up is dropped: the log is the way to this adapter."""
         self.log.truncate(self.trainer.global_step)
         self.log.append(record)
+        try:
+            self.directory.save_state(self._current_state() | {"best_metric": None, "best_global_step": None})
+        except OSError:  # a step is in the log or it has not been taken
+            self.log.truncate(self.trainer.global_step)
+            raise
         self.state.update(best_metric=None, best_global_step=None)
-        self.directory.save_state(self._current_state())
 
     def _open_tracker(self) -> None:
         trainer = self.trainer

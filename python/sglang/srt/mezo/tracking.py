@@ -16,12 +16,13 @@ class Tracker:
     """Collects the metrics of a run; one line of metrics.jsonl per record.
 
     Args:
-        path: metrics.jsonl; records are appended.
+        path: metrics.jsonl; records are appended, in the place of one that a full disk has cut short.
         first_step: step that the run starts or resumes at.
         max_steps: where it ends.
     """
 
     def __init__(self, config: MezoConfig, path: Path, first_step: int, max_steps: int):
+        _drop_half_line(path)
         self._file = open(path, "a", encoding="utf-8")
         self._bar = tqdm(total=max_steps, initial=first_step, disable=config.disable_tqdm, unit="step", desc="MeZO", dynamic_ncols=True)
         self._board = _tensorboard(config) if config.report_to == "tensorboard" else None
@@ -56,6 +57,12 @@ class Tracker:
         self._file.close()
         if self._board is not None:
             self._board.close()
+
+
+def _drop_half_line(path: Path) -> None:
+    if path.is_file():
+        with open(path, "rb+") as file:
+            file.truncate(file.read().rfind(b"\n") + 1)
 
 
 def _tensorboard(config: MezoConfig):

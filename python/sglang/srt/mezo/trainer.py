@@ -4,7 +4,7 @@ What takes long comes as ``Passes``, one forward pass at a time; each has a twin
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 
 import torch
@@ -245,16 +245,23 @@ class MezoTrainer:
         """The planned examples of ``step``."""
         return [self.train_plans[i] for i in self.stream.batch(step)]
 
-    def extend(self, examples: Sequence[Example]) -> int:
+    def extend(self, examples: Sequence[Example], record: Callable[[], None] = lambda: None) -> int:
         """Add training examples; returns the first step that draws from them, the one after the step in progress.
 
-        It is later where examples that were added before count from later on. ``max_steps`` stays as it is.
+        It is later where examples that were added before count from later on. ``max_steps`` stays as it is. Where ``record``,
+        which is called once they are added, raises, they are not.
         """
         plans = [self.planner.plan(example) for example in examples]
         self.require_usable(plans)
-        self.train_plans += plans
-        first_step = max(self.global_step + 1, self.stream.segments[-1][0])
+        segments = list(self.stream.segments)
+        first_step = max(self.global_step + 1, segments[-1][0])
         self.stream.extend(first_step, len(plans))
+        try:
+            record()
+        except Exception:
+            self.stream.segments = segments
+            raise
+        self.train_plans += plans
         return first_step
 
     def evaluate(self, plans: Sequence[ExamplePlan] | None = None) -> dict[str, float]:

@@ -3,7 +3,7 @@
 import asyncio
 from typing import TYPE_CHECKING, Any
 
-from sglang.srt.mezo.service.errors import EngineRefused
+from sglang.srt.mezo.service.errors import DiskFull, EngineRefused
 from sglang.srt.mezo.service.messages import Command, MezoReqInput
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ class EngineClient:
 
         Raises:
             EngineRefused: with the scheduler's message and the field at fault.
+            DiskFull: a file of the run could not be written.
         """
         # SGLang's communicator hands the answer of a call that was cancelled to the next one: ours are waited for.
         return await asyncio.shield(self._exchange(command))
@@ -42,6 +43,8 @@ class EngineClient:
         self.tokenizer_manager.auto_create_handle_loop()
         replies = await self.tokenizer_manager.mezo_control_communicator(MezoReqInput(command=command))
         for reply in replies:
+            if not reply.success and reply.code == "disk_full":
+                raise DiskFull(reply.message)
             if not reply.success:
                 raise EngineRefused(reply.message, reply.param)
         return replies[0].result

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import sqlite3
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from http import HTTPStatus
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -17,6 +18,7 @@ from starlette.responses import Response
 
 from sglang.srt.mezo.errors import CapacityError, ConfigError, DataError, shown
 from sglang.srt.mezo.service.client import EngineClient
+from sglang.srt.mezo.service.disk import disk_full
 from sglang.srt.mezo.service.errors import RequestError
 from sglang.srt.mezo.service.latency import LatencyRecorder
 from sglang.srt.mezo.service.manager import JobManager
@@ -124,6 +126,8 @@ def _request_error(error: Exception) -> RequestError | None:
     match error:
         case RequestError():
             return error
+        case OSError() | sqlite3.Error():
+            return disk_full(error)
         case ConfigError():
             return RequestError(400, str(error), error.field, "invalid_value")
         case DataError():

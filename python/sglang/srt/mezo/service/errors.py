@@ -1,5 +1,6 @@
 """What a request to the service can be answered with instead of a result. The same fields make a job's ``error``."""
 
+from http import HTTPStatus
 from typing import Any
 
 from sglang.srt.mezo.errors import MezoError, shown
@@ -41,6 +42,13 @@ class EngineRefused(RequestError):
 
     def __init__(self, message: str, param: str | None = None):
         super().__init__(400, message, param, "engine_refused")
+
+
+class DiskFull(RequestError):
+    """The disk did not take what was to be written: none of it is there, and once there is room it can be asked for again."""
+
+    def __init__(self, message: str):
+        super().__init__(HTTPStatus.INSUFFICIENT_STORAGE, message, None, "disk_full")
 
 
 class PublishError(RequestError):

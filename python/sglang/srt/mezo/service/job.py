@@ -94,9 +94,7 @@ class Job:
 
     def extend(self, examples: Sequence[Example]) -> int:
         self._require_open()
-        step = self.trainer.extend(examples)
-        self.run.save_segments()
-        return step
+        return self.trainer.extend(examples, self.run.save_segments)
 
     def save(self, directory: str) -> int:
         self._require_open()

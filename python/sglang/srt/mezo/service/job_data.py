@@ -182,7 +182,7 @@ class AppendedRows:
         return sorted(self._directory.glob("appended-*.jsonl"), key=_number)
 
     def add(self, rows: Sequence[Mapping[str, Any]]) -> Path:
-        """Write a file that is on disk, whole, when this returns."""
+        """Write a file that is on disk, whole, when this returns; where it raises OSError, there is none."""
         self._directory.mkdir(parents=True, exist_ok=True)
         last = _number(files[-1]) if (files := self.files()) else 0
         path = self._directory / f"appended-{last + 1}.jsonl"
@@ -193,10 +193,13 @@ class AppendedRows:
                 file.flush()
                 os.fsync(file.fileno())
             os.rename(partial, path)
+            for directory in (self._directory, self._directory.parent):
+                _sync(directory)
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
         finally:
             partial.unlink(missing_ok=True)
-        for directory in (self._directory, self._directory.parent):
-            _sync(directory)
         return path
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import sqlite3
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
@@ -9,7 +10,8 @@ import msgspec
 
 from sglang.srt.mezo.errors import ConfigError
 from sglang.srt.mezo.service.client import EngineClient
-from sglang.srt.mezo.service.errors import EngineRefused, NotFound, RequestError
+from sglang.srt.mezo.service.disk import disk_full, has_room
+from sglang.srt.mezo.service.errors import DiskFull, EngineRefused, NotFound, RequestError
 from sglang.srt.mezo.service.job_data import JobReader, shared_tokenizer
 from sglang.srt.mezo.service.manual import ManualWork
 from sglang.srt.mezo.service.messages import Describe, EngineDescription, MezoEvent
@@ -18,13 +20,14 @@ from sglang.srt.mezo.service.records import JobStatus, StoredEvent, StoredJob
 from sglang.srt.mezo.service.runs import Runs
 from sglang.srt.mezo.service.session import Sessions
 from sglang.srt.mezo.service.settings import ServiceSettings
-from sglang.srt.mezo.service.states import change, fail, require
+from sglang.srt.mezo.service.states import change, fail, require, set_back
 from sglang.srt.mezo.service.store import Store
 from sglang.srt.mezo.service.training import Training
 
 logger = logging.getLogger(__name__)
 
-_RETRY_SECONDS = 1.0  # after an error that could not be written to the store either
+_RETRY_SECONDS = 1.0  # after a state that could not be written to the store
+_MOST_ROOM_SECONDS = 60.0  # between two looks whether the disk has room again
 
 
 class JobManager:
@@ -62,12 +65,8 @@ class JobManager:
         self._manual = ManualWork(
             self.store, self.client, self._sessions, self._runs, self._reader, self._published, self._training, self._state
         )
-        self._take_up_interrupted()
         self._published.announce_all()
-        self._tasks = [
-            asyncio.create_task(self._work_on("validating_files", self._validate)),
-            asyncio.create_task(self._work_on("queued", self._training.train)),
-        ]
+        self._tasks = [asyncio.create_task(self._begin())]
 
     async def stop(self) -> None:
         """End the work of this process. A job that is running stays so, and is taken up by the next server."""
@@ -80,8 +79,9 @@ class JobManager:
         """Called in the event loop for each event from the scheduler, in their order."""
         try:
             self._training.on_event(event)
-        except Exception:
-            logger.exception("an event of job %s was not recorded: %s", event.job_id, event.kind)
+        except Exception as error:  # of progress, which the next event tells again, or of a checkpoint, which is found later
+            full = disk_full(error)
+            logger.error("an event of job %s was not recorded (%s): %s", event.job_id, event.kind, full or error, exc_info=full is None)
         self._sessions.on_event(event)
 
     # --- jobs ------------------------------------------------------------------------------------------------------------
@@ -145,7 +145,11 @@ class JobManager:
             session = self._sessions.of(job_id)
             step = None
             if session is not None and not session.manual and session.has_started:
-                step = (await self._training.send_appended(session)).get(path)
+                try:
+                    step = (await self._training.send_appended(session)).get(path)
+                except DiskFull:
+                    path.unlink()
+                    raise
             if isinstance(step, EngineRefused):
                 raise step
         return {"examples": len(examples), "step": step}
@@ -200,13 +204,23 @@ class JobManager:
 
     # --- work ------------------------------------------------------------------------------------------------------------
 
+    async def _begin(self) -> None:
+        await self._written(self._take_up_interrupted)
+        await asyncio.gather(self._work_on("validating_files", self._validate), self._work_on("queued", self._training.train))
+
     async def _work_on(self, status: JobStatus, work: Callable[[StoredJob], Awaitable[None]]) -> None:
         """Take the oldest job of a status, again and again. What goes wrong with one is kept to it."""
+        setbacks = 0
         while True:
             self._work.clear()
             try:
                 while (job := self.store.oldest(status)) is not None:
                     await self._attempt(job, work)
+                    setbacks = 0
+            except DiskFull as error:
+                logger.error("jobs that are %s wait for room: %s", status, error)
+                setbacks += 1
+                await self._room(min(_RETRY_SECONDS * 2**setbacks, _MOST_ROOM_SECONDS))
             except Exception:
                 logger.exception("jobs that are %s have to wait", status)
                 await asyncio.sleep(_RETRY_SECONDS)
@@ -214,14 +228,39 @@ class JobManager:
                 await self._work.wait()
 
     async def _attempt(self, job: StoredJob, work: Callable[[StoredJob], Awaitable[None]]) -> None:
+        """Raises DiskFull where the job did not fail but has to wait for room; it goes on from what is on the disk then."""
         try:
             await work(job)
-        except RequestError as error:
-            fail(self.store, job.id, error)
         except Exception as error:
-            logger.exception("job %s failed", job.id)
-            message = f"{type(error).__name__} in the server, whose log has more"
-            fail(self.store, job.id, RequestError(500, message, None, "internal_error"))
+            if (full := disk_full(error)) is not None:
+                await self._written(lambda: set_back(self.store, job.id, full))
+                raise full from error
+            failure = self._failure(job, error)
+            await self._written(lambda: fail(self.store, job.id, failure))
+
+    def _failure(self, job: StoredJob, error: Exception) -> RequestError:
+        if isinstance(error, RequestError):
+            return error
+        logger.error("job %s failed", job.id, exc_info=error)
+        return RequestError(500, f"{type(error).__name__} in the server, whose log has more", None, "internal_error")
+
+    async def _written(self, write: Callable[[], None]) -> None:
+        """Change the store, again and again until it takes it: a job must not be left in a state that it is not in."""
+        said = ""
+        while True:
+            try:
+                return write()
+            except (OSError, sqlite3.Error) as error:
+                if str(error) != said:
+                    said = str(error)
+                    logger.error("the state of a job could not be stored, which is tried again every %g s: %s", _RETRY_SECONDS, said)
+            await asyncio.sleep(_RETRY_SECONDS)
+
+    async def _room(self, seconds: float) -> None:
+        """Wait so long, and until the disk takes a file again."""
+        await asyncio.sleep(seconds)
+        while not await asyncio.to_thread(has_room, self.store.directory):
+            await asyncio.sleep(seconds)
 
     async def _validate(self, job: StoredJob) -> None:
         data = await asyncio.to_thread(self._reader.read, job)

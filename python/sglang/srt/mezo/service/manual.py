@@ -1,12 +1,14 @@
 """Single evaluations and updates of a job that does not train: it has the engine while they come, and a little longer."""
 
 import asyncio
+import sqlite3
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 from sglang.srt.mezo.service.client import EngineClient
+from sglang.srt.mezo.service.disk import disk_full
 from sglang.srt.mezo.service.errors import RequestError
 from sglang.srt.mezo.service.job_data import JobReader, to_message
 from sglang.srt.mezo.service.messages import ApplyUpdate, EvaluatePerturbed, SaveAdapter
@@ -82,11 +84,14 @@ class ManualWork:
                 )
             )
             session.step = result["step"]
-            job = self._store.update_job(job_id, step=session.step)
             model = None
-            if publish and job.status == "succeeded":
-                async with self._state:
-                    model = await self.publish_current(job_id)
+            try:
+                job = self._store.update_job(job_id, step=session.step)
+                if publish and job.status == "succeeded":
+                    async with self._state:
+                        model = await self.publish_current(job_id)
+            except (RequestError, OSError, sqlite3.Error) as error:
+                raise _only_stepped(session.step, error) from error
             return {"step": session.step, "model": model}
 
     async def publish_paused(self, job_id: str) -> str:
@@ -151,3 +156,10 @@ class ManualWork:
             session = self._sessions.current
             if session is not None and session.manual:
                 await self._sessions.stop(session.job_id)
+
+
+def _only_stepped(step: int, error: Exception) -> RequestError:
+    """Of an update that is in the seed log already: to ask for it again would be another one."""
+    known = error if isinstance(error, RequestError) else disk_full(error)
+    status, reason, code = (known.status, known.message, known.code) if known else (500, str(error), "internal_error")
+    return RequestError(status, f"the step is taken, and the adapter is at step {step}, but not served: {reason}", None, code)

@@ -122,10 +122,11 @@ class MezoReqInput(BaseReq, kw_only=True):
 
 
 class MezoReqOutput(BaseReq, kw_only=True):
-    """param: the field at fault where ``success`` is False."""
+    """Where ``success`` is False: param is the field at fault; code is "disk_full" where the disk took no more."""
 
     success: bool
     message: str = ""
+    code: str = "engine_refused"
     param: str | None = None
     result: dict[str, Any] = {}
 
@@ -135,7 +136,7 @@ class MezoEvent(BaseReq, kw_only=True):
 
     kind: "started", "step" (at most a few a second; data as in metrics.jsonl), "evaluated_dev" (eval_loss, ...),
         "checkpoint" (data["directory"], a PEFT folder), "warning", "succeeded" (data: best_step, metrics),
-        "failed" (message; data["code"]), "evaluated" (data: operation and loss_plus, loss_minus, projected_grad, or error).
+        "failed" (message; data["code"], "disk_full" where the disk took no more), "evaluated" (data: operation and loss_plus, loss_minus, projected_grad, or error).
     """
 
     job_id: str

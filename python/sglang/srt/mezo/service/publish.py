@@ -6,6 +6,7 @@ name: a request keeps the adapter that its name stood for when it came.
 
 import asyncio
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,14 +35,19 @@ def announce(tokenizer_manager: "TokenizerManager", name: str, directory: Path) 
     tokenizer_manager.lora_ref_cache[name] = LoRARef(lora_name=name, lora_path=str(directory), pinned=False)
 
 
-async def publish(tokenizer_manager: "TokenizerManager", name: str, directory: Path) -> None:
+async def publish(
+    tokenizer_manager: "TokenizerManager", name: str, directory: Path, record: Callable[[], object] = lambda: None
+) -> None:
     """Load an adapter and let ``name`` stand for it.
 
+    Args:
+        record: puts on record that it does; called once the adapter is loaded.
+
     Raises:
-        PublishError: it cannot be loaded; the name stands for what it stood for before.
+        PublishError: it cannot be loaded; the name stands for what it stood for before, as it does where ``record`` raises.
     """
     # Where this were cancelled halfway, the next command would get the scheduler's answer.
-    await asyncio.shield(_publish(tokenizer_manager, name, directory))
+    await asyncio.shield(_publish(tokenizer_manager, name, directory, record))
 
 
 async def withdraw(tokenizer_manager: "TokenizerManager", name: str) -> None:
@@ -49,7 +55,7 @@ async def withdraw(tokenizer_manager: "TokenizerManager", name: str) -> None:
     await asyncio.shield(_withdraw(tokenizer_manager, name))
 
 
-async def _publish(tokenizer_manager: "TokenizerManager", name: str, directory: Path) -> None:
+async def _publish(tokenizer_manager: "TokenizerManager", name: str, directory: Path, record: Callable[[], object]) -> None:
     tokenizer_manager.auto_create_handle_loop()
     async with tokenizer_manager.lora_update_lock:
         # SGLang unloads the adapter used least under --max-loaded-loras by the name that the scheduler knows, which is
@@ -62,6 +68,11 @@ async def _publish(tokenizer_manager: "TokenizerManager", name: str, directory: 
             if len(failures) < len(replies):
                 await _unload(tokenizer_manager, new)
             raise PublishError(f"the adapter {name!r} cannot be loaded: {' | '.join(map(str, failures))}")
+        try:
+            record()
+        except Exception:
+            await _unload(tokenizer_manager, new)
+            raise
         old = await _point(tokenizer_manager, name, new)
         announce(tokenizer_manager, name, directory)
     if old is not None:

@@ -89,15 +89,15 @@ class PublishedAdapters:
 
     async def add_version(
         self, job_id: str, write: Callable[[Path], Awaitable[Any]], record: Callable[[int], StoredJob]
-    ) -> StoredJob:
+    ) -> None:
         """Publish the next version of a job's adapter.
 
         Args:
             write: makes the PEFT folder.
-            record: stores the version; what the server answers to is on record when this returns.
+            record: stores the version, before the server answers to it.
 
         Raises:
-            PublishError: the version before is served as before.
+            PublishError, OSError, sqlite3.Error: the version before is served as before.
         """
         job = self._store.job(job_id)
         _require_name(job)
@@ -105,14 +105,12 @@ class PublishedAdapters:
         try:
             await asyncio.to_thread(_remove, directory)
             await write(directory)
-            await publish.publish(self._client.tokenizer_manager, job.adapter_name, directory)
+            await publish.publish(self._client.tokenizer_manager, job.adapter_name, directory, lambda: record(job.version + 1))
         except Exception:
             _remove(directory)
             raise
-        job = record(job.version + 1)
         # The engine keeps the weights of a version that requests still use; its folder is not read again.
         await asyncio.to_thread(_remove, *(path for path in directory.parent.iterdir() if path != directory))
-        return job
 
     async def delete(self, name: str) -> None:
         """Answer to a job's adapter and its checkpoints no more; the name is free again.

@@ -17,6 +17,7 @@ from sglang.srt.mezo.engine import EngineHandle
 from sglang.srt.mezo.errors import CapacityError, ConfigError, MezoError
 from sglang.srt.mezo.service import messages
 from sglang.srt.mezo.service.describe import describe
+from sglang.srt.mezo.service.disk import disk_full
 from sglang.srt.mezo.service.job import Job
 from sglang.srt.mezo.service.messages import MezoEvent, MezoReqInput, MezoReqOutput, TokenizedExample
 from sglang.srt.mezo.service.metrics import TrainingMetrics
@@ -69,6 +70,9 @@ class MezoRunner:
         except MezoError as error:
             return MezoReqOutput(success=False, message=str(error), param=getattr(error, "field", None))
         except Exception as error:
+            if (full := disk_full(error)) is not None:
+                logger.error("a training command failed: %s: %s", type(request.command).__name__, full)
+                return MezoReqOutput(success=False, message=full.message, code=full.code)
             logger.exception("a training command failed: %s", type(request.command).__name__)
             return MezoReqOutput(success=False, message=f"{type(error).__name__}: {error}")
 
@@ -209,11 +213,12 @@ class MezoRunner:
         job.restart_work()
 
     def _fail(self, error: Exception) -> None:
-        job = self._job
-        if not isinstance(error, MezoError):
+        job, full = self._job, disk_full(error)
+        if full is None and not isinstance(error, MezoError):
             logger.error("job %s failed", job.job_id, exc_info=error)
         self._end_job()
-        job.emit("failed", job.trainer.global_step, str(error) or type(error).__name__, code=type(error).__name__)
+        message, code = (full.message, full.code) if full else (str(error) or type(error).__name__, type(error).__name__)
+        job.emit("failed", job.trainer.global_step, message, code=code)
 
     @contextmanager
     def _forward_stream(self):
@@ -232,8 +237,9 @@ class MezoRunner:
         slot_room.reserve(0)
         try:
             job.stop()
-        except Exception:  # of the job's files, such as a full disk: requests go on
-            logger.exception("job %s did not end cleanly", job.job_id)
+        except Exception as error:  # of the job's files: requests go on
+            full = disk_full(error)
+            logger.error("job %s did not end cleanly: %s", job.job_id, full or error, exc_info=full is None)
         if self._metrics is not None:
             self._metrics.ended()
 

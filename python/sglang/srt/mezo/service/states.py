@@ -51,6 +51,12 @@ def change(store: Store, job_id: str, action: Action, *events: StoredEvent, **ch
     return store.update_job(job_id, *events, status=status, **changes)
 
 
+def set_back(store: Store, job_id: str, error: RequestError) -> None:
+    """Let a job that has lost the engine wait for its turn again, unless it has been stopped in the meantime."""
+    if store.job(job_id).status in RULES["requeue"].allowed:
+        change(store, job_id, "requeue", StoredEvent(job_id, f"The job waits: {error.message}", level="warn", data=error.to_dict()))
+
+
 def fail(store: Store, job_id: str, error: RequestError) -> None:
     """Let a job fail, unless it has been stopped in the meantime."""
     if store.job(job_id).status in RULES["fail"].allowed:

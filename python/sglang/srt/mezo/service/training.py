@@ -3,12 +3,13 @@
 import asyncio
 import logging
 import shutil
+import sqlite3
 from pathlib import Path
 from typing import Any
 
 from sglang.srt.mezo.adapter import atomic_directory
 from sglang.srt.mezo.service.client import EngineClient
-from sglang.srt.mezo.service.errors import EngineRefused, RequestError
+from sglang.srt.mezo.service.errors import DiskFull, EngineRefused, RequestError
 from sglang.srt.mezo.service.job_data import to_message
 from sglang.srt.mezo.service.messages import AppendExamples, MezoEvent
 from sglang.srt.mezo.service.published import PublishedAdapters
@@ -91,16 +92,18 @@ class Training:
                 async with self._state:
                     await self.send_appended(session)
             event = await session.ended()
-            if event is not None:
-                async with self._state:
-                    if self._store.job(session.job_id).status == "running":
-                        await self._finish(event)
+            async with self._state:
+                if self._store.job(session.job_id).status == "running":
+                    await self._finish(event)
         except Exception:
             await self._sessions.stop(session.job_id)
             raise
 
     async def send_appended(self, session: Session) -> dict[Path, int | EngineRefused]:
         """Give the engine all appended rows that it does not have, in their order. Called with ``state`` held.
+
+        Raises:
+            DiskFull: the engine could not keep record of them.
 
         Returns:
             For every file the first step that draws from it, or why the engine does not take it; it is dropped then.
@@ -116,13 +119,20 @@ class Training:
             except EngineRefused as error:
                 answers[path] = error
                 path.unlink()
-                self._store.add_event(job.id, "error", f"{len(examples)} appended examples were not taken: {error.message}")
+                self._tell(job.id, "error", f"{len(examples)} appended examples were not taken: {error.message}")
             else:
                 session.applied += 1
                 answers[path] = result["step"]
                 message = f"{len(examples)} appended examples are drawn from step {result['step']} on"
-                self._store.add_event(job.id, "info", message, data={"step": result["step"], "examples": len(examples)})
+                self._tell(job.id, "info", message, {"step": result["step"], "examples": len(examples)})
         return answers
+
+    def _tell(self, job_id: str, level: str, message: str, data: dict[str, Any] | None = None) -> None:
+        """An event about what has been done already; without it, it is done all the same."""
+        try:
+            self._store.add_event(job_id, level, message, data=data)
+        except sqlite3.Error as error:
+            logger.error("an event of job %s was not recorded (%s): %s", job_id, error, message)
 
     # --- what a job reports ----------------------------------------------------------------------------------------------
 
@@ -155,9 +165,14 @@ class Training:
     def _metrics(self, job_id: str, step: int, message: str, data: dict[str, Any]) -> None:
         self._store.update_job(job_id, StoredEvent(job_id, message, type="metrics", data=data), step=step)
 
-    async def _finish(self, event: MezoEvent) -> None:
+    async def _finish(self, event: MezoEvent | None) -> None:
+        """Of a job that is still running. Where it was stopped (None), the state that it was stopped for has not been stored."""
+        if event is None:
+            raise DiskFull("it was stopped, and that could not be stored")
         if event.kind == "failed":
-            raise RequestError(400, event.message, None, event.data["code"])
+            raise DiskFull(event.message) if event.data["code"] == "disk_full" else RequestError(400, event.message, None, event.data["code"])
+        for step, folder in self._runs.checkpoints(event.job_id):
+            self._published.add_checkpoint(self._store.job(event.job_id), step, folder, {})
         name = self._published.model_name(self._store.job(event.job_id).adapter_name)
 
         async def copy(directory: Path) -> None:

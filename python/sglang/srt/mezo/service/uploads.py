@@ -1,10 +1,8 @@
 """Uploaded files, streamed to disk under an id of ours; what the client calls a file is kept as data only."""
 
 import asyncio
-import errno
 import os
 from collections.abc import Callable
-from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +27,7 @@ async def receive_file(request: Request, store: Store, max_bytes: int) -> Stored
 
     Raises:
         RequestError: 413 as soon as the file is known to be too large, 400 for another form than OpenAI's.
+        OSError: the disk is full.
         ClientDisconnect: the client has gone away.
     """
     boundary = _boundary(request)
@@ -44,10 +43,8 @@ async def receive_file(request: Request, store: Store, max_bytes: int) -> Stored
             await asyncio.to_thread(form.finish)
         await asyncio.to_thread(_rename, partial, path)
         return store.add_file(StoredFile(file_id, form.filename, PURPOSE, form.file_bytes, now(), "processed"))
-    except BaseException as error:
+    except BaseException:
         path.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise RequestError(HTTPStatus.INSUFFICIENT_STORAGE, "no room is left on the server's disk", "file", "disk_full") from error
         raise
     finally:
         partial.unlink(missing_ok=True)
