@@ -31,6 +31,9 @@ class Ending:
         self.service.ready = True
         self.manager = SimpleNamespace(
             mezo_service=self.service,
+            gracefully_exit=False,
+            server_status=SimpleNamespace(name="Up"),
+            rid_to_state={},
             auto_create_handle_loop=lambda: None,
             mezo_control_communicator=FanOutCommunicator(lambda request: None, fan_out=1),
         )
@@ -38,6 +41,10 @@ class Ending:
         self.app = FastAPI()
         self.app.add_middleware(self.service.requests.middleware)
         client = EngineClient(self.manager)
+
+        @self.app.get("/health")
+        async def health():
+            return {}
 
         @self.app.get("/command")
         async def command():
@@ -78,11 +85,13 @@ class Ending:
         asyncio.run(serve())
 
     def end(self) -> None:
-        """What happens between SIGTERM, once the scheduler has ended, and the web server's own end."""
+        """What happens from SIGTERM to the web server's own end."""
 
         async def watchdog(manager) -> None:
+            assert not manager.rid_to_state, "SGLang would wait five seconds more"
             self._server.should_exit = True
 
+        self.manager.gracefully_exit = True
         asyncio.run_coroutine_threadsafe(online._around_shutdown(watchdog, self.manager), self._loop).result()
 
 
@@ -123,19 +132,29 @@ def test_rows_that_a_client_has_not_sent_yet_are_not_waited_for():
         assert connection.recv(65536).startswith(b"HTTP/1.1 503 ")
 
 
-def test_a_request_that_comes_after_the_engine_has_ended_is_refused():
-    ending = Ending()
+def test_requests_under_way_are_answered_and_new_ones_refused():
+    ending, answers = Ending(), []
+    ending.manager.rid_to_state["under way"] = "a completion"
     with ending.serving() as port:
-        ending.service.requests.end()
+        waiting = ask(port, answers, "/command")
+        ending.asked.acquire()
+        end = threading.Thread(target=ending.end)
+        end.start()
+        while httpx.get(f"http://127.0.0.1:{port}/health").status_code != 503:
+            time.sleep(0.01)
         response = httpx.get(f"http://127.0.0.1:{port}/command")
         assert (response.status_code, response.json()["error"]["code"]) == (503, "shutting_down")
-        ending.end()
+        assert waiting.is_alive() and end.is_alive()
+        del ending.manager.rid_to_state["under way"]
+        end.join()
+    waiting.join()
+    assert answers == [(503, "shutting_down")]
 
 
 def test_an_engine_that_ends_before_training_is_on_ends_the_process(monkeypatch):
     """The start waits for its first answer."""
     ending = Ending()
-    ending.service.ready = False
+    ending.service.ready, ending.manager.gracefully_exit = False, True
     ended = []
     monkeypatch.setattr("os._exit", ended.append)
 

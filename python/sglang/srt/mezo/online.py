@@ -4,6 +4,7 @@ Without ``--enable-mezo`` only the flags are there.
 """
 
 import argparse
+import asyncio
 import os
 from collections.abc import Callable
 from contextlib import asynccontextmanager
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from sglang.srt.mezo.service.runner import MezoRunner
 
 _DEFAULT_RANK = 16
+_LOOK_SECONDS = 0.1  # between two looks whether the server is to end
 
 
 def register() -> None:
@@ -124,7 +126,18 @@ def _dispatch(manager, event) -> None:
 
 
 async def _around_shutdown(original: Callable, manager) -> None:
-    """SGLang waits here for SIGTERM, then until its requests are answered and the scheduler has ended."""
+    """SGLang waits here for SIGTERM and until its requests are answered, and looks every 5 s; then it ends the scheduler.
+
+    New requests are refused meanwhile: else their answers are waited for as well.
+    """
+    from sglang.srt.utils import get_bool_env_var
+
+    while not manager.gracefully_exit:
+        await asyncio.sleep(_LOOK_SECONDS)
+    if manager.mezo_service is not None:
+        manager.mezo_service.requests.refuse()
+    while manager.rid_to_state and manager.server_status.name != "UnHealthy" and not get_bool_env_var("SGL_FORCE_SHUTDOWN"):
+        await asyncio.sleep(_LOOK_SECONDS)
     try:
         await original(manager)
     finally:
@@ -146,7 +159,7 @@ def _extend_app(http_server: ModuleType) -> None:
     page.install(http_server.app)
     install(Hook(_TOKENIZER, "TokenizerManager._handle_batch_output", "around", latency.around_batch_output, "latency of served requests"))
     http_server.app.add_middleware(service.requests.middleware)
-    install(Hook(_TOKENIZER, "TokenizerManager.sigterm_watchdog", "around", _around_shutdown, "requests do not wait for an engine that has ended"))
+    install(Hook(_TOKENIZER, "TokenizerManager.sigterm_watchdog", "around", _around_shutdown, "nothing waits for an engine that has ended"))
     install(Hook("sglang.srt.utils.auth", "add_api_key_middleware", "after", page.after_keys, "the page asks for the key itself"))
     upstream = http_server.app.router.lifespan_context
 

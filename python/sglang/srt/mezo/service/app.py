@@ -63,7 +63,7 @@ class Service:
         self.store.close()
 
     def on_engine_end(self) -> None:
-        """The scheduler is gone, and the application is about to stop: nothing that waits for an answer will get one."""
+        """The scheduler is gone, and the application is about to stop."""
         if not self.ready:
             logger.info("the server has been stopped before fine-tuning was on")
             os._exit(0)  # the start waits for the scheduler, and so for ever

@@ -1,4 +1,4 @@
-"""Requests that are being answered while the engine ends: none of them would ever get what it waits for."""
+"""Requests at the end of the server: new ones are refused, and what waits for an engine that has ended is answered."""
 
 import asyncio
 
@@ -18,11 +18,15 @@ class RequestsInFlight:
 
     def __init__(self):
         self._tasks: set[asyncio.Task] = set()
-        self._ended = False
+        self._refused = self._ended = False
+
+    def refuse(self) -> None:
+        """Answer those that come from now on with 503."""
+        self._refused = True
 
     def end(self) -> None:
-        """Answer all of them with 503, now, and those that still come; an answer that has begun is broken off."""
-        self._ended = True
+        """Answer all that wait with 503, now; an answer that has begun is broken off."""
+        self._refused = self._ended = True
         for task in self._tasks:
             task.cancel()
 
@@ -48,7 +52,7 @@ class RequestsInFlight:
         task = asyncio.current_task()
         self._tasks.add(task)
         try:
-            if not self._ended:
+            if not self._refused:
                 return await app(scope, receive, send_and_note)
         except asyncio.CancelledError:
             if not self._ended:
