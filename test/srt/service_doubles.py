@@ -24,7 +24,8 @@ ENGINE = EngineDescription(
     max_loras_per_batch=8,
     target_modules=["q_proj", "k_proj", "v_proj", "out_proj"],
     default_target_modules={"alora": ["q_proj", "v_proj"], "lora": ["q_proj", "v_proj"]},
-    micro_step_tokens=256,
+    micro_step_tokens=64,
+    idle_step_tokens=256,
     alora=True,
 )
 

@@ -40,6 +40,19 @@ def test_an_idle_engine_trains_all_the_time(clock):
         clock.now += 0.05
 
 
+def test_the_engine_is_quiet_until_a_request_comes_and_some_time_after_the_last(clock):
+    pacer = Pacer(0.1, clock)
+    assert pacer.quiet
+    pacer.saw_requests()
+    for _ in range(10):
+        assert not pacer.quiet
+        clock.now += 1
+    clock.now += 1
+    assert pacer.quiet
+    pacer.saw_requests()
+    assert not pacer.quiet
+
+
 @pytest.mark.parametrize("share", [0.02, 0.1, 0.3])
 @pytest.mark.parametrize(("piece", "step"), [(0.02, 0.03), (0.05, 0.002)])
 def test_beside_requests_training_takes_its_share(clock, share, piece, step):

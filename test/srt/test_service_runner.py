@@ -1,10 +1,12 @@
 """Training in the scheduler, piece by piece: the offline run's numbers, whatever happens between the pieces."""
 
+import itertools
 import json
 import shutil
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
+from types import SimpleNamespace
 
 import oracle
 import pytest
@@ -14,7 +16,8 @@ from small_disk import small_disk
 
 from sglang.srt.mezo.adapter import Adapter, AdapterSpec
 from sglang.srt.mezo.config import MezoConfig
-from sglang.srt.mezo.seed_log import SeedLog
+from sglang.srt.mezo.pass_sizes import read_pass_sizes
+from sglang.srt.mezo.seed_log import LogRecord, SeedLog
 
 TARGETS = ("q_proj", "v_proj")
 OPTIONS = [(11,), (12,)]
@@ -34,6 +37,7 @@ def make_runner(engine, **settings):
     runner.events = []
     runner._emit = runner.events.append
     engine.runner = runner
+    send(engine, "Describe", {})
 
 
 def send(engine, name, fields):
@@ -179,6 +183,71 @@ def test_pieces_give_the_series_of_the_offline_run_bit_for_bit(engine, config, m
     assert log_of(config.output_dir) == log_of(whole.output_dir)
     kinds = [kind for kind, *_ in engine.call(events)]
     assert kinds[0] == "started" and kinds[-1] == "succeeded" and kinds.count("checkpoint") == 2
+
+
+def test_pieces_are_long_until_a_request_comes_and_the_run_says_which_steps_were_cut_how(engine, config, model_path, tmp_path):
+    config = replace(config, r=4, max_tokens_per_batch=32, per_device_train_batch_size=8)
+    engine.call(set_piece_sizes, 8, 32)
+    assert start(engine, config, model_path)[0]
+    engine.call(tick_to_step, 2)
+    assert engine.call(tick_beside_a_request, 11) == {8}
+    engine.call(tick)
+    sizes = read_pass_sizes(Path(config.output_dir) / "passes.jsonl")
+    assert list(sizes) == [2, 3], "a step that was cut in its midst, and those after it"
+    assert [tokens for tokens, _ in sizes[2]] == [32, 8] and [tokens for tokens, _ in sizes[3]] == [8]
+    engine.call(flush)
+    again = replace(config, output_dir=str(tmp_path / "again"))
+    engine.call(train_in_pieces, again, spec_of(config, model_path), sizes)
+    assert log_of(again.output_dir) == log_of(config.output_dir)
+
+
+def set_piece_sizes(engine, beside_requests, idle):
+    engine.runner._describe().update(micro_step_tokens=beside_requests, idle_step_tokens=idle)
+
+
+def tick_beside_a_request(engine, pieces):
+    """The sizes of so many pieces after a request has been served; the first ones of the step ran before it."""
+    runner, sizes = engine.runner, set()
+    step = runner._job.trainer.global_step
+    for _ in range(runner._job.trainer.config.num_perturbations + 5):  # directions drawn and written, and a forward pass
+        runner.tick()
+    assert runner._job.trainer.global_step == step
+    waiting = engine.scheduler.waiting_queue
+    waiting.append(SimpleNamespace(rid="HEALTH_CHECK_1", lora_id=None))
+    runner.tick()
+    assert runner._pacer.quiet, "a probe is no request"
+    waiting[0].rid = "somebody"
+    runner.tick()
+    waiting.clear()
+    for _ in range(pieces):
+        runner.tick()
+        sizes.add(runner._job.trainer.scorer.max_tokens)
+    return sizes
+
+
+def train_in_pieces(engine, config, spec, sizes):
+    """A run whose passes are of the sizes that another has written down."""
+    from sglang.srt.mezo.trainer import MezoTrainer, TrainingRun
+    from sglang.srt.mezo.tracking import Tracker
+
+    trainer = MezoTrainer(engine.handle, config, spec, TRAIN, EVALUATION)
+    run = TrainingRun(trainer, Tracker)
+    for _ in run.open():
+        pass
+    while trainer.global_step < trainer.max_steps:
+        last = max((step for step in sizes if step <= trainer.global_step), default=None)
+        of_step = [tokens for tokens, pieces in sizes.get(last, []) for _ in range(pieces)] or [config.max_tokens_per_batch]
+        passes, result = trainer.step_passes(trainer.batch(trainer.global_step)), None
+        for number in itertools.count():
+            trainer.scorer.max_tokens = of_step[min(number, len(of_step) - 1)]
+            try:
+                next(passes)
+            except StopIteration as stop:
+                result = stop.value
+                break
+        run.log.append(LogRecord(result.zo_random_seed, result.learning_rate, result.projected_grad))
+    run.close()
+    trainer.close()
 
 
 def test_flushes_between_pieces_change_nothing_but_time(engine, config, model_path, tmp_path):
@@ -477,7 +546,7 @@ def tick_beside_adapters(engine, adapters):
 
     runner, manager, scheduler = engine.runner, engine.handle.lora_manager, engine.scheduler
     ids = {f"adapter {i}" for i in range(adapters)}
-    scheduler.running_batch, batch = SimpleNamespace(reqs=[SimpleNamespace(lora_id=one) for one in ids]), scheduler.running_batch
+    scheduler.running_batch, batch = SimpleNamespace(reqs=[SimpleNamespace(rid="a", lora_id=one) for one in ids]), scheduler.running_batch
     runner.tick()
     beside = runner._job.trainer.slots.claimed
     admitted = slot_room.admits(manager, {*ids, "another"}), slot_room.admits(manager, {"adapter 0"})

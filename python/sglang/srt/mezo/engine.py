@@ -83,6 +83,13 @@ class EngineHandle:
         return self.model_runner.max_total_num_tokens
 
     @property
+    def most_prefill_tokens(self) -> int:
+        """Tokens of the longest prefill that the engine runs for requests."""
+        args = self.model_runner.server_args
+        chunk = args.chunked_prefill_size
+        return chunk if chunk is not None and chunk > 0 else args.max_prefill_tokens
+
+    @property
     def free_kv_tokens(self) -> int:
         """KV tokens that can be had now, by evicting unlocked prefixes if need be."""
         return self.kv_allocator.available_size() + self.tree_cache.evictable_size()

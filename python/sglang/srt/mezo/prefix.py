@@ -47,13 +47,13 @@ class BasePrefixes:
     """Prefixes of the base model, in the tree's base namespace: shared with ordinary traffic, both ways.
 
     Args:
-        max_tokens: most tokens run in one forward pass.
+        max_tokens: most tokens run in one forward pass; may be set anew between two.
         kept_tokens: most tokens that stay locked between passes, so that ordinary traffic does not evict them.
     """
 
     def __init__(self, handle: EngineHandle, max_tokens: int, stats: PrefixStats, kept_tokens: int = 0):
         self._handle = handle
-        self._max_tokens = max_tokens
+        self.max_tokens = max_tokens
         self._stats = stats
         self._most_kept_tokens = kept_tokens
         self._kept: dict[Tokens, _Locked] = {}
@@ -162,7 +162,7 @@ class BasePrefixes:
         A prefix that begins as the one before it waits, so that what they share is computed once.
         """
         pieces: dict[Tokens, Tokens] = {}
-        room, before = self._max_tokens, ()
+        room, before = self.max_tokens, ()
         for prefix in missing:
             hit = self._hit(prefix)
             if common_length(before, prefix) >= hit + _PASS_COST:

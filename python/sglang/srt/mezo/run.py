@@ -5,7 +5,7 @@ Every tensor-parallel rank goes through the same passes; files, metrics and what
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ import torch
 
 from sglang.srt.mezo.config import MezoConfig
 from sglang.srt.mezo.errors import DivergedError
+from sglang.srt.mezo.pass_sizes import PassSizes
 from sglang.srt.mezo.passes import Passes
 from sglang.srt.mezo.run_directory import RunDirectory, write_json
 from sglang.srt.mezo.seed_log import LogRecord, SeedLog
@@ -134,17 +135,19 @@ class TrainingRun:
     def _step(self) -> Passes[None]:
         trainer, config = self.trainer, self.config
         passes = trainer.step_passes(trainer.batch(trainer.global_step))
-        result = yield from self._timed(passes)
-        self._on_leader(self._report_step, result)
+        pieces: list[int] = []
+        result = yield from self._timed(passes, pieces)
+        self._on_leader(self._report_step, result, pieces)
         self.last_step = result
         step = trainer.global_step
         if config.noise_floor_steps and step % config.noise_floor_steps == 0:
             noise_floor = yield from trainer.noise_floor_passes(trainer.batch(step))
             self._on_leader(lambda: self.tracker.record(step, {"noise_floor": noise_floor}))
 
-    def _timed(self, passes: Passes[StepResult]) -> Passes[StepResult]:
-        """Pass on a step and count the time of its pieces, not the time between them."""
+    def _timed(self, passes: Passes[StepResult], pieces: list[int]) -> Passes[StepResult]:
+        """Pass on a step and count the time of its pieces, not the time between them; ``pieces`` gets what each may run through the model."""
         while True:
+            pieces.append(self.trainer.scorer.max_tokens)
             started = time.perf_counter()
             try:
                 next(passes)
@@ -211,6 +214,7 @@ class TrainingRun:
     def _open_tracker(self) -> None:
         trainer = self.trainer
         self.tracker = self._make_tracker(self.config, self.directory.metrics, trainer.global_step, trainer.max_steps)
+        self.pass_sizes = PassSizes(self.directory.pass_sizes, self.config.max_tokens_per_batch, resumes=trainer.global_step > 0)
         if (window := trainer.stream.window) is not None:
             self.tracker.say(f"the KV pool has room for the prefixes of {window} examples at a time: each part is gone over {self.config.echoes} times")
         for warning in self._warnings:
@@ -223,8 +227,9 @@ class TrainingRun:
             if hasattr(self, "tracker"):
                 self.tracker.close()
 
-    def _report_step(self, result: StepResult) -> None:
+    def _report_step(self, result: StepResult, pieces: Sequence[int]) -> None:
         """First the log: a step that anybody hears of is on disk."""
+        self.pass_sizes.record(result.step, pieces)
         self.log.append(LogRecord(result.zo_random_seed, result.learning_rate, result.projected_grad))
         trainer, stats = self.trainer, self.trainer.scorer.prefix_stats
         step = trainer.global_step

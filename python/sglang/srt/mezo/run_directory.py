@@ -38,6 +38,10 @@ class RunDirectory:
         return self.path / "metrics.jsonl"
 
     @property
+    def pass_sizes(self) -> Path:
+        return self.path / "passes.jsonl"
+
+    @property
     def segments(self) -> Path:
         return self.path / "segments.json"
 

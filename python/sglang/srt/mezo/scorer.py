@@ -40,7 +40,7 @@ class Scorer:
 
     Args:
         scope: where the prefixes of the plans hold; see ``plan.PREFIX_SCOPE``.
-        max_tokens: most tokens run in one forward pass; a single example may exceed it.
+        max_tokens: most tokens run in one forward pass; a single example may exceed it. May be set anew between two passes.
         prefix_reuse: False runs every prefix anew in every row: same losses, no sharing, to check the sharing by.
         kept_tokens: most tokens of base-model prefixes that stay locked in the tree between passes.
     """
@@ -48,7 +48,6 @@ class Scorer:
     def __init__(self, handle: EngineHandle, scope: PrefixScope, max_tokens: int, prefix_reuse: bool = True, kept_tokens: int = 0):
         self._handle = handle
         self._scope = scope
-        self._max_tokens = max_tokens
         most = int(_MOST_PREFIX_SHARE * handle.kv_capacity)
         self._prefix_room = max(int(_PREFIX_SHARE * handle.kv_capacity), min(kept_tokens, most))
         self._prefix_reuse = prefix_reuse
@@ -56,6 +55,15 @@ class Scorer:
         self.prefix_stats = PrefixStats()
         self.base_prefixes = BasePrefixes(handle, max_tokens, self.prefix_stats, kept_tokens)
         self._shares_in_slots = prefix_reuse and handle.writes_kv_first
+        self.max_tokens = max_tokens
+
+    @property
+    def max_tokens(self) -> int:
+        return self._max_tokens
+
+    @max_tokens.setter
+    def max_tokens(self, tokens: int) -> None:
+        self._max_tokens = self.base_prefixes.max_tokens = tokens
 
     def score(self, plans: Sequence[ExamplePlan], groups: Sequence[SlotGroup], objective: Objective) -> torch.Tensor:
         """All of ``passes`` at once."""

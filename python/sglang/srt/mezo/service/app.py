@@ -55,7 +55,8 @@ class Service:
         await self.manager.start()
         self.engine = self.manager.engine
         self.ready = True
-        logger.info("fine-tuning is on: %s, pieces of %d tokens", directory, self.engine.micro_step_tokens)
+        sizes = self.engine.micro_step_tokens, self.engine.idle_step_tokens
+        logger.info("fine-tuning is on: %s, pieces of %d tokens beside requests and of %d while none come", directory, *sizes)
 
     async def stop(self) -> None:
         self.ready = False

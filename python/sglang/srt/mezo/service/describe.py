@@ -1,4 +1,4 @@
-"""What this engine can train, and how many of its tokens make a piece of training short enough."""
+"""What this engine can train, and how many tokens make a piece of training short enough, beside requests and without."""
 
 import time
 from typing import Any
@@ -15,11 +15,13 @@ from sglang.srt.mezo.slots import adaptable_modules
 _TOKENS_PER_SEQUENCE = 4
 _MIN_TOKENS, _MAX_TOKENS = 8, 4096
 _TRIES = 3  # a busy machine only ever adds
+_PROBE = 8  # times as many tokens as a short piece has, to see what a token costs in a long one
 
 
 def describe(handle: EngineHandle, settings: ServiceSettings) -> dict[str, Any]:
     """The fields of ``EngineDescription``. Called on every rank, as it runs the model."""
     manager, runner = handle.lora_manager, handle.model_runner
+    micro_step_tokens, idle_step_tokens = pass_sizes(handle, settings.micro_step_ms / 1000, settings.idle_step_ms / 1000)
     modules = adaptable_modules(handle)
     defaults = {"alora": ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj"), "lora": ("q_proj", "v_proj")}
     return msgspec.to_builtins(
@@ -32,23 +34,37 @@ def describe(handle: EngineHandle, settings: ServiceSettings) -> dict[str, Any]:
             max_loras_per_batch=manager.max_loras_per_batch,
             target_modules=modules,
             default_target_modules={tuning: [name for name in names if name in modules] for tuning, names in defaults.items()},
-            micro_step_tokens=tokens_within(handle, settings.micro_step_ms / 1000),
+            micro_step_tokens=micro_step_tokens,
+            idle_step_tokens=idle_step_tokens,
             alora=hasattr(manager.lora_backend, "prepare_lora_token_segments"),
         )
     )
 
 
-def tokens_within(handle: EngineHandle, seconds: float) -> int:
-    """The largest power of two of tokens that one forward pass runs in ``seconds``, by measuring it.
+def pass_sizes(handle: EngineHandle, beside_requests: float, idle: float) -> tuple[int, int]:
+    """Tokens of a forward pass that takes so many seconds: beside requests the largest power of two, by measuring it, and while
+    none come, from what a token costs in a pass of some more.
 
     Where even the shortest pass takes long, as the weights are read for it, twice its time is allowed: a new request waits
     as long for a batch of others.
     """
     tokens = _MIN_TOKENS
-    seconds = max(seconds, 2 * min(_seconds(handle, tokens) for _ in range(_TRIES)))
-    while tokens < _MAX_TOKENS and _fits(handle, 2 * tokens) and _within(seconds, handle, 2 * tokens):
+    shortest = min(_seconds(handle, tokens) for _ in range(_TRIES))
+    beside_requests = max(beside_requests, 2 * shortest)
+    while tokens < _MAX_TOKENS and _fits(handle, 2 * tokens) and _within(beside_requests, handle, 2 * tokens):
         tokens *= 2
-    return tokens
+    return tokens, max(tokens, _tokens_of_long_pass(handle, idle, shortest, min(_PROBE * tokens, _MAX_TOKENS)))
+
+
+def _tokens_of_long_pass(handle: EngineHandle, seconds: float, shortest: float, probe: int) -> int:
+    """Never more than the engine runs for requests, and has memory for."""
+    while probe > _MIN_TOKENS and not _fits(handle, probe):
+        probe //= 2
+    if seconds <= shortest or probe == _MIN_TOKENS:
+        return 0
+    per_token = max(_seconds(handle, probe) - shortest, 0.0) / (probe - _MIN_TOKENS)
+    most = min(_MAX_TOKENS, handle.kv_capacity, handle.most_prefill_tokens)
+    return most if per_token * most <= seconds - shortest else int((seconds - shortest) / per_token)
 
 
 def _fits(handle: EngineHandle, tokens: int) -> bool:

@@ -177,7 +177,7 @@ def _online_defaults(values: Mapping[str, Any], engine: EngineDescription) -> di
         "target_modules": engine.default_target_modules.get(tuning) or engine.target_modules,
         "r": min(MezoConfig.r, engine.max_lora_rank),
         "estimator": _default_estimator(values.get("num_perturbations", MezoConfig.num_perturbations), engine),
-        "max_tokens_per_batch": min(engine.micro_step_tokens, engine.kv_capacity),
+        "max_tokens_per_batch": min(engine.idle_step_tokens, engine.kv_capacity),
         "save_steps": values.get("eval_steps", MezoConfig.eval_steps),
     }
 

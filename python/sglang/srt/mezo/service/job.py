@@ -64,11 +64,12 @@ class Job:
     def has_work(self) -> bool:
         return self._work is not None
 
-    def advance(self) -> bool:
-        """Do the next piece; True once the job has ended by itself.
+    def advance(self, max_tokens: int) -> bool:
+        """Do the next piece, a forward pass of at most so many tokens; True once the job has ended by itself.
 
         Raises whatever the piece raises; the job is then to be stopped.
         """
+        self.trainer.scorer.max_tokens = min(max_tokens, self.trainer.config.max_tokens_per_batch)
         try:
             next(self._work)
         except StopIteration as stop:

@@ -96,8 +96,8 @@ class EngineDescription(Struct, kw_only=True):
     """What a job may ask of this engine.
 
     target_modules: Hugging Face names of the linear layers that the LoRA pool can adapt. default_target_modules: for
-    each tuning, what a job gets that names none. micro_step_tokens: tokens of one forward pass that keep to the
-    server's bound on a micro-step. alora: whether the LoRA backend can serve aLoRA adapters.
+    each tuning, what a job gets that names none. micro_step_tokens, idle_step_tokens: tokens of one forward pass that keep to the
+    server's bounds on a piece, beside requests and while none come. alora: whether the LoRA backend can serve aLoRA adapters.
     """
 
     model_path: str
@@ -109,6 +109,7 @@ class EngineDescription(Struct, kw_only=True):
     target_modules: list[str]
     default_target_modules: dict[str, list[str]]
     micro_step_tokens: int
+    idle_step_tokens: int
     alora: bool
 
 

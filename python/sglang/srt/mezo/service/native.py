@@ -88,6 +88,7 @@ class _Native:
             "settings": {
                 "share": settings.share,
                 "micro_step_ms": settings.micro_step_ms,
+                "idle_step_ms": settings.idle_step_ms,
                 "kv_share": settings.kv_share,
                 "max_file_bytes": settings.max_file_bytes,
                 "on_restart": settings.on_restart,

@@ -7,6 +7,7 @@ from collections.abc import Callable
 _PATIENCE = 1.0  # seconds that a queue may last before the share is halved, and between halvings: longer than a prefill
 _RECOVERY = 10.0  # seconds without a queue that bring the share back from nothing
 _USUAL_SECONDS = 10.0  # over which the usual size of the batch is averaged
+_QUIET_SECONDS = 10.0  # without a request, after which the engine counts as idle: few requests come after such a gap
 _SMOOTHING = 0.2  # weight of the latest piece in the expected cost of the next
 
 
@@ -29,10 +30,20 @@ class Pacer:
         self._share = share
         self._clock = clock
         self._last = clock()
+        self._last_request = -math.inf
         self._waiting_since: float | None = None
         self._usual = 0.0
         self._credit = 0.0
         self._cost = 0.0
+
+    def saw_requests(self) -> None:
+        """There are requests in the engine now."""
+        self._last_request = self._clock()
+
+    @property
+    def quiet(self) -> bool:
+        """Whether no request has come for a while: a piece may be long, as it is unlikely that one will wait for it."""
+        return self._clock() - self._last_request > _QUIET_SECONDS
 
     def allows(self, running: int, waiting: int) -> bool:
         """Whether a piece may run now, beside ``running`` requests in the batch and ``waiting`` ones in the queue."""

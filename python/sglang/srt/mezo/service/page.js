@@ -191,7 +191,7 @@ function showServer({engine, settings, served_model_name}) {
     "context": `${count(engine.context_length)} tokens`,
     "KV pool": `${count(engine.kv_capacity)} tokens`,
     "training beside requests": settings.share ? `${percent(settings.share)} of the time` : "in idle time only",
-    "longest piece": `${settings.micro_step_ms} ms`,
+    "longest piece": `${settings.micro_step_ms} ms beside requests, ${settings.idle_step_ms} ms while none come`,
     "KV kept": `at most ${percent(settings.kv_share)}`,
     "largest rank": engine.max_lora_rank,
     "aLoRA": engine.alora ? "served" : "not served",

@@ -4,6 +4,7 @@ Every tensor-parallel rank runs the same pieces at the same iterations: what dep
 leader and shared.
 """
 
+import itertools
 import logging
 import threading
 import time
@@ -23,6 +24,8 @@ from sglang.srt.mezo.service.messages import MezoEvent, MezoReqInput, MezoReqOut
 from sglang.srt.mezo.service.metrics import TrainingMetrics
 from sglang.srt.mezo.service.pacing import Pacer
 from sglang.srt.mezo.service.settings import ServiceSettings
+
+from sglang.srt.constants import HEALTH_CHECK_RID_PREFIX
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -78,16 +81,19 @@ class MezoRunner:
 
     def tick(self) -> None:
         """Run one piece of the job, if there is one and it may run now."""
+        if self._has_requests():
+            self._pacer.saw_requests()
         if not self.has_work or self._scheduler.weight_updater.offload_tags:
             return
         if not self._job.trainer.slots.claimed and not self._claim():
             return
         running, waiting = self._load()
         self._give_way()
-        if not self._handle.share(self._may_run(running, waiting)):
+        max_tokens = self._handle.share(self._max_tokens(running, waiting))
+        if not max_tokens:
             return
         started = time.perf_counter()
-        self._advance()
+        self._advance(max_tokens)
         seconds = time.perf_counter() - started
         self._pacer.ran(seconds, running)
         if self._metrics is not None:
@@ -100,7 +106,7 @@ class MezoRunner:
 
     # --- commands --------------------------------------------------------------------------------------------------------
 
-    def _describe(self, command: messages.Describe) -> dict[str, Any]:
+    def _describe(self, command: messages.Describe | None = None) -> dict[str, Any]:
         if self._description is None:
             self._description = self._handle.share(describe(self._handle, self._settings))
             # What writes adapters takes a while to import: neither the start nor, at the first adapter, a request waits for it.
@@ -174,8 +180,16 @@ class MezoRunner:
         last, running = self._scheduler.last_batch, self._scheduler.running_batch
         return [*running.reqs, *(last.reqs if last is not None and last is not running else ())]
 
-    def _may_run(self, running: int, waiting: int) -> bool:
-        return time.monotonic() >= self._retry_at and self._pacer.allows(running, waiting)
+    def _has_requests(self) -> bool:
+        """Whether anybody is served; probes of the server's health are nobody, and come all the time."""
+        requests = itertools.chain(self._batched(), self._scheduler.waiting_queue)
+        return len(self._scheduler.grammar_manager) > 0 or any(not req.rid.startswith(HEALTH_CHECK_RID_PREFIX) for req in requests)
+
+    def _max_tokens(self, running: int, waiting: int) -> int:
+        """Tokens that the next piece may run through the model; 0 where there may be none now."""
+        if time.monotonic() < self._retry_at or not self._pacer.allows(running, waiting):
+            return 0
+        return self._describe()["idle_step_tokens" if self._pacer.quiet else "micro_step_tokens"]
 
     def _give_way(self) -> None:
         """Locks on kept prefixes are the first thing to go where requests need the room."""
@@ -183,11 +197,11 @@ class MezoRunner:
         if prefixes.kept_tokens and self._handle.free_kv_tokens < _LOW_WATER * self._handle.kv_capacity:
             prefixes.release()
 
-    def _advance(self) -> None:
+    def _advance(self, max_tokens: int) -> None:
         job = self._job
         try:
             with self._forward_stream():
-                done = job.advance()
+                done = job.advance(max_tokens)
         except CapacityError as error:
             self._make_room(error)
         except Exception as error:

@@ -33,6 +33,7 @@ SETTINGS = (
     Setting("dir", str, "Where files, jobs and adapters are kept."),
     Setting("share", float, "Share of the time that training may take while requests run; 0 trains in idle time only."),
     Setting("micro_step_ms", float, "What one uninterrupted piece of training may take, if that is more than two of the shortest forward passes: what a new request may wait for it."),
+    Setting("idle_step_ms", float, "The same while no request has come for ten seconds: what the first one may wait for it. Up to micro_step_ms pieces never grow."),
     Setting("kv_share", float, "Share of the KV pool that training may keep locked between steps."),
     Setting("max_file_mb", int, "Largest file that can be uploaded."),
     Setting("on_restart", str, "What becomes of a job that the server's end interrupted: resume or fail."),
@@ -47,6 +48,7 @@ class ServiceSettings:
     dir: str = "mezo"
     share: float = 0.1
     micro_step_ms: float = 25.0
+    idle_step_ms: float = 500.0
     kv_share: float = 0.25
     max_file_mb: int = 512
     on_restart: Literal["resume", "fail"] = "resume"
@@ -54,6 +56,7 @@ class ServiceSettings:
     def __post_init__(self):
         self._require("share", 0 <= self.share < 1, "from 0 to below 1")
         self._require("micro_step_ms", 0 < self.micro_step_ms <= 1000, "above 0 and at most 1000")
+        self._require("idle_step_ms", 0 <= self.idle_step_ms <= 10_000, "from 0 to 10000")
         self._require("kv_share", 0 <= self.kv_share <= 0.9, "from 0 to 0.9")
         self._require("max_file_mb", self.max_file_mb >= 1, "at least 1")
         self._require("on_restart", self.on_restart in ("resume", "fail"), "resume or fail")
