@@ -62,9 +62,10 @@ def _tokens_of_long_pass(handle: EngineHandle, seconds: float, shortest: float, 
         probe //= 2
     if seconds <= shortest or probe == _MIN_TOKENS:
         return 0
-    per_token = max(_seconds(handle, probe) - shortest, 0.0) / (probe - _MIN_TOKENS)
+    probed = min(_seconds(handle, probe) for _ in range(2))  # the first of a size may compile kernels
+    per_token = max(probed - shortest, 0.0) / (probe - _MIN_TOKENS)
     most = min(_MAX_TOKENS, handle.kv_capacity, handle.most_prefill_tokens)
-    return most if per_token * most <= seconds - shortest else int((seconds - shortest) / per_token)
+    return most if per_token * most <= seconds - shortest else _MIN_TOKENS + round((seconds - shortest) / per_token)
 
 
 def _fits(handle: EngineHandle, tokens: int) -> bool:
