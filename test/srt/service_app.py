@@ -40,7 +40,7 @@ ENGINE = EngineDescription(
     default_target_modules={"alora": ["q_proj", "v_proj"], "lora": ["q_proj", "v_proj"]},
     micro_step_tokens=64,
     idle_step_tokens=256,
-    alora=True,
+    no_alora="",
 )
 
 

@@ -21,7 +21,7 @@ ENGINE = EngineDescription(
     default_target_modules={"alora": ["q_proj", "k_proj", "v_proj", "o_proj"], "lora": ["q_proj", "v_proj"]},
     micro_step_tokens=64,
     idle_step_tokens=256,
-    alora=True,
+    no_alora="",
 )
 PLACE = "method.supervised.hyperparameters"
 
@@ -260,8 +260,8 @@ def test_an_invocation_makes_the_adapter_an_activated_one():
 
 
 def test_a_backend_without_activated_adapters_says_so():
-    engine = EngineDescription(**{name: getattr(ENGINE, name) for name in ENGINE.__struct_fields__} | {"alora": False})
-    assert "this server's LoRA backend cannot serve aLoRA" in refused(request(invocation=" It was"), engine).message
+    engine = EngineDescription(**{name: getattr(ENGINE, name) for name in ENGINE.__struct_fields__} | {"no_alora": "start with --lora-backend triton"})
+    assert "cannot serve aLoRA adapters: start with --lora-backend triton" in refused(request(invocation=" It was"), engine).message
     assert resolve(request(), engine, 10, seed=7)[0]["tuning"] == "lora"
 
 

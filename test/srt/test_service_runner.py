@@ -752,6 +752,6 @@ def test_the_description_says_what_a_job_may_ask(engine):
     assert ok and description["max_lora_rank"] == 4 and description["max_loras_per_batch"] == 7
     assert description["target_modules"] == ["k_proj", "q_proj", "v_proj"]
     assert description["default_target_modules"] == {"alora": ["q_proj", "k_proj", "v_proj"], "lora": ["q_proj", "v_proj"]}
-    assert description["context_length"] == 128 and description["kv_capacity"] == 3000 and description["alora"]
+    assert description["context_length"] == 128 and description["kv_capacity"] == 3000 and description["no_alora"] == ""
     tokens = description["micro_step_tokens"]
     assert tokens >= 8 and tokens & (tokens - 1) == 0

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from itertools import count
 
 from sglang.srt.mezo import slot_room
+from sglang.srt.mezo.accelerator import why_no_alora
 from sglang.srt.mezo.hooks import Hook
 from sglang.srt.mezo.invocation import find_invocation
 
@@ -69,29 +70,10 @@ def _after_unloading(result, manager, lora_ref) -> None:
 
 
 def _why_not_activated(manager, lora_id: str) -> str | None:
-    from sglang.srt.model_executor.cuda_graph_config import Backend, Phase, check_cuda_graph_backend
-    from sglang.srt.runtime_context import get_disagg
-
-    backend = manager.lora_backend
     unsupported = {"embed_tokens", "lm_head"} & set(manager.configs[lora_id].target_modules)
-    if not hasattr(backend, "prepare_lora_token_segments"):
-        return f"LoRA backend {backend.name!r} cannot route single tokens, start with --lora-backend triton"
-    if backend.supports_prefill_cuda_graph and not check_cuda_graph_backend(Phase.PREFILL, Backend.DISABLED):
-        return "the prefill CUDA graph routes whole requests, start with --cuda-graph-backend-prefill disabled"
     if unsupported:
         return f"target_modules={sorted(unsupported)} are not supported, name linear layers"
-    if manager.max_loras_per_batch < 2:
-        return "max_loras_per_batch=1 leaves no slot for the base model, allowed: 2 or more"
-    for mode, active in (
-        ("LoRA on experts", backend.is_moe_lora),
-        ("--enable-lora-overlap-loading", manager.enable_lora_overlap_loading),
-        ("data-parallel attention", manager.attn_dp_enabled),
-        ("speculative decoding", manager.speculative_algorithm is not None),
-        ("prefill-decode disaggregation", get_disagg().disaggregation_mode != "null"),
-    ):
-        if active:
-            return f"not together with {mode}"
-    return None
+    return why_no_alora(manager)
 
 
 # --- requests and the radix tree ---------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Self
 
 import torch
 
+from sglang.srt.mezo.accelerator import fill_open_fields
 from sglang.srt.mezo.allocator import keep_freed_memory
 from sglang.srt.mezo.errors import CapacityError, ConfigError
 
@@ -144,6 +145,7 @@ class MezoEngine:
             max_loras_per_batch=num_slots + 1,  # the base model takes a slot too
             **{"page_size": 1, "log_level": "warning", "disable_cuda_graph": True, **server_args},
         )
+        fill_open_fields(self.server_args)
         self.server_args.resolve_once()
         self.server_args.check_server_args()
         ports = PortArgs.init_new(self.server_args)

@@ -11,7 +11,8 @@ from contextlib import asynccontextmanager
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from sglang.srt.mezo import overlay, platform
+from sglang.srt.mezo import overlay
+from sglang.srt.mezo.accelerator import fill_open_fields
 from sglang.srt.mezo.errors import ConfigError
 from sglang.srt.mezo.hooks import Hook, StartRefused, install, wrap_static
 from sglang.srt.mezo.service.settings import ENABLE_FLAG, ENABLE_VARIABLE, SETTINGS, ServiceSettings, default
@@ -76,8 +77,6 @@ def _fill_server_args(server_args) -> None:
         settings.make_directory()  # before a model is loaded for nothing
     except ConfigError as error:
         raise StartRefused(str(error)) from error
-    from sglang.srt.server_args import _declared_default
-
     for field, allowed in (("dp_size", 1), ("pp_size", 1), ("tokenizer_worker_num", 1)):
         if getattr(server_args, field) != allowed:
             raise StartRefused(f"{ENABLE_FLAG} needs {field}={allowed}, not {getattr(server_args, field)}")
@@ -90,8 +89,7 @@ def _fill_server_args(server_args) -> None:
         server_args.enable_lora = True
         server_args.max_lora_rank = server_args.max_lora_rank or _DEFAULT_RANK
         server_args.lora_target_modules = server_args.lora_target_modules or _attention_modules(server_args)
-    if not platform.is_active() and server_args.lora_backend == _declared_default("lora_backend"):
-        server_args.lora_backend = "triton"  # of SGLang's backends the one that can serve aLoRA adapters
+    fill_open_fields(server_args)
 
 
 def _attention_modules(server_args) -> list[str]:

@@ -6,6 +6,7 @@ from typing import Any
 import msgspec
 import torch
 
+from sglang.srt.mezo.accelerator import why_no_alora
 from sglang.srt.mezo.engine import EngineHandle
 from sglang.srt.mezo.forward import Sequenced, extend
 from sglang.srt.mezo.service.messages import EngineDescription
@@ -36,7 +37,7 @@ def describe(handle: EngineHandle, settings: ServiceSettings) -> dict[str, Any]:
             default_target_modules={tuning: [name for name in names if name in modules] for tuning, names in defaults.items()},
             micro_step_tokens=micro_step_tokens,
             idle_step_tokens=idle_step_tokens,
-            alora=hasattr(manager.lora_backend, "prepare_lora_token_segments"),
+            no_alora=why_no_alora(manager) or "",
         )
     )
 

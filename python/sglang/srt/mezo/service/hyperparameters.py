@@ -212,7 +212,7 @@ def _check_against(engine: EngineDescription, config: MezoConfig, given: Mapping
             raise _refused(name, getattr(config, name), allowed, given)
 
     if config.tuning == "alora":
-        require("tuning", engine.alora, "lora, as this server's LoRA backend cannot serve aLoRA adapters")
+        require("tuning", not engine.no_alora, f"lora, as this server cannot serve aLoRA adapters: {engine.no_alora}")
         require("invocation", bool(config.invocation), "the text from which activated LoRA acts, such as ' It was'")
     else:
         require("invocation", config.invocation is None, "null, as ordinary LoRA acts on every token")

@@ -97,7 +97,8 @@ class EngineDescription(Struct, kw_only=True):
 
     target_modules: Hugging Face names of the linear layers that the LoRA pool can adapt. default_target_modules: for
     each tuning, what a job gets that names none. micro_step_tokens, idle_step_tokens: tokens of one forward pass that keep to the
-    server's bounds on a piece, beside requests and while none come. alora: whether the LoRA backend can serve aLoRA adapters.
+    server's bounds on a piece, beside requests and while none come. no_alora: why it cannot serve aLoRA adapters, empty where it
+    can.
     """
 
     model_path: str
@@ -110,7 +111,7 @@ class EngineDescription(Struct, kw_only=True):
     default_target_modules: dict[str, list[str]]
     micro_step_tokens: int
     idle_step_tokens: int
-    alora: bool
+    no_alora: str
 
 
 Command = Union[

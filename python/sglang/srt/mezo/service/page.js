@@ -194,7 +194,7 @@ function showServer({engine, settings, served_model_name}) {
     "longest piece": `${settings.micro_step_ms} ms beside requests, ${settings.idle_step_ms} ms while none come`,
     "KV kept": `at most ${percent(settings.kv_share)}`,
     "largest rank": engine.max_lora_rank,
-    "aLoRA": engine.alora ? "served" : "not served",
+    "aLoRA": engine.no_alora ? `not served: ${engine.no_alora}` : "served",
     "after a restart": settings.on_restart === "resume" ? "jobs go on" : "jobs fail",
   });
 }

@@ -12,6 +12,9 @@ from contextlib import contextmanager
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from sglang.srt.constants import HEALTH_CHECK_RID_PREFIX
 from sglang.srt.mezo import slot_room
 from sglang.srt.mezo.data import Example
 from sglang.srt.mezo.engine import EngineHandle
@@ -24,8 +27,6 @@ from sglang.srt.mezo.service.messages import MezoEvent, MezoReqInput, MezoReqOut
 from sglang.srt.mezo.service.metrics import TrainingMetrics
 from sglang.srt.mezo.service.pacing import Pacer
 from sglang.srt.mezo.service.settings import ServiceSettings
-
-from sglang.srt.constants import HEALTH_CHECK_RID_PREFIX
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -92,9 +93,7 @@ class MezoRunner:
         max_tokens = self._handle.share(self._max_tokens(running, waiting))
         if not max_tokens:
             return
-        started = time.perf_counter()
-        self._advance(max_tokens)
-        seconds = time.perf_counter() - started
+        seconds = self._timed_piece(max_tokens)
         self._pacer.ran(seconds, running)
         if self._metrics is not None:
             self._metrics.piece(seconds, self._pacer)
@@ -108,7 +107,8 @@ class MezoRunner:
 
     def _describe(self, command: messages.Describe | None = None) -> dict[str, Any]:
         if self._description is None:
-            self._description = self._handle.share(describe(self._handle, self._settings))
+            with self._forward_stream():
+                self._description = self._handle.share(describe(self._handle, self._settings))
             # What writes adapters takes a while to import: neither the start nor, at the first adapter, a request waits for it.
             threading.Thread(target=import_module, args=("peft",), daemon=True).start()
         return self._description
@@ -165,7 +165,8 @@ class MezoRunner:
             return False
         slot_room.reserve(0)
         try:
-            slots.claim()
+            with self._forward_stream():
+                slots.claim()
         except Exception as error:
             self._fail(error)
             return False
@@ -197,11 +198,25 @@ class MezoRunner:
         if prefixes.kept_tokens and self._handle.free_kv_tokens < _LOW_WATER * self._handle.kv_capacity:
             prefixes.release()
 
+    def _timed_piece(self, max_tokens: int) -> float:
+        """Seconds that a piece took; on an accelerator without the wait for the batch in flight, behind which it queues."""
+        if self._handle.device.type == "cpu":
+            started = time.perf_counter()
+            self._advance(max_tokens)
+            return time.perf_counter() - started
+        device = torch.get_device_module(self._handle.device)
+        begun, ended = device.Event(enable_timing=True), device.Event(enable_timing=True)
+        with self._forward_stream():
+            begun.record()
+            self._advance(max_tokens)
+            ended.record()
+        ended.synchronize()
+        return begun.elapsed_time(ended) / 1000
+
     def _advance(self, max_tokens: int) -> None:
         job = self._job
         try:
-            with self._forward_stream():
-                done = job.advance(max_tokens)
+            done = job.advance(max_tokens)
         except CapacityError as error:
             self._make_room(error)
         except Exception as error:
