@@ -6,6 +6,15 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+import pytest
+import torch
+
+
+def require_devices(count: int) -> None:
+    """Skip a test of so many tensor-parallel ranks where there are fewer GPUs; on the CPU ranks are processes."""
+    if torch.accelerator.is_available() and torch.accelerator.device_count() < count:
+        pytest.skip(f"{count} GPUs are needed, and there are {torch.accelerator.device_count()}")
+
 
 class EngineProcess:
     """Starts a MezoEngine in a new process and runs functions on it.

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from engine_process import require_devices
 from live_server import LiveServer, reviews
 
 from sglang.srt.mezo.seed_log import SeedLog
@@ -16,6 +17,7 @@ JOB = {
 @pytest.mark.slow
 @pytest.mark.parametrize("tuning", ["lora", "alora"])
 def test_two_ranks_make_the_steps_of_one(tmp_path, tuning):
+    require_devices(2)
     settings = {**JOB, "tuning": tuning, "invocation": " It was" if tuning == "alora" else None}
     runs = []
     for ranks in (1, 2):

@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import pytest
 import sglang
 import torch
+from engine_process import require_devices
 from peft import LoraConfig, get_peft_model
 from sglang.srt.plugins import load_plugins
 from sglang.srt.runtime_context import get_context, get_parallel
@@ -146,6 +147,7 @@ def cases(tmp_path_factory) -> dict[str, Case]:
 def served(request, cases) -> Iterator[tuple]:
     """(engine, case): one engine for every kind and tensor-parallel size."""
     kind, tp_size = request.param
+    require_devices(tp_size)
     case = cases[kind]
     lora = {}
     if case.adapter is not None:

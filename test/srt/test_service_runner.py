@@ -225,6 +225,45 @@ def tick_beside_a_request(engine, pieces):
     return sizes
 
 
+def test_all_that_runs_the_model_or_fills_its_slots_queues_behind_the_batch_in_flight(engine, config, model_path):
+    assert start(engine, replace(config, r=4), model_path)[0]
+    assert engine.call(streams_of_work) == {"describe": True, "claim": True, "piece": True}
+    stop(engine)
+
+
+def streams_of_work(engine):
+    """Kind of work -> whether it ran on the stream of forward passes."""
+    from contextlib import contextmanager
+
+    from sglang.srt.mezo.service import describe, runner
+
+    on_stream, seen, running = [], {}, engine.runner
+
+    @contextmanager
+    def forward_stream():
+        on_stream.append(True)
+        yield
+        on_stream.pop()
+
+    def seeing(kind, function):
+        def call(*args, **kwargs):
+            seen[kind] = bool(on_stream)
+            return function(*args, **kwargs)
+
+        return call
+
+    running._forward_stream, running._description = forward_stream, None
+    slots = running._job.trainer.slots
+    slots.claim = seeing("claim", slots.claim)
+    running._job.advance = seeing("piece", running._job.advance)
+    runner.describe = seeing("describe", describe.describe)
+    try:
+        running.tick()
+    finally:
+        runner.describe = describe.describe
+    return seen
+
+
 def train_in_pieces(engine, config, spec, sizes):
     """A run whose passes are of the sizes that another has written down."""
     from sglang.srt.mezo.trainer import MezoTrainer, TrainingRun

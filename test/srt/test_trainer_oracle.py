@@ -114,7 +114,7 @@ def loss_on_prefix_of(engine, trainer, batch, plus, minus):
         _, kv = extend(engine.handle, [Sequenced(torch.empty(0, dtype=torch.int64), prefix, ((plus.lora_id, len(prefix)),))])
         hidden, end = extend(engine.handle, [Sequenced(kv, last, ((minus.lora_id, 1),))])
         engine.handle.kv_allocator.free(torch.cat((kv, end)))
-        tokens = torch.tensor([option[0] for option in example.options])
+        tokens = torch.tensor([option[0] for option in example.options], device=hidden.device)
         values.append(Head(engine.handle).log_probs(hidden, torch.zeros_like(tokens), tokens))
     return batch_loss(trainer.train_plans, torch.cat(values)[None], "classification").mean.item()
 

@@ -156,6 +156,7 @@ class MezoEngine:
 
         self.scheduler = Scheduler(self.server_args, ports)
         self.handle = EngineHandle.from_scheduler(self.scheduler)
+        torch.get_device_module(self.handle.device).synchronize()  # it was set up on streams of its own
 
 
 def _configure_logging(server_args) -> None:

@@ -12,8 +12,6 @@ from contextlib import contextmanager
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from sglang.srt.constants import HEALTH_CHECK_RID_PREFIX
 from sglang.srt.mezo import slot_room
 from sglang.srt.mezo.data import Example
@@ -27,6 +25,7 @@ from sglang.srt.mezo.service.messages import MezoEvent, MezoReqInput, MezoReqOut
 from sglang.srt.mezo.service.metrics import TrainingMetrics
 from sglang.srt.mezo.service.pacing import Pacer
 from sglang.srt.mezo.service.settings import ServiceSettings
+from sglang.srt.mezo.service.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -93,10 +92,11 @@ class MezoRunner:
         max_tokens = self._handle.share(self._max_tokens(running, waiting))
         if not max_tokens:
             return
-        seconds = self._timed_piece(max_tokens)
-        self._pacer.ran(seconds, running)
+        with self._forward_stream(), Stopwatch(self._handle.device) as watch:
+            self._advance(max_tokens)
+        self._pacer.ran(watch.seconds, running)
         if self._metrics is not None:
-            self._metrics.piece(seconds, self._pacer)
+            self._metrics.piece(watch.seconds, self._pacer)
 
     def on_flush(self) -> None:
         """The radix tree has been emptied: its locks and KV are gone."""
@@ -197,21 +197,6 @@ class MezoRunner:
         prefixes = self._job.trainer.scorer.base_prefixes
         if prefixes.kept_tokens and self._handle.free_kv_tokens < _LOW_WATER * self._handle.kv_capacity:
             prefixes.release()
-
-    def _timed_piece(self, max_tokens: int) -> float:
-        """Seconds that a piece took; on an accelerator without the wait for the batch in flight, behind which it queues."""
-        if self._handle.device.type == "cpu":
-            started = time.perf_counter()
-            self._advance(max_tokens)
-            return time.perf_counter() - started
-        device = torch.get_device_module(self._handle.device)
-        begun, ended = device.Event(enable_timing=True), device.Event(enable_timing=True)
-        with self._forward_stream():
-            begun.record()
-            self._advance(max_tokens)
-            ended.record()
-        ended.synchronize()
-        return begun.elapsed_time(ended) / 1000
 
     def _advance(self, max_tokens: int) -> None:
         job = self._job
