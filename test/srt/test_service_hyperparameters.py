@@ -283,7 +283,7 @@ SERVERS = {
     "with few slots": {"max_loras_per_batch": 4},
     "with a small pool": {"kv_capacity": 100},
     "for other modules": {"target_modules": ["fc1"], "default_target_modules": {"alora": [], "lora": []}},
-    "without aLoRA": {"alora": False},
+    "without aLoRA": {"no_alora": "no segments"},
 }
 
 
@@ -306,7 +306,7 @@ def in_range(engine):
         "batch_size": (1, 7, 4096), "gradient_accumulation_steps": (1, 2, 256), "r": {1, engine.max_lora_rank},
         "max_tokens_per_batch": (1, 100, min(8192, engine.kv_capacity)), "lr_scheduler_type": ("constant", "linear", "cosine"),
         "optim": ("sgd", "adamw"), "estimator": ("one_sided", "leave_one_out", *two_sided), "perturbation": ("gaussian", "rademacher"),
-        "tuning": ("lora",), "invocation": (None, *([" It was"] if engine.alora else ())), "target_modules": engine.target_modules and [engine.target_modules],
+        "tuning": ("lora",), "invocation": (None, *([" It was"] if not engine.no_alora else ())), "target_modules": engine.target_modules and [engine.target_modules],
         "objective": (None, "classification", "completion", "language_modeling"), "metric_for_best_model": (None, "eval_loss", "eval_accuracy"),
     }  # fmt: skip
 
