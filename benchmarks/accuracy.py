@@ -13,12 +13,12 @@ import multiprocessing
 import os
 import platform
 import statistics
+import sys
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 
-from transformers import HfArgumentParser
-
+from sglang.srt.mezo.arguments import build, read, status_of
 from sglang.srt.mezo.config import MezoConfig
 from sglang.srt.mezo.finetune import DataArguments, ModelArguments, finetune
 from sglang.srt.mezo.run_directory import write_json
@@ -34,8 +34,8 @@ class AccuracyArguments:
 
 
 def main() -> None:
-    parser = HfArgumentParser((ModelArguments, DataArguments, MezoConfig, AccuracyArguments), description=__doc__)
-    model, data, config, arguments = parser.parse_args_into_dataclasses()
+    kinds = (ModelArguments, DataArguments, MezoConfig, AccuracyArguments)
+    model, data, config, arguments = build(kinds, read(sys.argv[1:], kinds, __doc__))
     for seed in arguments.seeds:
         if all(row["seed"] != seed for row in load(arguments.json)["rows"]):
             run_in_new_process(model, data, config_of_seed(config, seed, arguments.json), arguments.json)
@@ -90,4 +90,4 @@ def show(rows: list[dict]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(status_of(main))

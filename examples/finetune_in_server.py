@@ -21,21 +21,32 @@ EMBEDDED = {"invocation": " It was"}
 """Hyperparameters for the model and the task that the repository carries."""
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        self.exit(2, f"error: {message}\n")  # in one line, without the usage
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base-url", default="http://127.0.0.1:30000/v1")
     parser.add_argument("--api-key", default="none")
     parser.add_argument("--train", type=Path, help="training file; the embedded task's by default")
     parser.add_argument("--validation", type=Path, help="validation file")
     parser.add_argument("--suffix", default="reviews", help="name of the adapter")
-    parser.add_argument("--hyperparameters", type=json.loads, help="JSON object")
+    parser.add_argument("--hyperparameters", type=json_object, help="JSON object")
     arguments = parser.parse_args()
     client = OpenAI(base_url=arguments.base_url, api_key=arguments.api_key)
     try:
         return finetune(client, arguments)
-    except OpenAIError as error:
+    except (OpenAIError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+
+
+def json_object(text: str) -> dict:
+    if isinstance(value := json.loads(text), dict):
+        return value
+    raise ValueError
 
 
 def finetune(client: OpenAI, arguments: argparse.Namespace) -> int:

@@ -4,7 +4,8 @@
     python examples/mezo_opt_training.py --model facebook/opt-125m --task sst2      # the real thing
     python examples/mezo_opt_training.py --model facebook/opt-125m --task sst2 --tuning lora --learning_rate 1e-4
 
-Every field of MezoConfig is a flag. The run directory receives the adapter (PEFT format), the seed log, metrics.jsonl, the
+Every field of ModelArguments, DataArguments and MezoConfig is a flag, and MeZO's, PEFT's and TRL's names for the same things are
+too. The run directory receives the adapter (PEFT format), the seed log, metrics.jsonl, the
 plot and summary.json.
 """
 
@@ -12,40 +13,33 @@ import os
 import sys
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
-from transformers import HfArgumentParser
-
+from sglang.srt.mezo.arguments import build, read, status_of
 from sglang.srt.mezo.config import MezoConfig
-from sglang.srt.mezo.errors import MezoError
 from sglang.srt.mezo.finetune import DataArguments, ModelArguments, finetune
 
+KINDS = (ModelArguments, DataArguments, MezoConfig)
 ASSETS = Path(__file__).parent / "assets"
-
-EMBEDDED = {
-    "model": str(ASSETS / "opt-reviews"),
-    "dtype": "float32",
-    "task": "sst2",
-    "dataset": str(ASSETS / "reviews"),
-    "dev_split": "validation",
-    "test_split": "test",
-    "max_steps": "250",
-}
-"""Flags for the model and the task that the repository carries; the command line may override each."""
+MODEL = {"model": str(ASSETS / "opt-reviews"), "dtype": "float32"}
+TASK = {"task": "sst2", "dataset": str(ASSETS / "reviews"), "dev_split": "validation", "test_split": "test"}
+"""The model and the task that the repository carries: what a command line gets that names none."""
+STEPS = {"max_steps": 250}
 
 
-def main(arguments: list[str]) -> int:
-    parser = HfArgumentParser((ModelArguments, DataArguments, MezoConfig), description=__doc__)
-    parser.set_defaults(output_dir=f"runs/{datetime.now():%Y%m%d-%H%M%S}")
-    if not any(argument.split("=")[0] in ("--model", "-h", "--help") for argument in arguments):
-        arguments = [f"--{name}={value}" for name, value in EMBEDDED.items()] + arguments
-    try:
-        model, data, config = parser.parse_args_into_dataclasses(arguments)
-        summary = finetune(model, data, config)
-    except MezoError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    report(model, config, summary)
-    return 0
+def main(arguments: list[str]) -> None:
+    given = {"output_dir": f"runs/{datetime.now():%Y%m%d-%H%M%S}"} | completed(read(arguments, KINDS, __doc__))
+    model, data, config = build(KINDS, given)
+    report(model, config, finetune(model, data, config))
+
+
+def completed(given: dict[str, Any]) -> dict[str, Any]:
+    """The fields on the command line, and those of what the repository carries where they leave that open."""
+    if "model" in given:
+        return given
+    task = {} if "dataset" in given else TASK
+    steps = {} if {"max_steps", "num_train_epochs"} & given.keys() else STEPS
+    return MODEL | task | steps | given
 
 
 def report(model: ModelArguments, config: MezoConfig, summary: dict) -> None:
@@ -54,10 +48,11 @@ def report(model: ModelArguments, config: MezoConfig, summary: dict) -> None:
 
     total = summary["prefix_tokens_total"]
     name = Path(config.output_dir).name
+    shared = "".join(f"; {count} examples: {where}" for where, count in summary["shared_examples"].items())
     print(
         f"""
 zero-shot accuracy     {percent(summary["zero_shot_accuracy"])}
-trained accuracy       {percent(summary["accuracy"])}   (adapter of step {summary["best_step"]} of {summary["steps"]})
+trained accuracy       {percent(summary["accuracy"])}   (adapter of step {summary["best_step"]} of {summary["steps"]}){shared}
 speed                  {summary["steps_per_second"]:.1f} steps/s, {summary["train_seconds"]:.0f} s of training
 prefix tokens reused   {percent(summary["prefix_tokens_reused"] / total if total else None)} of {total}
 peak memory            {summary["peak_rss_bytes"] / 2**20:.0f} MiB
@@ -71,6 +66,6 @@ Serve it:
 
 
 if __name__ == "__main__":
-    status = main(sys.argv[1:])
+    status = status_of(lambda: main(sys.argv[1:]))
     sys.stdout.flush()
     os._exit(status)  # the engine's threads are of no further use

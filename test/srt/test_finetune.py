@@ -63,7 +63,7 @@ def test_an_unknown_task(config):
 
 
 def test_a_file_that_is_not_there(config):
-    with pytest.raises(DataError, match="nowhere.jsonl: no such file"):
+    with pytest.raises(DataError, match="nowhere.jsonl: no such file or folder"):
         finetune(MODEL, replace(DATA, dataset="nowhere.jsonl"), config)
 
 
@@ -87,6 +87,53 @@ def test_activated_lora_without_an_invocation(tmp_path, config, invocation):
 def test_ordinary_lora_with_an_invocation(config):
     with pytest.raises(ConfigError, match="invocation"):
         finetune(MODEL, DATA, replace(config, tuning="lora", invocation=" It was"))
+
+
+def test_a_folder_that_cannot_be_made(tmp_path, config):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(ConfigError, match=f"output_dir=.* is not allowed: a folder that can be made: {tmp_path / 'file'} is a file"):
+            finetune(MODEL, DATA, replace(config, output_dir=str(path)))
+    with pytest.raises(ConfigError, match="a new or empty folder"):
+        finetune(MODEL, DATA, replace(config, output_dir=str(tmp_path)))
+    for setting in ("resume_from_checkpoint", "overwrite_output_dir"):
+        with pytest.raises(ConfigError, match="a folder that an earlier run made"):
+            finetune(MODEL, DATA, replace(config, output_dir=str(tmp_path), **{setting: True}))
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("settings", [{"r": 4}, {"learning_rate": 1.0}])
+def test_a_run_that_goes_on_has_the_settings_that_it_had(tmp_path, config, settings):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "seed_log").write_text("")
+    (run / "config.json").write_text(json.dumps(config.to_dict()))
+    [(name, value)] = settings.items()
+    with pytest.raises(ConfigError, match=f"{name}={value} is not allowed: the run to resume has"):
+        finetune(MODEL, DATA, replace(config, resume_from_checkpoint=True, **settings))
+    (run / "config.json").write_text("[1]")
+    with pytest.raises(ConfigError, match="a run whose config.json can be read"):
+        finetune(MODEL, DATA, replace(config, resume_from_checkpoint=True))
+
+
+@pytest.mark.parametrize(
+    ("row", "settings", "message"),
+    [
+        ({"prompt": "a fine film. It was", "completion": " great"}, {"objective": "classification"}, "objective='classification' .* one option only"),
+        ({"prompt": "a fine film. It was", "completion": " great"}, {"metric_for_best_model": "eval_accuracy"}, "one of eval_loss for completion"),
+        (GOOD_ROW, {"metric_for_best_model": "f1"}, "one of eval_loss, eval_accuracy for classification"),
+    ],
+)
+def test_an_objective_that_the_rows_do_not_have(tmp_path, config, row, settings, message):
+    path = write_rows(tmp_path / "rows.jsonl", *[row] * 10)
+    with pytest.raises(ConfigError, match=message):
+        finetune(MODEL, DataArguments(dataset=path), replace(config, invocation=" It was", **settings))
+
+
+def test_a_file_has_no_splits(tmp_path, config):
+    path = write_rows(tmp_path / "rows.jsonl", *[GOOD_ROW] * 10)
+    with pytest.raises(ConfigError, match="test_split='test' is not allowed: none for .*, which has no splits"):
+        finetune(MODEL, DataArguments(dataset=path, test_split="test"), replace(config, invocation=" It was"))
 
 
 def test_no_data_at_all(config):

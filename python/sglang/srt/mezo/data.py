@@ -5,7 +5,7 @@ Rows come as a task's columns, or in one of the free forms ``{"prompt", "complet
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -243,6 +243,12 @@ def _reason(error: Exception) -> str:
     if isinstance(error, KeyError):
         return f"column {error.args[0]!r} is missing"
     return f"{type(error).__name__}: {error}"
+
+
+def count_shared(examples: Iterable[Example], others: Iterable[Example]) -> int:
+    """How many of the examples have the prompt and the options of one of the others, whatever its label."""
+    known = {(other.prompt, other.options) for other in others}
+    return sum((example.prompt, example.options) in known for example in examples)
 
 
 def default_objective(examples: Sequence[Example], rows: Sequence[SourceRow]) -> Objective:

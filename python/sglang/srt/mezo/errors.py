@@ -32,6 +32,10 @@ class ConfigError(MezoError, ValueError):
         return f"{self.field}={self.value!r} is not allowed: {self.allowed}"
 
 
+class UsageError(MezoError, ValueError):
+    """A command line cannot be read."""
+
+
 class DataError(MezoError, ValueError):
     """A row or a file of training data cannot be used."""
 

@@ -54,12 +54,10 @@ class RunDirectory:
             LogError: another process runs in the folder, the log's header is damaged, or the initial adapter is not the one
                 that it starts from.
         """
+        self.check()
         if self._config.resume_from_checkpoint:
             return self._resume(adapter)
         if self.path.exists() and any(self.path.iterdir()):
-            if not self._config.overwrite_output_dir:
-                raise ConfigError("output_dir", str(self.path), "a new or empty folder; or set overwrite_output_dir or resume_from_checkpoint")
-            self._require_run()
             with closing(SeedLog.open(self.path / "seed_log")) as earlier:
                 earlier.claim()  # a run that is still going is not deleted
                 shutil.rmtree(self.path)
@@ -68,6 +66,20 @@ class RunDirectory:
         except BaseException:  # half a run could neither be resumed nor overwritten
             shutil.rmtree(self.path, ignore_errors=True)
             raise
+
+    def check(self) -> None:
+        """Raise ConfigError for what can be told of the folder before there is an adapter."""
+        there = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK):
+            reason = "may not be written to" if there.is_dir() else "is a file"
+            raise ConfigError("output_dir", str(self.path), f"a folder that can be made: {there} {reason}")
+        if self._config.resume_from_checkpoint:
+            self._require_run()
+            self._require_same_settings()
+        elif self.path.exists() and any(self.path.iterdir()):
+            if not self._config.overwrite_output_dir:
+                raise ConfigError("output_dir", str(self.path), "a new or empty folder; or set overwrite_output_dir or resume_from_checkpoint")
+            self._require_run()
 
     def _create(self, adapter: Adapter) -> SeedLog:
         self.path.mkdir(parents=True, exist_ok=True)
@@ -83,15 +95,16 @@ class RunDirectory:
         if not (self.path / "config.json").is_file() or not (self.path / "seed_log").is_file():
             raise ConfigError("output_dir", str(self.path), "a folder that an earlier run made (config.json and seed_log)")
 
-    def _resume(self, adapter: Adapter) -> SeedLog:
-        self._require_run()
+    def _require_same_settings(self) -> None:
         try:
-            earlier = json.loads((self.path / "config.json").read_text())
-        except ValueError as error:
+            earlier = dict(json.loads((self.path / "config.json").read_text()))
+        except (TypeError, ValueError) as error:
             raise ConfigError("output_dir", str(self.path), f"a run whose config.json can be read ({error})") from error
         for name, value in json.loads(json.dumps(self._config.to_dict())).items():
             if name not in _MAY_DIFFER_ON_RESUME and earlier.get(name) != value:
                 raise ConfigError(name, value, f"the run to resume has {earlier.get(name)!r}")
+
+    def _resume(self, adapter: Adapter) -> SeedLog:
         log = SeedLog.open(self.path / "seed_log")
         log.claim()
         try:

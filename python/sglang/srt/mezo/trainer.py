@@ -4,7 +4,7 @@ What takes long comes as ``Passes``, one forward pass at a time; each has a twin
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, closing
 
 import torch
@@ -74,7 +74,6 @@ class MezoTrainer:
         self.train_plans = [planner.plan(example) for example in train_dataset]
         self.eval_plans = [planner.plan(example) for example in eval_dataset]
         self.require_usable(self.train_plans + self.eval_plans)
-        self._require_metric()
         (_, initial), *later = segments or [(0, len(self.train_plans))]
         if initial + sum(added for _, added in later) != len(self.train_plans):
             raise ConfigError("segments", list(segments), f"{len(self.train_plans)} examples, as many as there are, in all")
@@ -293,23 +292,26 @@ class MezoTrainer:
 
     def require_usable(self, plans: Sequence[ExamplePlan]) -> None:
         """Raise ConfigError or DataError for an example that this run cannot score."""
+        require_objective(self.config, self.objective, (len(plan.option_lengths) for plan in plans))
         for plan in plans:
-            if self.objective == "classification" and len(plan.option_lengths) < 2:
-                raise ConfigError("objective", self.objective, "completion, as an example has one option only: its loss would be 0")
             longest = max(len(row.prefix) + len(row.suffix) for row in plan.rows)
             if longest > self.handle.context_length:
                 raise DataError(f"a sequence of {longest} tokens is longer than the engine's context of {self.handle.context_length}")
-
-    def _require_metric(self) -> None:
-        metrics = ["eval_loss", "eval_accuracy"] if self.objective == "classification" else ["eval_loss"]
-        if self.config.metric_for_best_model not in (None, *metrics):
-            raise ConfigError("metric_for_best_model", self.config.metric_for_best_model, f"one of {', '.join(metrics)}")
 
     def close(self) -> None:
         """Give slots and locks back to the engine, the ones even if the others fail."""
         with ExitStack() as stack:
             stack.callback(self.slots.release)
             stack.callback(self.scorer.base_prefixes.release)
+
+
+def require_objective(config: MezoConfig, objective: Objective, option_counts: Iterable[int]) -> None:
+    """Raise ConfigError where ``objective`` is not one for examples of so many options, or has no such metric."""
+    if objective == "classification" and any(count < 2 for count in option_counts):
+        raise ConfigError("objective", objective, "completion, as an example has one option only: its loss would be 0")
+    metrics = ["eval_loss", "eval_accuracy"] if objective == "classification" else ["eval_loss"]
+    if config.metric_for_best_model not in (None, *metrics):
+        raise ConfigError("metric_for_best_model", config.metric_for_best_model, f"one of {', '.join(metrics)} for {objective}")
 
 
 def _check_invocation(config: MezoConfig, spec: AdapterSpec) -> None:
