@@ -27,7 +27,7 @@ pytestmark = pytest.mark.anyio
 
 
 async def test_a_job_trains_and_its_adapter_is_served(server):
-    job = await server.create(validation=server.upload(ROW, filename="dev.jsonl"))
+    job = await server.create(validation=server.upload({**ROW, "prompt": "the plot is dull. It was"}, filename="dev.jsonl"))
     assert job.status == "validating_files"
     await server.started(job)
     server.scheduler.report("step", 4, loss=0.6, learning_rate=1e-3, max_steps=10)
@@ -151,6 +151,29 @@ async def test_a_command_gets_its_own_answer_after_one_whose_caller_went_away():
         await eventually(lambda: sent[-1].command.job_id == answered)
         communicator.handle_recv(MezoReqOutput(success=True, result={"job": answered}))
     assert await waiting == {"job": "b"}
+
+
+# --- examples that are learned and judged by --------------------------------------------------------------------------
+
+
+async def test_examples_of_the_validation_file_that_are_trained_on_are_counted(server):
+    """As tokens: what is written otherwise is the same."""
+    again = [{**ROW, "label": 0}, {"label": 1, "options": ROW["options"], "prompt": ROW["prompt"]}, {**ROW, "prompt": "the plot is dull. It was"}]
+    job = await server.until(await server.create(validation=server.upload(*again, filename="dev.jsonl")), "queued", "running")
+    [warning] = [event for event in server.store.events(job.id, limit=1000).data if event.level == "warn"]
+    assert warning.message == "2 of 3 examples of the validation file are in the training file too: the validation loss is in part of what is learned"
+    assert warning.data == {"shared_examples": 2}
+
+
+async def test_appended_examples_that_are_judged_by_are_counted(server):
+    dev = [{**ROW, "prompt": "the plot is dull. It was"}, {**ROW, "prompt": "the cast is fine. It was"}]
+    job = await server.running(validation=server.upload(*dev, filename="dev.jsonl"))
+    assert not [event for event in server.store.events(job.id, limit=1000).data if event.level == "warn"]
+    await server.manager.append_rows(job.id, [ROW, dev[1], dev[1]])
+    [warning] = [event for event in server.store.events(job.id, limit=1000).data if event.level == "warn"]
+    assert warning.message == "1 of 2 examples of the validation file are among the appended ones: the validation loss is in part of what is learned"
+    await server.manager.append_rows(job.id, [ROW])
+    assert len([event for event in server.store.events(job.id, limit=1000).data if event.level == "warn"]) == 1
 
 
 # --- what goes wrong ---------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sglang.srt.mezo.config import Objective
-from sglang.srt.mezo.data import Encoder, Example, default_objective
+from sglang.srt.mezo.data import Encoder, Example, count_shared, default_objective
 from sglang.srt.mezo.errors import DataError
 from sglang.srt.mezo.plan import Planner
 from sglang.srt.mezo.rows import SourceRow, read_jsonl
@@ -40,11 +40,12 @@ def shared_tokenizer(tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedTokeniz
 
 @dataclass(frozen=True)
 class JobData:
-    """Tokenised examples of a job's files."""
+    """Tokenised examples of a job's files; ``shared`` of those to evaluate on are in the training file too."""
 
     train: list[Example]
     evaluation: list[Example]
     objective: Objective
+    shared: int = 0
 
 
 class JobReader:
@@ -71,7 +72,7 @@ class JobReader:
         if job.validation_file is None:
             return JobData(train, [], objective)
         evaluation, _ = self._read_file(job, job.validation_file, "validation_file", objective)
-        return JobData(train, evaluation, objective)
+        return JobData(train, evaluation, objective, count_shared(evaluation, train))
 
     def encode(self, job: StoredJob, rows: Sequence[Mapping[str, Any]]) -> list[Example]:
         """Examples of rows in a request.

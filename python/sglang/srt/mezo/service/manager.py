@@ -22,7 +22,7 @@ from sglang.srt.mezo.service.session import Sessions
 from sglang.srt.mezo.service.settings import ServiceSettings
 from sglang.srt.mezo.service.states import change, fail, require, set_back
 from sglang.srt.mezo.service.store import Store
-from sglang.srt.mezo.service.training import Training
+from sglang.srt.mezo.service.training import Training, shared_examples
 
 logger = logging.getLogger(__name__)
 
@@ -265,8 +265,10 @@ class JobManager:
     async def _validate(self, job: StoredJob) -> None:
         data = await asyncio.to_thread(self._reader.read, job)
         if self.store.job(job.id).status == "validating_files":
-            event = StoredEvent(job.id, "Files validated, moving job to queued state")
-            change(self.store, job.id, "queue", event, config={**job.config, "objective": data.objective})
+            events = [StoredEvent(job.id, "Files validated, moving job to queued state")]
+            if data.shared:
+                events.append(shared_examples(job.id, data.shared, len(data.evaluation), "in the training file too"))
+            change(self.store, job.id, "queue", *events, config={**job.config, "objective": data.objective})
             self._work.set()
 
     async def _take_off_engine(self, job_id: str) -> dict[str, int]:

@@ -1,8 +1,10 @@
 """The job that has the engine: from ``StartJob`` until it ends by itself or is stopped."""
 
 import asyncio
+from collections.abc import Sequence
 from typing import Any
 
+from sglang.srt.mezo.data import Example
 from sglang.srt.mezo.service.client import EngineClient
 from sglang.srt.mezo.service.errors import EngineRefused, RequestError
 from sglang.srt.mezo.service.job_data import JobData, parts
@@ -17,6 +19,7 @@ class Session:
         applied: how many of its files of appended rows the engine has taken.
         step: of the adapter that it was taken up with.
         train_loss: as it was last reported.
+        evaluation: the examples that it is evaluated on.
     """
 
     def __init__(self, command: StartJob, applied: int):
@@ -25,6 +28,7 @@ class Session:
         self.applied = applied
         self.step = 0
         self.train_loss: float | None = None
+        self.evaluation: Sequence[Example] = ()
         self.operations: dict[str, asyncio.Future[dict[str, Any]]] = {}
         self._started = asyncio.Event()
         self._ended: asyncio.Future[MezoEvent | None] = asyncio.get_running_loop().create_future()

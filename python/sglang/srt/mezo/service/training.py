@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang.srt.mezo.adapter import atomic_directory
+from sglang.srt.mezo.data import count_shared
 from sglang.srt.mezo.service.client import EngineClient
 from sglang.srt.mezo.service.errors import DiskFull, EngineRefused, RequestError
 from sglang.srt.mezo.service.job_data import to_message
@@ -70,7 +71,9 @@ class Training:
             await self._sessions.load(job_id, data)
             async with self._state:
                 if self._store.job(job_id).status == "queued":
-                    return await self._open(job_id, segments, applied)
+                    session = await self._open(job_id, segments, applied)
+                    session.evaluation = data.evaluation
+                    return session
         except Exception:
             await self._sessions.stop(job_id)
             raise
@@ -125,6 +128,9 @@ class Training:
                 answers[path] = result["step"]
                 message = f"{len(examples)} appended examples are drawn from step {result['step']} on"
                 self._tell(job.id, "info", message, {"step": result["step"], "examples": len(examples)})
+                if shared := await asyncio.to_thread(count_shared, session.evaluation, examples):
+                    warning = shared_examples(job.id, shared, len(session.evaluation), "among the appended ones")
+                    self._tell(job.id, warning.level, warning.message, warning.data)
         return answers
 
     def _tell(self, job_id: str, level: str, message: str, data: dict[str, Any] | None = None) -> None:
@@ -192,6 +198,12 @@ class Training:
             )
 
         await self._published.add_version(event.job_id, copy, record)
+
+
+def shared_examples(job_id: str, shared: int, examples: int, where: str) -> StoredEvent:
+    """The warning that a job is evaluated on what it learns."""
+    message = f"{shared} of {examples} examples of the validation file are {where}: the validation loss is in part of what is learned"
+    return StoredEvent(job_id, message, level="warn", data={"shared_examples": shared})
 
 
 def _progress(event: MezoEvent) -> str:
