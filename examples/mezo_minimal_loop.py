@@ -17,12 +17,13 @@ from transformers import AutoTokenizer
 from sglang.srt.mezo.adapter import Adapter, AdapterSpec
 from sglang.srt.mezo.data import Encoder
 from sglang.srt.mezo.engine import MezoEngine
+from sglang.srt.mezo.layers import adapted_sites
 from sglang.srt.mezo.noise import direction, step_seed
 from sglang.srt.mezo.plan import Planner
 from sglang.srt.mezo.readout import batch_loss, predictions
 from sglang.srt.mezo.rows import read_rows
 from sglang.srt.mezo.scorer import Scorer
-from sglang.srt.mezo.slots import Slot, SlotLayout, adapted_sites
+from sglang.srt.mezo.slots import Slot, SlotLayout
 from sglang.srt.mezo.tasks import SST2
 
 ASSETS = Path(__file__).parent / "assets"

@@ -1,10 +1,17 @@
-"""An engine in a process of its own, for tests: SGLang keeps one engine's parallel state in a process."""
+"""An engine in a process of its own, for tests: SGLang keeps one engine's parallel state in a process.
+
+Imports take ten times as long as a small engine. On CPU processes are forked from one that has done them.
+"""
 
 import multiprocessing
 import os
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+from unittest.mock import patch
+
+from sglang.srt.mezo.platform import has_accelerator
 
 import pytest
 import torch
@@ -24,10 +31,13 @@ class EngineProcess:
     """
 
     def __init__(self, **engine_arguments: Any):
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("spawn" if has_accelerator() else "forkserver")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, engine_arguments), daemon=True)
-        self._process.start()
+        self._process = context.Process(target=_serve, args=(theirs, dict(os.environ), engine_arguments), daemon=True)
+        context.set_forkserver_preload(["engine_imports"])
+        with patch.dict(os.environ, PYTHONPATH=str(Path(__file__).parent)):  # where the fork server, if it is to start, finds that
+            self._process.start()
+        theirs.close()
         self._receive()
 
     def call(self, function: Callable, *arguments: Any) -> Any:
@@ -51,7 +61,9 @@ class EngineProcess:
         return value
 
 
-def _serve(pipe, engine_arguments: dict[str, Any]) -> None:
+def _serve(pipe, environment: dict[str, str], engine_arguments: dict[str, Any]) -> None:
+    os.environ.clear()
+    os.environ.update(environment)  # the fork server's is that of its start
     try:
         from sglang.srt.mezo.engine import MezoEngine
 

@@ -43,3 +43,15 @@ def test_blocks_hold_every_number_once(name):
 def test_rows_in_parts_are_refused():
     with pytest.raises(ValueError, match="in parts"):
         list(_blocks(0, matrix(0, 4, 6)[:, ::2]))
+
+
+def test_columns_beyond_the_checkpoints_are_left_out():
+    positions = torch.cat([torch.cat([matrix(0, 4, 6), nowhere(4, 2)], 1), nowhere(4, 8)])
+    (block,) = _blocks(0, positions)
+    assert (block.first, block.end, block.columns, block.offset, block.stride) == (0, 4, 6, 0, 6)
+
+
+def test_one_matrix_may_lie_in_several_places():
+    """As A of a layer that is fused in the checkpoint does: SGLang has one for each part."""
+    blocks = list(_blocks(0, torch.cat([matrix(7, 4, 6)] * 3)))
+    assert [(block.first, block.end, block.offset) for block in blocks] == [(0, 4, 7), (4, 8, 7), (8, 12, 7)]

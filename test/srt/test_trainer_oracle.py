@@ -38,7 +38,7 @@ def make_trainer(engine, tuning: str, spec: AdapterSpec, batch: Sequence[Example
 
 
 def sites(engine, spec: AdapterSpec):
-    from sglang.srt.mezo.slots import adapted_sites
+    from sglang.srt.mezo.layers import adapted_sites
 
     return adapted_sites(engine.handle, spec.target_modules)
 

@@ -24,6 +24,11 @@ class Site(NamedTuple):
     in_features: int
     out_features: int
 
+    @property
+    def name(self) -> str:
+        """As ``target_modules`` has it."""
+        return self.path.rpartition(".")[2]
+
 
 @dataclass(frozen=True)
 class AdapterSpec:

@@ -1,15 +1,17 @@
 """The narrow view of an SGLang engine that training needs, and an engine in the calling process to train on."""
 
+import json
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
 from sglang.srt.mezo.accelerator import fill_open_fields
 from sglang.srt.mezo.allocator import keep_freed_memory
 from sglang.srt.mezo.errors import CapacityError, ConfigError
+from sglang.srt.mezo.families import family_of, require_modules
 
 if TYPE_CHECKING:
     from sglang.srt.lora.lora_manager import LoRAManager
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from sglang.srt.mem_cache.base_prefix_cache import BasePrefixCache
     from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
     from sglang.srt.model_executor.model_runner import ModelRunner
+    from transformers import PretrainedConfig
 
 _WRITE_KV_FIRST = {"CpuAttentionBackend", "TritonAttnBackend", "FlashAttentionBackend"}
 
@@ -122,6 +125,9 @@ class MezoEngine:
         server_args: any further field of SGLang's ServerArgs.
 
     A process holds one engine in its life, as SGLang builds its parallel groups once.
+
+    Raises:
+        ConfigError: the model or a module cannot be trained; before anything of the engine is there.
     """
 
     _started = False
@@ -145,6 +151,7 @@ class MezoEngine:
             max_loras_per_batch=num_slots + 1,  # the base model takes a slot too
             **{"page_size": 1, "log_level": "warning", "disable_cuda_graph": True, **server_args},
         )
+        require_modules(family_of(checkpoint_config(*config_source(self.server_args))), target_modules)
         fill_open_fields(self.server_args)
         self.server_args.resolve_once()
         self.server_args.check_server_args()
@@ -157,6 +164,28 @@ class MezoEngine:
         self.scheduler = Scheduler(self.server_args, ports)
         self.handle = EngineHandle.from_scheduler(self.scheduler)
         torch.get_device_module(self.handle.device).synchronize()  # it was set up on streams of its own
+
+
+def config_source(server_args) -> tuple[Any, ...]:
+    """The arguments of ``checkpoint_config`` in SGLang's ServerArgs."""
+    return server_args.model_path, server_args.trust_remote_code, server_args.revision, server_args.json_model_override_args
+
+
+def checkpoint_config(model_path: str, trust_remote_code: bool, revision: str | None, overrides: str) -> "PretrainedConfig":
+    """The configuration of a checkpoint; what SGLang makes of it for a number of ranks is another.
+
+    Args:
+        overrides: SGLang's ``json_model_override_args``.
+
+    Raises:
+        ConfigError: there is none that can be read.
+    """
+    from sglang.srt.utils.hf_transformers_utils import get_config
+
+    try:
+        return get_config(model_path, trust_remote_code, revision, json.loads(overrides))
+    except (OSError, ValueError) as error:
+        raise ConfigError("model_path", model_path, f"a hub name or a folder with a model ({error})") from error
 
 
 def _configure_logging(server_args) -> None:

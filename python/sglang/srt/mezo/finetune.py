@@ -11,6 +11,7 @@ from sglang.srt.mezo.data import get_task
 from sglang.srt.mezo.engine import MezoEngine
 from sglang.srt.mezo.errors import ConfigError
 from sglang.srt.mezo.evaluate import evaluate
+from sglang.srt.mezo.families import family_of, require_modules
 from sglang.srt.mezo.kinds import require_types
 from sglang.srt.mezo.plots import plot_run
 from sglang.srt.mezo.run_directory import RunDirectory, write_json
@@ -79,14 +80,18 @@ def _inspect_model(model: str, config: MezoConfig) -> tuple[Any, int, tuple[str,
     """Tokenizer, longest sequence and the modules to adapt, from the model's files alone."""
     from transformers import AutoConfig, AutoTokenizer
 
+    model_config = _from_pretrained(AutoConfig, model)
+    family = family_of(model_config)
+    targets = tuple(config.target_modules or family.default_targets(config.tuning))
+    require_modules(family, targets)
+    return _from_pretrained(AutoTokenizer, model), model_config.max_position_embeddings, targets
+
+
+def _from_pretrained(kind: type, model: str) -> Any:
     try:
-        model_config = AutoConfig.from_pretrained(model)
-        tokenizer = AutoTokenizer.from_pretrained(model)
+        return kind.from_pretrained(model)
     except (OSError, ValueError) as error:
         raise ConfigError("model", model, f"a hub name or a folder with a model ({error})") from error
-    output = "out_proj" if model_config.model_type == "opt" else "o_proj"
-    defaults = ("q_proj", "k_proj", "v_proj", output) if config.tuning == "alora" else ("q_proj", "v_proj")
-    return tokenizer, model_config.max_position_embeddings, tuple(config.target_modules or defaults)
 
 
 def _invocation_tokens(tokenizer, data: DataArguments, config: MezoConfig) -> tuple[int, ...]:

@@ -13,7 +13,8 @@ class Head:
 
     def __init__(self, handle: EngineHandle):
         model = handle.model_runner.model
-        self._lm_head = model.lm_head
+        # Some models with tied embeddings have no head beside them.
+        self._lm_head = model.lm_head if hasattr(model, "lm_head") else model.model.embed_tokens
         self._processor = model.logits_processor
         self._vocab_size = handle.model_runner.model_config.vocab_size
         self._reads_single_logits = self._is_plain_linear()
@@ -60,6 +61,6 @@ class Head:
         return (
             not self._processor.do_tensor_parallel_all_gather
             and self._processor.final_logit_softcapping is None
-            and isinstance(self._lm_head.quant_method, UnquantizedEmbeddingMethod)
+            and isinstance(getattr(self._lm_head, "quant_method", None), UnquantizedEmbeddingMethod)
             and getattr(self._lm_head, "bias", None) is None
         )

@@ -73,8 +73,12 @@ def _fill_server_args(server_args) -> None:
     settings = _settings()
     if not settings.enabled or getattr(server_args, "_resolution_finished", False):
         return
-    try:
-        settings.make_directory()  # before a model is loaded for nothing
+    from sglang.srt.mezo.engine import checkpoint_config, config_source
+    from sglang.srt.mezo.families import family_of
+
+    try:  # before a model is loaded for nothing
+        settings.make_directory()
+        family = family_of(checkpoint_config(*config_source(server_args)))
     except ConfigError as error:
         raise StartRefused(str(error)) from error
     for field, allowed in (("dp_size", 1), ("pp_size", 1), ("tokenizer_worker_num", 1)):
@@ -88,15 +92,8 @@ def _fill_server_args(server_args) -> None:
     if not server_args.lora_paths:
         server_args.enable_lora = True
         server_args.max_lora_rank = server_args.max_lora_rank or _DEFAULT_RANK
-        server_args.lora_target_modules = server_args.lora_target_modules or _attention_modules(server_args)
+        server_args.lora_target_modules = server_args.lora_target_modules or list(family.attention)
     fill_open_fields(server_args)
-
-
-def _attention_modules(server_args) -> list[str]:
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(server_args.model_path, trust_remote_code=server_args.trust_remote_code, revision=server_args.revision)
-    return ["q_proj", "k_proj", "v_proj", "out_proj" if config.model_type == "opt" else "o_proj"]
 
 
 # --- HTTP process ------------------------------------------------------------------------------------------------------

@@ -1,49 +1,18 @@
-"""Slots of SGLang's LoRA memory pool: which layers an adapter acts on, and how its weights get into a slot."""
+"""Slots of SGLang's LoRA memory pool: how an adapter's weights get into one."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from uuid import uuid4
 
 import torch
 
-from sglang.srt.mezo.adapter import Adapter, AdapterSpec, Site
+from sglang.srt.mezo.adapter import Adapter, AdapterSpec
 from sglang.srt.mezo.engine import EngineHandle, free_slots, require_pool
-from sglang.srt.mezo.errors import CapacityError, ConfigError
+from sglang.srt.mezo.errors import CapacityError
 from sglang.srt.mezo.estimator import SIGNS, Estimator
-
-_STACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-"""SGLang's fused linear layers and the Hugging Face layers in them, in the order of their rows."""
-
-
-@dataclass(frozen=True)
-class _Layer:
-    """A linear layer wrapped for LoRA: ``parts`` are its Hugging Face layers, ``adapted`` the ones that are trained."""
-
-    index: int
-    target: str
-    module: torch.nn.Module
-    parts: tuple[Site, ...]
-    adapted: frozenset[str]
-
-    @property
-    def sites(self) -> list[Site]:
-        return [part for part in self.parts if part.path in self.adapted]
-
-
-def adapted_sites(handle: EngineHandle, target_modules: Sequence[str]) -> list[Site]:
-    """The linear layers that an adapter on ``target_modules`` acts on, in the order of the model.
-
-    Raises:
-        ConfigError: the engine's pool or the model has no such layer.
-    """
-    return [site for layer in _layers(handle, target_modules) for site in layer.sites]
-
-
-def adaptable_modules(handle: EngineHandle) -> list[str]:
-    """Names of the linear layers that the engine's LoRA pool can adapt, as ``target_modules`` has them."""
-    return sorted({part.path.rpartition(".")[2] for modules in handle.lora_manager.lora_modules for name, module in modules.items() for part in _parts(name, module)})
+from sglang.srt.mezo.layers import Part, adapted_layers
 
 
 class Slot:
@@ -67,14 +36,8 @@ class Slot:
 
     def _claim(self, spec: AdapterSpec, name: str) -> None:
         manager = self._handle.lora_manager
-        empty = Adapter(spec, self._layout.parts).state_dict()
-        config = {
-            "peft_type": "LORA",
-            "r": spec.r,
-            "lora_alpha": spec.lora_alpha,
-            "target_modules": list(spec.target_modules),
-        }
-        result = manager.load_lora_adapter_from_tensors(self._ref, empty, config)
+        config = {"peft_type": "LORA", "r": spec.r, "lora_alpha": spec.lora_alpha, "target_modules": self._layout.targets_in_pool}
+        result = manager.load_lora_adapter_from_tensors(self._ref, self._layout.empty(), config)
         if not result.success:
             raise CapacityError(f"adapter slot {name!r}: {result.error_message}")
         manager.fetch_new_loras({self.lora_id})
@@ -117,27 +80,38 @@ class SlotLayout:
     weights. What comes out are blocks of it, so a write is a copy of each, whatever the layer.
 
     Attributes:
-        parts: what SGLang's layers have in a slot, adapted or not: its loader takes fused layers whole only.
         room: float32 [numel] on the CPU, for an adapter that is made only to be written; elsewhere it is copied once more.
     """
 
     def __init__(self, handle: EngineHandle, adapter: Adapter):
         self.sites = adapter.sites
         self._r = adapter.spec.r
-        self._layers = _layers(handle, adapter.spec.target_modules)
-        self.parts = [part for layer in self._layers for part in layer.parts]
+        self._layers = adapted_layers(handle, adapter.spec.target_modules)
         positions = Adapter(adapter.spec, adapter.sites)
         positions.theta = torch.arange(adapter.numel)
         matrices = {site.path: (a, b) for site, a, b in positions.matrices()}
         stacked = []
         for layer in self._layers:
-            parts = [matrices.get(part.path, _absent(part, self._r)) for part in layer.parts]
-            stacked.append(layer.module.slice_lora_a_weights(torch.cat([a for a, _ in parts])))
-            stacked.append(layer.module.slice_lora_b_weights(torch.cat([b for _, b in parts])))
+            a, b = zip(*(_placed(part, layer.in_features, matrices.get(part.site.path), self._r) for part in layer.parts))
+            stacked.append(layer.module.slice_lora_a_weights(torch.cat(a)))
+            stacked.append(layer.module.slice_lora_b_weights(torch.cat(b)))
         self._blocks = [block for buffer, places in enumerate(stacked) for block in _blocks(buffer, places)]
         self.room = torch.zeros(adapter.numel)
         self._weights = self.room.to(handle.device)  # the same memory where that is the CPU
         self._views = [self._weights.as_strided((block.end - block.first, block.columns), (block.stride, 1), block.offset) for block in self._blocks]
+
+    @property
+    def targets_in_pool(self) -> list[str]:
+        """SGLang's names of the layers."""
+        return sorted({layer.target for layer in self._layers})
+
+    def empty(self) -> dict[str, torch.Tensor]:
+        """Zeros for all that the adapter's layers have in a slot, under SGLang's names, so that its loader has nothing to arrange."""
+        state = {}
+        for layer in self._layers:
+            state[f"base_model.model.{layer.name}.lora_A.weight"] = torch.zeros(self._r, layer.in_features)
+            state[f"base_model.model.{layer.name}.lora_B.weight"] = torch.zeros(layer.out_features, self._r)
+        return state
 
     def blocks_of(self, weights: torch.Tensor) -> list[torch.Tensor]:
         """Flat vector [numel] in the blocks of ``targets``, on the engine's device; good until the next call."""
@@ -149,7 +123,7 @@ class SlotLayout:
         """Views of the pool where the blocks lie in slot ``slot``. What else the adapter's layers have there becomes zero."""
         buffers = list(self._buffers(handle, slot))
         torch._foreach_zero_(buffers)
-        return [buffers[block.buffer][block.first : block.end] for block in self._blocks]
+        return [buffers[block.buffer][block.first : block.end, : block.columns] for block in self._blocks]
 
     def _buffers(self, handle: EngineHandle, slot: int) -> Iterator[torch.Tensor]:
         """A [parts * r, in] and B [out, r] for every layer."""
@@ -159,18 +133,24 @@ class SlotLayout:
             yield pool.B_buffer[layer.target][layer.index][slot][:, : self._r]
 
 
-_NOWHERE = -1  # position of what a fused layer has for parts that are not adapted
+_NOWHERE = -1  # position of what SGLang's layer has for parts that are not adapted, and beyond the checkpoint's widths
 
 
-def _absent(part: Site, r: int) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.full((r, part.in_features), _NOWHERE), torch.full((part.out_features, r), _NOWHERE)
+def _placed(part: Part, in_features: int, positions: tuple[torch.Tensor, torch.Tensor] | None, r: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions of A and B of the checkpoint's layer, or None where it is not adapted, as SGLang has them for one part of its own."""
+    a, b = torch.full((r, in_features), _NOWHERE), torch.full((part.width, r), _NOWHERE)
+    if positions is not None:
+        a[:, : part.site.in_features] = positions[0]
+        b[: part.rows] = positions[1][part.first : part.first + part.rows]
+    return a, b
 
 
 def _blocks(buffer: int, positions: torch.Tensor) -> Iterator[_Block]:
     """Rows that follow each other at equal distances in the flat vector, together; positions: int64 (rows, columns)."""
-    starts, columns = positions[:, 0].tolist(), positions.shape[1]
+    columns = int((positions != _NOWHERE).any(0).sum())
+    starts = positions[:, 0].tolist()
     somewhere = positions[positions[:, 0] != _NOWHERE]
-    if not torch.equal(somewhere, somewhere[:, :1] + torch.arange(columns)):
+    if not torch.equal(somewhere[:, :columns], somewhere[:, :1] + torch.arange(columns)) or (positions[:, columns:] != _NOWHERE).any():
         raise ValueError("a row of a LoRA weight lies in parts in SGLang's pool, where whole rows are copied")
     first = 0
     while first < len(starts):
@@ -181,46 +161,6 @@ def _blocks(buffer: int, positions: torch.Tensor) -> Iterator[_Block]:
         if starts[first] != _NOWHERE:
             yield _Block(buffer, first, end, columns, starts[first], stride if end > first + 1 else columns)
         first = end
-
-
-def _layers(handle: EngineHandle, target_modules: Sequence[str]) -> list[_Layer]:
-    manager = handle.lora_manager
-    layers = []
-    for index, modules in enumerate(manager.lora_modules):
-        for name, module in modules.items():
-            parts = tuple(_parts(name, module))
-            adapted = frozenset(part.path for part in parts if part.path.rpartition(".")[2] in target_modules)
-            if adapted:
-                target = next(t for t in manager.target_modules if name.rpartition(".")[2] == t)
-                layers.append(_Layer(index, target, module, parts, adapted))
-    found = {site.path.rpartition(".")[2] for layer in layers for site in layer.sites}
-    missing = sorted(set(target_modules) - found)
-    if missing:
-        raise ConfigError("target_modules", list(target_modules), f"the engine's LoRA pool has {adaptable_modules(handle)}, not {missing}")
-    return layers
-
-
-def _parts(name: str, module: torch.nn.Module) -> Iterator[Site]:
-    """Hugging Face layers in a wrapped layer; full widths, whatever the degree of parallelism."""
-    parent, _, leaf = name.rpartition(".")
-    base = module.base_layer
-    if not hasattr(base, "input_size"):
-        raise ConfigError("target_modules", leaf, "linear layers (mixture-of-experts layers are not supported)")
-    widths = _output_widths(base)
-    leaves = _STACKED.get(leaf, (leaf,))
-    for part, width in zip(leaves, widths, strict=True):
-        yield Site(f"{parent}.{part}", base.input_size, width)
-
-
-def _output_widths(base: torch.nn.Module) -> list[int]:
-    from sglang.srt.layers.linear import MergedColumnParallelLinear, QKVParallelLinear
-
-    if isinstance(base, QKVParallelLinear):
-        kv = base.total_num_kv_heads * base.head_size
-        return [base.total_num_heads * base.head_size, kv, kv]
-    if isinstance(base, MergedColumnParallelLinear):
-        return list(base.output_sizes)
-    return [base.output_size]
 
 
 class PerturbedSlots:

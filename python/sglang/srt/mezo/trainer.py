@@ -17,6 +17,7 @@ from sglang.srt.mezo.engine import EngineHandle
 from sglang.srt.mezo.errors import ConfigError, DataError, DivergedError
 from sglang.srt.mezo.estimator import paired, projected_grads
 from sglang.srt.mezo.evaluate import evaluation_passes
+from sglang.srt.mezo.layers import adapted_sites
 from sglang.srt.mezo.noise import step_seed
 from sglang.srt.mezo.optimizer import Optimizer, learning_rate_at, round_to_log
 from sglang.srt.mezo.passes import Passes, drain
@@ -26,7 +27,7 @@ from sglang.srt.mezo.run import StepResult, TrainingRun, TrainResult
 from sglang.srt.mezo.scorer import Scorer
 from sglang.srt.mezo.seed_log import LogRecord
 from sglang.srt.mezo.sharing import distinct_tokens
-from sglang.srt.mezo.slots import PerturbedSlots, adapted_sites
+from sglang.srt.mezo.slots import PerturbedSlots
 from sglang.srt.mezo.tracking import Tracker
 
 

@@ -7,11 +7,12 @@ import msgspec
 import torch
 
 from sglang.srt.mezo.accelerator import why_no_alora
-from sglang.srt.mezo.engine import EngineHandle
+from sglang.srt.mezo.engine import EngineHandle, checkpoint_config, config_source
+from sglang.srt.mezo.families import family_of
 from sglang.srt.mezo.forward import Sequenced, extend
+from sglang.srt.mezo.layers import adaptable_modules
 from sglang.srt.mezo.service.messages import EngineDescription
 from sglang.srt.mezo.service.settings import ServiceSettings
-from sglang.srt.mezo.slots import adaptable_modules
 
 _TOKENS_PER_SEQUENCE = 4
 _MIN_TOKENS, _MAX_TOKENS = 8, 4096
@@ -24,7 +25,8 @@ def describe(handle: EngineHandle, settings: ServiceSettings) -> dict[str, Any]:
     manager, runner = handle.lora_manager, handle.model_runner
     micro_step_tokens, idle_step_tokens = pass_sizes(handle, settings.micro_step_ms / 1000, settings.idle_step_ms / 1000)
     modules = adaptable_modules(handle)
-    defaults = {"alora": ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj"), "lora": ("q_proj", "v_proj")}
+    family = family_of(checkpoint_config(*config_source(runner.server_args)))
+    defaults = {tuning: family.default_targets(tuning) for tuning in ("alora", "lora")}
     return msgspec.to_builtins(
         EngineDescription(
             model_path=runner.model_config.model_path,

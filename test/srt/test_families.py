@@ -1,0 +1,80 @@
+"""Model families: the table against Transformers' own modules, and models that cannot be trained."""
+
+import pytest
+import tiny_models
+import transformers
+from transformers import AutoConfig
+
+from sglang.srt.mezo.errors import ConfigError
+from sglang.srt.mezo.families import FAMILIES, family_of, model_modules, require_modules
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_the_table_names_what_transformers_has(architecture):
+    family = FAMILIES[architecture]
+    names = {site.name for site in model_modules(tiny_models.config(architecture))}
+    assert set(family.modules) <= names
+    assert names - set(family.modules) <= {"c_fc", "c_proj"}, "all but what SGLang's pool has no room for"
+    assert set(family.reads) <= set(family.attention)
+
+
+def test_modules_have_the_checkpoints_own_names_and_shapes():
+    sites = model_modules(tiny_models.config("Phi3ForCausalLM"))
+    assert [tuple(site) for site in sites if ".1." in site.path] == [
+        ("model.layers.1.self_attn.o_proj", 64, 64),
+        ("model.layers.1.self_attn.qkv_proj", 64, 128),
+        ("model.layers.1.mlp.gate_up_proj", 64, 192),
+        ("model.layers.1.mlp.down_proj", 96, 64),
+    ]
+
+
+UNSUPPORTED = {
+    "GPT2LMHeadModel": "GPT2Config",
+    "GPTNeoXForCausalLM": "GPTNeoXConfig",
+    "FalconForCausalLM": "FalconConfig",
+    "BloomForCausalLM": "BloomConfig",
+    "MambaForCausalLM": "MambaConfig",
+    "BertLMHeadModel": "BertConfig",
+    "RobertaForCausalLM": "RobertaConfig",
+    "DeepseekV3ForCausalLM": "DeepseekV3Config",
+    "Gemma3ForConditionalGeneration": "Gemma3Config",
+    "LlavaForConditionalGeneration": "LlavaConfig",
+    "T5ForConditionalGeneration": "T5Config",
+}
+
+
+@pytest.mark.parametrize("architecture", UNSUPPORTED)
+def test_other_models_are_refused_in_one_line(architecture, tmp_path):
+    config = getattr(transformers, UNSUPPORTED[architecture])()
+    config.architectures = [architecture]
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError) as refusal:
+        family_of(AutoConfig.from_pretrained(tmp_path))
+    message = str(refusal.value)
+    assert architecture in message and "\n" not in message
+    assert all(family.name in message for family in FAMILIES.values())
+    config.architectures = None
+    with pytest.raises(ConfigError, match=config.model_type):
+        family_of(config)
+
+
+def test_a_classifier_of_a_supported_family_is_refused():
+    config = tiny_models.config("LlamaForCausalLM")
+    config.architectures = ["LlamaForSequenceClassification"]
+    with pytest.raises(ConfigError, match="LlamaForSequenceClassification"):
+        family_of(config)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "targets", "wrong"),
+    [
+        ("Phi3ForCausalLM", ["q_proj", "o_proj"], "q_proj"),
+        ("MixtralForCausalLM", ["q_proj", "gate_proj"], "gate_proj"),
+        ("OPTForCausalLM", ["q_proj", "o_proj"], "o_proj"),
+        ("Starcoder2ForCausalLM", ["c_fc"], "c_fc"),
+    ],
+)
+def test_modules_that_a_family_lacks_are_named(architecture, targets, wrong):
+    with pytest.raises(ConfigError) as refusal:
+        require_modules(FAMILIES[architecture], targets)
+    assert f"['{wrong}']" in str(refusal.value) and ", ".join(FAMILIES[architecture].modules) in str(refusal.value)
