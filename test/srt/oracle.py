@@ -91,7 +91,8 @@ class Reference:
 
     def __init__(self, model_path: str, adapter: Adapter, folder: Path, dtype: torch.dtype = torch.float32):
         adapter.save_pretrained(folder)
-        base = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype)
+        # PyTorch's fused attention, which is Transformers' own choice, leaves soft caps out.
+        base = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype, attn_implementation="eager")
         self.model = PeftModel.from_pretrained(base, folder, is_trainable=True).to(dtype).eval()
         self._adapter = adapter
 

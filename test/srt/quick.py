@@ -82,5 +82,6 @@ def nothing_starts() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(subprocess.Popen, "__init__", only_small_programs)
         patch.setattr(multiprocessing.context.SpawnProcess, "start", refuse)
+        patch.setattr(multiprocessing.context.ForkServerProcess, "start", refuse)
         patch.setattr(MezoEngine, "__init__", refuse)
         yield

@@ -17,7 +17,7 @@ FLOORS = {
     2: ("accelerator", "engine", "forward", "head", "prefix", "slot_room", "layers", "slots", "scorer"),
     3: ("evaluate", "run_directory", "pass_sizes", "tracking", "run", "trainer", "arguments", "splits", "finetune", "plots"),
     4: ("service",),
-    5: ("plugin", "hooks", "overlay", "platform", "cpu", "alora_serving", "online", "cli"),
+    5: ("plugin", "hooks", "overlay", "platform", "cpu", "alora_serving", "upstream_models", "online", "cli"),
 }
 FLOOR_OF = {module: floor for floor, modules in FLOORS.items() for module in modules}
 KNOWS_SGLANG = {2, 4, 5}

@@ -26,7 +26,7 @@ CONFIGS = {
     "MistralForCausalLM": ("MistralConfig", dict(sliding_window=None)),
     "MixtralForCausalLM": ("MixtralConfig", dict(num_local_experts=4, num_experts_per_tok=2, sliding_window=None)),
     "Olmo2ForCausalLM": ("Olmo2Config", {}),
-    "OPTForCausalLM": ("OPTConfig", dict(ffn_dim=96, word_embed_proj_dim=64, dropout=0.0, init_std=0.15)),
+    "OPTForCausalLM": ("OPTConfig", dict(ffn_dim=96, word_embed_proj_dim=64, dropout=0.0, init_std=0.15, num_key_value_heads=4)),
     "Phi3ForCausalLM": ("Phi3Config", {}),
     "Qwen2ForCausalLM": ("Qwen2Config", {}),
     "Qwen3ForCausalLM": ("Qwen3Config", dict(head_dim=32)),

@@ -66,6 +66,10 @@ class MezoCpuPlatform(CpuDeviceMixin, SRTPlatform):
     def get_default_attention_backend(self) -> str:
         return "torch_native"
 
+    def get_compile_backend(self, mode: str | None = None) -> str:
+        # What upstream marks for compilation are small functions, and a compiler is not to be counted on.
+        return "eager"
+
     def apply_server_args_defaults(self, server_args) -> None:
         """Fill the fields that the user left open. SGLang lets exceptions of this method through."""
         from sglang.srt.mezo import plugin

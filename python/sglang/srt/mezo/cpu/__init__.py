@@ -50,6 +50,11 @@ def _leave_threads_alone(original: Callable, **kwargs) -> None:
     pass
 
 
+def _soft_cap(original: Callable, logits: torch.Tensor, cap: float) -> None:
+    """cap tanh(logits / cap), in place."""
+    logits.div_(cap).tanh_().mul_(cap)
+
+
 HOOKS = (
     Hook(
         "sglang.srt.layers.quantization.unquant",
@@ -64,6 +69,13 @@ HOOKS = (
         "around",
         compute_lm_head,
         "the head in float32 through linear.c or oneDNN",
+    ),
+    Hook(
+        "sglang.srt.layers.logits_processor",
+        "fused_softcap",
+        "around",
+        _soft_cap,
+        "logits are soft-capped without Triton",
     ),
     Hook(
         "sglang.srt.lora.lora_manager",
