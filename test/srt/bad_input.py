@@ -89,6 +89,7 @@ ROWS: dict[str, tuple[bytes | dict[str, Any], str]] = {
         ROW | {"prompt": "all right. It was", "options": [f" {i}" + " good film" * 25 for i in range(100)]},
         "its 100 options take 10011 tokens in one forward pass, and at most 8192 go into one",
     ),
+    "two options the same": (ROW | {"options": [" great", " great"]}, "options[0]=' great' and options[1]=' great' are the same tokens"),
     "label out of range": (ROW | {"label": 2}, "label=2 must be an index of the 2 options"),
     "label negative": (ROW | {"label": -1}, "label=-1 must be an index"),
     "label a boolean": (ROW | {"label": True}, "label=True must be an index"),

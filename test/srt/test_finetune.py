@@ -1,6 +1,7 @@
 """The front end of a run: what is wrong with a model, a data set or a setting is said before an engine starts."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -72,9 +73,55 @@ def test_a_hub_that_cannot_be_reached(config):
         finetune(MODEL, replace(DATA, dataset="nobody/nothing"), config)
 
 
-def test_a_model_that_is_not_there(config, tmp_path):
-    with pytest.raises(ConfigError, match="model="):
-        finetune(ModelArguments(model=str(tmp_path)), DATA, config)
+SETTINGS = json.loads((ASSETS / "opt-reviews" / "config.json").read_text())
+BROKEN_MODELS = {
+    "empty": ({name: None for name in ("config.json", "model.safetensors", "tokenizer.json")}, "there is no config.json in this one"),
+    "without weights": ({"model.safetensors": None}, "a model with its weights, and there is no \\*.safetensors"),
+    "cut weights": ({"model.safetensors": b"\x08\x00\x00"}, "weights can be read .model.safetensors: "),
+    "weights of words": ({"model.safetensors": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"}, "weights can be read"),
+    "no JSON": ({"config.json": b"{"}, "not a valid JSON file"),
+    "a list": ({"config.json": b"[1]"}, "Should have a `model_type`"),
+    "no type": ({"config.json": b"{}"}, "Should have a `model_type`"),
+    "another type": ({"config.json": json.dumps(SETTINGS | {"model_type": "zzz"}).encode()}, "does not recognize this architecture"),
+    "a size in words": ({"config.json": json.dumps(SETTINGS | {"hidden_size": "x"}).encode()}, "expected int, got str"),
+    "a broken tokenizer": ({"tokenizer.json": b"{"}, "Expecting property name"),
+    "a tokenizer of a list": ({"tokenizer.json": b"[]"}, "a hub name or the folder of a model .'str' object"),
+    "no tokenizer": ({"tokenizer.json": None, "tokenizer_config.json": None}, "a model with its tokenizer, of which there are no files"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN_MODELS)
+def test_a_model_whose_files_are_broken(tmp_path, config, kind):
+    changes, message = BROKEN_MODELS[kind]
+    folder = tmp_path / "model"
+    shutil.copytree(MODEL.model, folder)
+    for name, content in changes.items():
+        (folder / name).unlink()
+        if content is not None:
+            (folder / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=f"^model='{folder}' is not allowed: .*{message}") as caught:
+        finetune(ModelArguments(model=str(folder)), DATA, config)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("/nowhere/model", "there is no such folder"),
+        ("./nowhere", "there is no such folder"),
+        ("~/nowhere", "there is no such folder"),
+        ("nowhere/to/go", "there is no such folder"),
+        (str(ASSETS / "opt-reviews" / "config.json"), "this is a file"),
+        ("nobody/nothing", "couldn't connect"),
+        ("nothing", "couldn't connect"),
+        ("", "there is no config.json in this one"),
+        ("some words", "Repo id must"),
+    ],
+)
+def test_a_model_that_is_not_there(config, model, message):
+    with pytest.raises(ConfigError, match=f"^model='{model}' is not allowed: .*{message}") as caught:
+        finetune(ModelArguments(model=model), DATA, config)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("invocation", [None, ""])
@@ -139,3 +186,46 @@ def test_a_file_has_no_splits(tmp_path, config):
 def test_no_data_at_all(config):
     with pytest.raises(ConfigError, match="dataset=None"):
         finetune(MODEL, DataArguments(), replace(config, tuning="lora"))
+
+
+# --- what only the model's files can tell --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"target_modules": ["q_proj,v_proj"]}, r"target_modules=\['q_proj,v_proj'\] is not allowed: OPT has q_proj, k_proj, v_proj, out_proj, fc1, fc2"),
+        ({"target_modules": ["q_proj", "o_proj"]}, r"target_modules=\['o_proj'\] is not allowed: OPT has "),
+        ({"target_modules": ["all-linear", "q_proj"]}, r"target_modules=\['all-linear'\] is not allowed: OPT has "),
+        ({"target_modules": ["lm_head"]}, r"target_modules=\['lm_head'\] is not allowed: OPT has "),
+        ({"r": 10_000}, "r=10000 is not allowed: at most [0-9]+, the width of the model"),
+    ],
+)
+def test_what_the_model_does_not_have(config, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        finetune(MODEL, DATA, replace(config, **settings))
+
+
+def test_all_linear_is_what_peft_makes_of_it(config, monkeypatch):
+    """And is written out in the settings of the run."""
+    import peft
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(MODEL.model))
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
+    names = {name.rpartition(".")[2] for name, module in adapted.named_modules() if isinstance(module, peft.tuners.lora.LoraLayer)}
+    started = {}
+
+    class Started(Exception):
+        pass
+
+    def start(model, **settings):
+        started.update(settings)
+        raise Started
+
+    monkeypatch.setattr("sglang.srt.mezo.finetune.MezoEngine", start)
+    with pytest.raises(Started):
+        finetune(MODEL, DATA, replace(config, target_modules=["all-linear"]))
+    assert set(started["target_modules"]) == names == {"q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"}

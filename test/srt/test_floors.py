@@ -15,7 +15,7 @@ FLOORS = {
     0: ("", "allocator", "errors", "kinds", "config", "noise", "losses", "invocation", "estimator", "optimizer", "seed_log", "passes"),  # "" is the package itself
     1: ("tasks", "rows", "texts", "data", "batches", "sharing", "plan", "readout", "adapter", "families"),
     2: ("accelerator", "engine", "forward", "head", "prefix", "slot_room", "layers", "slots", "scorer"),
-    3: ("evaluate", "run_directory", "pass_sizes", "tracking", "run", "trainer", "arguments", "splits", "finetune", "plots"),
+    3: ("evaluate", "run_directory", "pass_sizes", "tracking", "run", "trainer", "arguments", "checkpoint", "splits", "finetune", "plots"),
     4: ("service",),
     5: ("plugin", "hooks", "overlay", "platform", "cpu", "alora_serving", "upstream_models", "online", "cli"),
 }

@@ -15,6 +15,12 @@ def shown(value: object) -> str:
     return text if len(text) <= _MOST_CHARACTERS else f"{text[:_MOST_CHARACTERS]}..."
 
 
+def one_line(error: BaseException) -> str:
+    """What an exception of another library says, on one line, cut where it is long."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= _MOST_CHARACTERS else f"{text[:_MOST_CHARACTERS]}..."
+
+
 class MezoError(Exception):
     """Base of every error that sglang-mezo raises on purpose."""
 

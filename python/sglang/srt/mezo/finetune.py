@@ -2,23 +2,27 @@
 
 import resource
 from contextlib import closing
-from dataclasses import dataclass, field
-from typing import Any, Literal, Optional
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal, Optional
 
 from sglang.srt.mezo.adapter import AdapterSpec
+from sglang.srt.mezo.checkpoint import read_checkpoint
 from sglang.srt.mezo.config import MezoConfig
 from sglang.srt.mezo.data import get_task
 from sglang.srt.mezo.engine import MezoEngine
 from sglang.srt.mezo.errors import ConfigError
 from sglang.srt.mezo.evaluate import evaluate
-from sglang.srt.mezo.families import family_of, require_modules
+from sglang.srt.mezo.families import family_of, model_modules, require_modules
 from sglang.srt.mezo.kinds import require_types
 from sglang.srt.mezo.plots import plot_run
 from sglang.srt.mezo.run_directory import RunDirectory, write_json
 from sglang.srt.mezo.splits import DataArguments, Splits, load_splits
 from sglang.srt.mezo.trainer import MezoTrainer, TrainResult, require_objective
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
+ALL_LINEAR = "all-linear"  # PEFT's word for every linear layer but the head
 Dtype = Literal["auto", "half", "float16", "bfloat16", "float", "float32"]
 
 
@@ -58,8 +62,8 @@ def finetune(model: ModelArguments, data: DataArguments, config: MezoConfig) -> 
 
 def open_trainer(model: ModelArguments, data: DataArguments, config: MezoConfig) -> tuple[MezoTrainer, Splits]:
     """Read and check everything, then start an engine; raises what ``finetune`` does."""
+    tokenizer, max_length, config, target_modules = _inspect_model(model.model, config)
     RunDirectory(config).check()
-    tokenizer, max_length, target_modules = _inspect_model(model.model, config)
     invocation = _invocation_tokens(tokenizer, data, config)
     splits = load_splits(tokenizer, max_length, invocation, data)
     require_objective(config, config.objective or splits.objective, (len(example.options) for example in splits.train + splits.dev + splits.test))
@@ -76,22 +80,18 @@ def open_trainer(model: ModelArguments, data: DataArguments, config: MezoConfig)
     return MezoTrainer(engine.handle, config, spec, splits.train, splits.dev, splits.objective), splits
 
 
-def _inspect_model(model: str, config: MezoConfig) -> tuple[Any, int, tuple[str, ...]]:
-    """Tokenizer, longest sequence and the modules to adapt, from the model's files alone."""
-    from transformers import AutoConfig, AutoTokenizer
-
-    model_config = _from_pretrained(AutoConfig, model)
+def _inspect_model(model: str, config: MezoConfig) -> tuple["PreTrainedTokenizerBase", int, MezoConfig, tuple[str, ...]]:
+    """Tokenizer, longest sequence, ``config`` with PEFT's "all-linear" spelt out, and the modules to adapt, from the model's files alone."""
+    model_config, tokenizer = read_checkpoint(model)
     family = family_of(model_config)
-    targets = tuple(config.target_modules or family.default_targets(config.tuning))
+    targets = config.target_modules or list(family.default_targets(config.tuning))
+    if targets == [ALL_LINEAR]:
+        targets = sorted({site.path.rpartition(".")[2] for site in model_modules(model_config)})
+        config = replace(config, target_modules=targets)
     require_modules(family, targets)
-    return _from_pretrained(AutoTokenizer, model), model_config.max_position_embeddings, targets
-
-
-def _from_pretrained(kind: type, model: str) -> Any:
-    try:
-        return kind.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise ConfigError("model", model, f"a hub name or a folder with a model ({error})") from error
+    if config.r > model_config.hidden_size:
+        raise ConfigError("r", config.r, f"at most {model_config.hidden_size}, the width of the model")
+    return tokenizer, model_config.max_position_embeddings, config, tuple(targets)
 
 
 def _invocation_tokens(tokenizer, data: DataArguments, config: MezoConfig) -> tuple[int, ...]:

@@ -16,7 +16,7 @@ from typing import IO, Any
 
 import torch
 
-from sglang.srt.mezo.errors import DataError
+from sglang.srt.mezo.errors import DataError, one_line
 from sglang.srt.mezo.tasks import Task
 
 
@@ -253,4 +253,4 @@ def _read_with_datasets(path: str, split: str, task: Task | None) -> list[Source
             rows = datasets.load_dataset(*arguments, split=split)
         return [SourceRow(_without_padding(row), f"{path}[{split}]", number) for number, row in enumerate(rows, 1)]
     except Exception as error:  # datasets raises a different type for every way in which a path can be wrong
-        raise DataError(f"cannot load split {split!r}: {' '.join(str(error).split())}", path) from error
+        raise DataError(f"cannot load split {split!r}: {one_line(error)}", path) from error
