@@ -53,7 +53,7 @@ class Server:
     def upload(self, *rows, filename: str = "train.jsonl") -> str:
         content = "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
         file = StoredFile(new_id("file-"), filename, "fine-tune", len(content), now(), "processed")
-        self.store.file_path(file.id).write_text(content)
+        self.store.partial_path(file.id).write_text(content)
         return self.store.add_file(file).id
 
     async def create(self, *rows, validation: str | None = None, suffix: str | None = None, **config) -> StoredJob:

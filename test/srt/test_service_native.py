@@ -29,8 +29,8 @@ def http(service):
 @pytest.fixture
 def job_id(service, http):
     file_id = new_id("file-")
-    service.store.file_path(file_id).write_bytes(json.dumps(ROW).encode())
-    service.store.add_file(StoredFile(file_id, "a.jsonl", "fine-tune", 10, now(), "processed"))
+    service.store.partial_path(file_id).write_bytes(json.dumps(ROW).encode())
+    service.store.add_file(StoredFile(file_id, "a.jsonl", "fine-tune", len(json.dumps(ROW)), now(), "processed"))
     body = {"model": "tiny", "training_file": file_id, "hyperparameters": {"num_perturbations": 2, "estimator": "two_sided", "zo_eps": 0.5}}
     return http.post("/v1/fine_tuning/jobs", json=body).json()["id"]
 

@@ -45,8 +45,9 @@ TOO_FAINT = """(() => {
 
 
 def add_file(service, filename: str) -> str:
-    file = service.store.add_file(StoredFile(new_id("file-"), filename, "fine-tune", 13, now(), "processed"))
-    service.store.file_path(file.id).write_text('{"text": "a"}')
+    file = StoredFile(new_id("file-"), filename, "fine-tune", 13, now(), "processed")
+    service.store.partial_path(file.id).write_text('{"text": "a"}')
+    service.store.add_file(file)
     return file.id
 
 

@@ -52,7 +52,7 @@ def client(service):
 
 def add_file(service, content=ROWS, purpose="fine-tune", filename="train.jsonl"):
     file_id = new_id("file-")
-    service.store.file_path(file_id).write_bytes(content)
+    service.store.partial_path(file_id).write_bytes(content)
     return service.store.add_file(StoredFile(file_id, filename, purpose, len(content), now(), "processed")).id
 
 

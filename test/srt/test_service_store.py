@@ -12,10 +12,11 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
+from stored import add_file, add_job, make_job, reopened
 
 from sglang.srt.mezo.errors import ConfigError
 from sglang.srt.mezo.service.errors import NotFound, RequestError
-from sglang.srt.mezo.service.records import StoredCheckpoint, StoredEvent, StoredFile, StoredJob, new_id, now
+from sglang.srt.mezo.service.records import StoredCheckpoint, StoredEvent, new_id
 from sglang.srt.mezo.service.store import Store
 
 
@@ -24,47 +25,6 @@ def store(tmp_path):
     store = Store(tmp_path / "service")
     yield store
     store.close()
-
-
-def add_file(store: Store, filename: str = "train.jsonl", content: bytes = b"{}\n", purpose: str = "fine-tune") -> StoredFile:
-    file = StoredFile(new_id("file-"), filename, purpose, len(content), now(), "processed")
-    store.file_path(file.id).write_bytes(content)
-    return store.add_file(file)
-
-
-def make_job(training_file: str, **changes) -> StoredJob:
-    job_id = new_id("ftjob-")
-    job = StoredJob(
-        id=job_id,
-        created_at=now(),
-        finished_at=None,
-        status="queued",
-        model="opt",
-        training_file=training_file,
-        validation_file=None,
-        seed=2**64 - 1,
-        suffix=None,
-        adapter_name=f"ft-{job_id[-8:]}",
-        metadata={},
-        request={"model": "opt", "method": {"type": "supervised"}},
-        hyperparameters={"n_epochs": 3, "batch_size": 16, "learning_rate_multiplier": 0.5},
-        config={"learning_rate": 1e-3, "target_modules": ["q_proj"], "objective": None},
-        fine_tuned_model=None,
-        trained_tokens=None,
-        error=None,
-        step=0,
-        version=0,
-    )
-    return replace(job, **changes)
-
-
-def add_job(store: Store, **changes) -> StoredJob:
-    return store.add_job(make_job(**{"training_file": add_file(store).id, **changes}))
-
-
-def reopened(store: Store) -> Store:
-    store.close()
-    return Store(store.directory)
 
 
 # --- records -----------------------------------------------------------------------------------------------------------
@@ -226,35 +186,6 @@ def test_a_directory_has_one_store_at_a_time(store):
     with pytest.raises(ConfigError, match="no other server"):
         Store(store.directory)
     reopened(store).close()
-
-
-def test_a_folder_of_another_format_is_refused_and_let_go(store):
-    store.close()
-    with sqlite3.connect(store.directory / "mezo.sqlite") as connection:
-        connection.execute("PRAGMA user_version = 99")
-    connection.close()
-    for _ in range(2):
-        with pytest.raises(ConfigError, match="99"):
-            Store(store.directory)
-
-
-def test_a_file_that_is_no_database_is_refused(tmp_path):
-    (tmp_path / "mezo.sqlite").write_text("hello " * 1000)
-    with pytest.raises(ConfigError, match="--mezo-dir"):
-        Store(tmp_path)
-
-
-def test_what_has_no_row_is_swept(store):
-    file, job = add_file(store), add_job(store, version=2)
-    stray = [store.file_path("file-unknown"), store.file_path(".file-partial")]
-    for path in stray:
-        path.write_text("half an upload")
-    for name in ("v1", "v2", "v3", ".v3.abc"):
-        (store.version_directory(job.id, 0).parent / name).mkdir(parents=True)
-    store = reopened(store)
-    assert store.file_path(file.id).exists() and not any(path.exists() for path in stray)
-    assert [path.name for path in store.version_directory(job.id, 0).parent.iterdir()] == ["v2"]
-    store.close()
 
 
 def test_threads_share_a_store(store):

@@ -1,6 +1,12 @@
-"""Frozen dataclasses in SQLite: one table a kind, a row a record, numbered in the order in which they came."""
+"""Frozen dataclasses in SQLite: one table a kind, a row a record, numbered in the order in which they came.
 
+A row that is damaged, in its JSON or its types, takes no other down: lists leave it out with a logged line, and who asks for
+it gets an error that names it.
+"""
+
+import itertools
 import json
+import logging
 import sqlite3
 import threading
 from collections.abc import Iterator, Sequence
@@ -9,8 +15,14 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
+import msgspec
+
 from sglang.srt.mezo.errors import ConfigError
-from sglang.srt.mezo.service.errors import NotFound
+from sglang.srt.mezo.service import folder
+from sglang.srt.mezo.service.errors import NotFound, RequestError
+from sglang.srt.mezo.service.migrations import migrate
+
+logger = logging.getLogger(__name__)
 
 Record = TypeVar("Record")
 
@@ -34,30 +46,41 @@ class Database:
     """Thread-safe: one connection behind a lock. A transaction is on disk when its block ends.
 
     Raises:
-        ConfigError: the file is none of ours.
+        ConfigError: the file is none of ours, is damaged or locked, or is new beside what belongs to another one.
+        sqlite3.Error: by its methods, where SQLite cannot read or write; what was to change is as it was.
     """
 
     def __init__(self, path: Path):
+        self._path = path
         self._lock = threading.RLock()
-        self._connection = sqlite3.connect(path, check_same_thread=False)
-        self._connection.row_factory = sqlite3.Row
+        self._told: set[str] = set()  # damaged rows that have been logged
         try:
-            self._prepare(path)
-        except BaseException:
-            self.close()
-            raise
+            _require_journal(path)
+            self._connection = sqlite3.connect(path, check_same_thread=False)
+            try:
+                self._prepare()
+            except BaseException:
+                self.close()
+                raise
+        except sqlite3.Error as error:
+            raise _unusable(path, str(error)) from error
 
-    def _prepare(self, path: Path) -> None:
-        try:
-            for setting in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON"):
-                self._connection.execute(f"PRAGMA {setting}")
-            (version,) = self._connection.execute("PRAGMA user_version").fetchone()
-        except sqlite3.DatabaseError as error:
-            raise ConfigError("--mezo-dir", str(path.parent), f"a folder whose {path.name} can be read ({error})") from error
-        if version == 0:
-            self._connection.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version = {_VERSION}; COMMIT;")
-        elif version != _VERSION:
-            raise ConfigError("--mezo-dir", str(path.parent), f"a folder of format {_VERSION}; this one has {version}")
+    def _prepare(self) -> None:
+        self._connection.row_factory = sqlite3.Row
+        # Text comes as bytes: what is not UTF-8 is then an error of its row, not of the whole query.
+        self._connection.text_factory = bytes
+        (problem,) = self._connection.execute("PRAGMA quick_check(1)").fetchone()
+        if problem != b"ok":
+            raise _unusable(self._path, f"it is damaged: {' '.join(problem.decode(errors='replace').split())}")
+        for setting in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON"):
+            self._connection.execute(f"PRAGMA {setting}")
+        (version,) = self._connection.execute("PRAGMA user_version").fetchone()
+        tables = {name.decode() for (name,) in self._connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        if version == 0 and not tables:
+            folder.require_database(self._path.parent, missing=True)
+        elif version == 0 or not {"files", "jobs", "events", "checkpoints"} <= tables:
+            raise _unusable(self._path, "it is another program's, or damaged")
+        migrate(self._connection, self._path)
 
     def close(self) -> None:
         with self._lock:
@@ -69,9 +92,10 @@ class Database:
         with self._lock, self._connection:
             yield
 
-    def execute(self, statement: str, values: Sequence[Any] = ()) -> None:
+    def execute(self, statement: str, values: Sequence[Any] = ()) -> list[sqlite3.Row]:
+        """Rows as SQLite has them: text is bytes."""
         with self._lock:
-            self._connection.execute(statement, tuple(values))
+            return self._connection.execute(statement, tuple(values)).fetchall()
 
     def insert(self, table: str, *records: Any) -> None:
         for record in records:
@@ -84,18 +108,48 @@ class Database:
             columns = ", ".join(f"{name} = ?" for name in changes)
             self.execute(f"UPDATE {table} SET {columns} WHERE id = ?", (*_encoded(changes), id))
 
-    def select(self, kind: type[Record], query: str, values: Sequence[Any] = ()) -> list[Record]:
-        """Records of a query that selects whole rows of their table."""
+    def select(self, kind: type[Record], query: str, values: Sequence[Any] = (), limit: int | None = None) -> list[Record]:
+        """Records of a query that selects whole rows of their table, up to ``limit`` of them."""
         with self._lock:
-            rows = self._connection.execute(query, tuple(values)).fetchall()
-        return [kind(**{item.name: _decoded(item.name, row[item.name]) for item in fields(kind)}) for row in rows]
+            return list(itertools.islice(self._records(kind, query, values), limit))
+
+    def _records(self, kind: type[Record], query: str, values: Sequence[Any]) -> Iterator[Record]:
+        for row in self._connection.execute(query, tuple(values)):
+            try:
+                yield _record(kind, row)
+            except _Damaged as error:
+                self._tell(f"a {kind.__name__} is left out, as its record in {self._path} is damaged: {error}")
+
+    def damaged(self, kind: type[Record], table: str) -> dict[int, str]:
+        """Numbers of the rows of a table that cannot be read, and why."""
+        reasons = {}
+        for row in self.execute(f"SELECT * FROM {table}"):
+            try:
+                _record(kind, row)
+            except _Damaged as error:
+                reasons[row["number"]] = str(error)
+        return reasons
+
+    def _tell(self, line: str) -> None:
+        """Once, however often it is asked for."""
+        if line not in self._told:
+            self._told.add(line)
+            logger.error(line)
 
     def one(self, kind: type[Record], table: str, what: str, id: str, param: str | None = None) -> Record:
-        """The record of that id; raises NotFound of ``what``, named by the field ``param``."""
-        records = self.select(kind, f"SELECT * FROM {table} WHERE id = ?", (id,))
-        if not records:
+        """The record of that id.
+
+        Raises:
+            NotFound: of ``what``, named by the field ``param``.
+            RequestError: the record is damaged.
+        """
+        rows = self.execute(f"SELECT * FROM {table} WHERE id = ?", (id,))
+        if not rows:
             raise NotFound(what, id, param)
-        return records[0]
+        try:
+            return _record(kind, rows[0])
+        except _Damaged as error:
+            raise RequestError(500, f"the record of {what} {id!r} in the server's store is damaged: {error}", param, "damaged_record") from error
 
     def page(
         self,
@@ -111,14 +165,27 @@ class Database:
         condition, values = where
         with self._lock:
             if after is not None:
-                query = f"SELECT number FROM {table} WHERE id = ? AND {condition}"
-                row = self._connection.execute(query, (after, *values)).fetchone()
-                if row is None:
+                rows = self.execute(f"SELECT number FROM {table} WHERE id = ? AND {condition}", (after, *values))
+                if not rows:
                     raise NotFound(what, after, "after")
-                condition, values = f"number {'<' if order == 'desc' else '>'} ? AND {condition}", (row["number"], *values)
-            query = f"SELECT * FROM {table} WHERE {condition} ORDER BY number {order} LIMIT ?"
-            records = self.select(kind, query, (*values, limit + 1))
+                condition, values = f"number {'<' if order == 'desc' else '>'} ? AND {condition}", (rows[0]["number"], *values)
+            records = self.select(kind, f"SELECT * FROM {table} WHERE {condition} ORDER BY number {order}", values, limit + 1)
         return Page(records[:limit], len(records) > limit)
+
+
+def _require_journal(path: Path) -> None:
+    """Of a database whose first page says that it has no write-ahead log SQLite would ignore one, and lose what is in it."""
+    journal = path.with_name(f"{path.name}-wal")
+    if not journal.is_file() or not journal.stat().st_size:
+        return
+    with open(path, "rb") as file:
+        header = file.read(20)
+    if header[18:] != b"\2\2":
+        raise _unusable(path, f"its first bytes are damaged, and what is in {journal.name} would be lost")
+
+
+def _unusable(path: Path, reason: str) -> ConfigError:
+    return folder.unusable(path.parent, f"a folder whose {path.name} can be read and written ({reason}); nothing has been changed")
 
 
 # A seed is an unsigned 64-bit number, and SQLite's are signed.
@@ -129,64 +196,22 @@ def _encoded(columns: dict[str, Any]) -> list[Any]:
     return [json.dumps(value) if name in _JSON else value for name, value in columns.items()]
 
 
+class _Damaged(Exception):
+    """A row that is not what a record of its kind can be."""
+
+
+def _record(kind: type[Record], row: sqlite3.Row) -> Record:
+    name = ""
+    try:
+        values = {}
+        for name in (item.name for item in fields(kind)):
+            values[name] = _decoded(name, row[name])
+        name = ""
+        return msgspec.convert(values, kind)
+    except (ValueError, RecursionError, msgspec.MsgspecError) as error:
+        raise _Damaged(f"row {row[0]}, {f'column {name}: ' if name else ''}{error}") from error
+
+
 def _decoded(name: str, value: Any) -> Any:
-    return json.loads(value) if name in _JSON else value
-
-
-_VERSION = 1
-_SCHEMA = """
-CREATE TABLE files (
-    number INTEGER PRIMARY KEY AUTOINCREMENT,
-    id TEXT NOT NULL UNIQUE,
-    filename TEXT NOT NULL,
-    purpose TEXT NOT NULL,
-    bytes INTEGER NOT NULL,
-    created_at INTEGER NOT NULL,
-    status TEXT NOT NULL
-);
-CREATE TABLE jobs (
-    number INTEGER PRIMARY KEY AUTOINCREMENT,
-    id TEXT NOT NULL UNIQUE,
-    created_at INTEGER NOT NULL,
-    finished_at INTEGER,
-    status TEXT NOT NULL,
-    model TEXT NOT NULL,
-    training_file TEXT NOT NULL,
-    validation_file TEXT,
-    seed TEXT NOT NULL,
-    suffix TEXT,
-    adapter_name TEXT NOT NULL,
-    metadata TEXT NOT NULL,
-    request TEXT NOT NULL,
-    hyperparameters TEXT NOT NULL,
-    config TEXT NOT NULL,
-    fine_tuned_model TEXT,
-    trained_tokens INTEGER,
-    error TEXT NOT NULL,
-    step INTEGER NOT NULL,
-    version INTEGER NOT NULL
-);
-CREATE INDEX jobs_by_status ON jobs (status, number);
-CREATE TABLE events (
-    number INTEGER PRIMARY KEY AUTOINCREMENT,
-    id TEXT NOT NULL UNIQUE,
-    job_id TEXT NOT NULL REFERENCES jobs (id),
-    created_at INTEGER NOT NULL,
-    level TEXT NOT NULL,
-    message TEXT NOT NULL,
-    type TEXT NOT NULL,
-    data TEXT NOT NULL
-);
-CREATE INDEX events_by_job ON events (job_id, number);
-CREATE TABLE checkpoints (
-    number INTEGER PRIMARY KEY AUTOINCREMENT,
-    id TEXT NOT NULL UNIQUE,
-    job_id TEXT NOT NULL REFERENCES jobs (id),
-    created_at INTEGER NOT NULL,
-    step INTEGER NOT NULL,
-    name TEXT NOT NULL,
-    directory TEXT NOT NULL,
-    metrics TEXT NOT NULL,
-    UNIQUE (job_id, step)
-);
-"""
+    text = value.decode() if isinstance(value, bytes) else value
+    return json.loads(text) if name in _JSON else text

@@ -1,13 +1,15 @@
-"""A disk that does not take what is written to it: full, over a quota, failing, or read-only by now."""
+"""A disk that does not take what is written to it, being full, over a quota, failing, or read-only by now; and what else goes wrong
+with the files of the store."""
 
 import errno
 import os
 import sqlite3
 from contextlib import suppress
+from http import HTTPStatus
 from pathlib import Path
 
 from sglang.srt.mezo.errors import shown
-from sglang.srt.mezo.service.errors import DiskFull
+from sglang.srt.mezo.service.errors import DiskFull, RequestError
 
 _ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 _SQLITE_ERRORS = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN}
@@ -24,6 +26,22 @@ def disk_full(error: BaseException) -> DiskFull | None:
             return DiskFull(f"the server's disk takes no more: {os.strerror(error.errno)}{where}")
         case sqlite3.Error() if getattr(error, "sqlite_errorcode", 0) & 0xFF in _SQLITE_ERRORS:
             return DiskFull(f"the server's disk takes no more: {error} (mezo.sqlite)")
+        case _:
+            return None
+
+
+def storage_error(error: BaseException) -> RequestError | None:
+    """What an error says of the disk or of the store's files; None where it is about something else."""
+    match error:
+        case _ if (full := disk_full(error)) is not None:
+            return full
+        case sqlite3.Error() if getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+            message = "the server's store (mezo.sqlite) is locked by another process: ask again"
+            return RequestError(HTTPStatus.SERVICE_UNAVAILABLE, message, None, "store_busy")
+        case sqlite3.DatabaseError() if getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+            return RequestError(500, f"the server's store (mezo.sqlite) is damaged: {error}", None, "store_damaged")
+        case OSError() if error.errno and error.filename:
+            return RequestError(500, f"{os.strerror(error.errno)} on the server: {shown(error.filename)}", None, "storage_failed")
         case _:
             return None
 

@@ -18,7 +18,7 @@ from starlette.responses import Response
 
 from sglang.srt.mezo.errors import CapacityError, ConfigError, DataError, shown
 from sglang.srt.mezo.service.client import EngineClient
-from sglang.srt.mezo.service.disk import disk_full
+from sglang.srt.mezo.service.disk import storage_error
 from sglang.srt.mezo.service.errors import RequestError
 from sglang.srt.mezo.service.latency import LatencyRecorder
 from sglang.srt.mezo.service.manager import JobManager
@@ -127,7 +127,7 @@ def _request_error(error: Exception) -> RequestError | None:
         case RequestError():
             return error
         case OSError() | sqlite3.Error():
-            return disk_full(error)
+            return storage_error(error)
         case ConfigError():
             return RequestError(400, str(error), error.field, "invalid_value")
         case DataError():

@@ -108,11 +108,11 @@ class JobReader:
         return tuple(self._tokenizer(job.config["invocation"], add_special_tokens=False).input_ids)
 
     def _read_file(self, job: StoredJob, file_id: str, param: str, objective: Objective | None) -> tuple[list[Example], Objective]:
-        filename = self._store.file(file_id).filename
+        file = self._store.file(file_id)
         try:
-            rows = list(read_jsonl(self._store.file_path(file_id), filename, MAX_ROW_BYTES))
+            rows = list(read_jsonl(self._store.content(file, param), file.filename, MAX_ROW_BYTES))
             if not rows:
-                raise DataError("no row", filename)
+                raise DataError("no row", file.filename)
             return self._encode(job, rows, objective)
         except DataError as error:
             raise RequestError(400, str(error), param, f"invalid_{param}") from error

@@ -10,7 +10,7 @@ import msgspec
 
 from sglang.srt.mezo.errors import ConfigError
 from sglang.srt.mezo.service.client import EngineClient
-from sglang.srt.mezo.service.disk import disk_full, has_room
+from sglang.srt.mezo.service.disk import disk_full, has_room, storage_error
 from sglang.srt.mezo.service.errors import DiskFull, EngineRefused, NotFound, RequestError
 from sglang.srt.mezo.service.job_data import JobReader, shared_tokenizer
 from sglang.srt.mezo.service.manual import ManualWork
@@ -242,6 +242,8 @@ class JobManager:
         if isinstance(error, RequestError):
             return error
         logger.error("job %s failed", job.id, exc_info=error)
+        if (known := storage_error(error)) is not None:
+            return known
         return RequestError(500, f"{type(error).__name__} in the server, whose log has more", None, "internal_error")
 
     async def _written(self, write: Callable[[], None]) -> None:

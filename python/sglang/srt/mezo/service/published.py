@@ -3,7 +3,6 @@
 import asyncio
 import logging
 import re
-import shutil
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -101,16 +100,16 @@ class PublishedAdapters:
         """
         job = self._store.job(job_id)
         _require_name(job)
-        directory = self._store.version_directory(job_id, job.version + 1)
+        version = self._store.new_version(job_id)
+        directory = self._store.version_directory(job_id, version)
         try:
-            await asyncio.to_thread(_remove, directory)
             await write(directory)
-            await publish.publish(self._client.tokenizer_manager, job.adapter_name, directory, lambda: record(job.version + 1))
+            await publish.publish(self._client.tokenizer_manager, job.adapter_name, directory, lambda: record(version))
         except Exception:
-            _remove(directory)
+            self._store.delete_version(job_id, version)
             raise
         # The engine keeps the weights of a version that requests still use; its folder is not read again.
-        await asyncio.to_thread(_remove, *(path for path in directory.parent.iterdir() if path != directory))
+        await asyncio.to_thread(self._store.delete_version, job_id, job.version)
 
     async def delete(self, name: str) -> None:
         """Answer to a job's adapter and its checkpoints no more; the name is free again.
@@ -130,14 +129,9 @@ class PublishedAdapters:
         self._store.update_job(job.id, StoredEvent(job.id, f"Deleted model: {self.model_name(name)}"), adapter_name="", version=0)
         for served in names:
             await publish.withdraw(self._client.tokenizer_manager, served)
-        await asyncio.to_thread(_remove, self._store.version_directory(job.id, 1).parent)
+        await asyncio.to_thread(self._store.delete_version, job.id, job.version)
 
 
 def _require_name(job: StoredJob) -> None:
     if not job.adapter_name:
         raise RequestError(409, f"the model of job {job.id} has been deleted", None, "model_deleted")
-
-
-def _remove(*folders: Path) -> None:
-    for folder in folders:
-        shutil.rmtree(folder, ignore_errors=True)

@@ -85,7 +85,7 @@ class _Files:
             "Content-Disposition": f"attachment; filename={file.id}.jsonl; filename*=UTF-8''{quote(file.filename, safe='')}",
             "X-Content-Type-Options": "nosniff",
         }
-        return FileResponse(self._service.store.file_path(file.id), headers=headers, media_type="application/octet-stream")
+        return FileResponse(self._service.store.content(file), headers=headers, media_type="application/octet-stream")
 
     @changes
     async def delete(self, file_id: str) -> Json:
@@ -120,7 +120,7 @@ class _Jobs:
         training_file = self._training_data(body.training_file, "training_file")
         if body.validation_file is not None:
             self._training_data(body.validation_file, "validation_file")
-        num_train = await asyncio.to_thread(_count_rows, service.store.file_path(training_file.id))
+        num_train = await asyncio.to_thread(_count_rows, service.store.content(training_file, "training_file"))
         seed = secrets.randbits(31) if body.seed is None else body.seed
         sent = body.model_dump(exclude_unset=True)
         config, hyperparameters = resolve(sent, service.engine, num_train, seed)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from sglang.srt.mezo.errors import ConfigError
+from sglang.srt.mezo.service import folder
 
 
 @dataclass(frozen=True)
@@ -71,10 +72,8 @@ class ServiceSettings:
         return Path(self.dir).absolute()
 
     def make_directory(self) -> Path:
-        try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError("--mezo-dir", str(self.directory), f"a folder that can be made ({error.strerror})") from error
+        """Raises ConfigError where a store cannot work in it."""
+        folder.make(self.directory)
         return self.directory
 
     @property

@@ -1,18 +1,23 @@
 """Files, jobs, events and checkpoints, and where their content lies on disk.
 
-What a method has returned from survives the end of the process at any moment. The content of a file is on disk under its
-final name before its row exists, and its row is gone before its content is: whatever has no row is swept at the next start.
+What a method has returned from survives the end of the process at any moment. Whatever may be deleted is marked first, in
+the transaction that makes it superfluous, or by its name: ``.<id>.partial`` is an upload that nobody has been told of. What a
+server that was stopped in the middle has left is put in order at the next start. What is there without a row or a mark, as
+beside a database that was lost or is an earlier one, is never touched.
 """
 
 import fcntl
-import shutil
+import json
+import logging
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from sglang.srt.mezo.errors import ConfigError
+from sglang.srt.mezo.service import folder
 from sglang.srt.mezo.service.database import Database, Page, Where
+from sglang.srt.mezo.service.deletions import VERSION, Deletions
 from sglang.srt.mezo.service.errors import NotFound, RequestError
 from sglang.srt.mezo.service.records import (
     LIVE,
@@ -31,6 +36,9 @@ __all__ = [
 ]  # fmt: skip
 
 
+logger = logging.getLogger(__name__)
+
+
 @dataclass(frozen=True)
 class _Count:
     status: JobStatus
@@ -44,20 +52,21 @@ class Store:
         listener: called when a job has been added or has changed its status.
 
     Raises:
-        ConfigError: another server uses the directory, or one of another version has.
+        ConfigError: another server uses the directory, one of a later version has, or it cannot be used; nothing in it has
+            been deleted then.
     """
 
     def __init__(self, directory: Path):
         self.directory = Path(directory).absolute()
         self.listener: Callable[[], None] = lambda: None
-        self._files = self.directory / "files"
-        self._jobs = self.directory / "jobs"
-        for folder in (self._files, self._jobs):
-            folder.mkdir(parents=True, exist_ok=True)
+        self._files = self.directory / folder.FILES
+        self._jobs = self.directory / folder.JOBS
+        folder.make(self.directory)
         self._claim = _claimed(self.directory)
         try:
-            self._database = Database(self.directory / "mezo.sqlite")
-            self._sweep()
+            self._database = Database(self.directory / folder.DATABASE)
+            self._deletions = Deletions(self._database, self.directory)
+            self._put_in_order()
         except BaseException:
             self._claim.close()
             raise
@@ -66,22 +75,48 @@ class Store:
         self._database.close()
         self._claim.close()
 
-    def _sweep(self) -> None:
-        """Remove what a server that was stopped in the middle has left without a row."""
-        known = {file.id for file in self._database.select(StoredFile, "SELECT * FROM files")}
-        for path in self._files.iterdir():
-            if path.name not in known:
-                path.unlink()
-        for job in self._database.select(StoredJob, "SELECT * FROM jobs"):
-            for path in (self.job_directory(job.id) / "adapters").glob("*"):
-                if path != self.version_directory(job.id, job.version):
-                    shutil.rmtree(path)
+    # --- at the start ----------------------------------------------------------------------------------------------------
+
+    def _put_in_order(self) -> None:
+        """End what a server that was stopped in the middle had begun, and say what does not agree."""
+        self._deletions.carry_out()
+        for partial in self._files.glob(f".{folder.FILE_PREFIX}*.partial"):
+            path = self.file_path(partial.name[1:].removesuffix(".partial"))
+            if self._database.execute("SELECT 1 FROM files WHERE id = ?", (path.name,)) and not path.exists():
+                os.rename(partial, path)
+            elif partial.is_file():
+                partial.unlink()
+        self._fail_damaged()
+        self._report_strays()
+
+    def _fail_damaged(self) -> None:
+        """A job whose row cannot be read is not going on; what of the row can be read stays."""
+        for number, reason in self._database.damaged(StoredJob, "jobs").items():
+            message = f"the job's record is damaged: {reason}"
+            logger.error("job number %d has failed: %s", number, message)
+            with self._database.transaction():
+                live = "status NOT IN ('succeeded', 'failed', 'cancelled')"
+                error = json.dumps({"code": "damaged_record", "message": message, "param": None})
+                self._database.execute(f"UPDATE jobs SET status = 'failed', error = ? WHERE number = ? AND {live}", (error, number))
+
+    def _report_strays(self) -> None:
+        """Content without a row, and rows without content."""
+        rows = {kind: {id.decode() for (id,) in self._database.execute(f"SELECT id FROM {kind}")} for kind in ("files", "jobs")}
+        for what, there, known in (("files", folder.uploads(self.directory), rows["files"]), ("jobs", folder.jobs(self.directory), rows["jobs"])):
+            if unknown := sorted(there - known):
+                logger.warning("%d %s in %s are not in the database, such as %s: they stay as they are", len(unknown), what, self.directory, unknown[0])
+        if lost := sorted(rows["files"] - folder.uploads(self.directory)):
+            logger.error("the content of %d uploaded files is gone from %s, such as %s", len(lost), self._files, lost[0])
 
     # --- where things lie ------------------------------------------------------------------------------------------------
 
     def file_path(self, file_id: str) -> Path:
-        """Where the content of a file lies, or will; ``file_id`` is one that the store has given out."""
+        """Where the content of a file lies; ``file_id`` is one that the store has given out."""
         return self._files / file_id
+
+    def partial_path(self, file_id: str) -> Path:
+        """Where the content of a new file is to lie when it is added."""
+        return self._files / f".{file_id}.partial"
 
     def job_directory(self, job_id: str) -> Path:
         return self._jobs / job_id
@@ -93,10 +128,26 @@ class Store:
     # --- files -----------------------------------------------------------------------------------------------------------
 
     def add_file(self, file: StoredFile) -> StoredFile:
-        """Acknowledge a file whose content lies, synced, at ``file_path(file.id)``."""
+        """Acknowledge a file whose content lies, synced, at ``partial_path(file.id)``."""
+        partial, path = self.partial_path(file.id), self.file_path(file.id)
         with self._database.transaction():
             self._database.insert("files", file)
+        try:
+            _rename(partial, path)
+        except BaseException:
+            with self._database.transaction():
+                self._database.execute("DELETE FROM files WHERE id = ?", (file.id,))
+            raise
         return file
+
+    def content(self, file: StoredFile, param: str | None = None) -> Path:
+        """Where a file's content lies; raises RequestError, named by the field ``param``, where it is not what was uploaded."""
+        path = self.file_path(file.id)
+        size = path.stat().st_size if path.is_file() else None
+        if size != file.bytes:
+            left = "is gone" if size is None else f"has {size} bytes left of {file.bytes}" if size < file.bytes else f"has {size} bytes, not {file.bytes}"
+            raise RequestError(500, f"the content of file {file.id!r} ({file.filename}) {left} on the server's disk: upload it again", param, "file_lost")
+        return path
 
     def file(self, file_id: str) -> StoredFile:
         return self._database.one(StoredFile, "files", "file", file_id)
@@ -120,7 +171,8 @@ class Store:
             for job in self._database.select(StoredJob, users, (*LIVE, file_id)):
                 raise RequestError(409, f"file {file_id!r} is in use by job {job.id!r}, which is {job.status}", "file_id", "file_in_use")
             self._database.execute("DELETE FROM files WHERE id = ?", (file_id,))
-        self.file_path(file_id).unlink(missing_ok=True)
+            self._deletions.mark(self.file_path(file_id))
+        self._deletions.carry_out(self.file_path(file_id))
 
     # --- jobs ------------------------------------------------------------------------------------------------------------
 
@@ -142,7 +194,8 @@ class Store:
         """Newest first. metadata: pairs that a job must have; an empty mapping asks for jobs without metadata."""
         where = Where()
         if metadata is not None:
-            has_pair = "EXISTS (SELECT 1 FROM json_each(metadata) WHERE key = ? AND value = ?)"
+            # Of a damaged row json_each would be an error of the whole query.
+            has_pair = "CASE WHEN json_valid(metadata) THEN EXISTS (SELECT 1 FROM json_each(metadata) WHERE key = ? AND value = ?) END"
             values = tuple(part for pair in metadata.items() for part in pair)
             where = Where(" AND ".join([has_pair] * len(metadata)) or "metadata = '{}'", values)
         return self._database.page(StoredJob, "jobs", "fine-tuning job", where, after, limit)
@@ -158,25 +211,42 @@ class Store:
         return {count.status: count.jobs for count in counts}
 
     def oldest(self, status: JobStatus) -> StoredJob | None:
-        jobs = self._database.select(StoredJob, "SELECT * FROM jobs WHERE status = ? ORDER BY number LIMIT 1", (status,))
+        jobs = self._database.select(StoredJob, "SELECT * FROM jobs WHERE status = ? ORDER BY number", (status,), limit=1)
         return jobs[0] if jobs else None
 
     def job_by_adapter(self, name: str) -> StoredJob:
         """The newest job whose adapter has that name."""
-        jobs = self._database.select(StoredJob, "SELECT * FROM jobs WHERE adapter_name = ? ORDER BY number DESC LIMIT 1", (name,))
+        jobs = self._database.select(StoredJob, "SELECT * FROM jobs WHERE adapter_name = ? ORDER BY number DESC", (name,), limit=1)
         if not name or not jobs:
             raise NotFound("model", name, "model")
         return jobs[0]
 
     def update_job(self, job_id: str, *events: StoredEvent, **changes: Any) -> StoredJob:
-        """Change fields and add events in one transaction."""
+        """Change fields and add events in one transaction. Of the versions of its adapter the one before may then be deleted."""
         with self._database.transaction():
-            job = replace(self.job(job_id), **changes)
+            before = self.job(job_id)
+            job = replace(before, **changes)
             self._database.update("jobs", job_id, changes)
+            if job.version != before.version:
+                self._deletions.unmark(self.version_directory(job_id, job.version))
+                if before.version:
+                    self._deletions.mark(self.version_directory(job_id, before.version))
             self._database.insert("events", *events)
         if "status" in changes:
             self.listener()
         return job
+
+    def new_version(self, job_id: str) -> int:
+        """A number for the next version of a job's adapter. Until it is the job's ``version``, what lies in its folder may be deleted."""
+        there = [int(match[1]) for path in self.version_directory(job_id, 1).parent.glob("v*") if (match := VERSION.fullmatch(path.name))]
+        version = 1 + max([self.job(job_id).version, *there])
+        with self._database.transaction():
+            self._deletions.mark(self.version_directory(job_id, version))
+        return version
+
+    def delete_version(self, job_id: str, version: int) -> None:
+        """Delete the folder of a version that is not, or no longer, the job's."""
+        self._deletions.carry_out(self.version_directory(job_id, version))
 
     # --- what a job leaves -------------------------------------------------------------------------------------------------
 
@@ -231,12 +301,22 @@ class Store:
         return adapters
 
 
+def _rename(partial: Path, path: Path) -> None:
+    """Give a file its name for good."""
+    os.rename(partial, path)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
 def _claimed(directory: Path) -> IO[bytes]:
     """An open file whose lock says that the directory is in use; the system drops it with the process."""
-    file = open(directory / "mezo.lock", "ab")
+    file = open(directory / folder.LOCK, "ab")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         file.close()
-        raise ConfigError("--mezo-dir", str(directory), "a folder that no other server uses") from error
+        raise folder.unusable(directory, "a folder that no other server uses") from error
     return file

@@ -34,18 +34,14 @@ async def receive_file(request: Request, store: Store, max_bytes: int) -> Stored
     if says_longer(request, max_bytes + _FORM_BYTES):
         raise too_large(max_bytes, "file")
     file_id = new_id("file-")
-    path = store.file_path(file_id)
-    partial = path.with_name(f".{file_id}.partial")
+    partial = store.partial_path(file_id)
     try:
         with await asyncio.to_thread(_Form, boundary, partial, max_bytes) as form:
             async for chunk in request.stream():
                 await asyncio.to_thread(form.feed, chunk)
             await asyncio.to_thread(form.finish)
-        await asyncio.to_thread(_rename, partial, path)
-        return store.add_file(StoredFile(file_id, form.filename, PURPOSE, form.file_bytes, now(), "processed"))
-    except BaseException:
-        path.unlink(missing_ok=True)
-        raise
+        file = StoredFile(file_id, form.filename, PURPOSE, form.file_bytes, now(), "processed")
+        return await asyncio.to_thread(store.add_file, file)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -55,15 +51,6 @@ def _boundary(request: Request) -> bytes:
     if content_type != b"multipart/form-data" or not parameters.get(b"boundary"):
         raise _bad("a file is sent as multipart/form-data with the fields purpose and file", "Content-Type")
     return parameters[b"boundary"]
-
-
-def _rename(partial: Path, path: Path) -> None:
-    os.rename(partial, path)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
 
 
 class _Form:
