@@ -191,7 +191,6 @@ def run(*command: str) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        (("examples/mezo_opt_training.py", "--task_name", "SST2", "--trainer", "ft"), "error: trainer='ft' is not allowed: zo, as other programs have it"),
         (("benchmarks/accuracy.py", "--jsn", "x"), "error: unknown flag --jsn: did you mean --json?"),
         (("examples/finetune_in_server.py", "--hyperparameters", "{"), "error: argument --hyperparameters: invalid json_object value: '{'"),
         (("examples/finetune_in_server.py", "--train", "nowhere.jsonl"), "error: [Errno 2] No such file or directory: 'nowhere.jsonl'"),
