@@ -20,6 +20,8 @@ from sglang.srt.mezo.errors import ConfigError, DataError, MezoError
             "lora_alpha", "learning_rate", "zo_eps", "num_train_epochs", "clip_projected_grad", "adam_epsilon",
         )),
         *((name, -1, "zero or more") for name in ("weight_decay", "warmup_steps", "save_steps", "noise_floor_steps")),
+        ("max_steps", 10**9 + 1, "at most 1000000000"),
+        ("num_train_epochs", 1e308, "at most 1000000000"),
         ("tuning", "prefix", "one of alora, lora"),
         ("objective", "f1", "one of classification, completion, language_modeling, null"),
         ("lr_scheduler_type", "polynomial", "one of constant, linear, cosine"),

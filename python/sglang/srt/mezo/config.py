@@ -13,6 +13,8 @@ from sglang.srt.mezo.optimizer import Optim, SchedulerType, UpdateRule
 Tuning = Literal["alora", "lora"]
 Objective = Literal["classification", "completion", "language_modeling"]
 
+_MOST_STEPS = 10**9
+
 
 def _setting(default: object, help: str):
     return field(default=default, metadata={"help": help})
@@ -94,6 +96,8 @@ class MezoConfig:
             self._require(name, getattr(self, name) >= 1, "at least 1")
         for name in ("lora_alpha", "learning_rate", "zo_eps", "num_train_epochs", "adam_epsilon"):
             self._require(name, 0 < getattr(self, name) < math.inf, "a positive number")
+        for name in ("max_steps", "num_train_epochs"):
+            self._require(name, getattr(self, name) <= _MOST_STEPS, f"at most {_MOST_STEPS}")
         for name in ("weight_decay", "warmup_steps", "save_steps", "noise_floor_steps"):
             self._require(name, 0 <= getattr(self, name) < math.inf, "zero or more")
         for name in ("momentum", "adam_beta1", "adam_beta2"):
