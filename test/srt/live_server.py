@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "examples" / "assets" / "opt-reviews"
 REVIEWS = ROOT / "examples" / "assets" / "reviews"
 
-_START_SECONDS = 300
+_START_SECONDS = 600
 
 
 class LiveServer:
@@ -57,8 +57,8 @@ class LiveServer:
                 command, stdout=log, stderr=subprocess.STDOUT, env=self._environment, start_new_session=True, cwd=self.directory.parent
             )
         self.url = f"http://127.0.0.1:{self.port}"
-        self.http = httpx.Client(base_url=self.url, headers={"Authorization": f"Bearer {self._key}"}, timeout=60)
-        self.client = OpenAI(base_url=f"{self.url}/v1", api_key=self._key, max_retries=0, timeout=60)
+        self.http = httpx.Client(base_url=self.url, headers={"Authorization": f"Bearer {self._key}"}, timeout=300)
+        self.client = OpenAI(base_url=f"{self.url}/v1", api_key=self._key, max_retries=0, timeout=300)
         self.until(self._is_up, _START_SECONDS)
 
     def stop(self) -> None:
@@ -89,7 +89,7 @@ class LiveServer:
     def log_text(self) -> str:
         return self.log.read_text(errors="replace")
 
-    def until(self, condition: Callable[[], Any], seconds: float = 120, every: float = 0.2) -> Any:
+    def until(self, condition: Callable[[], Any], seconds: float = 600, every: float = 0.2) -> Any:
         """What ``condition`` returns once it is true; the end of the server or of the time is an error."""
         deadline = time.monotonic() + seconds
         while not (value := condition()):
@@ -127,7 +127,7 @@ class LiveServer:
     def job(self, job_id: str):
         return self.client.fine_tuning.jobs.retrieve(job_id)
 
-    def wait_for(self, job_id: str, *statuses: str, seconds: float = 240):
+    def wait_for(self, job_id: str, *statuses: str, seconds: float = 600):
         """The job once it has one of the statuses; another end is an error."""
 
         def reached():
@@ -138,7 +138,7 @@ class LiveServer:
 
         return self.until(reached, seconds)
 
-    def wait_for_step(self, job_id: str, step: int, seconds: float = 240) -> None:
+    def wait_for_step(self, job_id: str, step: int, seconds: float = 600) -> None:
         self.until(lambda: self.last_step(job_id) >= step, seconds)
 
     def last_step(self, job_id: str) -> int:

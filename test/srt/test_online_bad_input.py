@@ -47,8 +47,8 @@ class FrontDoor:
 
     def __init__(self, server: LiveServer):
         self.server = server
-        self.admin = openai.OpenAI(base_url=f"{server.url}/v1", api_key="admin-key", max_retries=0, timeout=60)
-        self.http = httpx.Client(base_url=server.url, headers={"Authorization": "Bearer admin-key"}, timeout=60)
+        self.admin = openai.OpenAI(base_url=f"{server.url}/v1", api_key="admin-key", max_retries=0, timeout=300)
+        self.http = httpx.Client(base_url=server.url, headers={"Authorization": "Bearer admin-key"}, timeout=300)
         self.answer = self.greedy()
         self.files = [self.upload(reviews("train", 64)), self.upload(reviews("validation", 16))]
         self.done = self.create(*self.files, suffix="done", max_steps=2, save_steps=1).id
