@@ -181,6 +181,9 @@ class TokenizerManager(tokenizer_control_mixin.TokenizerControlMixin):
     def auto_create_handle_loop(self) -> None:
         pass
 
+    def config_value(self, name: str) -> Any:
+        return self.tokenizer.name_or_path if name == "model_path" else None
+
     async def mezo_control_communicator(self, request: MezoReqInput) -> list[MezoReqOutput]:
         return [await self._scheduler.handle(request.command)]
 

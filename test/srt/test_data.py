@@ -140,6 +140,7 @@ BAD_ROWS = {
     "label negative": ({**CHOICE, "label": -1}, "label=-1 must be an index of the 2 options"),
     "label a boolean": ({**CHOICE, "label": True}, "label=True must be an index of the 2 options"),
     "label in words": ({**CHOICE, "label": "bad"}, "label='bad' must be an index of the 2 options"),
+    "empty prompt of a completion": ({"prompt": "", "completion": "it"}, 'prompt=\'\' must be a non-empty string: {"text"} instead'),
     "empty prompt": ({**CHOICE, "prompt": ""}, "prompt='' must be a non-empty string"),
     "prompt no text": ({"prompt": None, "completion": "a"}, "prompt=None must be a non-empty string"),
     "empty completion": ({"prompt": "it", "completion": ""}, "completion='' must be a non-empty string"),
@@ -150,13 +151,14 @@ BAD_ROWS = {
     "no messages": ({"messages": []}, "messages must be a list"),
     "nothing to answer": ({"messages": [_ANSWER]}, "messages must be a list of two or more"),
     "no answer": ({"messages": [_ANSWER, _USER]}, "ends with an assistant message"),
-    "empty answer": ({"messages": [_USER, {**_ANSWER, "content": ""}]}, "messages[-1].content='' must be"),
-    "answer without content": ({"messages": [_USER, {"role": "assistant"}]}, "messages[-1].content=None must be"),
+    "empty answer": ({"messages": [_USER, {**_ANSWER, "content": ""}]}, "messages[1].content='' must be"),
+    "answer without content": ({"messages": [_USER, {"role": "assistant"}]}, "messages[1].content=None must be"),
     "answer no object": ({"messages": ["yes", "no"]}, "ends with an assistant message"),
     "message no object": ({"messages": ["yes", _ANSWER]}, "messages[0]='yes' must be an object with a role and a content"),
     "message without role": ({"messages": [{"content": "yes"}, _ANSWER]}, "messages[0]={'content': 'yes'} must be an object with a role"),
     "message without content": ({"messages": [{"role": "user"}, _ANSWER]}, "messages[0].content=None must be a string"),
-    "template refuses": ({"messages": [{**_USER, "role": "judge"}, _ANSWER]}, "no such role"),
+    "no role of a request": ({"messages": [{**_USER, "role": "judge"}, _ANSWER]}, "messages[0].role='judge' is not allowed"),
+    "template refuses": ({"messages": [{**_USER, "role": "system"}, _ANSWER]}, "the chat template refuses the messages: no such role"),
 }
 
 

@@ -7,9 +7,12 @@ Rows come as a task's columns, or in one of the free forms ``{"prompt", "complet
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
+from sglang.srt.mezo.chat import ChatRenderer, ChatSettings
 from sglang.srt.mezo.config import Objective
+from sglang.srt.mezo.conversation import turns
 from sglang.srt.mezo.errors import DataError, shown
 from sglang.srt.mezo.invocation import invocation_start
 from sglang.srt.mezo.rows import SourceRow
@@ -43,6 +46,7 @@ class Encoder:
         max_length: most tokens of a sequence, prompt and option together.
         task: renders the rows; without one they must have one of the free forms.
         invocation: token ids that every prompt must hold; empty where none are needed.
+        chat: renders messages; by default, as a server of the tokenizer's model does that is given no chat template.
     """
 
     def __init__(
@@ -51,11 +55,17 @@ class Encoder:
         max_length: int,
         task: Task | None = None,
         invocation: Sequence[int] = (),
+        chat: ChatRenderer | None = None,
     ):
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.task = task
         self.invocation = tuple(invocation)
+        self._chat = chat
+
+    @cached_property
+    def _renderer(self) -> ChatRenderer:
+        return self._chat or ChatRenderer(self.tokenizer, ChatSettings(model_path=self.tokenizer.name_or_path))
 
     def encode_rows(self, rows: Sequence[SourceRow], on_bad_row: OnBadRow = "raise") -> list[Example]:
         """Tokenise all rows. A bad one raises DataError, or is logged and left out with ``on_bad_row="skip"``."""
@@ -107,33 +117,18 @@ class Encoder:
         return [(yield from self._encode_text(TextExample(fields["prompt"], tuple(options), fields["label"])))]
 
     def _encode_completion(self, fields: Mapping[str, Any]) -> Encoding[list[Example]]:
+        if fields["prompt"] == "":
+            raise DataError("prompt='' must be a non-empty string: {\"text\"} instead of prompt and completion trains a text from its start")
         _require_text("prompt", fields["prompt"])
         _require_text("completion", fields["completion"])
         return [self._with_end((yield from self._encode_text(TextExample(fields["prompt"], (fields["completion"],), 0))))]
 
     def _encode_messages(self, fields: Mapping[str, Any]) -> Encoding[list[Example]]:
-        messages = fields["messages"]
-        if not isinstance(messages, list) or len(messages) < 2 or not _is_answer(messages[-1]):
-            raise DataError("messages must be a list of two or more that ends with an assistant message")
-        for number, message in enumerate(messages[:-1]):
-            _require_message(f"messages[{number}]", message)
-        _require_text("messages[-1].content", messages[-1].get("content"))
-        if self.tokenizer.chat_template is None:
-            raise DataError("the tokenizer has no chat template, which messages need")
-        prompt = self._render_chat(messages[:-1], add_generation_prompt=True)
-        full = self._render_chat(messages, add_generation_prompt=False)
-        if not full.startswith(prompt):
-            raise DataError("the chat template writes the last message differently than its generation prompt announces")
-        ids, answer = yield Texts([prompt, full[len(prompt) :]], special_tokens=False)
-        return [self._checked(Example(tuple(ids), (tuple(answer),), 0))]
-
-    def _render_chat(self, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
-        from jinja2 import TemplateError
-
-        try:
-            return self.tokenizer.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, tokenize=False)
-        except TemplateError as error:
-            raise DataError(f"the chat template refuses the messages: {error}") from error
+        examples = []
+        for turn in turns(fields):
+            prompt, answer = yield from self._renderer.answer(turn)
+            examples.append(self._checked(Example(prompt, (answer,), 0)))
+        return examples
 
     def _encode_plain_text(self, fields: Mapping[str, Any]) -> Encoding[list[Example]]:
         _require_text("text", fields["text"])
@@ -215,20 +210,6 @@ def _require_unicode(name: str, text: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise DataError(f"{name} is no Unicode text: {error}") from error
-
-
-def _is_answer(message: Any) -> bool:
-    return isinstance(message, dict) and message.get("role") == "assistant"
-
-
-def _require_message(name: str, message: Any) -> None:
-    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-        raise DataError(f"{name}={shown(message)} must be an object with a role and a content")
-    content = message.get("content")
-    if isinstance(content, str):
-        _require_unicode(f"{name}.content", content)
-    elif not isinstance(content, list) and not (content is None and message.get("tool_calls")):
-        raise DataError(f"{name}.content={shown(content)} must be a string")
 
 
 def _problem(error: Exception, row: SourceRow) -> DataError:

@@ -1,11 +1,13 @@
 """A whole run, from a model's name and a data set's to an adapter and its accuracy: what the examples call."""
 
+import json
 import resource
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Optional
 
 from sglang.srt.mezo.adapter import AdapterSpec
+from sglang.srt.mezo.chat import ChatRenderer, ChatSettings
 from sglang.srt.mezo.checkpoint import read_checkpoint
 from sglang.srt.mezo.config import MezoConfig
 from sglang.srt.mezo.data import get_task
@@ -33,6 +35,8 @@ class ModelArguments:
     model: str = field(metadata={"help": "Hub name or folder of the base model."})
     dtype: Dtype = field(default="auto", metadata={"help": "Weights and activations; float32 for the smallest zo_eps."})
     max_total_tokens: Optional[int] = field(default=None, metadata={"help": "KV tokens to keep; the machine's default if absent."})
+    chat_template: Optional[str] = field(default=None, metadata={"help": "As the server's: a .jinja file, or a name that SGLang knows."})
+    default_chat_template_kwargs: Optional[str] = field(default=None, metadata={"help": "As the server's: JSON for the chat template."})
 
     def __post_init__(self):
         require_types(self)
@@ -65,7 +69,7 @@ def open_trainer(model: ModelArguments, data: DataArguments, config: MezoConfig)
     tokenizer, max_length, config, target_modules = _inspect_model(model.model, config)
     RunDirectory(config).check()
     invocation = _invocation_tokens(tokenizer, data, config)
-    splits = load_splits(tokenizer, max_length, invocation, data)
+    splits = load_splits(tokenizer, max_length, invocation, data, ChatRenderer(tokenizer, _chat_settings(model)))
     require_objective(config, config.objective or splits.objective, (len(example.options) for example in splits.train + splits.dev + splits.test))
     engine = MezoEngine(
         model.model,
@@ -92,6 +96,18 @@ def _inspect_model(model: str, config: MezoConfig) -> tuple["PreTrainedTokenizer
     if config.r > model_config.hidden_size:
         raise ConfigError("r", config.r, f"at most {model_config.hidden_size}, the width of the model")
     return tokenizer, model_config.max_position_embeddings, config, tuple(targets)
+
+
+def _chat_settings(model: ModelArguments) -> ChatSettings:
+    """What a server of the model with these flags would render by."""
+    given = model.default_chat_template_kwargs
+    try:
+        kwargs = None if given is None else json.loads(given)
+    except ValueError as error:
+        raise ConfigError("default_chat_template_kwargs", given, f"a JSON object ({error})") from error
+    if not isinstance(kwargs, dict | None):
+        raise ConfigError("default_chat_template_kwargs", given, "a JSON object")
+    return ChatSettings(model.model, chat_template=model.chat_template, default_chat_template_kwargs=kwargs)
 
 
 def _invocation_tokens(tokenizer, data: DataArguments, config: MezoConfig) -> tuple[int, ...]:

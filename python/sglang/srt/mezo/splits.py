@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Optional
 
+from sglang.srt.mezo.chat import ChatRenderer
 from sglang.srt.mezo.config import Objective
 from sglang.srt.mezo.data import Encoder, Example, OnBadRow, count_shared, default_objective, get_task
 from sglang.srt.mezo.errors import ConfigError, DataError
@@ -61,8 +62,10 @@ class Splits:
     shared: dict[str, int]
 
 
-def load_splits(tokenizer: "PreTrainedTokenizerBase", max_length: int, invocation: Sequence[int], data: DataArguments) -> Splits:
-    """Read and tokenise. Examples that are in more than one split are counted in a warning.
+def load_splits(
+    tokenizer: "PreTrainedTokenizerBase", max_length: int, invocation: Sequence[int], data: DataArguments, chat: ChatRenderer | None = None
+) -> Splits:
+    """Read and tokenise, as ``Encoder`` does. Examples that are in more than one split are counted in a warning.
 
     Raises:
         ConfigError: there is no data set, or it has no splits and one is named.
@@ -73,7 +76,7 @@ def load_splits(tokenizer: "PreTrainedTokenizerBase", max_length: int, invocatio
     if dataset is None:
         raise ConfigError("dataset", None, "a hub name, folder or file; or name a task")
     rows = _read(dataset, task, data)
-    encoder = Encoder(tokenizer, max_length, task, invocation)
+    encoder = Encoder(tokenizer, max_length, task, invocation, chat)
     train, dev, test = (encoder.encode_rows(part, data.on_bad_row) if part else [] for part in rows)
     if not train:
         raise DataError("no training row is left", dataset)

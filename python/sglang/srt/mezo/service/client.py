@@ -3,6 +3,7 @@
 import asyncio
 from typing import TYPE_CHECKING, Any
 
+from sglang.srt.mezo.chat import ChatSettings
 from sglang.srt.mezo.service.errors import DiskFull, EngineRefused
 from sglang.srt.mezo.service.messages import Command, MezoReqInput
 
@@ -20,6 +21,11 @@ class EngineClient:
     @property
     def tokenizer(self) -> "PreTrainedTokenizerBase":
         return self.tokenizer_manager.tokenizer
+
+    @property
+    def chat_settings(self) -> ChatSettings:
+        """How the server renders chat requests."""
+        return ChatSettings(**{name: self.tokenizer_manager.config_value(name) for name in ChatSettings.__dataclass_fields__})
 
     @property
     def served_model_name(self) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sglang.srt.mezo.chat import ChatRenderer, ChatSettings
 from sglang.srt.mezo.config import Objective
 from sglang.srt.mezo.data import Encoder, Example, count_shared, default_objective
 from sglang.srt.mezo.errors import DataError
@@ -54,11 +55,13 @@ class JobReader:
     Args:
         tokenizer: from ``shared_tokenizer``.
         engine: bounds what an example may take.
+        chat: how the server renders messages.
     """
 
-    def __init__(self, store: Store, tokenizer: "PreTrainedTokenizerBase", engine: EngineDescription):
+    def __init__(self, store: Store, tokenizer: "PreTrainedTokenizerBase", engine: EngineDescription, chat: ChatSettings):
         self._store = store
         self._tokenizer = tokenizer
+        self._chat = ChatRenderer(tokenizer, chat)
         self._max_length = engine.context_length
         self._max_pass_tokens = min(engine.kv_capacity, max(MAX_PASS_TOKENS, 2 * engine.context_length))
 
@@ -120,7 +123,7 @@ class JobReader:
     def _encode(self, job: StoredJob, rows: Sequence[SourceRow], objective: Objective | None) -> tuple[list[Example], Objective]:
         """Examples, and the objective that they suggest where the job names none."""
         invocation = self.invocation(job)
-        encoder = Encoder(self._tokenizer, self._max_length, invocation=invocation)
+        encoder = Encoder(self._tokenizer, self._max_length, invocation=invocation, chat=self._chat)
         planner = Planner(job.config["tuning"], invocation)
         examples, rows_of_examples = [], []
         for row in rows:

@@ -59,7 +59,7 @@ class JobManager:
             raise ConfigError("--skip-tokenizer-init", True, "a tokenizer is needed to train on text")
         self.engine = msgspec.convert(await self.client.call(Describe()), EngineDescription)
         tokenizer = await asyncio.to_thread(shared_tokenizer, self.client.tokenizer)
-        self._reader = JobReader(self.store, tokenizer, self.engine)
+        self._reader = JobReader(self.store, tokenizer, self.engine, self.client.chat_settings)
         self._runs = Runs(self.store, self._reader, self.engine)
         self._training = Training(self.store, self.client, self._sessions, self._runs, self._published, self._state)
         self._manual = ManualWork(
