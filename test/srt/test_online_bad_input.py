@@ -89,7 +89,7 @@ class FrontDoor:
 
     def raw(self, head: str, body: bytes = b"") -> tuple[int, dict[str, Any]]:
         """Status and body of an answer to bytes that no client would send."""
-        with socket.create_connection(("127.0.0.1", self.server.port), timeout=20) as connection:
+        with socket.create_connection(("127.0.0.1", self.server.port), timeout=300) as connection:
             connection.sendall(head.replace("\n", "\r\n").encode("latin-1") + b"\r\n\r\n" + body)
             answer = b""
             while received := connection.recv(65536):
@@ -319,7 +319,7 @@ def test_no_address_is_a_path(door, path):
 @pytest.mark.parametrize("key", [None, "wrong", "USER-KEY", "user-key"])
 def test_what_changes_something_needs_the_administrators_key_and_what_reads_a_users(door, key):
     headers = {} if key is None else {"Authorization": f"Bearer {key}"}
-    with httpx.Client(base_url=door.server.url, headers=headers, timeout=60) as http:
+    with httpx.Client(base_url=door.server.url, headers=headers, timeout=300) as http:
         for method, path in CHANGES:
             assert http.request(method, door.path(path)).status_code == 401, path
         for path in READS:

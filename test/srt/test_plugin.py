@@ -38,7 +38,7 @@ def run_python(code: str, *arguments: str, **environment: str) -> subprocess.Com
         [sys.executable, "-W", "ignore", "-c", code, *arguments],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         # Engines that other tests started here leave their ranks' core shares behind.
         env={name: value for name, value in os.environ.items() if name != platform.THREADS_BIND_ENV} | environment,
     )
