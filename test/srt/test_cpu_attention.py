@@ -274,6 +274,53 @@ def test_what_is_not_a_number_stays_so():
     assert case.run(CpuAttentionBackend)[0].isnan().all()
 
 
+def spoil(case: Case, value: float, seed: int = 0) -> torch.Tensor:
+    """Put `value` into the keys and values of some fresh tokens of every second row; returns bool (tokens,), who sees one of them."""
+    rng = random.Random(seed)
+    sees, start = torch.zeros(len(case.q), dtype=torch.bool), 0
+    for number, (prefix, fresh) in enumerate(case.rows):
+        bad = [t for t in range(fresh) if rng.random() < 0.3] or [fresh - 1]
+        for t in bad if number % 2 == 0 else ():
+            case.k[start + t], case.v[start + t] = value, value
+            for query in range(fresh):
+                low, high = case._window(prefix + query, prefix + fresh)
+                sees[start + query] |= low <= prefix + t < high
+        start += fresh
+    return sees
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 3e38])
+@pytest.mark.parametrize("name", CASES)
+def test_who_does_not_see_a_token_is_not_touched_by_its_numbers(name, value):
+    clean, spoiled = Case(**CASES[name]), Case(**CASES[name])
+    sees = spoil(spoiled, value)
+    expected, output = clean.run(CpuAttentionBackend), spoiled.run(CpuAttentionBackend)
+    assert sees.any() and (not sees.all() or len(clean.rows) == 1)
+    torch.testing.assert_close(output[~sees], expected[~sees], atol=0 if kernel.LIBRARY is not None else 1e-5, rtol=0)
+    assert value == 3e38 or not output[sees].isfinite().any(), "who sees it says so"
+
+
+@pytest.mark.parametrize("window", [0, 2, 40])
+def test_who_does_not_see_a_token_is_not_touched_with_a_window_or_a_cap_either(window):
+    rows = [(0, 150), (70, 90), (33, 20), (33, 7), (5, 2)]
+    clean, spoiled = (Case(rows, heads=6, kv_heads=2, shared=[0, 1, 2, 2, 4]) for _ in range(2))
+    clean.layer.sliding_window_size = spoiled.layer.sliding_window_size = window
+    for cap in (0.0, 1.5):
+        clean.layer.logit_cap = spoiled.layer.logit_cap = cap
+        sees = spoil(spoiled, float("nan"))
+        expected, output = clean.run(CpuAttentionBackend), spoiled.run(CpuAttentionBackend)
+        torch.testing.assert_close(output[~sees], expected[~sees], atol=1e-5, rtol=0)
+        assert output[sees].isnan().all()
+
+
+def test_who_does_not_see_a_token_is_not_touched_in_bfloat16_either():
+    clean, spoiled = (Case(random_rows((0, 30), (1, 40)), dtype=torch.bfloat16, dim=64) for _ in range(2))
+    sees = spoil(spoiled, float("nan"))
+    expected, output = clean.run(CpuAttentionBackend), spoiled.run(CpuAttentionBackend)
+    torch.testing.assert_close(output[~sees].float(), expected[~sees].float(), atol=3e-2, rtol=3e-2)
+    assert output[sees].isnan().all()
+
+
 def test_the_kernel_leaves_denormal_numbers_alone():
     assert torch.tensor(1e-40).mul(0.5).item() > 0
 

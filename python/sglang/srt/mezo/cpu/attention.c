@@ -1,7 +1,8 @@
 /* Attention over keys and values where they lie in a paged KV pool: no gather, no padding, no mask.
  *
  * What comes out for a token is the same to the last bit wherever its row was cut into cached and fresh tokens, and
- * whatever other rows there are, so that a resumed run meets the KV it had.
+ * whatever other rows there are, so that a resumed run meets the KV it had. Nor does it depend on the values of tokens that it
+ * does not see, be they infinite or no numbers.
  *
  * One call does one layer. Work is split by bundle (rows with one and the same cached prefix, which is read once for all
  * of them) and by some key-value heads of it. The calling process shares its OpenMP threads with PyTorch.
@@ -82,36 +83,67 @@ INLINE void dots(const Query *queries, int64_t count, const float *key, int64_t 
     }
 }
 
-/* out += weights . values over `count` keys from `at` on; for four queries and 2 * LANES numbers at a time, kept in registers.
- * Values are fetched for the key `next` after each. */
+/* The keys at .. at + count, counted from `at`, that any and that all of four queries see: begin .. end, and first .. last. */
+typedef struct {
+    int64_t begin, first, last, end;
+} Span;
+
+INLINE Span span_of(const Query *four, int64_t at, int64_t count) {
+    Span s = {count, 0, count, 0};
+    for (int n = 0; n < 4; n++) {
+        int64_t low = four[n].low > at ? four[n].low - at : 0, high = four[n].high - at < count ? four[n].high - at : count;
+        if (low < s.begin) s.begin = low;
+        if (low > s.first) s.first = low;
+        if (high < s.last) s.last = high;
+        if (high > s.end) s.end = high;
+    }
+    if (s.first > s.last) s.first = s.last = s.end;
+    return s;
+}
+
+/* Adds the keys from .. to; `some` says that not all of the four queries see all of them. What a query does not see is not read
+ * for it: 0 times what is no number would be none. */
+INLINE void add_to_four(const Query *four, Lanes sums[4][2], const float *v, int64_t stride, const int32_t *places, int64_t next, int64_t from, int64_t to, int64_t at, int some) {
+    const float *a = four[0].scores + at, *b = four[1].scores + at, *c = four[2].scores + at, *d = four[3].scores + at;
+    for (int64_t j = from; j < to; j++) {
+        const float *value = v + places[j] * stride;
+        __builtin_prefetch(v + places[j + next] * stride);
+        Lanes x = *(const Lanes *)value, y = *(const Lanes *)(value + LANES);
+        if (!some || (four[0].low <= at + j && at + j < four[0].high)) sums[0][0] += a[j] * x, sums[0][1] += a[j] * y;
+        if (!some || (four[1].low <= at + j && at + j < four[1].high)) sums[1][0] += b[j] * x, sums[1][1] += b[j] * y;
+        if (!some || (four[2].low <= at + j && at + j < four[2].high)) sums[2][0] += c[j] * x, sums[2][1] += c[j] * y;
+        if (!some || (four[3].low <= at + j && at + j < four[3].high)) sums[3][0] += d[j] * x, sums[3][1] += d[j] * y;
+    }
+}
+
+/* out += weights . values over those of `count` keys from `at` on that a query sees, for one query from number `from` on. */
+INLINE void add_to_one(const Query *query, const float *v, int64_t stride, const int32_t *places, int64_t count, int64_t at, int64_t from, int64_t v_dim) {
+    int64_t low = query->low > at ? query->low - at : 0, high = query->high - at < count ? query->high - at : count;
+    for (int64_t j = low; j < high; j++)
+        for (int64_t m = from; m < v_dim; m++) query->out[m] += query->scores[at + j] * v[places[j] * stride + m];
+}
+
+/* The same for `num` queries: four of them and 2 * LANES numbers at a time, kept in registers. Values are fetched for the key
+ * `next` after each. */
 INLINE void add_values(const Query *queries, int64_t num, const float *v, int64_t stride, const int32_t *places, int64_t next, int64_t count, int64_t at, int64_t v_dim) {
     int64_t i = 0;
     for (; i + 4 <= num; i += 4) {
-        const float *a = queries[i].scores + at, *b = queries[i + 1].scores + at, *c = queries[i + 2].scores + at, *d = queries[i + 3].scores + at;
-        int64_t from = 0, seen = queries[i + 3].high - at < count ? queries[i + 3].high - at : count;
+        const Query *four = queries + i;
+        Span span = span_of(four, at, count);
+        int64_t from = 0;
         for (; from + 2 * LANES <= v_dim; from += 2 * LANES) {
-            Lanes s[4][2];
+            Lanes sums[4][2];
             for (int n = 0; n < 4; n++)
-                for (int m = 0; m < 2; m++) s[n][m] = *(const Lanes *)(queries[i + n].out + from + m * LANES);
-            for (int64_t j = 0; j < seen; j++) {
-                const float *value = v + places[j] * stride + from;
-                __builtin_prefetch(v + places[j + next] * stride + from);
-                Lanes x = *(const Lanes *)value, y = *(const Lanes *)(value + LANES);
-                s[0][0] += a[j] * x, s[0][1] += a[j] * y;
-                s[1][0] += b[j] * x, s[1][1] += b[j] * y;
-                s[2][0] += c[j] * x, s[2][1] += c[j] * y;
-                s[3][0] += d[j] * x, s[3][1] += d[j] * y;
-            }
+                for (int m = 0; m < 2; m++) sums[n][m] = *(const Lanes *)(four[n].out + from + m * LANES);
+            add_to_four(four, sums, v + from, stride, places, next, span.begin, span.first, at, 1);
+            add_to_four(four, sums, v + from, stride, places, next, span.first, span.last, at, 0);
+            add_to_four(four, sums, v + from, stride, places, next, span.last, span.end, at, 1);
             for (int n = 0; n < 4; n++)
-                for (int m = 0; m < 2; m++) *(Lanes *)(queries[i + n].out + from + m * LANES) = s[n][m];
+                for (int m = 0; m < 2; m++) *(Lanes *)(four[n].out + from + m * LANES) = sums[n][m];
         }
-        for (int64_t j = 0; j < seen && from < v_dim; j++)
-            for (int n = 0; n < 4; n++)
-                for (int64_t m = from; m < v_dim; m++) queries[i + n].out[m] += queries[i + n].scores[at + j] * v[places[j] * stride + m];
+        for (int n = 0; n < 4; n++) add_to_one(four + n, v, stride, places, count, at, from, v_dim);
     }
-    for (; i < num; i++)
-        for (int64_t j = 0; j < count; j++)
-            for (int64_t m = 0; m < v_dim; m++) queries[i].out[m] += queries[i].scores[at + j] * v[places[j] * stride + m];
+    for (; i < num; i++) add_to_one(queries + i, v, stride, places, count, at, 0, v_dim);
 }
 
 INLINE void softmax(const Query *query, float scaling) {
@@ -183,11 +215,7 @@ INLINE void attend_sized(const Call *c, int64_t bundle, int64_t first, int64_t n
     float *scores = (float *)(queries + num * part.total);
     for (int64_t n = 0; n < num; n++) end = set_queries(c, part.rows, part.num_rows, first + n, end, scores + n * part.total * longest, longest);
     score(c, &part, queries, dim);
-    for (Query *query = queries; query < end; query++) {
-        softmax(query, c->scaling);
-        memset(query->scores, 0, query->low * sizeof(float));
-        memset(query->scores + query->high, 0, (longest - query->high) * sizeof(float));
-    }
+    for (Query *query = queries; query < end; query++) softmax(query, c->scaling);
     weigh(c, &part, queries, v_dim);
 }
 

@@ -127,11 +127,16 @@ def _attend_group(
     q = _gather(query, group.rows(group.tokens, heads)).view(group.count, heads, group.queries, -1)
     k = _gather(keys, kv_rows).view(group.count, kv_heads, group.keys, -1).to(q.dtype)
     v = _gather(values, kv_rows).view(group.count, kv_heads, group.keys, -1).to(q.dtype)
-    mask = group.mask(causal, _window(layer) if causal else None, query.dtype)
+    window = _window(layer) if causal else None
+    hidden = group.hidden(causal, window)
     if layer.logit_cap or (group.queries <= FEW_QUERIES and group.keys <= FEW_KEYS):
-        result = _attention(q, k, v, mask, layer.scaling, layer.logit_cap)
+        result = _attention(q, k, v, hidden, layer.scaling, layer.logit_cap)
     else:
+        mask = group.mask(causal, window, query.dtype)
         result = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=layer.scaling, enable_gqa=heads != kv_heads)
+    if not result.isfinite().all():
+        for bundle in zip(result.unbind(), q.split(1), k.split(1), v.split(1), hidden.split(1), strict=True):
+            _attend_apart(*bundle, layer.scaling, layer.logit_cap)
     written = group.rows(group.written(len(output) - 1), heads)
     output.view(-1, output.shape[2]).index_copy_(0, written, result.reshape(-1, output.shape[2]))
 
@@ -148,16 +153,30 @@ def _window(layer: RadixAttention) -> int | None:
 
 
 def _attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scaling: float, cap: float
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, hidden: torch.Tensor, scaling: float, cap: float
 ) -> torch.Tensor:
-    """softmax(cap tanh(q k / cap) + mask) v, without the cap where it is 0.
+    """softmax(cap tanh(q k / cap)) v over the keys that are not hidden, without the cap where it is 0.
 
-    q: (count, heads, queries, dim), k, v: (count, kv_heads, keys, dim).
+    q: (count, heads, queries, dim), k, v: (count, kv_heads, keys, dim), hidden: bool (count, 1, queries, keys).
     """
     count, heads, queries, _ = q.shape
     batch, keys = count * k.shape[1], k.shape[2]  # heads that read the same keys and values are taken together
     scores = torch.bmm(q.view(batch, -1, q.shape[3]), k.view(batch, keys, -1).transpose(1, 2)).float().mul_(scaling)
     if cap:
         scores = scores.div_(cap).tanh_().mul_(cap)
-    scores = torch.softmax(scores.view(count, heads, queries, keys).add_(mask), -1).to(q.dtype)
+    scores = torch.softmax(scores.view(count, heads, queries, keys).masked_fill_(hidden, float("-inf")), -1).to(q.dtype)
     return torch.bmm(scores.view(batch, -1, keys), v.view(batch, keys, -1)).view(count, heads, queries, -1)
+
+
+def _attend_apart(
+    result: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, hidden: torch.Tensor, scaling: float, cap: float
+) -> None:
+    """``_attention`` of one bundle into `result`, (heads, queries, dim), where some numbers are infinite or none.
+
+    A weight of 0 times such a value is no number either: who does not see it would be touched by it. Who sees it gets none.
+    """
+    lost = ~v.isfinite().all(-1, keepdim=True)
+    # In float32, where a product keeps rows apart (see ``linear.apart``).
+    result.copy_(_attention(q.float(), k.float(), v.masked_fill(lost, 0).float(), hidden, scaling, cap)[0])
+    seen = (lost[0].transpose(1, 2) & ~hidden[0]).any(-1, keepdim=True)  # (kv_heads, queries, 1)
+    result.masked_fill_(seen.repeat_interleave(len(result) // len(seen), 0), float("nan"))

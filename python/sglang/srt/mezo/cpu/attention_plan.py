@@ -101,16 +101,22 @@ class Group:
             self._written = self.tokens.masked_fill(torch.from_numpy(self._query_row == _PADDING), padding)
         return self._written
 
-    def mask(self, causal: bool, window: int | None, dtype: torch.dtype) -> torch.Tensor:
-        """(count, 1, queries, keys): 0 where the query sees the key, -inf elsewhere.
+    def hidden(self, causal: bool, window: int | None) -> torch.Tensor:
+        """bool (count, 1, queries, keys): which keys a query does not see.
 
         A query sees the shared prefix and its own row, up to itself if causal, and `window` tokens back if given.
         """
+        name = (causal, window)
+        if name not in self._masks:
+            self._masks[name] = torch.from_numpy(~self._visible(causal, window))[:, None]
+        return self._masks[name]
+
+    def mask(self, causal: bool, window: int | None, dtype: torch.dtype) -> torch.Tensor:
+        """(count, 1, queries, keys): 0 where the query sees the key, -inf elsewhere."""
         name = (causal, window, dtype)
         if name not in self._masks:
-            visible = self._visible(causal, window)
-            mask = torch.zeros(visible.shape, dtype=dtype)
-            self._masks[name] = mask.masked_fill_(torch.from_numpy(~visible), float("-inf"))[:, None]
+            hidden = self.hidden(causal, window)
+            self._masks[name] = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))
         return self._masks[name]
 
     def _visible(self, causal: bool, window: int | None) -> np.ndarray:

@@ -93,10 +93,29 @@ def _with_more_rows(x: torch.Tensor, rows: int) -> torch.Tensor:
     return padded
 
 
+def keeps_rows_apart(width: int, dtype: torch.dtype) -> bool:
+    """Whether a product over so many columns leaves a row alone whatever the next one holds.
+
+    In bfloat16 oneDNN takes columns in pairs, and by 32 with AMX: behind the end of a row it reads on, and multiplies by 0 what
+    is the next row's. That is no number where the next row has none.
+    """
+    return dtype != torch.bfloat16 or width % 32 == 0 or (width < 32 and width % 2 == 0)
+
+
+def apart(x: torch.Tensor) -> torch.Tensor:
+    """x: (..., columns), or a copy of it with zeros between the rows where a product would not keep them apart."""
+    columns = x.shape[-1]
+    if keeps_rows_apart(columns, x.dtype):
+        return x
+    room = x.new_zeros(*x.shape[:-1], (columns // 32 + 1) * 32)
+    room[..., :columns] = x
+    return room[..., :columns]
+
+
 def apply_linear(original: Callable, method, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """Around UnquantizedLinearMethod.apply."""
     if not _all_float32(x, layer.weight):
-        return original(method, layer, x, bias)
+        return original(method, layer, apart(x), bias)
     return linear(x, layer.weight, bias)
 
 
@@ -107,7 +126,7 @@ def compute_lm_head(original: Callable, processor, hidden: torch.Tensor, lm_head
     plain = isinstance(getattr(lm_head, "quant_method", None), UnquantizedEmbeddingMethod) and not hasattr(lm_head, "set_lora")
     if plain and bias is None and options.get("out") is None and _all_float32(hidden, lm_head.weight):
         return linear(hidden, lm_head.weight)
-    return original(processor, hidden, lm_head, bias, **options)
+    return original(processor, apart(hidden), lm_head, bias, **options)
 
 
 def _all_float32(*tensors: torch.Tensor) -> bool:

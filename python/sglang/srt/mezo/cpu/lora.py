@@ -7,6 +7,7 @@ from itertools import pairwise
 import torch
 
 from sglang.srt.lora.backend.torch_backend import TorchNativeLoRABackend, TorchNativeLoRABatchInfo
+from sglang.srt.mezo.cpu.linear import keeps_rows_apart
 
 # Their layers look tokens up by other rows than the ones that a segment names (token ids, pruned rows).
 UNSUPPORTED_TARGETS = {"embed_tokens", "lm_head"}
@@ -134,7 +135,7 @@ def add_lora(
     """
     rank, slices = block.rank, len(offsets) - 1
     rows = x[block.rows].view(block.count, block.length, -1)
-    hidden = torch.bmm(rows, lora_a[block.slots, : slices * rank].transpose(1, 2))
+    hidden = _product(rows, lora_a[block.slots, : slices * rank].transpose(1, 2))
     hidden *= block.scaling.to(hidden.dtype)
     in_place = isinstance(block.rows, slice)
     for index, (low, high) in enumerate(pairwise(offsets)):
@@ -142,10 +143,19 @@ def add_lora(
         if not part[0, 0].any() and not part.any():
             continue
         weight = lora_b[block.slots, low:high, :rank].transpose(1, 2)
-        if in_place:
+        if not in_place:
+            output[:, low:high].index_add_(0, block.rows, _product(part, weight)[0])
+        elif keeps_rows_apart(rank, part.dtype):
             output[block.rows].view(block.count, block.length, -1)[:, :, low:high].baddbmm_(part, weight)
         else:
-            output[:, low:high].index_add_(0, block.rows, torch.bmm(part, weight)[0])
+            output[block.rows, low:high] += _product(part, weight).view(-1, high - low)
+
+
+def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a b of every slot, in which a row of `a` that holds no numbers leaves the others alone; rows may be other requests'."""
+    if keeps_rows_apart(a.shape[2], a.dtype):
+        return torch.bmm(a, b)
+    return torch.bmm(a.float(), b.float()).to(a.dtype)
 
 
 class CpuLoRABackend(TorchNativeLoRABackend):
