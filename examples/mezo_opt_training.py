@@ -15,6 +15,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from sglang.srt.mezo.accelerator import serving_flags
 from sglang.srt.mezo.arguments import build, read, status_of
 from sglang.srt.mezo.config import MezoConfig
 from sglang.srt.mezo.finetune import DataArguments, ModelArguments, finetune
@@ -48,6 +49,7 @@ def report(model: ModelArguments, config: MezoConfig, summary: dict) -> None:
 
     total = summary["prefix_tokens_total"]
     name = Path(config.output_dir).name
+    flags = "".join(f" {flag}" for flag in serving_flags(config.tuning == "alora", model.dtype))
     shared = "".join(f"; {count} examples: {where}" for where, count in summary["shared_examples"].items())
     print(
         f"""
@@ -60,7 +62,7 @@ adapter                {summary["adapter_dir"]}
 plot                   {summary["plot"] or "not drawn: pip install 'sglang-mezo[plots]'"}
 
 Serve it:
-  python -m sglang.launch_server --model-path {model.model} --dtype {model.dtype} --enable-lora --lora-paths {name}={summary["adapter_dir"]}
+  python -m sglang.launch_server --model-path {model.model} --dtype {model.dtype} --enable-lora --lora-paths {name}={summary["adapter_dir"]}{flags}
 """
     )
 

@@ -2,13 +2,14 @@
 
     python faked_gpu.py h100 '[{"dtype": "float32"}]'
 
-prints a list with the resolved fields of a record for each. No kernel runs.
+prints a list with the resolved fields of a record for each, and of servers that do not train. No kernel runs.
 """
 
 import importlib.abc
 import importlib.machinery
 import importlib.util
 import json
+import os
 import sys
 from types import SimpleNamespace
 from unittest.mock import MagicMock
@@ -50,15 +51,29 @@ class _WithoutKernels(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         pass
 
 
+def served(model: str, dtype: str) -> dict:
+    """Of a server that does not train, with the flags that a run of that type names at its end."""
+    from sglang.srt.mezo.accelerator import serving_flags
+    from sglang.srt.server_args import prepare_server_args
+
+    os.environ["SGLANG_ENABLE_MEZO"] = "0"
+    flags = ["--model-path", model, "--dtype", dtype, "--enable-lora", "--max-lora-rank", "8", "--lora-target-modules", "q_proj"]
+    return described(prepare_server_args([*flags, *serving_flags(True, dtype)]))
+
+
 def resolved(arguments: dict) -> dict:
     """Fields of a server's record, and what it says of an aLoRA adapter."""
+    from sglang.srt.server_args import ServerArgs
+
+    return described(ServerArgs(**arguments))
+
+
+def described(record) -> dict:
     from sglang.srt.arg_groups.overrides import resolved_view
     from sglang.srt.lora.backend.lora_registry import get_backend_from_name
     from sglang.srt.mezo.accelerator import why_no_alora
     from sglang.srt.runtime_context import publish
-    from sglang.srt.server_args import ServerArgs
 
-    record = ServerArgs(**arguments)
     record.resolve_once()
     record.check_server_args()
     publish(record, role="tokenizer")
@@ -78,4 +93,6 @@ if __name__ == "__main__":
     from sglang.srt.plugins import load_plugins
 
     load_plugins()
-    print(json.dumps([resolved(arguments) for arguments in json.loads(sys.argv[2])]))
+    asked = json.loads(sys.argv[2])
+    records = [resolved(arguments) for arguments in asked]
+    print(json.dumps(records + [served(asked[0]["model_path"], dtype) for dtype in ("bfloat16", "float32")]))

@@ -28,7 +28,7 @@ def resolved(request, tmp_path_factory):
     command = [sys.executable, str(Path(__file__).parent / "faked_gpu.py"), request.param, json.dumps([MODEL | asked for asked in ASKED.values()])]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    return request.param, dict(zip(ASKED, json.loads(done.stdout.splitlines()[-1])))
+    return request.param, dict(zip([*ASKED, "served", "served in float32"], json.loads(done.stdout.splitlines()[-1]), strict=True))
 
 
 def test_a_default_server_can_serve_what_its_default_job_makes(resolved):
@@ -51,6 +51,13 @@ def test_what_the_user_chose_stays_and_is_answered_with_the_reason(resolved):
     assert records["a graph"]["prefill_graph"] == "breakable"
     assert "--cuda-graph-backend-prefill disabled" in records["a graph"]["no_alora"]
     assert "max_loras_per_batch=1" in records["no direction"]["no_alora"]
+
+
+def test_the_flags_that_a_run_names_serve_its_adapter(resolved):
+    _, records = resolved
+    for name in ("served", "served in float32"):
+        assert records[name]["no_alora"] is None and records[name]["lora_backend"] == "triton"
+    assert records["served in float32"]["attention_backend"] == "triton"
 
 
 def test_a_lora_backend_without_token_segments_is_known_by_what_it_defines():

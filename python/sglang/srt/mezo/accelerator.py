@@ -34,6 +34,16 @@ def fill_open_fields(server_args: "ServerArgs") -> None:
         os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")  # its kernels would multiply in TF32, which keeps ten bits
 
 
+def serving_flags(alora: bool, dtype: str) -> list[str]:
+    """What a server of SGLang's that does not train needs here, beside --enable-lora, to serve an adapter as it was trained."""
+    from sglang.srt.platforms import current_platform
+
+    if current_platform.is_out_of_tree():
+        return []
+    flags = ["--lora-backend", "triton", "--cuda-graph-backend-prefill", "disabled"] if alora else []
+    return flags + (["--attention-backend", "triton"] if dtype in _FLOAT32 else [])
+
+
 def why_no_alora(manager: "LoRAManager") -> str | None:
     """Why this engine cannot apply activated LoRA adapters, and what to start it with; None where it can."""
     from sglang.srt.lora.backend.base_backend import BaseLoRABackend
