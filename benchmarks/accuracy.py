@@ -21,7 +21,7 @@ from pathlib import Path
 from sglang.srt.mezo.arguments import build, read, status_of
 from sglang.srt.mezo.config import MezoConfig
 from sglang.srt.mezo.finetune import DataArguments, ModelArguments, finetune
-from sglang.srt.mezo.run_directory import write_json
+from sglang.srt.mezo.integrity import write_json
 
 _MEASURED = ("steps", "best_step", "zero_shot_accuracy", "accuracy", "zero_shot_loss", "loss", "steps_per_second",
              "train_seconds", "prefix_tokens_reused", "prefix_tokens_total", "peak_rss_bytes")  # fmt: skip

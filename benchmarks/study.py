@@ -26,7 +26,7 @@ from turns import Operations, Worker
 from sglang.srt.mezo.config import MezoConfig
 from sglang.srt.mezo.finetune import DataArguments, ModelArguments, finetune, open_trainer
 from sglang.srt.mezo.passes import drain
-from sglang.srt.mezo.run_directory import write_json
+from sglang.srt.mezo.integrity import write_json
 
 DATA = Path(__file__).resolve().parents[2] / "shared/data"
 NUM_TRAIN, NUM_DEV, NUM_TEST = 700, 200, 500

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from sglang.srt.mezo.adapter import Adapter, AdapterSpec, Site, atomic_directory
 from sglang.srt.mezo.errors import ConfigError
 
-FILES = {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+FILES = {"adapter_config.json", "adapter_model.safetensors", "README.md", "SHA256SUMS"}
 SITES = [Site("model.layers.0.self_attn.q_proj", 64, 96), Site("model.layers.1.mlp.up_proj", 96, 32)]
 
 

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2] / "python" / "sglang" / "srt" / "mezo
 MAX_LINES = 400
 
 FLOORS = {
-    0: ("", "allocator", "errors", "kinds", "config", "noise", "losses", "invocation", "estimator", "optimizer", "seed_log", "passes"),  # "" is the package itself
+    0: ("", "allocator", "errors", "kinds", "config", "noise", "losses", "invocation", "estimator", "optimizer", "seed_log", "integrity", "passes"),  # "" is the package itself
     1: ("tasks", "rows", "conversation", "chat", "chat_templates", "texts", "data", "batches", "sharing", "plan", "readout", "adapter", "families"),
     2: ("accelerator", "engine", "forward", "head", "prefix", "slot_room", "layers", "slots", "scorer"),
     3: ("evaluate", "run_directory", "pass_sizes", "tracking", "run", "trainer", "arguments", "checkpoint", "splits", "finetune", "plots"),

@@ -13,7 +13,8 @@ from sglang.srt.mezo.config import MezoConfig
 from sglang.srt.mezo.errors import ConfigError, LogError
 from sglang.srt.mezo.noise import step_seed
 from sglang.srt.mezo.optimizer import Optimizer
-from sglang.srt.mezo.run_directory import RunDirectory, write_json
+from sglang.srt.mezo.integrity import read_checked_json, write_checked_json, write_json
+from sglang.srt.mezo.run_directory import RunDirectory, read_segments
 from sglang.srt.mezo.seed_log import LogRecord, SeedLog
 
 SITES = [Site("model.layers.0.self_attn.q_proj", 64, 96)]
@@ -184,7 +185,7 @@ def test_a_checkpoint_holds_the_adapter_and_the_state(tmp_path):
     directory = RunDirectory(config(tmp_path))
     directory.save_checkpoint(adapter, {"global_step": 3, "log_history": []})
     checkpoint = tmp_path / "run" / "checkpoint-3"
-    assert json.loads((checkpoint / "trainer_state.json").read_text()) == {"global_step": 3, "log_history": []}
+    assert read_checked_json(checkpoint / "trainer_state.json") == {"global_step": 3, "log_history": []}
     stored = Adapter(adapter.spec, SITES)
     stored.load_weights(checkpoint)
     assert stored.theta.equal(adapter.theta)

@@ -519,6 +519,34 @@ async def test_half_a_run_is_begun_anew(tmp_path, tokenizer):
         assert not server.scheduler.job.config["resume_from_checkpoint"]
 
 
+@pytest.mark.parametrize("lost", ["seed_log", "config.json"])
+async def test_a_run_that_has_lost_a_part_is_named_and_stays_as_it_is(tmp_path, tokenizer, lost):
+    async with serving(tmp_path, tokenizer) as server:
+        job = await server.running()
+        run = tmp_path / "jobs" / job.id / "run"
+        (run / "checkpoint-5").mkdir()
+        (run / lost).unlink()
+        before = sorted(path.name for path in run.iterdir())
+    async with serving(tmp_path, tokenizer) as server:
+        job = await server.until(job, "failed")
+        assert job.error["code"] == "run_damaged" and f"has lost its {lost}" in job.error["message"] and "checkpoint-5" in job.error["message"]
+        assert sorted(path.name for path in run.iterdir()) == before
+
+
+@pytest.mark.parametrize("name", ["segments.json", "appended-1.jsonl", "training file"])
+async def test_what_a_run_has_drawn_from_is_named_where_it_is_damaged(tmp_path, tokenizer, name):
+    async with serving(tmp_path, tokenizer) as server:
+        job = await server.running()
+        await server.manager.append_rows(job.id, [ROW])
+        folder = tmp_path / "jobs" / job.id
+        path = {"segments.json": folder / "run" / name, "training file": server.store.file_path(job.training_file)}.get(name, folder / name)
+    path.write_bytes(path.read_bytes()[:5])
+    async with serving(tmp_path, tokenizer) as server:
+        job = await server.until(job, "failed")
+        assert (job.training_file if name == "training file" else name) in job.error["message"] and job.error["code"] != "internal_error"
+    assert path.stat().st_size == 5
+
+
 async def test_a_server_without_tokenizer_does_not_train(tmp_path):
     server = Server(tmp_path, None)
     with pytest.raises(ValueError, match="skip-tokenizer-init"):

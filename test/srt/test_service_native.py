@@ -158,6 +158,9 @@ def test_metrics_are_followed_line_by_line(http, service, job_id):
     with open(path, "a") as file:
         file.write('ss": 0.1}\n')
     assert metrics(2502) == {"data": [{"step": 2503, "loss": 0.1}], "next": 2503}
+    with open(path, "a") as file:
+        file.write('{"step": 2504, "lo{"step"\n{"step": 2505}\n')
+    assert metrics(2503) == {"data": [{"step": 2505}], "next": 2505}, "a damaged line is left out, and counts"
     for after in ("-1", "x", "", "10000000000000000000"):
         assert http.get(f"/mezo/jobs/{job_id}/metrics", params={"after": after}).json()["error"]["param"] == "after"
 

@@ -358,7 +358,7 @@ def test_rows_and_updates_that_find_no_room_are_not_there(engine, config, model_
         assert engine.call(refused_for_room, "SaveAdapter", {"job_id": "job", "directory": str(disk.path / "saved")})
         disk.free()
         assert engine.call(send, "AppendExamples", {"job_id": "job", "examples": rows})[3] == {"step": 2}
-        assert json.loads((Path(config.output_dir) / "segments.json").read_text()) == [[0, 10], [2, 6]]
+        assert json.loads((Path(config.output_dir) / "segments.json").read_text())["parts"] == [[0, 10], [2, 6]]
         engine.call(tick)
         again = replace(config, resume_from_checkpoint=True)
         assert start(engine, again, model_path, evaluation=(), manual=True)[0]
@@ -459,7 +459,7 @@ def test_added_examples_count_from_the_next_step_and_after_a_restart(engine, con
         engine.call(tick_to_step, 3)
         ok, _, _, result = engine.call(send, "AppendExamples", {"job_id": "job", "examples": parts})
         assert ok and result == {"step": 4}
-        segments = json.loads((Path(config.output_dir) / "segments.json").read_text())
+        segments = json.loads((Path(config.output_dir) / "segments.json").read_text())["parts"]
         assert segments == [[0, 10], [4, 6]]
         if interrupted:
             engine.call(tick_to_step, 5)

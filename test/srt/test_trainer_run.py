@@ -13,7 +13,8 @@ from engine_process import EngineProcess
 from sglang.srt.mezo.adapter import Adapter, AdapterSpec
 from sglang.srt.mezo.config import MezoConfig
 from sglang.srt.mezo.data import Example
-from sglang.srt.mezo.errors import CapacityError, ConfigError, DataError, DivergedError
+from sglang.srt.mezo.errors import CapacityError, ConfigError, DamagedError, DataError, DivergedError
+from sglang.srt.mezo.integrity import read_checked_json, write_checked_json
 from sglang.srt.mezo.seed_log import SeedLog
 
 NUM_SLOTS = 5
@@ -227,6 +228,31 @@ def test_a_run_whose_log_is_damaged_ends_as_if_it_were_not(engine, spec, config)
     assert [record["step"] for record in state["log_history"]] == [0, 5, 10, 12]
 
 
+def test_a_best_adapter_that_is_damaged_is_made_anew_from_the_log(engine, spec, config):
+    result, _ = engine.call(run, config, spec, TRAIN, EVALUATION)
+    folder = Path(config.output_dir)
+    adapter = adapter_in(folder / "adapter", spec).theta
+    weights = folder / f"best-{result.best_step}" / "adapter_model.safetensors"
+    damaged = bytearray(weights.read_bytes())
+    damaged[-2] ^= 1
+    weights.write_bytes(damaged)
+    again, _ = engine.call(run, replace(config, resume_from_checkpoint=True), spec, TRAIN, EVALUATION)
+    assert again.best_step == result.best_step and torch.equal(adapter_in(folder / "adapter", spec).theta, adapter)
+    assert weights.read_bytes() == damaged
+
+
+def test_a_state_that_is_damaged_is_named_and_one_that_is_gone_goes_without(engine, spec, config):
+    engine.call(run, config, spec, TRAIN, EVALUATION)
+    state = Path(config.output_dir) / "trainer_state.json"
+    state.write_text(state.read_text().replace("0", "1", 1))
+    resumed = replace(config, resume_from_checkpoint=True)
+    with pytest.raises(DamagedError, match="trainer_state.json is damaged"):
+        engine.call(run, resumed, spec, TRAIN, EVALUATION)
+    state.unlink()
+    result, _ = engine.call(run, resumed, spec, TRAIN, EVALUATION)
+    assert (result.global_step, result.best_step) == (12, 12)
+
+
 def test_a_pool_too_small_for_all_prefixes_is_gone_over_in_windows(engine, spec, config):
     train = oracle.examples(300, [(11,), (12,)])
     window, reused, computed, stats = engine.call(windowed_steps, replace(config, echoes=8, learning_rate=1e-4), spec, train, 400)
@@ -243,7 +269,7 @@ def test_a_resumed_run_keeps_its_window(engine, spec, config):
     state = json.loads((Path(config.output_dir) / "trainer_state.json").read_text())
     assert state["window"] > 4
     path = Path(config.output_dir) / "trainer_state.json"
-    path.write_text(json.dumps({**state, "window": 5}))
+    write_checked_json(path, {**read_checked_json(path), "window": 5})
     engine.call(run, replace(config, max_steps=6, resume_from_checkpoint=True), spec, train)
     assert json.loads(path.read_text())["window"] == 5
 

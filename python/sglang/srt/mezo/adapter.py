@@ -13,8 +13,13 @@ from typing import NamedTuple, Self
 import safetensors.torch
 import torch
 
-from sglang.srt.mezo.errors import ConfigError
+from sglang.srt.mezo.errors import ConfigError, DamagedError
+from sglang.srt.mezo.integrity import require_sums, write_sums
 from sglang.srt.mezo.noise import initial_uniform
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+FILES = (CONFIG, WEIGHTS)
+"""Of a PEFT folder, those that make an adapter what it is."""
 
 
 class Site(NamedTuple):
@@ -100,14 +105,27 @@ class Adapter:
             # A copy, as safetensors refuses tensors that share storage.
             state = {name: tensor.clone() for name, tensor in self.state_dict().items()}
             # Not save_file: it reports a full disk with an exception of its own.
-            (partial / "adapter_model.safetensors").write_bytes(safetensors.torch.save(state, metadata={"format": "pt"}))
+            (partial / WEIGHTS).write_bytes(safetensors.torch.save(state, metadata={"format": "pt"}))
             self._peft_config().save_pretrained(partial)
-            _sort_targets(partial / "adapter_config.json")
+            _sort_targets(partial / CONFIG)
             (partial / "README.md").write_text(self._model_card(), encoding="utf-8")
+            write_sums(partial, FILES)
 
     def load_weights(self, directory: Path) -> None:
-        """Fill ``theta`` from a folder that ``save_pretrained`` wrote for the same sites and rank."""
-        stored = safetensors.torch.load_file(Path(directory) / "adapter_model.safetensors")
+        """Fill ``theta`` from a folder that ``save_pretrained`` wrote for the same sites and rank.
+
+        Raises:
+            DamagedError: the folder or a file in it is gone, or not as it was written.
+            ConfigError: it is of other sites, or another rank.
+        """
+        path = Path(directory) / WEIGHTS
+        require_sums(Path(directory), FILES)
+        try:
+            stored = safetensors.torch.load(path.read_bytes())
+        except OSError as error:
+            raise DamagedError(path, f"it cannot be read ({error.strerror})") from error
+        except safetensors.SafetensorError as error:
+            raise DamagedError(path, str(error)) from error
         own = self.state_dict()
         if stored.keys() != own.keys() or any(stored[name].shape != own[name].shape for name in own):
             raise ConfigError("adapter", str(directory), f"matrices of rank {self.spec.r} on {self.spec.target_modules}")

@@ -64,5 +64,17 @@ class LogError(MezoError, ValueError):
     """A seed log cannot be read, or does not belong to the adapter it is replayed on."""
 
 
+class DamagedError(MezoError, ValueError):
+    """A file of a run or of an adapter is not as it was written."""
+
+    def __init__(self, path: object, reason: str):
+        super().__init__(path, reason)
+        self.path = path
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.path} is damaged: {self.reason}"
+
+
 class DivergedError(MezoError, RuntimeError):
     """A loss is infinite or not a number; the seed log up to the step before is intact."""

@@ -17,7 +17,8 @@ from sglang.srt.mezo.evaluate import evaluate
 from sglang.srt.mezo.families import family_of, model_modules, require_modules
 from sglang.srt.mezo.kinds import require_types
 from sglang.srt.mezo.plots import plot_run
-from sglang.srt.mezo.run_directory import RunDirectory, write_json
+from sglang.srt.mezo.integrity import write_json
+from sglang.srt.mezo.run_directory import RunDirectory
 from sglang.srt.mezo.splits import DataArguments, Splits, load_splits
 from sglang.srt.mezo.trainer import MezoTrainer, TrainResult, require_objective
 

@@ -1,9 +1,10 @@
 """The plot of a run: loss and accuracy against steps and against forward passes."""
 
 import importlib.util
-import json
 from pathlib import Path
 from typing import Any
+
+from sglang.srt.mezo.tracking import parse_metrics
 
 
 def plot_run(directory: Path) -> str | None:
@@ -15,7 +16,7 @@ def plot_run(directory: Path) -> str | None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    records = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    records = parse_metrics((directory / "metrics.jsonl").read_bytes().splitlines())
     figure, axes = plt.subplots(2, 2, figsize=(10, 6), sharey="row", constrained_layout=True)
     for column, x in enumerate(("step", "forward_passes")):
         _curve(axes[0, column], records, x, "loss", "training loss", alpha=0.6)

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sglang.srt.mezo.config import MezoConfig
-from sglang.srt.mezo.errors import DivergedError
+from sglang.srt.mezo.errors import DamagedError, DivergedError
+from sglang.srt.mezo.optimizer import Optimizer
 from sglang.srt.mezo.pass_sizes import PassSizes
 from sglang.srt.mezo.passes import Passes
-from sglang.srt.mezo.run_directory import RunDirectory, write_json
+from sglang.srt.mezo.run_directory import RunDirectory
 from sglang.srt.mezo.seed_log import LogRecord, SeedLog
 from sglang.srt.mezo.tracking import Tracker
 
@@ -85,8 +86,8 @@ class TrainingRun:
         served_only: of a run that ended with an earlier step's adapter, only to that step.
 
         Raises:
-            ConfigError, LogError: what ``RunDirectory.open`` raises; with ``served_only`` also where a record of the log is
-                damaged. Otherwise the run goes on from the records before it, with a warning.
+            ConfigError, LogError, DamagedError: what ``RunDirectory.open`` and ``load_state`` raise; with ``served_only`` also
+                where a record of the log is damaged. Otherwise the run goes on from the records before it, with a warning.
         """
         trainer = self.trainer
         theta, records, self.state = self._on_leader(self._open_directory, served_only)
@@ -130,7 +131,7 @@ class TrainingRun:
 
     def save_segments(self) -> None:
         """From which step on which training examples count, for a run that resumes."""
-        self._on_leader(lambda: write_json(self.directory.segments, self.trainer.stream.parts))
+        self._on_leader(lambda: self.directory.save_segments(self.trainer.stream.parts))
 
     def _step(self) -> Passes[None]:
         trainer, config = self.trainer, self.config
@@ -159,8 +160,13 @@ class TrainingRun:
 
     def _finish(self) -> Passes[TrainResult]:
         trainer = self.trainer
-        best_step, theta = self._on_leader(self._keep_best)
+        best_step, theta, records = self._on_leader(self._best)
         trainer.adapter.theta.copy_(theta)
+        optimizer = Optimizer(trainer.adapter.theta, trainer.adapter.shapes, self.config.update_rule)
+        for record in records:
+            optimizer.replay(record.seed, record.projected_grads, record.learning_rate)
+            yield
+        self._on_leader(self._keep_adapter)
         rate = (trainer.global_step - self.first_step) / self.train_seconds if self.train_seconds else 0.0
         # Without development examples the last batch shows whether the last step went too far.
         last_batch = trainer.batch(max(0, trainer.global_step - 1))
@@ -174,7 +180,10 @@ class TrainingRun:
     def _open_directory(self, served_only: bool) -> tuple[torch.Tensor, list[LogRecord], dict[str, Any]]:
         self.log: SeedLog = self.directory.open(self.trainer.adapter)
         state = {"global_step": 0, "evaluated_at": None, "best_global_step": None, "best_metric": None, "log_history": []}
-        state |= self.directory.load_state() or {}
+        stored = self.directory.load_state()
+        state |= stored or {}
+        if stored is None and len(self.log):
+            self._warnings.append(f"{self.directory.path} has no trainer_state.json: what was evaluated before step {len(self.log)} does not count")
         if not served_only:
             self._recover(state)
         records = self.log.records()
@@ -277,13 +286,14 @@ class TrainingRun:
         self.tracker.record(step, metrics_with_cost)
         self.state["log_history"].append({"step": step, **metrics_with_cost})
         self.tracker.say(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+        earlier = self.state["best_global_step"]
         keeps = self._is_best(metrics) and self.config.load_best_model_at_end
         if keeps:
             self.trainer.adapter.save_pretrained(self.directory.best(step))
         self.state["evaluated_at"] = step
         self.directory.save_state(self._current_state())
-        if keeps:
-            self.directory.drop_best_but(step)
+        if keeps and earlier not in (None, step):
+            self.directory.drop_best(earlier)
 
     def _is_best(self, metrics: dict[str, float]) -> bool:
         name = self.config.metric_for_best_model or "eval_loss"
@@ -300,14 +310,22 @@ class TrainingRun:
         folder = self.directory.save_checkpoint(self.trainer.adapter, self._current_state())
         self.tracker.checkpoint(self.trainer.global_step, folder)
 
-    def _keep_best(self) -> tuple[int, torch.Tensor]:
-        adapter, best_step = self.trainer.adapter, self.trainer.global_step
-        if self.config.load_best_model_at_end and self.state["best_global_step"] is not None:
-            best_step = self.state["best_global_step"]
-            adapter.load_weights(self.directory.best(best_step))
-        adapter.save_pretrained(self.directory.adapter)
+    def _best(self) -> tuple[int, torch.Tensor, list[LogRecord]]:
+        """The step whose adapter is kept, an adapter, and the records that lead from there to it: none, unless its files are damaged."""
+        adapter, step = self.trainer.adapter, self.state["best_global_step"]
+        if not self.config.load_best_model_at_end or step is None:
+            return self.trainer.global_step, adapter.theta, []
+        try:
+            adapter.load_weights(self.directory.best(step))
+            return step, adapter.theta, []
+        except DamagedError as error:
+            self.tracker.warn(f"{error}; the adapter of step {step} is made anew from the seed log", self.trainer.global_step)
+        adapter.load_weights(self.directory.initial_adapter)
+        return step, adapter.theta, self.log.records(step)
+
+    def _keep_adapter(self) -> None:
+        self.trainer.adapter.save_pretrained(self.directory.adapter)
         self.directory.save_state(self._current_state())
-        return best_step, adapter.theta
 
     def _current_state(self) -> dict[str, Any]:
         self.state["global_step"] = self.trainer.global_step

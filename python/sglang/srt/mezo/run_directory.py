@@ -3,13 +3,15 @@
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from sglang.srt.mezo.adapter import Adapter, atomic_directory
 from sglang.srt.mezo.config import MezoConfig
-from sglang.srt.mezo.errors import ConfigError
+from sglang.srt.mezo.errors import ConfigError, DamagedError
+from sglang.srt.mezo.integrity import read_checked_json, write_checked_json, write_json
 from sglang.srt.mezo.seed_log import LogHeader, SeedLog, digest_of
 
 _MAY_DIFFER_ON_RESUME = {
@@ -28,6 +30,10 @@ class RunDirectory:
     def best(self, step: int) -> Path:
         """The adapter of the best step so far; the step is in the name, so that a new one never replaces what is needed."""
         return self.path / f"best-{step}"
+
+    @property
+    def initial_adapter(self) -> Path:
+        return self.path / "initial_adapter"
 
     @property
     def adapter(self) -> Path:
@@ -53,6 +59,7 @@ class RunDirectory:
                 run's settings differ.
             LogError: another process runs in the folder, the log's header is damaged, or the initial adapter is not the one
                 that it starts from.
+            DamagedError: the initial adapter is not as it was written.
         """
         self.check()
         if self._config.resume_from_checkpoint:
@@ -61,11 +68,7 @@ class RunDirectory:
             with closing(SeedLog.open(self.path / "seed_log")) as earlier:
                 earlier.claim()  # a run that is still going is not deleted
                 shutil.rmtree(self.path)
-        try:
-            return self._create(adapter)
-        except BaseException:  # half a run could neither be resumed nor overwritten
-            shutil.rmtree(self.path, ignore_errors=True)
-            raise
+        return self._create(adapter)
 
     def check(self) -> None:
         """Raise ConfigError for what can be told of the folder before there is an adapter."""
@@ -83,12 +86,18 @@ class RunDirectory:
 
     def _create(self, adapter: Adapter) -> SeedLog:
         self.path.mkdir(parents=True, exist_ok=True)
-        write_json(self.path / "config.json", self._config.to_dict())
-        adapter.save_pretrained(self.path / "initial_adapter")
         header = LogHeader(adapter.shapes, self._config.num_perturbations, self._config.update_rule, digest_of(adapter.theta))
-        log = SeedLog.create(self.path / "seed_log", header)
-        log.claim()
-        return log
+        try:
+            log = SeedLog.create(self.path / "seed_log", header)
+            log.claim()
+            write_json(self.path / "config.json", self._config.to_dict())
+            adapter.save_pretrained(self.initial_adapter)
+            return log
+        except FileExistsError as error:  # which nobody's file is deleted for
+            raise ConfigError("output_dir", str(self.path), "a folder that no other run begins in at the same moment") from error
+        except BaseException:  # half a run could neither be resumed nor overwritten
+            shutil.rmtree(self.path, ignore_errors=True)
+            raise
 
     def _require_run(self) -> None:
         """Only a folder that a run made is ever deleted or resumed."""
@@ -108,7 +117,7 @@ class RunDirectory:
         log = SeedLog.open(self.path / "seed_log")
         log.claim()
         try:
-            adapter.load_weights(self.path / "initial_adapter")
+            adapter.load_weights(self.initial_adapter)
             log.require_initial(adapter.theta)
         except BaseException:
             log.close()
@@ -118,31 +127,40 @@ class RunDirectory:
     def checkpoint(self, step: int) -> Path:
         return self.path / f"checkpoint-{step}"
 
-    def drop_best_but(self, step: int) -> None:
-        for folder in self.path.glob("best-*"):
-            if folder != self.best(step):
-                shutil.rmtree(folder)
+    def drop_best(self, step: int) -> None:
+        shutil.rmtree(self.best(step), ignore_errors=True)
+
+    def save_segments(self, parts: Sequence[tuple[int, int]]) -> None:
+        write_checked_json(self.segments, {"parts": parts})
 
     def save_checkpoint(self, adapter: Adapter, state: dict[str, Any]) -> Path:
         folder = self.checkpoint(state["global_step"])
         with atomic_directory(folder) as checkpoint:
             adapter.save_pretrained(checkpoint)
-            write_json(checkpoint / "trainer_state.json", state)
+            write_checked_json(checkpoint / "trainer_state.json", state)
         return folder
 
     def save_state(self, state: dict[str, Any]) -> None:
-        write_json(self.path / "trainer_state.json", state)
+        write_checked_json(self.path / "trainer_state.json", state)
 
     def load_state(self) -> dict[str, Any] | None:
+        """None where there is none; raises DamagedError where it is not as ``save_state`` wrote it."""
         path = self.path / "trainer_state.json"
-        return json.loads(path.read_text()) if path.is_file() else None
+        return read_checked_json(path) if path.is_file() else None
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write a file that appears whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
+def read_segments(path: Path) -> list[tuple[int, int]]:
+    """(step from which they count, number) of the parts of a run's training examples; none before some were added.
+
+    Raises:
+        DamagedError: the file is not as ``save_segments`` wrote it.
+    """
     try:
-        partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+        earlier_format = path.read_bytes().startswith(b"[")
+    except FileNotFoundError:
+        return []
+    try:
+        parts = json.loads(path.read_bytes()) if earlier_format else read_checked_json(path)["parts"]
+        return [(step, count) for step, count in parts]
+    except (KeyError, TypeError, ValueError) as error:
+        raise error if isinstance(error, DamagedError) else DamagedError(path, str(error)) from error

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,17 @@ class Tracker:
         self._file.close()
         if self._board is not None:
             self._board.close()
+
+
+def parse_metrics(lines: Iterable[bytes]) -> list[dict[str, Any]]:
+    """Records of lines of metrics.jsonl; one that is damaged is left out."""
+    records = []
+    for line in lines:
+        try:
+            records.append(dict(json.loads(line)))
+        except (ValueError, TypeError, RecursionError) as error:
+            logger.warning("a line of metrics.jsonl is damaged, and left out: %s", error)
+    return records
 
 
 def _drop_half_line(path: Path) -> None:

@@ -183,7 +183,7 @@ class AppendedRows:
         self._directory = job_directory
 
     def files(self) -> list[Path]:
-        return sorted(self._directory.glob("appended-*.jsonl"), key=_number)
+        return sorted((path for path in self._directory.glob("appended-*.jsonl") if _is_numbered(path)), key=_number)
 
     def add(self, rows: Sequence[Mapping[str, Any]]) -> Path:
         """Write a file that is on disk, whole, when this returns; where it raises OSError, there is none."""
@@ -205,6 +205,10 @@ class AppendedRows:
         finally:
             partial.unlink(missing_ok=True)
         return path
+
+
+def _is_numbered(path: Path) -> bool:
+    return path.stem.removeprefix("appended-").isdecimal()
 
 
 def _number(path: Path) -> int:

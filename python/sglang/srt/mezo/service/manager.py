@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from sglang.srt.mezo.errors import ConfigError
+from sglang.srt.mezo.errors import ConfigError, MezoError
 from sglang.srt.mezo.service.client import EngineClient
 from sglang.srt.mezo.service.disk import disk_full, has_room, storage_error
 from sglang.srt.mezo.service.errors import DiskFull, EngineRefused, NotFound, RequestError
@@ -241,6 +241,8 @@ class JobManager:
     def _failure(self, job: StoredJob, error: Exception) -> RequestError:
         if isinstance(error, RequestError):
             return error
+        if isinstance(error, MezoError):
+            return RequestError(500, str(error), None, type(error).__name__)
         logger.error("job %s failed", job.id, exc_info=error)
         if (known := storage_error(error)) is not None:
             return known

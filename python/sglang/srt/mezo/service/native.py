@@ -19,6 +19,7 @@ from sglang.srt.mezo.service.hyperparameters import LARGEST, SMALLEST_ZO_EPS
 from sglang.srt.mezo.service.job_data import MAX_EXAMPLES
 from sglang.srt.mezo.service.protocol import Json, job_object
 from sglang.srt.mezo.service.records import StoredJob
+from sglang.srt.mezo.tracking import parse_metrics
 
 _MAX_ROWS_BYTES = 4 << 20  # of a request: far more than it may have tokens, and parsing it holds up serving
 _MAX_LINES = 1000  # of metrics in one answer
@@ -103,7 +104,7 @@ class _Native:
         job = self._service.store.job(job_id)
         path = self._service.store.job_directory(job.id) / "run" / "metrics.jsonl"
         lines = await asyncio.to_thread(_read_lines, path, after)
-        return {"data": lines, "next": after + len(lines)}
+        return {"data": parse_metrics(lines), "next": after + len(lines)}
 
     @changes
     async def append_examples(self, job_id: str, request: Request) -> Json:
@@ -148,11 +149,11 @@ def _require_directions(job: StoredJob, projected_grad: list[float]) -> None:
         raise RequestError(400, message, "projected_grad", "invalid_value")
 
 
-def _read_lines(path: Path, after: int) -> list[dict[str, Any]]:
+def _read_lines(path: Path, after: int) -> list[bytes]:
     """Whole lines only: the last one may still be in the making."""
     try:
         with open(path, "rb") as file:
             lines = list(itertools.islice(file, after, after + _MAX_LINES))
     except FileNotFoundError:
         return []
-    return [json.loads(line) for line in lines if line.endswith(b"\n")]
+    return [line for line in lines if line.endswith(b"\n")]

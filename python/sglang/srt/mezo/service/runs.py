@@ -1,12 +1,13 @@
 """A job's run as the engine is to take it up: from its folder, its configuration and its examples."""
 
-import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 from sglang.srt.mezo.data import Example
+from sglang.srt.mezo.run_directory import read_segments
+from sglang.srt.mezo.service.errors import RequestError
 from sglang.srt.mezo.service.job_data import AppendedRows, JobData, JobReader
 from sglang.srt.mezo.service.messages import EngineDescription, StartJob
 from sglang.srt.mezo.service.records import StoredJob
@@ -37,7 +38,8 @@ class Runs:
     def checkpoints(self, job_id: str) -> Iterator[tuple[int, Path]]:
         """Step and folder of every checkpoint that the run has left."""
         for folder in self.directory(job_id).glob("checkpoint-*"):
-            yield int(folder.name.removeprefix("checkpoint-")), folder
+            if (step := folder.name.removeprefix("checkpoint-")).isdecimal():
+                yield int(step), folder
 
     def prepare(self, job: StoredJob) -> tuple[JobData, list[tuple[int, int]], int]:
         """All examples that a run has drawn from so far.
@@ -45,9 +47,12 @@ class Runs:
         Returns:
             The examples, appended ones included; (step, number) of each part of those to train on; and how many files
             of appended rows are among them.
+
+        Raises:
+            RequestError, DataError, DamagedError: they cannot be read, or are not those that the run has drawn from.
         """
         data = self._reader.read(job)
-        segments = self._segments(job.id) or [(0, len(data.train))]
+        segments = read_segments(self.directory(job.id) / "segments.json") or [(0, len(data.train))]
         train, applied = list(data.train), 0
         expected = sum(count for _, count in segments)
         for path in self.appended(job.id).files():
@@ -56,18 +61,23 @@ class Runs:
             train += self._reader.encode_file(job, path)
             applied += 1
         if len(train) != expected or segments[0][1] != len(data.train):
-            raise RuntimeError(f"job {job.id} has {len(train)} examples, and its run has drawn from {segments}")
+            message = f"job {job.id} has {len(train)} examples, and its run has drawn from {segments}: a file with examples has changed, or is gone"
+            raise RequestError(500, message, None, "examples_lost")
         return replace(data, train=train), segments, applied
 
     def encode_appended(self, job: StoredJob, path: Path) -> list[Example]:
         return self._reader.encode_file(job, path)
 
     def start_command(self, job: StoredJob, segments: list[tuple[int, int]], manual: bool = False) -> StartJob:
-        """Begin the run, or go on with it where there is one. For manual work nothing is drawn, and ``segments`` is empty."""
+        """Begin the run, or go on with it where there is one. For manual work nothing is drawn, and ``segments`` is empty.
+
+        Raises:
+            RequestError: there is a run, without its configuration or its seed log.
+        """
         directory = self.directory(job.id)
         resumes = self.has_begun(job.id)
-        if not resumes:  # what a server that was stopped in the first moment has left is no run
-            shutil.rmtree(directory, ignore_errors=True)
+        if not resumes:
+            _clear(directory)
         config = {**job.config, "output_dir": str(directory), "resume_from_checkpoint": resumes, "disable_tqdm": True}
         return StartJob(
             job_id=job.id,
@@ -80,7 +90,14 @@ class Runs:
             manual=manual,
         )
 
-    def _segments(self, job_id: str) -> list[tuple[int, int]]:
-        """(first step that draws from them, number) of each part of the training examples; none before rows were added."""
-        path = self.directory(job_id) / "segments.json"
-        return [(step, count) for step, count in json.loads(path.read_text())] if path.is_file() else []
+
+def _clear(directory: Path) -> None:
+    """Make room for a run where there is none yet: what a server that was stopped in its first moment has left is none."""
+    if not directory.exists():
+        return
+    left = sorted(path.name for path in directory.iterdir() if not path.name.startswith("."))
+    if not {"config.json", "initial_adapter", "seed_log"}.issuperset(left):
+        missing = "config.json" if not (directory / "config.json").is_file() else "seed_log"
+        message = f"the run in {directory} has lost its {missing}: put it back. Beside it lie {', '.join(left)}, which stay as they are"
+        raise RequestError(500, message, None, "run_damaged")
+    shutil.rmtree(directory)

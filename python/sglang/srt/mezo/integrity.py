@@ -1,0 +1,77 @@
+"""Files that show whether they are as they were written: JSON with a checksum in it, folders with the sums of their files.
+
+Earlier versions wrote neither; what has none is taken as it is.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sglang.srt.mezo.errors import DamagedError
+
+SUMS = "SHA256SUMS"
+"""As ``sha256sum`` writes and checks it."""
+
+_CHECKSUM = "sha256"  # the field of a JSON file: of all others, in the order of their names
+_LINE = re.compile(r"([0-9a-f]{64})  ([\w.-]+)")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a file that appears whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_checked_json(path: Path, fields: dict[str, Any]) -> None:
+    """Write fields that ``read_checked_json`` gives back, or says that they have changed."""
+    fields = json.loads(json.dumps(fields))
+    write_json(path, {**fields, _CHECKSUM: _digest(fields)})
+
+
+def read_checked_json(path: Path) -> dict[str, Any]:
+    """Raises DamagedError where the file is not as it was written, OSError where it cannot be read."""
+    try:
+        fields = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise DamagedError(path, f"it is not JSON ({error})") from error
+    if not isinstance(fields, dict):
+        raise DamagedError(path, "it is no JSON object")
+    digest = fields.pop(_CHECKSUM, None)
+    if digest is not None and digest != _digest(fields):
+        raise DamagedError(path, f"its fields do not agree with its {_CHECKSUM}")
+    return fields
+
+
+def _digest(fields: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+def write_sums(folder: Path, names: Sequence[str]) -> None:
+    """Write the sums of a folder's files."""
+    lines = [f"{hashlib.sha256((folder / name).read_bytes()).hexdigest()}  {name}\n" for name in names]
+    (folder / SUMS).write_text("".join(lines))
+
+
+def require_sums(folder: Path, names: Sequence[str]) -> None:
+    """Raise DamagedError where one of the files is not as it was when their sums were written."""
+    try:
+        lines = (folder / SUMS).read_text(errors="replace").splitlines()
+    except FileNotFoundError:
+        return
+    sums = {match[2]: match[1] for match in map(_LINE.fullmatch, lines) if match}
+    for name in names:
+        path = folder / name
+        if name not in sums:
+            raise DamagedError(folder / SUMS, f"it has no sum of {name}")
+        if not path.is_file():
+            raise DamagedError(path, "it is gone")
+        if hashlib.sha256(path.read_bytes()).hexdigest() != sums[name]:
+            raise DamagedError(path, f"it does not agree with {SUMS} (which can be deleted if the file was changed on purpose)")
