@@ -2,7 +2,9 @@
 
 import asyncio
 import json
+import sqlite3
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from copy import deepcopy
 from dataclasses import replace
 from types import SimpleNamespace
@@ -517,6 +519,22 @@ async def test_half_a_run_is_begun_anew(tmp_path, tokenizer):
     async with serving(tmp_path, tokenizer) as server:
         await server.started(job)
         assert not server.scheduler.job.config["resume_from_checkpoint"]
+
+
+async def test_a_job_whose_row_is_damaged_is_in_no_other_jobs_way(tmp_path, tokenizer):
+    async with serving(tmp_path, tokenizer) as server:
+        first = await server.running()
+        second = await server.create(suffix="second")
+        await server.until(second, "queued")
+    with closing(sqlite3.connect(tmp_path / "mezo.sqlite")) as connection, connection:
+        connection.execute("UPDATE jobs SET config = '{' WHERE id = ?", (first.id,))
+    async with serving(tmp_path, tokenizer) as server:
+        await server.started(second)
+        assert [job.id for job in server.store.jobs().data] == [second.id]
+        with pytest.raises(RequestError, match=f"{first.id}.*damaged"):
+            await server.manager.cancel(first.id)
+        server.scheduler.succeed()
+        await server.until(second, "succeeded")
 
 
 @pytest.mark.parametrize("lost", ["seed_log", "config.json"])

@@ -330,6 +330,18 @@ def test_events_and_checkpoints_that_are_damaged_are_left_out(store, caplog):
 # --- what else may be wrong with the folder ----------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("statement", ["INSERT INTO deletions VALUES (x'ff')", "DROP TABLE deletions"])
+def test_a_store_that_cannot_be_put_in_order_is_refused_or_starts(store, statement):
+    full_store(store)
+    edit(store.directory, statement)
+    before = contents(store.directory)
+    if statement.startswith("DROP"):
+        refused(store.directory, "deletions")
+    else:
+        Store(store.directory).close()
+    assert contents(store.directory) == before
+
+
 @pytest.mark.parametrize("name", ["files", "jobs"])
 def test_a_file_where_a_folder_should_be_is_refused(tmp_path, name):
     (tmp_path / name).write_text("a file")
@@ -345,9 +357,10 @@ def test_a_folder_where_a_file_should_be_is_refused(tmp_path, name):
 @pytest.mark.parametrize("name", ["mezo", "mezo/below"])
 def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path, name):
     (tmp_path / "mezo").write_text("a file")
-    with pytest.raises(ConfigError, match="--mezo-dir.*mezo"):
+    reason = "a folder that can be made .Not a directory" if "below" in name else "mezo is a file"
+    with pytest.raises(ConfigError, match=f"--mezo-dir.*{reason}"):
         ServiceSettings(dir=str(tmp_path / name)).make_directory()
-    with pytest.raises(ConfigError, match="--mezo-dir.*mezo"):
+    with pytest.raises(ConfigError, match=f"--mezo-dir.*{reason}"):
         Store(tmp_path / name)
     assert (tmp_path / "mezo").read_text() == "a file"
 

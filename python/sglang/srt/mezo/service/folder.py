@@ -25,7 +25,7 @@ def make(directory: Path) -> None:
         for part in parts:
             if part.exists() and not part.is_dir():
                 raise unusable(directory, f"a folder with folders in it, and {part} is a file")
-            part.mkdir(parents=True, exist_ok=True)
+            _make(directory, part)
         for name in (DATABASE, LOCK):
             if (directory / name).is_dir():
                 raise unusable(directory, f"a folder whose {name} is a file, not a folder")
@@ -33,6 +33,13 @@ def make(directory: Path) -> None:
     except OSError as error:
         raise unusable(directory, f"a folder that can be read and written ({error.strerror}: {error.filename})") from error
     require_database(directory, missing=False)
+
+
+def _make(directory: Path, part: Path) -> None:
+    try:
+        part.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unusable(directory, f"a folder that can be made ({error.strerror})") from error
 
 
 def _require_access(directory: Path, parts: tuple[Path, ...]) -> None:

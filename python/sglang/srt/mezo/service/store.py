@@ -10,6 +10,7 @@ import fcntl
 import json
 import logging
 import os
+import sqlite3
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -67,8 +68,10 @@ class Store:
             self._database = Database(self.directory / folder.DATABASE)
             self._deletions = Deletions(self._database, self.directory)
             self._put_in_order()
-        except BaseException:
+        except BaseException as error:
             self._claim.close()
+            if isinstance(error, (OSError, sqlite3.Error)):
+                raise folder.unusable(self.directory, f"a folder that can be read and written ({error})") from error
             raise
 
     def close(self) -> None:
