@@ -19,7 +19,7 @@ from sglang.srt.mezo.errors import ConfigError, DataError, MezoError
         *((name, value, "a positive number") for value in (0.0, -1.0, float("nan")) for name in (
             "lora_alpha", "learning_rate", "zo_eps", "num_train_epochs", "clip_projected_grad", "adam_epsilon",
         )),
-        *((name, -1, "zero or more") for name in ("weight_decay", "warmup_steps", "save_steps", "noise_floor_steps")),
+        *((name, -1, "zero or more") for name in ("weight_decay", "warmup_steps", "save_steps")),
         ("max_steps", 10**9 + 1, "at most 1000000000"),
         ("num_train_epochs", 1e308, "at most 1000000000"),
         ("tuning", "prefix", "one of alora, lora"),

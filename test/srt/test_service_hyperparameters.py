@@ -95,7 +95,6 @@ def test_auto_is_the_default_of_every_hyperparameter():
         ("logging_steps", 1, "logging_steps"),
         ("save_steps", 0, "save_steps"),
         ("gradient_accumulation_steps", 4, "gradient_accumulation_steps"),
-        ("noise_floor_steps", 100, "noise_floor_steps"),
         ("load_best_model_at_end", False, "load_best_model_at_end"),
         ("metric_for_best_model", "eval_accuracy", "metric_for_best_model"),
         ("metric_for_best_model", None, "metric_for_best_model"),
@@ -167,14 +166,14 @@ def test_null_is_a_setting_of_its_own_or_refused(name):
         *((name, 0, "at least 1") for name in ("r", "num_perturbations", "eval_steps", "logging_steps")),
         *((name, value, "from 1 to 1000000000") for name in ("n_epochs", "max_steps") for value in (0, 10**9 + 1, 2**63)),
         *((name, 10**9 + 1, "at most 1000000000") for name in (
-            "eval_steps", "logging_steps", "save_steps", "noise_floor_steps", "warmup_steps",
+            "eval_steps", "logging_steps", "save_steps", "warmup_steps",
         )),
         *((name, 1e300, "at most 1000000") for name in (
             "learning_rate", "learning_rate_multiplier", "weight_decay", "clip_projected_grad", "zo_eps", "lora_alpha",
         )),
         ("zo_eps", 1e-320, "at least 1e-12"),
         ("invocation", "i" * 1001, "at most 1000 characters"),
-        *((name, -1, "zero or more") for name in ("weight_decay", "warmup_steps", "save_steps", "noise_floor_steps")),
+        *((name, -1, "zero or more") for name in ("weight_decay", "warmup_steps", "save_steps")),
         ("batch_size", 0, "from 1 to 4096"),
         ("batch_size", 4097, "from 1 to 4096"),
         *(("gradient_accumulation_steps", value, "from 1 to 256, as a step takes 4096 examples at most") for value in (0, 257)),
@@ -295,7 +294,7 @@ def in_range(engine):
     """Of every hyperparameter, the ends of what is allowed, and something between."""
     numbers = {name: (1, 2, 3, 64) for name in ("num_perturbations", "perturbation_rank")}
     counts = {name: (1, 2, 10**9) for name in ("n_epochs", "max_steps", "perturbation_interval", "echoes", "eval_steps", "logging_steps")}
-    from_zero = {name: (0, 1, 10**9) for name in ("save_steps", "noise_floor_steps", "warmup_steps")}
+    from_zero = {name: (0, 1, 10**9) for name in ("save_steps", "warmup_steps")}
     positive = {name: (1e-12, 0.5, 1, 10**6) for name in ("learning_rate", "zo_eps", "lora_alpha", "adam_epsilon", "clip_projected_grad",
                                                           "learning_rate_multiplier")}  # fmt: skip
     below_one = {name: (0, 0.5, 0.999999) for name in ("momentum", "adam_beta1", "adam_beta2")}

@@ -80,7 +80,6 @@ class MezoConfig:
     save_steps: int = _setting(0, "Steps between checkpoint-<step>/ directories; 0 for none. The seed log is always kept.")
     load_best_model_at_end: bool = _setting(True, "End with the adapter that did best on the development set.")
     metric_for_best_model: Optional[str] = _setting(None, "eval_loss, or a metric of the task such as eval_accuracy; eval_loss by default.")
-    noise_floor_steps: int = _setting(0, "Steps between measurements of loss_plus - loss_minus at z = 0; 0 for none.")
     report_to: Literal["none", "tensorboard"] = _setting("none", "Where to send metrics besides metrics.jsonl.")
     disable_tqdm: bool = _setting(False, "No progress bar.")
     seed: int = _setting(42, "Seed of the initial adapter, the order of the data and the directions.")
@@ -98,7 +97,7 @@ class MezoConfig:
             self._require(name, 0 < getattr(self, name) < math.inf, "a positive number")
         for name in ("max_steps", "num_train_epochs"):
             self._require(name, getattr(self, name) <= _MOST_STEPS, f"at most {_MOST_STEPS}")
-        for name in ("weight_decay", "warmup_steps", "save_steps", "noise_floor_steps"):
+        for name in ("weight_decay", "warmup_steps", "save_steps"):
             self._require(name, 0 <= getattr(self, name) < math.inf, "zero or more")
         for name in ("momentum", "adam_beta1", "adam_beta2"):
             self._require(name, 0 <= getattr(self, name) < 1, "at least 0 and below 1")

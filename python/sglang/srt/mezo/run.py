@@ -134,16 +134,11 @@ class TrainingRun:
         self._on_leader(lambda: self.directory.save_segments(self.trainer.stream.parts))
 
     def _step(self) -> Passes[None]:
-        trainer, config = self.trainer, self.config
-        passes = trainer.step_passes(trainer.batch(trainer.global_step))
+        passes = self.trainer.step_passes(self.trainer.batch(self.trainer.global_step))
         pieces: list[int] = []
         result = yield from self._timed(passes, pieces)
         self._on_leader(self._report_step, result, pieces)
         self.last_step = result
-        step = trainer.global_step
-        if config.noise_floor_steps and step % config.noise_floor_steps == 0:
-            noise_floor = yield from trainer.noise_floor_passes(trainer.batch(step))
-            self._on_leader(lambda: self.tracker.record(step, {"noise_floor": noise_floor}))
 
     def _timed(self, passes: Passes[StepResult], pieces: list[int]) -> Passes[StepResult]:
         """Pass on a step and count the time of its pieces, not the time between them; ``pieces`` gets what each may run through the model."""

@@ -165,16 +165,6 @@ class MezoTrainer:
         self.optimizer.replay(record.seed, record.projected_grads, record.learning_rate)
         self.global_step += 1
 
-    def noise_floor(self, batch: Sequence[ExamplePlan]) -> float:
-        """All of ``noise_floor_passes`` at once."""
-        return drain(self.noise_floor_passes(batch))
-
-    def noise_floor_passes(self, batch: Sequence[ExamplePlan]) -> Passes[float]:
-        """Largest |loss_plus - loss_minus| at z = 0: what the arithmetic alone makes of equal weights."""
-        zero = torch.zeros_like(self.adapter.theta)
-        loss_plus, loss_minus = yield from self.paired_passes(batch, [zero] * self.config.num_perturbations, 0.0)
-        return max(abs(plus - minus) for plus, minus in zip(loss_plus, loss_minus))
-
     def lost_perturbations(self, z: torch.Tensor) -> float:
         """Share of parameters for which theta + eps z and theta - eps z round to the same number in the slot's dtype."""
         theta, eps = self.adapter.theta, self.config.zo_eps

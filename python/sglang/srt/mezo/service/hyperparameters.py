@@ -22,7 +22,7 @@ _SETTINGS = (
     "zo_eps", "num_perturbations", "estimator", "scale_by_loss_std", "perturbation", "perturbation_rank", "perturbation_interval",
     "tuning", "invocation", "r", "lora_alpha", "target_modules",
     "max_steps", "objective", "gradient_accumulation_steps", "max_tokens_per_batch", "echoes",
-    "eval_steps", "logging_steps", "save_steps", "noise_floor_steps", "load_best_model_at_end", "metric_for_best_model",
+    "eval_steps", "logging_steps", "save_steps", "load_best_model_at_end", "metric_for_best_model",
 )  # fmt: skip
 """Fields of ``MezoConfig`` that a job may set; the others name files, or are the server's business."""
 
@@ -52,7 +52,7 @@ _MOST_RANK = 64  # of directions, which are drawn in one piece
 _MOST_CHARACTERS = 1000  # of an invocation
 _COUNTS = {"n_epochs": _MOST_STEPS, "max_steps": _MOST_STEPS, "batch_size": _MOST_EXAMPLES, "max_tokens_per_batch": MAX_PASS_TOKENS}
 _MOST = {
-    **dict.fromkeys(("eval_steps", "logging_steps", "save_steps", "noise_floor_steps", "warmup_steps"), _MOST_STEPS),
+    **dict.fromkeys(("eval_steps", "logging_steps", "save_steps", "warmup_steps"), _MOST_STEPS),
     **dict.fromkeys(
         ("learning_rate", "learning_rate_multiplier", "weight_decay", "clip_projected_grad", "zo_eps", "lora_alpha", "adam_epsilon"),
         int(LARGEST),
