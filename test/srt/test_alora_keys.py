@@ -5,8 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from sglang.srt.lora.backend.base_backend import BaseLoRABackend
 from sglang.srt.mezo import alora_serving
 from sglang.srt.mezo.alora_serving import ServedAdapter
+from sglang.srt.mezo.errors import ConfigError
 from sglang.srt.mezo.invocation import find_invocation
 
 
@@ -112,23 +114,25 @@ def test_users_namespace_never_meets_an_adapters(served):
     assert len({one, other, adapter_key}) == 3
 
 
-def manager(**changes) -> SimpleNamespace:
+class Backend(SimpleNamespace):
+    """A LoRA backend, as far as loading looks at it."""
+
+    def prepare_lora_token_segments(self): ...
+
+
+class WholeRequests(SimpleNamespace):
+    """One that routes requests as a whole, as it leaves SGLang's own function as it is."""
+
+    prepare_lora_token_segments = BaseLoRABackend.prepare_lora_token_segments
+
+
+def manager(kind=Backend, **changes) -> SimpleNamespace:
     """As much of a LoRAManager as loading looks at."""
-    backend = SimpleNamespace(
-        name="triton", supports_prefill_cuda_graph=False, is_moe_lora=False, prepare_lora_token_segments=print
-    )
-    for name in [name for name in changes if name.startswith("backend_")]:
-        value = changes.pop(name)
-        if value is None:
-            delattr(backend, name.removeprefix("backend_"))
-        else:
-            setattr(backend, name.removeprefix("backend_"), value)
-    config = SimpleNamespace(
-        hf_config={"alora_invocation_tokens": [7, 8]}, target_modules=changes.pop("target_modules", ["q_proj"])
-    )
+    of_backend = {name: changes.pop(name) for name in list(changes) if name.startswith("backend_")}
+    fields = {"name": "triton", "supports_prefill_cuda_graph": False, "is_moe_lora": False}
+    backend = kind(**{**fields, **{name.removeprefix("backend_"): value for name, value in of_backend.items()}})
     return SimpleNamespace(
         **{
-            "configs": {"new": config},
             "lora_backend": backend,
             "max_loras_per_batch": 8,
             "enable_lora_overlap_loading": False,
@@ -149,9 +153,8 @@ def running(monkeypatch):
 @pytest.mark.parametrize(
     "changes, reason",
     [
-        ({"backend_prepare_lora_token_segments": None, "backend_name": "csgmv"}, "'csgmv' cannot route single tokens"),
+        ({"kind": WholeRequests, "backend_name": "csgmv"}, "'csgmv' cannot route single tokens"),
         ({"backend_supports_prefill_cuda_graph": True}, "--cuda-graph-backend-prefill disabled"),
-        ({"target_modules": ["q_proj", "lm_head"]}, r"target_modules=\['lm_head'\]"),
         ({"max_loras_per_batch": 1}, "allowed: 2 or more"),
         ({"backend_is_moe_lora": True}, "LoRA on experts"),
         ({"enable_lora_overlap_loading": True}, "overlap"),
@@ -159,17 +162,16 @@ def running(monkeypatch):
         ({"speculative_algorithm": "EAGLE"}, "speculative decoding"),
     ],
 )
-def test_configurations_that_would_serve_wrongly_are_refused(served, running, changes, reason):
-    loading, ref = manager(**changes), SimpleNamespace(lora_id="new", lora_name="mine")
-    with pytest.raises(ValueError, match=rf"adapter 'mine' has alora_invocation_tokens.*{reason}"):
-        alora_serving._before_loading(loading, ref)
-    assert "new" not in served and "new" not in loading.configs
+def test_configurations_that_would_serve_wrongly_are_refused(running, changes, reason):
+    with pytest.raises(ConfigError, match=rf"alora_invocation_tokens=\[7, 8\] is not allowed: null: .*{reason}"):
+        alora_serving.require_servable(manager(**changes), (7, 8))
+    alora_serving.require_servable(manager(**changes), ())
 
 
 def test_every_load_has_a_tag_of_its_own(served, running):
-    ref, tags = SimpleNamespace(lora_id="new", lora_name="mine"), set()
+    tags = set()
     for _ in range(3):
-        alora_serving._before_loading(manager(), ref)
+        alora_serving.register("new", (7, 8))
         tags.add(served["new"].tag)
     assert len(tags) == 3
 

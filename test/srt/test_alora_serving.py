@@ -1,7 +1,12 @@
 """Adapters served by the engine, aLoRA above all, against PEFT on a small random Llama in fp32."""
 
+import json
+
 import pytest
+import safetensors.torch
 import torch
+from foreign_adapters import APPLIED, FILES, TENSORS, edit, saved
+from foreign_adapters import change_tensors as changed
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -170,3 +175,86 @@ def test_adapter_that_is_loaded_again_serves_no_old_kv(engine, models, tmp_path)
 
 def peft_answer_at(root, folder, prompt) -> list[int]:
     return peft_answer(root, prompt, folder)[0]
+
+
+# --- adapters from outside ---------------------------------------------------------------------------------------------
+
+VARIANTS = {
+    name: {**settings, **({"alora_invocation_tokens": INVOCATION} if "alora_invocation_tokens" in settings else {})}
+    for name, settings in APPLIED.items()
+}
+SERVED = {
+    **VARIANTS,
+    "layers without q": {"target_modules": ["q_proj", "v_proj", "up_proj"], "exclude_modules": [r"model.layers.0.self_attn.q_proj"]},
+    "gate alone in one layer": {"target_modules": ["model.layers.1.mlp.gate_proj", "down_proj"]},
+    "all linear layers": {"target_modules": "all-linear"},
+}  # fmt: skip
+
+
+def log_probs(engine, prompt, adapter) -> torch.Tensor:
+    engine.flush_cache()
+    answer = ask(engine, [prompt], [adapter], logprobs_from=0)[0]
+    return torch.tensor([value for value, *_ in answer["meta_info"]["input_token_logprobs"][1:]])
+
+
+def load_from_tensors(engine, name, folder):
+    tensors = safetensors.torch.load_file(folder / "adapter_model.safetensors")
+    return engine.load_lora_adapter_from_tensors(name, tensors, json.loads((folder / "adapter_config.json").read_text()))
+
+
+@pytest.fixture(scope="module")
+def base(models):
+    return base_model(models)
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_an_adapter_of_any_kind_answers_as_in_peft(engine, models, base, tmp_path, name):
+    folder = saved(base, tmp_path / "adapter", **SERVED[name])
+    prompt = DOCUMENT[:20] + INVOCATION + [20, 21, 22]
+    _, expected = peft_answer(models, prompt, folder)
+    _, without = peft_answer(models, prompt, None)
+    assert (expected - without).abs().max() > 1e-2, "the adapter must matter"
+    loaded = load_from_tensors(engine, name, folder) if len(name) % 2 else engine.load_lora_adapter(name, str(folder))
+    assert loaded.success, loaded.error_message
+    torch.testing.assert_close(log_probs(engine, prompt, name), expected, atol=1e-4, rtol=0)
+    assert engine.unload_lora_adapter(name).success
+
+
+BAD_FIELDS = {"use_dora": True, "r": 2, "bias": "all", "target_modules": None, "lora_alpha": "x", "use_something_new": True, "peft_type": "IA3"}
+
+
+def test_adapters_that_cannot_be_served_are_refused_and_leave_nothing(engine, models, base, tmp_path):
+    """Each is tried under the same name, on one server, and the one that is loaded beside them answers throughout."""
+    prompt = DOCUMENT[:20] + INVOCATION + [20, 21, 22]
+    before = log_probs(engine, prompt, "alora")
+    whole = saved(base, tmp_path / "whole")
+
+    def refused(damage, message):
+        folder = saved(base, tmp_path / f"adapter-{len(list(tmp_path.iterdir()))}")
+        damage(folder)
+        result = engine.load_lora_adapter("bad", str(folder))
+        assert not result.success and message in result.error_message
+        assert sorted(result.loaded_adapters) == ["alora", "lora", "other"]
+
+    for damage, message in FILES.values():
+        refused(damage, message)
+    for change, message in TENSORS.values():
+        refused(lambda folder: changed(folder, change), message)
+    for field, value in BAD_FIELDS.items():
+        refused(lambda folder: edit(folder, **{field: value}), field)
+    for path in ("/nowhere", "nowhere/adapter", str(whole / "adapter_config.json")):
+        result = engine.load_lora_adapter("bad", path)
+        assert not result.success and "lora_path" in result.error_message
+    tensors = safetensors.torch.load_file(whole / "adapter_model.safetensors")
+    for field, value in BAD_FIELDS.items():
+        fields = {**json.loads((whole / "adapter_config.json").read_text()), field: value}
+        result = engine.load_lora_adapter_from_tensors("bad", tensors, fields)
+        assert not result.success and field in result.error_message
+    fields = json.loads((whole / "adapter_config.json").read_text())
+    for sent, load_format, message in (([b"no pickle"], "flattened_bucket", "serialized_named_tensors"), ([1, 2], None, "tensors='list' is not allowed")):
+        result = engine.load_lora_adapter_from_tensors("bad", sent, fields, load_format)
+        assert not result.success and message in result.error_message
+    assert engine.load_lora_adapter("bad", str(whole)).success, "the name is free"
+    torch.testing.assert_close(log_probs(engine, prompt, "bad"), peft_answer(models, prompt, whole)[1], atol=1e-4, rtol=0)
+    assert engine.unload_lora_adapter("bad").success
+    assert torch.equal(log_probs(engine, prompt, "alora"), before)

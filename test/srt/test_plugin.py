@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 from transformers import OPTConfig
 
-from sglang.srt.mezo import alora_serving, cpu, hooks, online, overlay, platform, plugin
+from sglang.srt.mezo import adapter_loading, alora_serving, cpu, hooks, online, overlay, platform, plugin
 from sglang.srt.plugins.hook_registry import HookRegistry
 
 WRONG_VERSION = """
@@ -121,7 +121,7 @@ def test_everything_holds_in_one_process(tmp_path):
         config.save_pretrained(tmp_path / name)
     code = """
 import importlib, pkgutil, sys, types
-from sglang.srt.mezo import alora_serving, cpu, overlay
+from sglang.srt.mezo import adapter_loading, alora_serving, cpu, overlay
 from sglang.srt.models.registry import ModelRegistry
 from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 from sglang.srt.lora import lora_manager, utils
@@ -131,11 +131,11 @@ from sglang.srt.utils.common import SUPPORTED_LORA_TARGET_MODULES
 opt = ModelRegistry.models["OPTForCausalLM"]
 module = importlib.import_module(opt.__module__)
 assert overlay.is_ours(module, overlay.REPLACED_MODULES["sglang.srt.models.opt"]), module.__file__
-for hook in (*alora_serving.HOOKS, *cpu.HOOKS):
+for hook in (*adapter_loading.HOOKS, *alora_serving.HOOKS, *cpu.HOOKS):
     importlib.import_module(hook.module)
     assert hook.target in HookRegistry._patched, hook.target
 held = {id(value) for module in list(sys.modules.values()) if isinstance(module, types.ModuleType) for value in list(vars(module).values())}
-for hook in (*alora_serving.HOOKS, *cpu.HOOKS):
+for hook in (*adapter_loading.HOOKS, *alora_serving.HOOKS, *cpu.HOOKS):
     assert id(pkgutil.resolve_name(hook.target).__wrapped__) not in held, f"{hook.target}: a module has kept the function that was there before"
 assert {"out_proj", "fc1", "fc2"} <= set(SUPPORTED_LORA_TARGET_MODULES)
 assert "fc2" in utils.ROW_PARALLELISM_LINEAR_LORA_NAMES
@@ -252,9 +252,9 @@ def test_environment_of_the_user_is_kept(monkeypatch):
 
 
 def test_every_hook_says_why():
-    for hook in (*alora_serving.HOOKS, *cpu.HOOKS):
+    for hook in (*adapter_loading.HOOKS, *alora_serving.HOOKS, *cpu.HOOKS):
         assert hook.why and hook.kind in ("before", "after", "around")
-    targets = [hook.target for hook in (*alora_serving.HOOKS, *cpu.HOOKS)]
+    targets = [hook.target for hook in (*adapter_loading.HOOKS, *alora_serving.HOOKS, *cpu.HOOKS)]
     assert len(set(targets)) == len(targets)
 
 

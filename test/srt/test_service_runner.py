@@ -692,8 +692,8 @@ def pin_another(engine, names):
     refs = [LoRARef(lora_name=name, lora_path="__tensor__", pinned=True) for name in names]
     config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
     state = {
-        f"base_model.model.model.decoder.layers.{layer}.self_attn.{part}.lora_{side}.weight": torch.zeros(*shape)
-        for layer in range(2) for part in ("q_proj", "v_proj") for side, shape in (("A", (4, 64)), ("B", (64, 4)))
+        f"base_model.model.model.decoder.layers.{layer}.self_attn.q_proj.lora_{side}.weight": torch.zeros(*shape)
+        for layer in range(2) for side, shape in (("A", (4, 64)), ("B", (64, 4)))
     }  # fmt: skip
     for ref in refs:
         result = engine.handle.lora_manager.load_lora_adapter_from_tensors(ref, state, config)

@@ -16,6 +16,7 @@ from itertools import count
 
 from sglang.srt.mezo import slot_room
 from sglang.srt.mezo.accelerator import why_no_alora
+from sglang.srt.mezo.errors import ConfigError
 from sglang.srt.mezo.hooks import Hook
 from sglang.srt.mezo.invocation import find_invocation
 
@@ -52,28 +53,21 @@ _TAGS = count(1)
 # --- loading -----------------------------------------------------------------------------------------------------
 
 
-def _before_loading(manager, lora_ref, *args, **kwargs) -> None:
-    """Take note of the adapter, or refuse one that this configuration would serve wrongly."""
-    invocation = tuple(manager.configs[lora_ref.lora_id].hf_config.get("alora_invocation_tokens") or ())
-    if invocation and (reason := _why_not_activated(manager, lora_ref.lora_id)):
-        manager.configs.pop(lora_ref.lora_id)
-        raise ValueError(
-            f"adapter {lora_ref.lora_name!r} has alora_invocation_tokens, which cannot be served: {reason}"
-        )
-    _SERVED[lora_ref.lora_id] = ServedAdapter(invocation, next(_TAGS) << _TAG_SHIFT)
+def register(lora_id: str, invocation: Sequence[int]) -> None:
+    """Take note of an adapter that has been loaded."""
+    _SERVED[lora_id] = ServedAdapter(invocation, next(_TAGS) << _TAG_SHIFT)
+
+
+def require_servable(manager, invocation: Sequence[int]) -> None:
+    """Raise ConfigError where this configuration would serve an adapter with that invocation wrongly."""
+    if invocation and (reason := why_no_alora(manager)):
+        raise ConfigError("alora_invocation_tokens", list(invocation), f"null: {reason}")
 
 
 def _after_unloading(result, manager, lora_ref) -> None:
     """Forget an adapter; SGLang unloads it only when no request uses it any more."""
     if result.success:
         _SERVED.pop(lora_ref.lora_id, None)
-
-
-def _why_not_activated(manager, lora_id: str) -> str | None:
-    unsupported = {"embed_tokens", "lm_head"} & set(manager.configs[lora_id].target_modules)
-    if unsupported:
-        return f"target_modules={sorted(unsupported)} are not supported, name linear layers"
-    return why_no_alora(manager)
 
 
 # --- requests and the radix tree ---------------------------------------------------------------------------------
@@ -209,14 +203,6 @@ def _around_admission(original: Callable, manager, lora_ids: set[str | None]) ->
 _MANAGER = "sglang.srt.lora.lora_manager"
 
 HOOKS = (
-    Hook(_MANAGER, "LoRAManager.load_lora_weights", "before", _before_loading, "reads alora_invocation_tokens"),
-    Hook(
-        _MANAGER,
-        "LoRAManager.load_lora_weights_from_tensors",
-        "before",
-        _before_loading,
-        "reads alora_invocation_tokens of adapters that come as tensors",
-    ),
     Hook(_MANAGER, "LoRAManager.unload_lora_adapter", "after", _after_unloading, "forgets what was known of the adapter"),
     Hook(
         _MANAGER,

@@ -35,7 +35,7 @@ class ConfigError(MezoError, ValueError):
         self.allowed = allowed
 
     def __str__(self) -> str:
-        return f"{self.field}={self.value!r} is not allowed: {self.allowed}"
+        return f"{self.field}={shown(self.value)} is not allowed: {self.allowed}"
 
 
 class UsageError(MezoError, ValueError):

@@ -54,6 +54,17 @@ class Layer:
         return sum(part.width for part in self.parts)
 
     @property
+    def part_names(self) -> tuple[str, ...]:
+        """Paths of the parts by which SGLang's loader knows them; it puts fused layers together itself."""
+        parent, _, leaf = self.name.rpartition(".")
+        return tuple(f"{parent}.{part}" for part in _STACKED.get(leaf, (leaf,)))
+
+    @property
+    def is_wrapped(self) -> bool:
+        """Whether the LoRA pool has room for it."""
+        return hasattr(self.module, "base_layer")
+
+    @property
     def sites(self) -> list[Site]:
         return [site for site in dict.fromkeys(part.site for part in self.parts) if site.path in self.adapted]
 
@@ -87,7 +98,7 @@ def adaptable_modules(handle: EngineHandle) -> list[str]:
 
 def _wrapped(handle: EngineHandle) -> Iterator[Layer]:
     """Every linear layer that SGLang has wrapped for LoRA, with what it holds of the checkpoint's."""
-    modules = _modules(*config_source(handle.model_runner.server_args))
+    modules = checkpoint_sites(*config_source(handle.model_runner.server_args))
     for index, wrapped in enumerate(handle.lora_manager.lora_modules):
         for name, module in wrapped.items():
             parts = tuple(_parts(name, module.base_layer, modules))
@@ -95,9 +106,24 @@ def _wrapped(handle: EngineHandle) -> Iterator[Layer]:
                 yield Layer(index, name, module, module.base_layer.input_size, parts)
 
 
+def model_layers(model: torch.nn.Module) -> Iterator[Layer]:
+    """Every linear layer in the blocks of SGLang's model, wrapped for LoRA or not, that holds something of the checkpoint's."""
+    from sglang.srt.layers.linear import LinearBase
+    from sglang.srt.layers.utils import get_layer_id
+    from sglang.srt.runtime_context import get_server_args
+
+    modules = checkpoint_sites(*config_source(get_server_args()))
+    for name, module in model.named_modules():
+        base, index = getattr(module, "base_layer", module), get_layer_id(name)
+        if isinstance(base, LinearBase) and index is not None and not name.endswith(".base_layer"):
+            parts = tuple(_parts(name, base, modules))
+            if parts:
+                yield Layer(index, name, module, base.input_size, parts)
+
+
 @lru_cache(maxsize=1)
-def _modules(*source) -> Mapping[str, Site]:
-    """The checkpoint's linear layers by their paths; the engine's own copy of the configuration holds the engine's widths."""
+def checkpoint_sites(*source) -> Mapping[str, Site]:
+    """The checkpoint's linear layers by their paths, from what ``config_source`` gives; the engine's own copy of the configuration holds the engine's widths."""
     return {site.path: site for site in model_modules(checkpoint_config(*source))}
 
 

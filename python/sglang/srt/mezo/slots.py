@@ -13,6 +13,7 @@ from sglang.srt.mezo.engine import EngineHandle, free_slots, require_pool
 from sglang.srt.mezo.errors import CapacityError
 from sglang.srt.mezo.estimator import SIGNS, Estimator
 from sglang.srt.mezo.layers import Part, adapted_layers
+from sglang.srt.mezo.peft_layers import CheckedFields
 
 
 class Slot:
@@ -36,7 +37,7 @@ class Slot:
 
     def _claim(self, spec: AdapterSpec, name: str) -> None:
         manager = self._handle.lora_manager
-        config = {"peft_type": "LORA", "r": spec.r, "lora_alpha": spec.lora_alpha, "target_modules": self._layout.targets_in_pool}
+        config = CheckedFields(peft_type="LORA", r=spec.r, lora_alpha=spec.lora_alpha, target_modules=self._layout.targets_in_pool)
         result = manager.load_lora_adapter_from_tensors(self._ref, self._layout.empty(), config)
         if not result.success:
             raise CapacityError(f"adapter slot {name!r}: {result.error_message}")
