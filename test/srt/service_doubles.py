@@ -2,7 +2,6 @@
 commands and trains nothing. What a job reports, a test says."""
 
 import asyncio
-import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +11,7 @@ import msgspec
 from sglang.srt.lora.lora_registry import LoRARegistry
 from sglang.srt.managers import tokenizer_control_mixin, tokenizer_manager
 from sglang.srt.managers.io_struct import GenerateReqInput, LoadLoRAAdapterReqInput, LoRAUpdateOutput
+from sglang.srt.mezo.integrity import write_checked_json
 from sglang.srt.mezo.service import messages
 from sglang.srt.mezo.service.messages import EngineDescription, MezoEvent, MezoReqInput, MezoReqOutput
 
@@ -129,7 +129,7 @@ class Scheduler:
         first = self.step + 1
         earlier = self.segments.pop()[1] if self.segments[-1][0] == first else 0
         self.segments.append((first, earlier + len(command.examples)))
-        (Path(self.job.config["output_dir"]) / "segments.json").write_text(json.dumps(self.segments))
+        write_checked_json(Path(self.job.config["output_dir"]) / "segments.json", {"parts": self.segments})
         return {"step": first}
 
     def _save(self, command) -> dict[str, int]:

@@ -1,6 +1,7 @@
 """A job manager with a store on disk, in front of the doubles, as fixtures and as a context manager for restarts."""
 
 import asyncio
+import hashlib
 import json
 from contextlib import asynccontextmanager
 from functools import cached_property
@@ -52,7 +53,8 @@ class Server:
 
     def upload(self, *rows, filename: str = "train.jsonl") -> str:
         content = "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
-        file = StoredFile(new_id("file-"), filename, "fine-tune", len(content), now(), "processed")
+        digest = hashlib.sha256(content.encode()).hexdigest()
+        file = StoredFile(new_id("file-"), filename, "fine-tune", len(content.encode()), now(), "processed", digest)
         self.store.partial_path(file.id).write_text(content)
         return self.store.add_file(file).id
 

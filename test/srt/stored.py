@@ -6,8 +6,12 @@ from sglang.srt.mezo.service.records import StoredFile, StoredJob, new_id, now
 from sglang.srt.mezo.service.store import Store
 
 
+def make_file(content: bytes, filename: str = "train.jsonl", purpose: str = "fine-tune") -> StoredFile:
+    return StoredFile(new_id("file-"), filename, purpose, len(content), now(), "processed")
+
+
 def add_file(store: Store, filename: str = "train.jsonl", content: bytes = b"{}\n", purpose: str = "fine-tune") -> StoredFile:
-    file = StoredFile(new_id("file-"), filename, purpose, len(content), now(), "processed")
+    file = make_file(content, filename, purpose)
     store.partial_path(file.id).write_bytes(content)
     return store.add_file(file)
 

@@ -16,6 +16,7 @@ from service_server import ROW, ROWS, Server, anyio_backend, eventually, runtime
 from sglang.srt.managers.communicator import FanOutCommunicator
 from sglang.srt.mezo.config import MezoConfig
 from sglang.srt.mezo.data import Encoder
+from sglang.srt.mezo.run_directory import read_segments
 from sglang.srt.mezo.service import publish
 from sglang.srt.mezo.service.client import EngineClient
 from sglang.srt.mezo.service.errors import NotFound, RequestError
@@ -423,7 +424,7 @@ async def test_a_run_goes_on_with_the_rows_that_it_was_given(server, tmp_path):
     await server.manager.pause(job.id)
     await server.manager.append_rows(job.id, [ROW] * 5)
     trained = list(server.scheduler.train)
-    assert json.loads((tmp_path / "jobs" / job.id / "run" / "segments.json").read_text()) == [[0, 3], [5, 3], [7, 4]]
+    assert read_segments(tmp_path / "jobs" / job.id / "run" / "segments.json") == [(0, 3), (5, 3), (7, 4)]
     await server.manager.resume(job.id)
     await eventually(lambda: server.scheduler.job is not None)
     assert server.scheduler.job.segments == [(0, 3), (5, 3), (7, 4)]
@@ -551,18 +552,21 @@ async def test_a_run_that_has_lost_a_part_is_named_and_stays_as_it_is(tmp_path, 
         assert sorted(path.name for path in run.iterdir()) == before
 
 
+@pytest.mark.parametrize("cut", [True, False], ids=["cut", "changed"])
 @pytest.mark.parametrize("name", ["segments.json", "appended-1.jsonl", "training file"])
-async def test_what_a_run_has_drawn_from_is_named_where_it_is_damaged(tmp_path, tokenizer, name):
+async def test_what_a_run_has_drawn_from_is_named_where_it_is_damaged(tmp_path, tokenizer, name, cut):
     async with serving(tmp_path, tokenizer) as server:
         job = await server.running()
         await server.manager.append_rows(job.id, [ROW])
         folder = tmp_path / "jobs" / job.id
         path = {"segments.json": folder / "run" / name, "training file": server.store.file_path(job.training_file)}.get(name, folder / name)
-    path.write_bytes(path.read_bytes()[:5])
+    data = path.read_bytes()
+    damaged = data[:5] if cut else data.replace(b"0", b"1", 1) if name == "segments.json" else data.replace(b"movie", b"novie", 1)
+    path.write_bytes(damaged)
     async with serving(tmp_path, tokenizer) as server:
         job = await server.until(job, "failed")
         assert (job.training_file if name == "training file" else name) in job.error["message"] and job.error["code"] != "internal_error"
-    assert path.stat().st_size == 5
+    assert path.read_bytes() == damaged != data
 
 
 async def test_a_server_without_tokenizer_does_not_train(tmp_path):

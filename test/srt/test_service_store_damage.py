@@ -2,16 +2,18 @@
 version: it starts and says what it found, or refuses in one line, and deletes nothing that it has not marked itself."""
 
 import errno
+import hashlib
 import logging
 import os
 import random
 import shutil
 import sqlite3
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from stored import add_file, add_job, make_job, reopened
+from stored import add_file, add_job, make_file, make_job, reopened
 from tiny import small_disk
 
 from sglang.srt.mezo.errors import ConfigError
@@ -212,6 +214,16 @@ def test_a_lost_journal_leaves_what_was_in_it_alone(store, tmp_path):
     opened = Store(copy)
     assert len(opened.files().data) == 2 and contents(copy) == before
     opened.close()
+
+
+def test_an_upload_whose_content_has_changed_is_told(store):
+    file = replace(make_file(b"0123456789"), sha256=hashlib.sha256(b"0123456789").hexdigest())
+    store.partial_path(file.id).write_bytes(b"0123456789")
+    store.add_file(file)
+    assert store.content(store.file(file.id)).read_bytes() == b"0123456789"
+    store.file_path(file.id).write_bytes(b"0123456799")
+    with pytest.raises(RequestError, match=f"{file.id}.*is not what was uploaded"):
+        store.content(store.file(file.id))
 
 
 def test_an_upload_whose_content_has_changed_its_length_is_told(store):
@@ -506,8 +518,7 @@ def test_a_step_that_fails_leaves_the_database_at_the_version_before_it(version_
         Store(version_1)
     assert ("table", "new") not in schema(version_1 / "mezo.sqlite")
     monkeypatch.undo()
-    edit(version_1, "PRAGMA user_version = 1")
-    edit(version_1, "DROP TABLE deletions")
+    shutil.copy(version_1 / "mezo.sqlite.v1", version_1 / "mezo.sqlite")
     store = Store(version_1)
     assert len(store.jobs().data) == 1
     store.close()

@@ -1,6 +1,7 @@
 """Files come in by pieces and within bounds, whatever a client sends; what fails leaves nothing on disk."""
 
 import errno
+import hashlib
 import os
 import socket
 import threading
@@ -72,6 +73,7 @@ def test_the_fields_come_in_any_order(service, body):
     assert (file["filename"], file["bytes"], file["purpose"], file["object"]) == ("a.jsonl", len(ROWS), "fine-tune", "file")
     assert left(service) == [file["id"]]
     assert service.store.file_path(file["id"]).read_bytes() == ROWS
+    assert service.store.file(file["id"]).sha256 == hashlib.sha256(ROWS).hexdigest()
 
 
 @pytest.mark.parametrize("size", [1, 7, 64, 1000])

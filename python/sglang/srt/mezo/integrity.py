@@ -54,24 +54,30 @@ def _digest(fields: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
-def write_sums(folder: Path, names: Sequence[str]) -> None:
-    """Write the sums of a folder's files."""
-    lines = [f"{hashlib.sha256((folder / name).read_bytes()).hexdigest()}  {name}\n" for name in names]
-    (folder / SUMS).write_text("".join(lines))
+def write_sums(folder: Path, names: Sequence[str], sums: str = SUMS) -> None:
+    """Write the sums of a folder's files into the file ``sums``."""
+    lines = [f"{digest_of_file(folder / name)}  {name}\n" for name in names]
+    (folder / sums).write_text("".join(lines))
 
 
-def require_sums(folder: Path, names: Sequence[str]) -> None:
+def require_sums(folder: Path, names: Sequence[str], sums: str = SUMS) -> None:
     """Raise DamagedError where one of the files is not as it was when their sums were written."""
     try:
-        lines = (folder / SUMS).read_text(errors="replace").splitlines()
+        lines = (folder / sums).read_text(errors="replace").splitlines()
     except FileNotFoundError:
         return
-    sums = {match[2]: match[1] for match in map(_LINE.fullmatch, lines) if match}
+    expected = {match[2]: match[1] for match in map(_LINE.fullmatch, lines) if match}
     for name in names:
         path = folder / name
-        if name not in sums:
-            raise DamagedError(folder / SUMS, f"it has no sum of {name}")
+        if name not in expected:
+            raise DamagedError(folder / sums, f"it has no sum of {name}")
         if not path.is_file():
             raise DamagedError(path, "it is gone")
-        if hashlib.sha256(path.read_bytes()).hexdigest() != sums[name]:
-            raise DamagedError(path, f"it does not agree with {SUMS} (which can be deleted if the file was changed on purpose)")
+        if digest_of_file(path) != expected[name]:
+            raise DamagedError(path, f"it does not agree with {sums} (which can be deleted if the file was changed on purpose)")
+
+
+def digest_of_file(path: Path) -> str:
+    """SHA-256, in hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -12,6 +12,7 @@ from sglang.srt.mezo.chat import ChatRenderer, ChatSettings
 from sglang.srt.mezo.config import Objective
 from sglang.srt.mezo.data import Encoder, Example, count_shared, default_objective
 from sglang.srt.mezo.errors import DataError
+from sglang.srt.mezo.integrity import require_sums, write_sums
 from sglang.srt.mezo.plan import Planner
 from sglang.srt.mezo.rows import SourceRow, read_jsonl
 from sglang.srt.mezo.service.errors import RequestError
@@ -100,7 +101,8 @@ class JobReader:
         return examples
 
     def encode_file(self, job: StoredJob, path: Path) -> list[Example]:
-        """Examples of a file that ``AppendedRows`` wrote."""
+        """Examples of a file that ``AppendedRows`` wrote; DamagedError where it is not as it was written."""
+        require_sums(path.parent, [path.name], _sums(path))
         examples, _ = self._encode(job, list(read_jsonl(path, path.name)), job.config["objective"])
         return examples
 
@@ -197,14 +199,24 @@ class AppendedRows:
                 file.flush()
                 os.fsync(file.fileno())
             os.rename(partial, path)
+            write_sums(self._directory, [path.name], _sums(path))
             for directory in (self._directory, self._directory.parent):
                 _sync(directory)
         except BaseException:
-            path.unlink(missing_ok=True)
+            self.drop(path)
             raise
         finally:
             partial.unlink(missing_ok=True)
         return path
+
+    def drop(self, path: Path) -> None:
+        """Delete a file that was not taken."""
+        (self._directory / _sums(path)).unlink(missing_ok=True)  # first, as it must not meet another file of that name
+        path.unlink(missing_ok=True)
+
+
+def _sums(path: Path) -> str:
+    return f"{path.stem}.sha256"
 
 
 def _is_numbered(path: Path) -> bool:

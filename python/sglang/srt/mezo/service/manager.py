@@ -148,7 +148,7 @@ class JobManager:
                 try:
                     step = (await self._training.send_appended(session)).get(path)
                 except DiskFull:
-                    path.unlink()
+                    self._runs.appended(job_id).drop(path)
                     raise
             if isinstance(step, EngineRefused):
                 raise step

@@ -75,6 +75,10 @@ STEPS = (
     """
     CREATE TABLE deletions (path TEXT PRIMARY KEY);
     """,
+    # Of an upload's content.
+    """
+    ALTER TABLE files ADD COLUMN sha256 TEXT;
+    """,
 )
 VERSION = len(STEPS)
 

@@ -21,7 +21,10 @@ def now() -> int:
 
 @dataclass(frozen=True)
 class StoredFile:
-    """``id`` names the content on disk; ``filename`` is what the client called it, and never a path of ours."""
+    """``id`` names the content on disk; ``filename`` is what the client called it, and never a path of ours.
+
+    sha256: of the content, None for files of earlier versions.
+    """
 
     id: str
     filename: str
@@ -29,6 +32,7 @@ class StoredFile:
     bytes: int
     created_at: int
     status: str
+    sha256: str | None = None
 
 
 @dataclass(frozen=True)

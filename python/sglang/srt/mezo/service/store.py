@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, Literal
 
+from sglang.srt.mezo.integrity import digest_of_file
 from sglang.srt.mezo.service import folder
 from sglang.srt.mezo.service.database import Database, Page, Where
 from sglang.srt.mezo.service.deletions import VERSION, Deletions
@@ -149,8 +150,11 @@ class Store:
         size = path.stat().st_size if path.is_file() else None
         if size != file.bytes:
             left = "is gone" if size is None else f"has {size} bytes left of {file.bytes}" if size < file.bytes else f"has {size} bytes, not {file.bytes}"
-            raise RequestError(500, f"the content of file {file.id!r} ({file.filename}) {left} on the server's disk: upload it again", param, "file_lost")
-        return path
+        elif file.sha256 is not None and digest_of_file(path) != file.sha256:
+            left = "is not what was uploaded"
+        else:
+            return path
+        raise RequestError(500, f"the content of file {file.id!r} ({file.filename}) {left} on the server's disk: upload it again", param, "file_lost")
 
     def file(self, file_id: str) -> StoredFile:
         return self._database.one(StoredFile, "files", "file", file_id)

@@ -121,7 +121,7 @@ class Training:
                 result = await self._client.call(AppendExamples(job_id=job.id, examples=list(map(to_message, examples))))
             except EngineRefused as error:
                 answers[path] = error
-                path.unlink()
+                self._runs.appended(job.id).drop(path)
                 self._tell(job.id, "error", f"{len(examples)} appended examples were not taken: {error.message}")
             else:
                 session.applied += 1

@@ -1,6 +1,7 @@
 """Uploaded files, streamed to disk under an id of ours; what the client calls a file is kept as data only."""
 
 import asyncio
+import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -40,7 +41,7 @@ async def receive_file(request: Request, store: Store, max_bytes: int) -> Stored
             async for chunk in request.stream():
                 await asyncio.to_thread(form.feed, chunk)
             await asyncio.to_thread(form.finish)
-        file = StoredFile(file_id, form.filename, PURPOSE, form.file_bytes, now(), "processed")
+        file = StoredFile(file_id, form.filename, PURPOSE, form.file_bytes, now(), "processed", form.sha256)
         return await asyncio.to_thread(store.add_file, file)
     finally:
         partial.unlink(missing_ok=True)
@@ -61,6 +62,7 @@ class _Form:
         self.file_bytes = 0
         self._max_bytes = max_bytes
         self._form_bytes = 0
+        self._digest = hashlib.sha256()
         self._fields: dict[str, bytearray] = {}
         self._name = ""
         self._headers: dict[bytes, bytearray] = {}
@@ -86,6 +88,11 @@ class _Form:
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
+
+    @property
+    def sha256(self) -> str:
+        """Of the file."""
+        return self._digest.hexdigest()
 
     def feed(self, chunk: bytes) -> None:
         """Parse and write a part of the body."""
@@ -147,7 +154,9 @@ class _Form:
             self.file_bytes += end - start
             if self.file_bytes > self._max_bytes:
                 raise too_large(self._max_bytes, "file")
-            self._file.write(memoryview(data)[start:end])
+            content = memoryview(data)[start:end]
+            self._digest.update(content)
+            self._file.write(content)
         else:
             self._fields[self._name] += data[start:end]
             if len(self._fields[self._name]) > _MAX_FIELD_BYTES:
