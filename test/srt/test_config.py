@@ -22,6 +22,10 @@ from sglang.srt.mezo.errors import ConfigError, DataError, MezoError
         *((name, -1, "zero or more") for name in ("weight_decay", "warmup_steps", "save_steps")),
         ("max_steps", 10**9 + 1, "at most 1000000000"),
         ("num_train_epochs", 1e308, "at most 1000000000"),
+        *((name, 1e308, "at most 1000000") for name in (
+            "learning_rate", "weight_decay", "clip_projected_grad", "zo_eps", "lora_alpha", "adam_epsilon",
+        )),
+        ("zo_eps", 1e-320, "at least 1e-12"),
         ("tuning", "prefix", "one of alora, lora"),
         ("objective", "f1", "one of classification, completion, language_modeling, null"),
         ("lr_scheduler_type", "polynomial", "one of constant, linear, cosine"),

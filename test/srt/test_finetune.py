@@ -206,6 +206,11 @@ def test_what_the_model_does_not_have(config, settings, message):
         finetune(MODEL, DATA, replace(config, **settings))
 
 
+def test_a_pool_that_cannot_hold_an_example(config):
+    with pytest.raises(ConfigError, match="max_total_tokens=5 is not allowed: at least [0-9]+, the tokens of the longest example"):
+        finetune(replace(MODEL, max_total_tokens=5), DATA, config)
+
+
 def test_all_linear_is_what_peft_makes_of_it(config, monkeypatch):
     """And is written out in the settings of the run."""
     import peft

@@ -13,7 +13,14 @@ from sglang.srt.mezo.optimizer import Optim, SchedulerType, UpdateRule
 Tuning = Literal["alora", "lora"]
 Objective = Literal["classification", "completion", "language_modeling"]
 
-_MOST_STEPS = 10**9
+LARGEST = 1e6
+"""Of what multiplies weights, perturbations or steps: nothing is learned beyond it, and float32 has room for the products."""
+SMALLEST_ZO_EPS = 1e-12
+
+_MOST = {
+    **dict.fromkeys(("max_steps", "num_train_epochs", "eval_steps", "logging_steps", "save_steps", "warmup_steps", "perturbation_interval", "echoes"), 10**9),
+    **dict.fromkeys(("learning_rate", "weight_decay", "clip_projected_grad", "zo_eps", "lora_alpha", "adam_epsilon"), int(LARGEST)),
+}  # fmt: skip
 
 
 def _setting(default: object, help: str):
@@ -95,8 +102,6 @@ class MezoConfig:
             self._require(name, getattr(self, name) >= 1, "at least 1")
         for name in ("lora_alpha", "learning_rate", "zo_eps", "num_train_epochs", "adam_epsilon"):
             self._require(name, 0 < getattr(self, name) < math.inf, "a positive number")
-        for name in ("max_steps", "num_train_epochs"):
-            self._require(name, getattr(self, name) <= _MOST_STEPS, f"at most {_MOST_STEPS}")
         for name in ("weight_decay", "warmup_steps", "save_steps"):
             self._require(name, 0 <= getattr(self, name) < math.inf, "zero or more")
         for name in ("momentum", "adam_beta1", "adam_beta2"):
@@ -107,6 +112,9 @@ class MezoConfig:
                       f"false along {self.num_perturbations} direction(s) with {self.estimator}, where only signs of slopes would be left")  # fmt: skip
         self._require("perturbation_rank", self.perturbation_rank is None or self.perturbation_rank >= 1, "at least 1, or none for full rank")
         self._require("clip_projected_grad", self.clip_projected_grad is None or self.clip_projected_grad > 0, "a positive number")
+        for name, most in _MOST.items():
+            self._require(name, (getattr(self, name) or 0) <= most, f"at most {most}")
+        self._require("zo_eps", self.zo_eps >= SMALLEST_ZO_EPS, f"at least {SMALLEST_ZO_EPS}")
         self._require("target_modules", self.target_modules is None or len(self.target_modules) > 0, "at least one module")
         self._require("seed", 0 <= self.seed < 2**64, "an unsigned 64-bit number")
         self._require("resume_from_checkpoint", not (self.resume_from_checkpoint and self.overwrite_output_dir),

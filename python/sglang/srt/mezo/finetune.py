@@ -72,6 +72,9 @@ def open_trainer(model: ModelArguments, data: DataArguments, config: MezoConfig)
     invocation = _invocation_tokens(tokenizer, data, config)
     splits = load_splits(tokenizer, max_length, invocation, data, ChatRenderer(tokenizer, _chat_settings(model)))
     require_objective(config, config.objective or splits.objective, (len(example.options) for example in splits.train + splits.dev + splits.test))
+    longest = max(len(example.prompt) + max(map(len, example.options)) for example in splits.train + splits.dev + splits.test)
+    if model.max_total_tokens is not None and model.max_total_tokens < longest:
+        raise ConfigError("max_total_tokens", model.max_total_tokens, f"at least {longest}, the tokens of the longest example")
     engine = MezoEngine(
         model.model,
         r=config.r,

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple, get_type_hints
 
-from sglang.srt.mezo.config import MezoConfig, defaults
+from sglang.srt.mezo.config import LARGEST, MezoConfig, defaults
 from sglang.srt.mezo.errors import ConfigError, shown
 from sglang.srt.mezo.estimator import SIGNS, Estimator
 from sglang.srt.mezo.kinds import described, fits
@@ -41,10 +41,6 @@ _WIRE_NAMES = {"per_device_train_batch_size": "batch_size", "num_train_epochs": 
 _UNSTORED = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint")  # where a run lies, and whether it goes on
 _AUTO_STEPS = 250
 
-LARGEST = 1e6
-"""Of what multiplies weights, perturbations or steps: nothing is learned beyond it, and float32 has room for the products."""
-SMALLEST_ZO_EPS = 1e-12
-
 _MOST_STEPS = 10**9
 _MOST_EXAMPLES = 4096  # of a step, which works on its list of examples in one piece
 _MOST_DIRECTIONS = 64  # which are all in memory during a step
@@ -52,17 +48,11 @@ _MOST_RANK = 64  # of directions, which are drawn in one piece
 _MOST_CHARACTERS = 1000  # of an invocation
 _COUNTS = {"n_epochs": _MOST_STEPS, "max_steps": _MOST_STEPS, "batch_size": _MOST_EXAMPLES, "max_tokens_per_batch": MAX_PASS_TOKENS}
 _MOST = {
-    **dict.fromkeys(("eval_steps", "logging_steps", "save_steps", "warmup_steps"), _MOST_STEPS),
-    **dict.fromkeys(
-        ("learning_rate", "learning_rate_multiplier", "weight_decay", "clip_projected_grad", "zo_eps", "lora_alpha", "adam_epsilon"),
-        int(LARGEST),
-    ),
+    "learning_rate_multiplier": int(LARGEST),
     "num_perturbations": _MOST_DIRECTIONS,
-    "perturbation_interval": _MOST_STEPS,
-    "echoes": _MOST_STEPS,
     "perturbation_rank": _MOST_RANK,
 }
-"""Bounds that ``MezoConfig`` does not know of: what it counts from 1 on, and what it only bounds from below."""
+"""Bounds of a server, beside those of ``MezoConfig``: what is counted from 1 on, and the most of others."""
 
 _METRICS = ("eval_loss", "eval_accuracy")
 
@@ -155,8 +145,6 @@ def _check_together(given: Mapping[str, _Given]) -> None:
     for name, most in _MOST.items():
         if name in given and (given[name].value or 0) > most:
             raise _refusal(given[name], f"at most {most}")
-    if "zo_eps" in given and 0 < given["zo_eps"].value < SMALLEST_ZO_EPS:
-        raise _refusal(given["zo_eps"], f"at least {SMALLEST_ZO_EPS}")
     if "invocation" in given and len(given["invocation"].value or "") > _MOST_CHARACTERS:
         raise _refusal(given["invocation"], f"at most {_MOST_CHARACTERS} characters")
     multiplier = given.get("learning_rate_multiplier")

@@ -12,10 +12,10 @@ from fastapi import FastAPI, Query
 from pydantic import Field
 from starlette.requests import Request
 
+from sglang.srt.mezo.config import LARGEST, SMALLEST_ZO_EPS
 from sglang.srt.mezo.errors import shown
 from sglang.srt.mezo.service.endpoint import Endpoint, Service, Wire, add_routes, changes, read_json, reads
 from sglang.srt.mezo.service.errors import RequestError
-from sglang.srt.mezo.service.hyperparameters import LARGEST, SMALLEST_ZO_EPS
 from sglang.srt.mezo.service.job_data import MAX_EXAMPLES
 from sglang.srt.mezo.service.protocol import Json, job_object
 from sglang.srt.mezo.service.records import StoredJob
