@@ -42,6 +42,7 @@ typedef struct {
     int64_t window;  /* tokens that a query sees before itself; negative for all */
     int64_t causal;
     float scaling;
+    float cap;       /* scores are cap tanh(score / cap); 0 for none */
 } Call;
 
 /* One query of a bundle: the keys low .. high of its row, and their scores. */
@@ -146,8 +147,12 @@ INLINE void add_values(const Query *queries, int64_t num, const float *v, int64_
     for (; i < num; i++) add_to_one(queries + i, v, stride, places, count, at, 0, v_dim);
 }
 
-INLINE void softmax(const Query *query, float scaling) {
+INLINE void softmax(const Query *query, float scaling, float cap) {
     float *s = query->scores, top = -FLT_MAX, sum = 0;
+    if (cap != 0) {
+        for (int64_t j = query->low; j < query->high; j++) s[j] = cap * tanhf(s[j] * scaling / cap);
+        scaling = 1;
+    }
     for (int64_t j = query->low; j < query->high; j++) top = s[j] > top ? s[j] : top;
     for (int64_t j = query->low; j < query->high; j++) s[j] = expf((s[j] - top) * scaling), sum += s[j];
     for (int64_t j = query->low; j < query->high; j++) s[j] /= sum;
@@ -215,7 +220,7 @@ INLINE void attend_sized(const Call *c, int64_t bundle, int64_t first, int64_t n
     float *scores = (float *)(queries + num * part.total);
     for (int64_t n = 0; n < num; n++) end = set_queries(c, part.rows, part.num_rows, first + n, end, scores + n * part.total * longest, longest);
     score(c, &part, queries, dim);
-    for (Query *query = queries; query < end; query++) softmax(query, c->scaling);
+    for (Query *query = queries; query < end; query++) softmax(query, c->scaling, c->cap);
     weigh(c, &part, queries, v_dim);
 }
 

@@ -72,10 +72,10 @@ class CpuAttentionBackend(TorchNativeAttnBackend):
         rows = rounded_rows(len(query)) + 1  # the next layer runs so many; padding is written to the last
         output = query.new_empty(rows, layer.tp_q_head_num, layer.v_head_dim)
         all_in_pool = save_kv_cache or k is None
-        in_c = kernel.LIBRARY is not None and all_in_pool and not layer.logit_cap and _plain_float32(query, *pool)
+        in_c = kernel.LIBRARY is not None and all_in_pool and _plain_float32(query, *pool)
         planned = self._plan(forward_batch, causal, batch is None, in_c)
         if isinstance(planned, kernel.Batch):
-            planned.attend(query, *pool, output, layer.scaling, _window(layer) if causal else None)
+            planned.attend(query, *pool, output, layer.scaling, _window(layer) if causal else None, layer.logit_cap or 0.0)
         else:
             for group in planned:
                 keys, values = batch if group.fresh else pool

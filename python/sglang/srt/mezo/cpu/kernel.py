@@ -24,7 +24,7 @@ class _Call(ctypes.Structure):
     _fields_ = (
         [(name, ctypes.c_void_p) for name in ("q", "k", "v", "out", "table", "rows", "bundles")]
         + [(name, ctypes.c_int64) for name in ("q_stride", "table_stride", "heads", "kv_heads", "dim", "v_dim", "window", "causal")]
-        + [("scaling", ctypes.c_float)]
+        + [(name, ctypes.c_float) for name in ("scaling", "cap")]
     )
 
 
@@ -50,7 +50,7 @@ class Batch:
         self._causal = causal
 
     def attend(
-        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, output: torch.Tensor, scaling: float, window: int | None
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, output: torch.Tensor, scaling: float, window: int | None, cap: float
     ) -> None:
         """Write the rows' tokens of ``output``.
 
@@ -59,12 +59,13 @@ class Batch:
             keys, values: float32 (places, kv_heads, dim), contiguous; the fresh tokens are in them.
             output: float32 (tokens or more, heads, v_dim), contiguous.
             window: tokens that a query sees before itself, None for all.
+            cap: scores are cap tanh(score / cap); 0 for none.
         """
         call = _Call(
             q=query.data_ptr(), k=keys.data_ptr(), v=values.data_ptr(), out=output.data_ptr(), table=self._table.data_ptr(),
             rows=self._rows.ctypes.data, bundles=self._bounds.ctypes.data, q_stride=query.stride(0), table_stride=self._table.stride(0),
             heads=query.shape[1], kv_heads=keys.shape[1], dim=query.shape[2], v_dim=values.shape[2],
-            window=-1 if window is None else window, causal=self._causal, scaling=scaling,
+            window=-1 if window is None else window, causal=self._causal, scaling=scaling, cap=cap,
         )  # fmt: skip
         if LIBRARY.mezo_attend(ctypes.byref(call), len(self._bounds) - 1):
             raise MemoryError("attention: no memory for the scores")
