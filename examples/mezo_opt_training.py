@@ -1,4 +1,4 @@
-"""Fine-tune an OPT model (or any causal language model that SGLang serves with LoRA) with forward passes only.
+"""Fine-tune an OPT model, or one of another family of docs/models.md, with forward passes only.
 
     python examples/mezo_opt_training.py                                           # embedded model and task, minutes
     python examples/mezo_opt_training.py --model facebook/opt-125m --task sst2      # the real thing

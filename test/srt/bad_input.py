@@ -22,7 +22,9 @@ REFUSED_FLAGS = {
     "--mezo-share 2": "--mezo-share=2.0 is not allowed: from 0 to below 1",
     "--mezo-dir /dev/null/mezo": "--mezo-dir='/dev/null/mezo' is not allowed: a folder that can be made (Not a directory)",
     "--mezo-on-restart maybe": "--mezo-on-restart='maybe' is not allowed: resume or fail",
+    "--model-path gpt2": "architectures='GPT2LMHeadModel' is not allowed: the families that can be trained are Cohere, ",
 }
+"""What ends a start; ``gpt2`` is a folder with a model of that family."""
 
 
 def supervised(**hyperparameters) -> dict[str, Any]:

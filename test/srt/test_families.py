@@ -1,5 +1,7 @@
 """Model families: the table against Transformers' own modules, and models that cannot be trained."""
 
+from pathlib import Path
+
 import pytest
 import tiny_models
 import transformers
@@ -78,3 +80,10 @@ def test_modules_that_a_family_lacks_are_named(architecture, targets, wrong):
     with pytest.raises(ConfigError) as refusal:
         require_modules(FAMILIES[architecture], targets)
     assert f"['{wrong}']" in str(refusal.value) and ", ".join(FAMILIES[architecture].modules) in str(refusal.value)
+
+
+def test_the_page_lists_every_family():
+    """``python benchmarks/families.py`` writes the table."""
+    rows = (Path(__file__).parents[2] / "docs" / "models.md").read_text().splitlines()
+    for architecture, family in FAMILIES.items():
+        assert any(row.startswith(f"| {family.name} | `{architecture}` | {', '.join(family.modules)} |") for row in rows), family.name

@@ -6,6 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from tiny import tiny_tokenizer
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from sglang.srt.mezo.config import MezoConfig
 from sglang.srt.mezo.errors import ConfigError, DataError
@@ -122,6 +124,13 @@ def test_a_model_that_is_not_there(config, model, message):
     with pytest.raises(ConfigError, match=f"^model='{model}' is not allowed: .*{message}") as caught:
         finetune(ModelArguments(model=model), DATA, config)
     assert "\n" not in str(caught.value)
+
+
+def test_a_model_of_another_family(config, tmp_path):
+    GPT2LMHeadModel(GPT2Config(vocab_size=400, n_embd=16, n_layer=1, n_head=2)).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="architectures='GPT2LMHeadModel' is not allowed: the families that can be trained are Cohere, "):
+        finetune(ModelArguments(model=str(tmp_path)), DATA, config)
 
 
 @pytest.mark.parametrize("invocation", [None, ""])

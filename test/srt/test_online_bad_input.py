@@ -40,6 +40,7 @@ from bad_input import (
     supervised,
 )
 from live_server import MODEL, LiveServer, reviews
+from transformers import GPT2Config
 
 
 class FrontDoor:
@@ -105,6 +106,7 @@ class FrontDoor:
 def refused_starts(tmp_path_factory) -> dict[str, Future]:
     """Servers with wrong flags, one after the other."""
     folder = tmp_path_factory.mktemp("refused")
+    GPT2Config(architectures=["GPT2LMHeadModel"]).save_pretrained(folder / "gpt2")
     return dict(zip(REFUSED_FLAGS, in_background(folder, *(f"--mezo-dir mezo {flags}" for flags in REFUSED_FLAGS))))
 
 

@@ -10,6 +10,7 @@ import torch
 
 from sglang.srt.mezo.accelerator import fill_open_fields
 from sglang.srt.mezo.allocator import keep_freed_memory
+from sglang.srt.mezo.differences import differences
 from sglang.srt.mezo.errors import CapacityError, ConfigError
 from sglang.srt.mezo.families import family_of, require_modules
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
     from sglang.srt.model_executor.model_runner import ModelRunner
     from transformers import PretrainedConfig
+
+logger = logging.getLogger(__name__)
 
 _WRITE_KV_FIRST = {"CpuAttentionBackend", "TritonAttnBackend", "FlashAttentionBackend"}
 
@@ -151,7 +154,9 @@ class MezoEngine:
             max_loras_per_batch=num_slots + 1,  # the base model takes a slot too
             **{"page_size": 1, "log_level": "warning", "disable_cuda_graph": True, **server_args},
         )
-        require_modules(family_of(checkpoint_config(*config_source(self.server_args))), target_modules)
+        config = checkpoint_config(*config_source(self.server_args))
+        require_modules(family_of(config), target_modules)
+        warn_of_differences(config, self.server_args.context_length)
         fill_open_fields(self.server_args)
         self.server_args.resolve_once()
         self.server_args.check_server_args()
@@ -186,6 +191,12 @@ def checkpoint_config(model_path: str, trust_remote_code: bool, revision: str | 
         return get_config(model_path, trust_remote_code, revision, json.loads(overrides))
     except (OSError, ValueError) as error:
         raise ConfigError("model_path", model_path, f"a hub name or a folder with a model ({error})") from error
+
+
+def warn_of_differences(config: "PretrainedConfig", context_length: int | None) -> None:
+    """What of a model SGLang computes otherwise than Transformers: adapters made for the one do something else in the other."""
+    for difference in differences(config, context_length):
+        logger.warning(f"{config.architectures[0]} in SGLang is not quite the model of its configuration: {difference}")
 
 
 def _configure_logging(server_args) -> None:

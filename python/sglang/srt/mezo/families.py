@@ -4,8 +4,8 @@ Both come from the checkpoint's configuration alone: an engine may fuse layers, 
 files are for the checkpoint.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from sglang.srt.mezo.adapter import Site
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 _GATED = ("gate_proj", "up_proj", "down_proj")
 _GATED_IN_ONE = ("gate_up_proj", "down_proj")
+_SILU = {"hidden_act": ("silu",)}
+_GELU = {"hidden_activation": ("gelu_pytorch_tanh",)}
 
 
 @dataclass(frozen=True)
@@ -28,12 +30,14 @@ class Family:
         attention: the layers of its attention.
         mlp: the layers beside it that SGLang's LoRA pool has room for.
         reads: those that ordinary LoRA adapts by default, as MeZO and PEFT do.
+        takes: values of the configuration's fields without which SGLang does not load the model.
     """
 
     name: str
     attention: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
     mlp: tuple[str, ...] = _GATED
     reads: tuple[str, ...] = ("q_proj", "v_proj")
+    takes: Mapping[str, tuple] = field(default_factory=dict)
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -49,36 +53,45 @@ FAMILIES = {
     "CohereForCausalLM": Family("Cohere"),
     "Cohere2ForCausalLM": Family("Cohere 2"),
     "GemmaForCausalLM": Family("Gemma"),
-    "Gemma2ForCausalLM": Family("Gemma 2"),
-    "Gemma3ForCausalLM": Family("Gemma 3 (text)"),
-    "Glm4ForCausalLM": Family("GLM-4", mlp=_GATED_IN_ONE),
-    "GraniteForCausalLM": Family("Granite"),
-    "LlamaForCausalLM": Family("Llama"),
-    "MistralForCausalLM": Family("Mistral"),
+    "Gemma2ForCausalLM": Family("Gemma 2", takes=_GELU),
+    "Gemma3ForCausalLM": Family("Gemma 3 (text)", takes={**_GELU, "use_bidirectional_attention": (False, None)}),
+    "Glm4ForCausalLM": Family("GLM-4", mlp=_GATED_IN_ONE, takes=_SILU),
+    "GraniteForCausalLM": Family("Granite", takes=_SILU),
+    "LlamaForCausalLM": Family("Llama", takes=_SILU),
+    "MistralForCausalLM": Family("Mistral", takes=_SILU),
     "MixtralForCausalLM": Family("Mixtral (attention)", mlp=()),
     "Olmo2ForCausalLM": Family("OLMo 2"),
     "OPTForCausalLM": Family("OPT", attention=("q_proj", "k_proj", "v_proj", "out_proj"), mlp=("fc1", "fc2")),
-    "Phi3ForCausalLM": Family("Phi-3", attention=("qkv_proj", "o_proj"), mlp=_GATED_IN_ONE, reads=("qkv_proj",)),
-    "Qwen2ForCausalLM": Family("Qwen2"),
-    "Qwen3ForCausalLM": Family("Qwen3"),
+    "Phi3ForCausalLM": Family("Phi-3", attention=("qkv_proj", "o_proj"), mlp=_GATED_IN_ONE, reads=("qkv_proj",), takes=_SILU),
+    "Qwen2ForCausalLM": Family("Qwen2", takes=_SILU),
+    "Qwen3ForCausalLM": Family("Qwen3", takes=_SILU),
     "Qwen3MoeForCausalLM": Family("Qwen3-MoE (attention)", mlp=()),
-    "StableLmForCausalLM": Family("StableLM"),
+    "StableLmForCausalLM": Family("StableLM", takes={"qk_layernorm": (False,)}),
     "Starcoder2ForCausalLM": Family("StarCoder2 (attention)", mlp=()),
 }
 """By the architecture that a checkpoint's configuration names. ``test_families.py`` holds each against Transformers and PEFT."""
+
+_HEADS_FILL_HIDDEN = ("Cohere2ForCausalLM", "MixtralForCausalLM")
 
 
 def family_of(config: "PretrainedConfig") -> Family:
     """The family of a model.
 
     Raises:
-        ConfigError: it is not one that can be trained.
+        ConfigError: it is not one that can be trained, or has a field that SGLang's model of it does not take.
     """
     architecture = (config.architectures or [config.model_type])[0]
     if architecture not in FAMILIES:
         known = ", ".join(family.name for family in FAMILIES.values())
         raise ConfigError("architectures", architecture, f"the families that can be trained are {known}")
-    return FAMILIES[architecture]
+    family = FAMILIES[architecture]
+    for name, values in family.takes.items():
+        if getattr(config, name, values[0]) not in values:
+            raise ConfigError(name, getattr(config, name), f"SGLang loads {architecture} with {' or '.join(map(repr, values))}")
+    heads = config.hidden_size // config.num_attention_heads
+    if architecture in _HEADS_FILL_HIDDEN and getattr(config, "head_dim", None) not in (None, heads):
+        raise ConfigError("head_dim", config.head_dim, f"SGLang loads {architecture} with hidden_size / num_attention_heads, {heads}")
+    return family
 
 
 def require_modules(family: Family, target_modules: Iterable[str]) -> None:

@@ -73,14 +73,16 @@ def _fill_server_args(server_args) -> None:
     settings = _settings()
     if not settings.enabled or getattr(server_args, "_resolution_finished", False):
         return
-    from sglang.srt.mezo.engine import checkpoint_config, config_source
+    from sglang.srt.mezo.engine import checkpoint_config, config_source, warn_of_differences
     from sglang.srt.mezo.families import family_of
 
     try:  # before a model is loaded for nothing
         settings.make_directory()
-        family = family_of(checkpoint_config(*config_source(server_args)))
+        config = checkpoint_config(*config_source(server_args))
+        family = family_of(config)
     except ConfigError as error:
         raise StartRefused(str(error)) from error
+    warn_of_differences(config, server_args.context_length)
     for field, allowed in (("dp_size", 1), ("pp_size", 1), ("tokenizer_worker_num", 1)):
         if getattr(server_args, field) != allowed:
             raise StartRefused(f"{ENABLE_FLAG} needs {field}={allowed}, not {getattr(server_args, field)}")

@@ -1,0 +1,91 @@
+"""Fields of a checkpoint's configuration that SGLang's model of it does not heed: it computes something else than Transformers then."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+_NO_ROPE = ("default", "dynamic")  # "dynamic" is what it says only beyond the longest position
+_ROPE = ("default", "linear", "yarn", "llama3", "longrope")
+_COMPUTED: dict[str, dict[str, tuple]] = {
+    "CohereForCausalLM": {"attention_bias": (False,), "hidden_act": ("silu",), "tie_word_embeddings": (True,), "rope_type": _ROPE},
+    "Cohere2ForCausalLM": {"attention_bias": (False,), "hidden_act": ("silu",), "tie_word_embeddings": (True,), "rope_type": _ROPE},
+    "GemmaForCausalLM": {
+        "attention_bias": (False,), "hidden_act": ("gelu", "gelu_pytorch_tanh"), "tie_word_embeddings": (True,), "rope_type": _NO_ROPE,
+    },
+    "Gemma2ForCausalLM": {"tie_word_embeddings": (True,), "rope_type": _NO_ROPE},
+    "Gemma3ForCausalLM": {"tie_word_embeddings": (True,)},
+    "Glm4ForCausalLM": {"rope_type": _ROPE},
+    "GraniteForCausalLM": {"attention_bias": (False,), "mlp_bias": (False,), "rope_type": _ROPE},
+    "LlamaForCausalLM": {"mlp_bias": (False,), "rope_type": _ROPE},
+    "MistralForCausalLM": {"rope_type": _ROPE},
+    "MixtralForCausalLM": {"hidden_act": ("silu",), "tie_word_embeddings": (False,), "rope_type": _NO_ROPE},
+    "Olmo2ForCausalLM": {"hidden_act": ("silu",), "rope_type": _ROPE},
+    "Phi3ForCausalLM": {"rope_type": _ROPE},
+    "Qwen2ForCausalLM": {"rope_type": _ROPE},
+    "Qwen3ForCausalLM": {"rope_type": _ROPE},
+    "Qwen3MoeForCausalLM": {
+        "hidden_act": ("silu",), "tie_word_embeddings": (False,), "decoder_sparse_step": (1,), "mlp_only_layers": ([],), "rope_type": _ROPE,
+    },
+    "StableLmForCausalLM": {
+        "hidden_act": ("silu",), "tie_word_embeddings": (False,), "use_parallel_residual": (False,), "rope_type": _NO_ROPE,
+    },
+    "Starcoder2ForCausalLM": {"rope_type": _NO_ROPE},
+}  # fmt: skip
+"""By architecture: the values of a field that SGLang computes."""
+
+_WITHOUT_WINDOWS = {
+    "MistralForCausalLM", "MixtralForCausalLM", "Phi3ForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM",
+    "Starcoder2ForCausalLM",
+}  # fmt: skip
+
+
+def differences(config: "PretrainedConfig", context_length: int | None = None) -> list[str]:
+    """A sentence for every field that makes a difference, with its value.
+
+    Args:
+        config: of a family that can be trained.
+        context_length: longest sequence that the engine takes; by default the model's.
+    """
+    architecture = config.architectures[0]
+    longest = context_length or config.max_position_embeddings
+    found = [
+        f"{field}={value!r} is computed as {' or '.join(map(repr, computed))}"
+        for field, computed in _COMPUTED.get(architecture, {}).items()
+        for value in _values(config, field)
+        if value not in computed
+    ]
+    found += _windows(config, architecture, longest)
+    found += _long_rope(config, longest)
+    if architecture == "Gemma2ForCausalLM" and any((kind == "sliding_attention") != (i % 2 == 0) for i, kind in enumerate(config.layer_types)):
+        found.append(f"layer_types={config.layer_types!r} is computed with every other layer a sliding one, the first among them")
+    return found
+
+
+def _values(config: "PretrainedConfig", field: str) -> list[Any]:
+    """The values of a field; of ``rope_type`` one for each kind of layer that has positions of its own."""
+    if field == "rope_type":
+        return sorted({parameters.get("rope_type", "default") for parameters in _rope(config)})
+    return [getattr(config, field)] if hasattr(config, field) else []
+
+
+def _rope(config: "PretrainedConfig") -> list[dict[str, Any]]:
+    """Of each kind of layer, or the one of all."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    kinds = [value for value in parameters.values() if isinstance(value, dict)]
+    return kinds or [parameters]
+
+
+def _windows(config: "PretrainedConfig", architecture: str, longest: int) -> Iterator[str]:
+    window = getattr(config, "sliding_window", None)
+    slides = "sliding_attention" in getattr(config, "layer_types", ["sliding_attention"])
+    if architecture in _WITHOUT_WINDOWS and slides and window is not None and window < longest:
+        yield f"sliding_window={window} is computed as None: a token sees all {longest} before it"
+
+
+def _long_rope(config: "PretrainedConfig", longest: int) -> Iterator[str]:
+    for parameters in _rope(config):
+        original = parameters.get("original_max_position_embeddings") or config.max_position_embeddings
+        if parameters.get("rope_type") == "longrope" and longest > original:
+            yield f"rope_type='longrope' turns on the long factors for all sequences of a batch with one longer than {original}; a context_length of {original} has none"
