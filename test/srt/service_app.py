@@ -22,6 +22,7 @@ from sglang.srt.mezo.service.messages import EngineDescription
 from sglang.srt.mezo.service.records import StoredEvent, StoredJob
 from sglang.srt.mezo.service.settings import ServiceSettings
 from sglang.srt.mezo.service.store import Store
+from sglang.srt.mezo.service.threads import ServiceThreads
 from sglang.srt.observability.http_request_metrics import add_http_request_metrics_middleware
 from sglang.srt.utils.auth import add_api_key_middleware
 
@@ -104,6 +105,14 @@ class FakeService:
     client: Any = field(default_factory=lambda: SimpleNamespace(served_model_name="tiny", context_length=128))
     ready: bool = True
     latency: LatencyRecorder = field(default_factory=LatencyRecorder)
+    threads: ServiceThreads = field(default_factory=ServiceThreads)
+
+    def __post_init__(self):
+        self.threads.start()
+
+    def close(self) -> None:
+        self.threads.close()
+        self.store.close()
 
 
 def make_service(directory: Path) -> FakeService:
@@ -126,10 +135,10 @@ def make_app(service: FakeService, api_key: str | None = None, admin_api_key: st
 
 
 @contextlib.contextmanager
-def serving(app: FastAPI) -> Iterator[int]:
+def serving(app: FastAPI, lifespan: str = "off") -> Iterator[int]:
     """The app on a port of the loopback interface."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        server = uvicorn.Server(uvicorn.Config(app, lifespan="off", log_level="error", loop="uvloop"))
+        server = uvicorn.Server(uvicorn.Config(app, lifespan=lifespan, log_level="error", loop="uvloop"))
         thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
         thread.start()
         while not server.started:

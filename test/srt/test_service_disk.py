@@ -4,6 +4,7 @@ import asyncio
 import errno
 import os
 import sqlite3
+import threading
 
 import pytest
 from service_app import make_app, make_service
@@ -30,7 +31,7 @@ def soon(monkeypatch):
 
 def take_writes(server: Server, taken: bool) -> None:
     """Whether the database takes writes; where it does not, SQLite says what it says on a disk that cannot be written."""
-    server.store._database.execute(f"PRAGMA query_only = {'OFF' if taken else 'ON'}")
+    server.store._database._connection.execute(f"PRAGMA query_only = {'OFF' if taken else 'ON'}")
 
 
 async def goes_on(server: Server, job) -> None:
@@ -107,11 +108,11 @@ def test_routes_on_a_store_that_takes_no_writes(tmp_path, method, path, body):
     )
     job = http.post("/v1/fine_tuning/jobs", json={"model": "tiny", "training_file": file, "suffix": "ft-1"}).json()["id"]
     service.store.update_job(job, version=1)
-    service.store._database.execute("PRAGMA query_only = ON")
+    service.store._database._connection.execute("PRAGMA query_only = ON")
     answer = http.request(method, path.replace("JOB", job).replace("OTHER", other), json=body and {**body, "training_file": file})
     assert (answer.status_code, answer.json()["error"]["code"]) == (507, "disk_full"), answer.text
     assert service.store.job(job).status == "validating_files" and service.store.file_path(other).exists()
-    service.store.close()
+    service.close()
 
 
 async def test_what_the_engine_could_not_write_is_told_apart(server, monkeypatch):
@@ -152,14 +153,19 @@ async def test_a_job_that_fails_while_nothing_can_be_written_is_failed_later(ser
 
 async def test_another_process_that_holds_the_database_delays_a_state_and_loses_none(server, monkeypatch):
     job = await server.running()
-    server.store._database.execute("PRAGMA busy_timeout = 1")
-    other = sqlite3.connect(server.store.directory / "mezo.sqlite", isolation_level=None)
+    server.store._database._connection.execute("PRAGMA busy_timeout = 1")
+    other = sqlite3.connect(server.store.directory / "mezo.sqlite", isolation_level=None, check_same_thread=False)
     other.execute("BEGIN IMMEDIATE")
+    seen = []
+
+    def let_go() -> None:
+        seen.append(server.store.job(job.id).status)
+        other.execute("COMMIT")
+
+    threading.Timer(0.2, let_go).start()
     server.scheduler.report("failed", 4, "the losses are nan", code="DivergedError")
-    await asyncio.sleep(0.1)
-    assert server.store.job(job.id).status == "running"
-    other.execute("COMMIT")
     await server.until(job, "failed")
+    assert seen == ["running"]
 
 
 @pytest.mark.parametrize("action, becomes", [("pause", "paused"), ("cancel", "cancelled")])

@@ -18,7 +18,7 @@ ROW = {"prompt": "a", "completion": "b"}
 def service(tmp_path):
     service = make_service(tmp_path)
     yield service
-    service.store.close()
+    service.close()
 
 
 @pytest.fixture

@@ -201,7 +201,7 @@ def service(tmp_path):
     service = service_app.make_service(tmp_path)
     service.latency = LatencyRecorder()
     yield service
-    service.store.close()
+    service.close()
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from service_app import ADMIN_KEY, API_KEY, UPSTREAM, make_app, make_service, se
 from sglang.srt.entrypoints import http_server
 from sglang.srt.lora.lora_registry import LoRARef
 from sglang.srt.mezo.service.records import StoredCheckpoint, StoredEvent, StoredFile, new_id, now
+from sglang.srt.mezo.service.threads import ServiceThreads
 
 ROWS = b'{"prompt": "a", "completion": "b"}\n' * 40
 JOBS = "/v1/fine_tuning/jobs"
@@ -36,7 +37,7 @@ def upstream(monkeypatch):
 def service(tmp_path):
     service = make_service(tmp_path)
     yield service
-    service.store.close()
+    service.close()
 
 
 @pytest.fixture
@@ -363,14 +364,16 @@ def test_an_unexpected_exception_says_nothing_of_the_inside(http, service, monke
     assert "secret detail" in caplog.text
 
 
-def test_before_the_service_is_ready_all_but_serving_waits(http, service):
+def test_before_the_service_is_ready_all_but_serving_waits(http, service, monkeypatch):
     service.ready = False
-    error = error_of(http.get("/v1/files"), 503)
-    assert error["code"] == "not_ready"
-    assert error_of(http.get("/mezo/status"), 503)["code"] == "not_ready"
-    assert error_of(http.post(JOBS, json={}), 503)["code"] == "not_ready"
-    assert [card["id"] for card in http.get("/v1/models").json()["data"]] == ["tiny"]
-    assert http.get("/v1/models/tiny").json()["id"] == "tiny"
+    with monkeypatch.context() as patch:
+        patch.setattr(service, "threads", ServiceThreads())  # they are started with the service
+        error = error_of(http.get("/v1/files"), 503)
+        assert error["code"] == "not_ready"
+        assert error_of(http.get("/mezo/status"), 503)["code"] == "not_ready"
+        assert error_of(http.post(JOBS, json={}), 503)["code"] == "not_ready"
+        assert [card["id"] for card in http.get("/v1/models").json()["data"]] == ["tiny"]
+        assert http.get("/v1/models/tiny").json()["id"] == "tiny"
 
 
 # --- models --------------------------------------------------------------------------------------------------------------

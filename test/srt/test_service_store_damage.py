@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 import sqlite3
+import threading
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -416,17 +417,41 @@ def test_a_database_that_another_process_has_locked_is_refused_in_one_line(store
     Store(store.directory).close()
 
 
-def test_a_lock_while_it_runs_is_an_answer_that_says_so_and_loses_nothing(store):
+def test_a_lock_while_it_runs_delays_what_changes_the_store_and_loses_nothing(store):
     job = add_job(store)
     store._database._connection.execute("PRAGMA busy_timeout = 50")
     with closing(sqlite3.connect(store.directory / "mezo.sqlite")) as connection:
         connection.execute("BEGIN IMMEDIATE")
         with pytest.raises(sqlite3.OperationalError) as caught:
-            store.update_job(job.id, step=7)
+            store.require_unlocked()
         known = storage_error(caught.value)
         assert (known.status, known.code) == (503, "store_busy") and "locked by another process" in known.message
-        assert store.job(job.id) == job
-    assert store.update_job(job.id, step=7).step == 7
+        change = threading.Thread(target=store.update_job, args=(job.id,), kwargs={"step": 7})
+        change.start()
+        change.join(0.3)
+        assert change.is_alive() and store.job(job.id) == job
+    change.join()
+    assert store.job(job.id).step == 7
+
+
+def test_a_store_that_is_closed_while_it_waits_for_another_process_does_not_hang(store):
+    job = add_job(store)
+    store._database._connection.execute("PRAGMA busy_timeout = 50")
+    errors = []
+
+    def change() -> None:
+        with pytest.raises(sqlite3.OperationalError) as caught:
+            store.update_job(job.id, step=7)
+        errors.append(caught.value)
+
+    with closing(sqlite3.connect(store.directory / "mezo.sqlite")) as connection:
+        connection.execute("BEGIN IMMEDIATE")
+        waiting = threading.Thread(target=change)
+        waiting.start()
+        waiting.join(0.2)
+        store.close()
+        waiting.join()
+    assert storage_error(errors[0]).code == "store_busy"
 
 
 def read_only(directory: Path) -> str:

@@ -26,7 +26,7 @@ FORM_TYPE = f"multipart/form-data; boundary={BOUNDARY}"
 def service(tmp_path):
     service = make_service(tmp_path)
     yield service
-    service.store.close()
+    service.close()
 
 
 @pytest.fixture

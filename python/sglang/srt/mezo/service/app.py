@@ -1,5 +1,6 @@
 """The service's parts in the HTTP process, and their life."""
 
+import asyncio
 import logging
 import os
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ from sglang.srt.mezo.service.messages import EngineDescription, MezoEvent
 from sglang.srt.mezo.service.metrics import JobMetrics
 from sglang.srt.mezo.service.settings import ServiceSettings
 from sglang.srt.mezo.service.store import Store
+from sglang.srt.mezo.service.threads import ServiceThreads
 from sglang.srt.utils import kill_process_tree
 
 if TYPE_CHECKING:
@@ -22,20 +24,24 @@ logger = logging.getLogger(__name__)
 
 
 class Service:
-    """Built with the application, before the engine is up; the parts are there between ``start`` and ``stop``."""
+    """Built with the application, before the engine is up; the parts are there between ``start`` and ``stop``.
+
+    Its methods are called in SGLang's event loop; the manager and whatever changes the store live in ``threads``.
+    """
 
     def __init__(self, settings: ServiceSettings):
         self.settings = settings
         self.ready = False
         self.latency = LatencyRecorder()
         self.requests = RequestsInFlight()
+        self.threads = ServiceThreads()
         self.client: EngineClient
         self.engine: EngineDescription
         self.store: Store
         self.manager: JobManager
 
     async def start(self, tokenizer_manager: "TokenizerManager") -> None:
-        """Called in the event loop, once the engine answers. Where it fails, the server ends."""
+        """Called once the engine answers. Where it fails, the server ends."""
         try:
             await self._start(tokenizer_manager)
         except Exception as error:
@@ -46,13 +52,15 @@ class Service:
 
     async def _start(self, tokenizer_manager: "TokenizerManager") -> None:
         directory = self.settings.make_directory()
+        self._loop = asyncio.get_running_loop()
         self.client = EngineClient(tokenizer_manager)
-        self.store = Store(directory)
+        self.threads.start()
+        self.store = await self.threads.call(Store, directory)
         self._job_metrics = JobMetrics(self.store) if tokenizer_manager.enable_metrics else None
         self.store.listener = self._on_job_change
-        self._on_job_change()
+        await self.threads.call(self._on_job_change)
         self.manager = JobManager(self.settings, self.store, self.client)
-        await self.manager.start()
+        await self.threads.run(self.manager.start())
         self.engine = self.manager.engine
         self.ready = True
         sizes = self.engine.micro_step_tokens, self.engine.idle_step_tokens
@@ -60,8 +68,9 @@ class Service:
 
     async def stop(self) -> None:
         self.ready = False
-        await self.manager.stop()
-        self.store.close()
+        await self.threads.run(self.manager.stop())
+        await self.threads.call(self.store.close)
+        await asyncio.to_thread(self.threads.close)
 
     def on_engine_end(self) -> None:
         """The scheduler is gone, and the application is about to stop."""
@@ -71,11 +80,12 @@ class Service:
         self.requests.end()
 
     def _on_job_change(self) -> None:
-        self.latency.set_training("running" in self.store.job_counts())
+        """Called in the service's thread."""
+        self._loop.call_soon_threadsafe(self.latency.set_training, "running" in self.store.job_counts())
         if self._job_metrics is not None:
             self._job_metrics.update()
 
     def on_event(self, event: MezoEvent) -> None:
-        """An event from the scheduler; called in the event loop."""
+        """An event from the scheduler."""
         if self.ready:
-            self.manager.on_event(event)
+            self.threads.post(self.manager.on_event, event)

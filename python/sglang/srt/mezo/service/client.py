@@ -1,22 +1,28 @@
 """Commands to the scheduler, from the HTTP process."""
 
 import asyncio
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Coroutine
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from sglang.srt.mezo.chat import ChatSettings
 from sglang.srt.mezo.service.errors import DiskFull, EngineRefused
 from sglang.srt.mezo.service.messages import Command, MezoReqInput
+from sglang.srt.mezo.service.threads import run_in
 
 if TYPE_CHECKING:
     from sglang.srt.managers.tokenizer_manager import TokenizerManager
     from transformers import PreTrainedTokenizerBase
 
 
+Result = TypeVar("Result")
+
+
 class EngineClient:
-    """The engine as the service sees it."""
+    """The engine as the service sees it, from whatever thread. To be made in SGLang's event loop, where it is spoken to."""
 
     def __init__(self, tokenizer_manager: "TokenizerManager"):
         self.tokenizer_manager = tokenizer_manager
+        self._loop = asyncio.get_running_loop()
 
     @property
     def tokenizer(self) -> "PreTrainedTokenizerBase":
@@ -43,7 +49,18 @@ class EngineClient:
             DiskFull: a file of the run could not be written.
         """
         # SGLang's communicator hands the answer of a call that was cancelled to the next one: ours are waited for.
-        return await asyncio.shield(self._exchange(command))
+        return await asyncio.shield(self.run(self._exchange(command)))
+
+    async def run(self, work: Coroutine[Any, Any, Result]) -> Result:
+        """Await what belongs into SGLang's event loop."""
+        return await run_in(self._loop, work)
+
+    def post(self, function: Callable[..., Any], *args: Any) -> None:
+        """Have a function called in SGLang's event loop; at once where this is it."""
+        if asyncio.get_running_loop() is self._loop:
+            function(*args)
+        else:
+            self._loop.call_soon_threadsafe(function, *args)
 
     async def _exchange(self, command: Command) -> dict[str, Any]:
         self.tokenizer_manager.auto_create_handle_loop()

@@ -24,6 +24,8 @@ from sglang.srt.mezo.service.migrations import migrate
 
 logger = logging.getLogger(__name__)
 
+_LOCK_SECONDS = 3.0  # that another process may hold the database before a request hears of it
+
 Record = TypeVar("Record")
 
 
@@ -43,7 +45,9 @@ class Where(NamedTuple):
 
 
 class Database:
-    """Thread-safe: one connection behind a lock. A transaction is on disk when its block ends.
+    """Thread-safe. A transaction is on disk when its block ends; it waits for one of another thread, or of another process.
+
+    What reads outside of a transaction waits for neither: each thread has a connection of its own for that.
 
     Raises:
         ConfigError: the file is none of ours, is damaged or locked, or is new beside what belongs to another one.
@@ -54,9 +58,14 @@ class Database:
         self._path = path
         self._lock = threading.RLock()
         self._told: set[str] = set()  # damaged rows that have been logged
+        self._closed = False
+        self._writer: int | None = None  # the thread that is in a transaction
+        self._of_thread = threading.local()
+        self._readers: list[sqlite3.Connection] = []
+        self._of_readers = threading.Lock()  # its own: who holds the other one may wait for another process
         try:
             _require_journal(path)
-            self._connection = sqlite3.connect(path, check_same_thread=False)
+            self._connection = self._connected()
             try:
                 self._prepare()
             except BaseException:
@@ -65,10 +74,14 @@ class Database:
         except sqlite3.Error as error:
             raise _unusable(path, str(error)) from error
 
-    def _prepare(self) -> None:
-        self._connection.row_factory = sqlite3.Row
+    def _connected(self) -> sqlite3.Connection:
+        connection = sqlite3.connect(self._path, _LOCK_SECONDS, check_same_thread=False, isolation_level=None)  # ours to begin transactions
+        connection.row_factory = sqlite3.Row
         # Text comes as bytes: what is not UTF-8 is then an error of its row, not of the whole query.
-        self._connection.text_factory = bytes
+        connection.text_factory = bytes
+        return connection
+
+    def _prepare(self) -> None:
         (problem,) = self._connection.execute("PRAGMA quick_check(1)").fetchone()
         if problem != b"ok":
             raise _unusable(self._path, f"it is damaged: {' '.join(problem.decode(errors='replace').split())}")
@@ -83,19 +96,67 @@ class Database:
         migrate(self._connection, self._path)
 
     def close(self) -> None:
+        """A transaction that waits for another process ends with its error."""
+        self._closed = True
         with self._lock:
             self._connection.close()
+        with self._of_readers:
+            for connection in self._readers:
+                connection.close()
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """All changes of the block, or none."""
-        with self._lock, self._connection:
-            yield
+        """All changes of the block, or none. Where another process has locked the database, it begins when that has let go."""
+        with self._lock:
+            assert self._writer is None, "a transaction in a transaction"
+            self._begin()
+            self._writer = threading.get_ident()
+            try:
+                yield
+                self._connection.execute("COMMIT")
+            except BaseException:
+                if self._connection.in_transaction:  # a full disk, for one, has ended it already
+                    self._connection.execute("ROLLBACK")
+                raise
+            finally:
+                self._writer = None
+
+    def _begin(self) -> None:
+        said = False
+        while True:
+            try:
+                self._connection.execute("BEGIN IMMEDIATE")
+                return
+            except sqlite3.OperationalError as error:
+                if self._closed or not is_locked(error):
+                    raise
+                if not said:
+                    logger.warning("%s is locked by another process: what changes it has to wait", self._path)
+                said = True
+
+    def require_unlocked(self) -> None:
+        """Raises sqlite3.OperationalError where another process has locked the database, after some seconds."""
+        with self._lock:
+            self._connection.execute("BEGIN IMMEDIATE")
+            self._connection.execute("ROLLBACK")
 
     def execute(self, statement: str, values: Sequence[Any] = ()) -> list[sqlite3.Row]:
-        """Rows as SQLite has them: text is bytes."""
-        with self._lock:
-            return self._connection.execute(statement, tuple(values)).fetchall()
+        """Rows as SQLite has them: text is bytes. What changes something is part of a transaction."""
+        return self._current().execute(statement, tuple(values)).fetchall()
+
+    def _current(self) -> sqlite3.Connection:
+        """Sees what a transaction of this thread has done, or else what has been committed."""
+        if self._writer == threading.get_ident():
+            return self._connection
+        if not hasattr(self._of_thread, "connection"):
+            connection = self._connected()
+            connection.execute("PRAGMA query_only = ON")
+            with self._of_readers:
+                if self._closed:
+                    connection.close()
+                self._readers.append(connection)
+            self._of_thread.connection = connection
+        return self._of_thread.connection
 
     def insert(self, table: str, *records: Any) -> None:
         for record in records:
@@ -110,11 +171,10 @@ class Database:
 
     def select(self, kind: type[Record], query: str, values: Sequence[Any] = (), limit: int | None = None) -> list[Record]:
         """Records of a query that selects whole rows of their table, up to ``limit`` of them."""
-        with self._lock:
-            return list(itertools.islice(self._records(kind, query, values), limit))
+        return list(itertools.islice(self._records(kind, query, values), limit))
 
     def _records(self, kind: type[Record], query: str, values: Sequence[Any]) -> Iterator[Record]:
-        for row in self._connection.execute(query, tuple(values)):
+        for row in self._current().execute(query, tuple(values)):
             try:
                 yield _record(kind, row)
             except _Damaged as error:
@@ -163,14 +223,18 @@ class Database:
     ) -> Page[Record]:
         """Up to ``limit`` records from beyond the one whose id is ``after``; NotFound where that is not in the list."""
         condition, values = where
-        with self._lock:
-            if after is not None:
-                rows = self.execute(f"SELECT number FROM {table} WHERE id = ? AND {condition}", (after, *values))
-                if not rows:
-                    raise NotFound(what, after, "after")
-                condition, values = f"number {'<' if order == 'desc' else '>'} ? AND {condition}", (rows[0]["number"], *values)
-            records = self.select(kind, f"SELECT * FROM {table} WHERE {condition} ORDER BY number {order}", values, limit + 1)
+        if after is not None:
+            rows = self.execute(f"SELECT number FROM {table} WHERE id = ? AND {condition}", (after, *values))
+            if not rows:
+                raise NotFound(what, after, "after")
+            condition, values = f"number {'<' if order == 'desc' else '>'} ? AND {condition}", (rows[0]["number"], *values)
+        records = self.select(kind, f"SELECT * FROM {table} WHERE {condition} ORDER BY number {order}", values, limit + 1)
         return Page(records[:limit], len(records) > limit)
+
+
+def is_locked(error: sqlite3.Error) -> bool:
+    """By another process."""
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 
 
 def _require_journal(path: Path) -> None:

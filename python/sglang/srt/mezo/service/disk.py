@@ -5,11 +5,11 @@ import errno
 import os
 import sqlite3
 from contextlib import suppress
-from http import HTTPStatus
 from pathlib import Path
 
 from sglang.srt.mezo.errors import shown
-from sglang.srt.mezo.service.errors import DiskFull, RequestError
+from sglang.srt.mezo.service.database import is_locked
+from sglang.srt.mezo.service.errors import DiskFull, RequestError, StoreBusy
 
 _ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 _SQLITE_ERRORS = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN}
@@ -35,9 +35,8 @@ def storage_error(error: BaseException) -> RequestError | None:
     match error:
         case _ if (full := disk_full(error)) is not None:
             return full
-        case sqlite3.Error() if getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
-            message = "the server's store (mezo.sqlite) is locked by another process: ask again"
-            return RequestError(HTTPStatus.SERVICE_UNAVAILABLE, message, None, "store_busy")
+        case sqlite3.Error() if is_locked(error):
+            return StoreBusy()
         case sqlite3.DatabaseError() if getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
             return RequestError(500, f"the server's store (mezo.sqlite) is damaged: {error}", None, "store_damaged")
         case OSError() if error.errno and error.filename:

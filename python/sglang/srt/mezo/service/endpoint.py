@@ -1,6 +1,7 @@
 """What every route of ours has in common: its authorisation level, its errors in OpenAI's shape, its JSON body."""
 
 import asyncio
+import functools
 import logging
 import sqlite3
 from collections.abc import Awaitable, Callable, Iterable, Sequence
@@ -19,12 +20,13 @@ from starlette.responses import Response
 from sglang.srt.mezo.errors import CapacityError, ConfigError, DataError, shown
 from sglang.srt.mezo.service.client import EngineClient
 from sglang.srt.mezo.service.disk import storage_error
-from sglang.srt.mezo.service.errors import RequestError
+from sglang.srt.mezo.service.errors import RequestError, StoreBusy
 from sglang.srt.mezo.service.latency import LatencyRecorder
 from sglang.srt.mezo.service.manager import JobManager
 from sglang.srt.mezo.service.messages import EngineDescription
 from sglang.srt.mezo.service.settings import ServiceSettings
 from sglang.srt.mezo.service.store import Store
+from sglang.srt.mezo.service.threads import ServiceThreads
 from sglang.srt.utils.auth import AuthLevel, auth_level
 from sglang.srt.utils.json_response import SGLangORJSONResponse
 
@@ -33,6 +35,7 @@ logger = logging.getLogger(__name__)
 MAX_BODY_BYTES = 1 << 20
 _MAX_NAME = 100  # characters of a name from a client that a message repeats
 _MAX_NAMES = 10
+_BUSY_SECONDS = 8.0  # that a request which changes something waits for the store before it begins
 
 reads = auth_level(AuthLevel.NORMAL)
 changes = auth_level(AuthLevel.ADMIN_OPTIONAL)
@@ -41,11 +44,15 @@ Handler = Callable[..., Awaitable[Any]]
 
 
 class Service(Protocol):
-    """What the routes work on. All but ``settings`` and ``latency`` is there while it is ``ready`` only."""
+    """What the routes work on. All but ``settings``, ``latency`` and ``threads`` is there while it is ``ready`` only.
+
+    Handlers run in SGLang's event loop: what touches the store or the manager goes through ``threads``.
+    """
 
     ready: bool
     settings: ServiceSettings
     latency: LatencyRecorder
+    threads: ServiceThreads
     store: Store
     manager: JobManager
     client: EngineClient
@@ -70,28 +77,52 @@ class Endpoint(NamedTuple):
 def add_routes(app: FastAPI, endpoints: Iterable[Endpoint], service: Service | None = None) -> None:
     """Put the endpoints on the app itself: a router that is included would lose their authorisation levels.
 
-    service: they answer 503 until it is ready; None for endpoints that do without it.
+    service: they answer 503 until it is ready, and those that change something while its store is locked; None for endpoints
+        that do without it.
     """
-    dependencies = [] if service is None else [Depends(_require_ready(service))]
     for method, path, handler in endpoints:
-        assert isinstance(getattr(handler, "_auth_level", None), AuthLevel), handler
+        level = getattr(handler, "_auth_level", None)
+        assert isinstance(level, AuthLevel), handler
+        needed = [] if service is None else _needed(service, method)
         app.router.add_api_route(
             path,
-            handler,
+            _rendered(handler),
             methods=[method],
-            dependencies=dependencies,
+            dependencies=[Depends(need) for need in needed],
             response_model=None,
             response_class=SGLangORJSONResponse,
             route_class_override=_Route,
         )
 
 
-def _require_ready(service: Service) -> Handler:
-    async def require_ready() -> None:
+def _needed(service: Service, method: str) -> list[Handler]:
+    async def ready() -> None:
         if not service.ready:
             raise RequestError(HTTPStatus.SERVICE_UNAVAILABLE, "the training service is not ready yet; ask again", None, "not_ready")
 
-    return require_ready
+    async def writable() -> None:
+        await require_writable(service)
+
+    return [ready] if method == "GET" else [ready, writable]
+
+
+async def require_writable(service: Service) -> None:
+    """Raises StoreBusy where a change would have to wait, before anything of it is done."""
+    try:
+        await asyncio.wait_for(service.threads.call(service.store.require_unlocked), _BUSY_SECONDS)
+    except TimeoutError as error:
+        raise StoreBusy() from error
+
+
+def _rendered(handler: Handler) -> Handler:
+    """FastAPI would look at every value of an answer before it is written, which for a long list takes a second."""
+
+    @functools.wraps(handler)
+    async def answer(*args: Any, **kwargs: Any) -> Response:
+        content = await handler(*args, **kwargs)
+        return SGLangORJSONResponse(content) if isinstance(content, dict) else content
+
+    return answer
 
 
 class _Route(APIRoute):
@@ -116,6 +147,8 @@ def _explain(request: Request, error: Exception) -> Response:
         known = RequestError(HTTPStatus.INTERNAL_SERVER_ERROR, "the server failed to answer; its log says why", None, "internal_error")
     # A part of the body may be unread. To close the connection is what keeps the client from sending the rest.
     headers = {} if request.method == "GET" else {"Connection": "close"}
+    if isinstance(known, StoreBusy):
+        headers["Retry-After"] = str(known.RETRY_SECONDS)
     kind = "server_error" if known.status >= 500 else "invalid_request_error"
     content = {"error": {"message": known.message, "type": kind, "param": known.param, "code": known.code}}
     return SGLangORJSONResponse(content, known.status, headers)
@@ -176,7 +209,11 @@ async def read_json(request: Request, model: type[WireModel], max_bytes: int = M
         body += chunk
         if len(body) > max_bytes:
             raise too_large(max_bytes)
-    content = await asyncio.to_thread(_parsed, body)
+    return await asyncio.to_thread(_validated, body, model)
+
+
+def _validated(body: bytearray, model: type[WireModel]) -> WireModel:
+    content = _parsed(body)
     if not isinstance(content, dict):
         raise RequestError(400, f"the body must be a JSON object, not {type(content).__name__}", None, "invalid_json")
     try:

@@ -51,6 +51,15 @@ class DiskFull(RequestError):
         super().__init__(HTTPStatus.INSUFFICIENT_STORAGE, message, None, "disk_full")
 
 
+class StoreBusy(RequestError):
+    """Another process, such as a backup, has locked the store; nothing has been changed. Ask again in ``RETRY_SECONDS``."""
+
+    RETRY_SECONDS = 5
+
+    def __init__(self):
+        super().__init__(HTTPStatus.SERVICE_UNAVAILABLE, "the server's store (mezo.sqlite) is locked by another process: ask again", None, "store_busy")
+
+
 class PublishError(RequestError):
     """An adapter could not be loaded for serving; what was served before still is."""
 

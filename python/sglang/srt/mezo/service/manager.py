@@ -31,7 +31,7 @@ _MOST_ROOM_SECONDS = 60.0  # between two looks whether the disk has room again
 
 
 class JobManager:
-    """Runs in one event loop, that of the HTTP process. One job trains at a time, the others wait in the order they came.
+    """Runs in one event loop, that of the service. One job trains at a time, the others wait in the order they came.
 
     Attributes:
         engine: what the engine can train; known after ``start``.

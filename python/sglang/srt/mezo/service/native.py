@@ -1,11 +1,11 @@
 """Routes beyond OpenAI's: more examples for a running job, its adapter as it is now, single evaluations and updates."""
 
-import asyncio
 import itertools
 import json
 import math
+from collections.abc import Coroutine
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 from fastapi import FastAPI, Query
@@ -24,6 +24,8 @@ from sglang.srt.mezo.tracking import parse_metrics
 _MAX_ROWS_BYTES = 4 << 20  # of a request: far more than it may have tokens, and parsing it holds up serving
 _MAX_LINES = 1000  # of metrics in one answer
 _MAX_GRAD = 1e30  # times the largest learning rate, a float32 still: a step of the seed log can be taken
+
+Result = TypeVar("Result")
 
 Rows = Annotated[list[Json], Field(min_length=1, max_length=MAX_EXAMPLES)]
 Seed = Annotated[int, Field(ge=0, lt=2**64)]
@@ -82,7 +84,7 @@ class _Native:
     async def status(self) -> Json:
         service = self._service
         settings = service.settings
-        running = service.store.with_status("running")
+        running = await service.threads.read(service.store.with_status, "running")
         return {
             "engine": msgspec.to_builtins(service.engine),
             "served_model_name": service.client.served_model_name,
@@ -101,41 +103,50 @@ class _Native:
     @reads
     async def metrics(self, job_id: str, after: Line = 0) -> Json:
         """Lines of the job's metrics.jsonl behind the first ``after``; ``next`` is the ``after`` of the next request."""
-        job = self._service.store.job(job_id)
-        path = self._service.store.job_directory(job.id) / "run" / "metrics.jsonl"
-        lines = await asyncio.to_thread(_read_lines, path, after)
+        return await self._service.threads.read(self._metrics, job_id, after)
+
+    def _metrics(self, job_id: str, after: int) -> Json:
+        store = self._service.store
+        lines = _read_lines(store.job_directory(store.job(job_id).id) / "run" / "metrics.jsonl", after)
         return {"data": parse_metrics(lines), "next": after + len(lines)}
 
     @changes
     async def append_examples(self, job_id: str, request: Request) -> Json:
         """``step``: the first that draws from the rows; null where the job does not run, and they count once it does."""
-        self._service.store.job(job_id)
+        await self._job(job_id)
         body = await read_json(request, AppendExamples, self._max_rows_bytes)
-        appended = await self._service.manager.append_rows(job_id, body.rows)
+        appended = await self._run(self._service.manager.append_rows(job_id, body.rows))
         return {"step": appended["step"], "added": appended["examples"]}
 
     @changes
     async def publish(self, job_id: str, request: Request) -> Json:
-        self._service.store.job(job_id)
+        await self._job(job_id)
         body = await read_json(request, Publish)
-        return {"model": await self._service.manager.publish_checkpoint(job_id, body.checkpoint)}
+        return {"model": await self._run(self._service.manager.publish_checkpoint(job_id, body.checkpoint))}
 
     @changes
     async def evaluate(self, job_id: str, request: Request) -> Json:
-        job = self._service.store.job(job_id)
+        job = await self._job(job_id)
         body = await read_json(request, Evaluate, self._max_rows_bytes)
         zo_eps = job.config["zo_eps"] if body.zo_eps is None else body.zo_eps
-        losses = await self._service.manager.evaluate(job_id, body.rows, body.zo_random_seed, zo_eps)
+        losses = await self._run(self._service.manager.evaluate(job_id, body.rows, body.zo_random_seed, zo_eps))
         if not all(map(math.isfinite, losses["loss_plus"] + losses["loss_minus"])):
             raise RequestError(400, f"the losses at zo_eps={zo_eps} are {shown(losses)}: lower zo_eps", "zo_eps", "diverged")
         return losses
 
     @changes
     async def update(self, job_id: str, request: Request) -> Json:
-        job = self._service.store.job(job_id)
+        job = await self._job(job_id)
         body = await read_json(request, Update)
         _require_directions(job, body.projected_grad)
-        return await self._service.manager.update(job_id, body.zo_random_seed, body.projected_grad, body.learning_rate, body.publish)
+        manager = self._service.manager
+        return await self._run(manager.update(job_id, body.zo_random_seed, body.projected_grad, body.learning_rate, body.publish))
+
+    async def _job(self, job_id: str) -> StoredJob:
+        return await self._service.threads.read(self._service.store.job, job_id)
+
+    async def _run(self, work: Coroutine[Any, Any, Result]) -> Result:
+        return await self._service.threads.run(work)
 
     @property
     def _max_rows_bytes(self) -> int:

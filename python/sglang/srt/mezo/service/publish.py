@@ -6,7 +6,7 @@ name: a request keeps the adapter that its name stood for when it came.
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,8 +26,15 @@ _unloading: set[asyncio.Task] = set()
 
 
 def names(tokenizer_manager: "TokenizerManager") -> set[str]:
-    """Every name that the server answers to, whether the adapter is loaded or will be when it is first asked for."""
-    return {*tokenizer_manager.lora_ref_cache, *tokenizer_manager.lora_registry.get_all_adapters()}
+    """Every name that the server answers to, whether the adapter is loaded or will be when it is first asked for.
+
+    Of two dictionaries of strings, each in one step of the interpreter: any thread may ask.
+    """
+    return {*tokenizer_manager.lora_ref_cache, *tokenizer_manager.lora_registry._registry}
+
+
+def is_loaded(tokenizer_manager: "TokenizerManager", name: str) -> bool:
+    return name in tokenizer_manager.lora_registry._registry
 
 
 def announce(tokenizer_manager: "TokenizerManager", name: str, directory: Path) -> None:
@@ -36,12 +43,12 @@ def announce(tokenizer_manager: "TokenizerManager", name: str, directory: Path) 
 
 
 async def publish(
-    tokenizer_manager: "TokenizerManager", name: str, directory: Path, record: Callable[[], object] = lambda: None
+    tokenizer_manager: "TokenizerManager", name: str, directory: Path, record: Callable[[], Awaitable[None]] | None = None
 ) -> None:
     """Load an adapter and let ``name`` stand for it.
 
     Args:
-        record: puts on record that it does; called once the adapter is loaded.
+        record: puts on record that it does; awaited once the adapter is loaded.
 
     Raises:
         PublishError: it cannot be loaded; the name stands for what it stood for before, as it does where ``record`` raises.
@@ -55,7 +62,7 @@ async def withdraw(tokenizer_manager: "TokenizerManager", name: str) -> None:
     await asyncio.shield(_withdraw(tokenizer_manager, name))
 
 
-async def _publish(tokenizer_manager: "TokenizerManager", name: str, directory: Path, record: Callable[[], object]) -> None:
+async def _publish(tokenizer_manager: "TokenizerManager", name: str, directory: Path, record: Callable[[], Awaitable[None]] | None) -> None:
     tokenizer_manager.auto_create_handle_loop()
     async with tokenizer_manager.lora_update_lock:
         # SGLang unloads the adapter used least under --max-loaded-loras by the name that the scheduler knows, which is
@@ -69,7 +76,8 @@ async def _publish(tokenizer_manager: "TokenizerManager", name: str, directory: 
                 await _unload(tokenizer_manager, new)
             raise PublishError(f"the adapter {name!r} cannot be loaded: {' | '.join(map(str, failures))}")
         try:
-            record()
+            if record is not None:
+                await record()
         except Exception:
             await _unload(tokenizer_manager, new)
             raise

@@ -12,6 +12,7 @@ from sglang.srt.mezo.service.client import EngineClient
 from sglang.srt.mezo.service.errors import RequestError
 from sglang.srt.mezo.service.records import LIVE, StoredCheckpoint, StoredEvent, StoredJob
 from sglang.srt.mezo.service.store import Store
+from sglang.srt.mezo.service.threads import run_in
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ class PublishedAdapters:
         """After a restart: answer to every name again. Adapters are loaded as they are asked for."""
         for adapter in self._store.served():
             if adapter.directory.is_dir():
-                publish.announce(self._client.tokenizer_manager, adapter.name, adapter.directory)
+                self._announce(adapter.name, adapter.directory)
             else:
                 logger.error("adapter %r is not served: %s is gone", adapter.name, adapter.directory)
 
@@ -76,15 +77,25 @@ class PublishedAdapters:
             ),
             StoredEvent(job.id, f"Checkpoint created at step {step}"),
         )
-        publish.announce(self._client.tokenizer_manager, known.name, folder)
+        self._announce(known.name, folder)
+
+    def _announce(self, name: str, directory: Path) -> None:
+        self._client.post(publish.announce, self._client.tokenizer_manager, name, directory)
 
     async def load_checkpoint(self, job: StoredJob, checkpoint: StoredCheckpoint) -> str:
         """Have a checkpoint loaded now, not when it is first asked for; returns what requests call it."""
         _require_name(job)
-        if checkpoint.name not in self._client.tokenizer_manager.lora_registry.get_all_adapters():
-            directory = self._store.job_directory(job.id) / checkpoint.directory
-            await publish.publish(self._client.tokenizer_manager, checkpoint.name, directory)
+        if not publish.is_loaded(self._client.tokenizer_manager, checkpoint.name):
+            await self._publish(checkpoint.name, self._store.job_directory(job.id) / checkpoint.directory)
         return self.model_name(checkpoint.name)
+
+    async def _publish(self, name: str, directory: Path, record: Callable[[], object] = lambda: None) -> None:
+        here = asyncio.get_running_loop()
+
+        async def recorded() -> None:
+            record()
+
+        await self._client.run(publish.publish(self._client.tokenizer_manager, name, directory, lambda: run_in(here, recorded())))
 
     async def add_version(
         self, job_id: str, write: Callable[[Path], Awaitable[Any]], record: Callable[[int], StoredJob]
@@ -104,7 +115,7 @@ class PublishedAdapters:
         directory = self._store.version_directory(job_id, version)
         try:
             await write(directory)
-            await publish.publish(self._client.tokenizer_manager, job.adapter_name, directory, lambda: record(version))
+            await self._publish(job.adapter_name, directory, lambda: record(version))
         except Exception:
             self._store.delete_version(job_id, version)
             raise
@@ -128,7 +139,7 @@ class PublishedAdapters:
         names = [adapter.name for adapter in self._store.served() if adapter.job_id == job.id]
         self._store.update_job(job.id, StoredEvent(job.id, f"Deleted model: {self.model_name(name)}"), adapter_name="", version=0)
         for served in names:
-            await publish.withdraw(self._client.tokenizer_manager, served)
+            await self._client.run(publish.withdraw(self._client.tokenizer_manager, served))
         await asyncio.to_thread(self._store.delete_version, job.id, job.version)
 
 

@@ -2,8 +2,9 @@
 
 import asyncio
 import secrets
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 from urllib.parse import quote
 
 from fastapi import FastAPI, Query
@@ -12,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse
 
 from sglang.srt.mezo.errors import shown
-from sglang.srt.mezo.service.endpoint import Endpoint, Handler, Service, add_routes, changes, read_json, reads
+from sglang.srt.mezo.service.endpoint import Endpoint, Handler, Service, add_routes, changes, read_json, reads, require_writable
 from sglang.srt.mezo.service.errors import NotFound, RequestError
 from sglang.srt.mezo.service.hyperparameters import resolve
 from sglang.srt.mezo.service.protocol import (
@@ -28,8 +29,10 @@ from sglang.srt.mezo.service.protocol import (
     page_object,
 )
 from sglang.srt.mezo.service.records import ServedAdapter, StoredFile, StoredJob, new_id, now
+from sglang.srt.mezo.service.store import Store
 from sglang.srt.mezo.service.uploads import PURPOSE, receive_file
 
+Result = TypeVar("Result")
 Limit = Annotated[int, Query(ge=1, le=100)]
 FileLimit = Annotated[int, Query(ge=1, le=10_000)]
 
@@ -66,30 +69,38 @@ class _Files:
 
     @changes
     async def create(self, request: Request) -> Json:
-        return file_object(await receive_file(request, self._service.store, self._service.settings.max_file_bytes))
+        service = self._service
+        return file_object(await receive_file(request, service.store, service.threads, service.settings.max_file_bytes))
 
     @reads
     async def list(
         self, after: str | None = None, limit: FileLimit = 10_000, order: Literal["asc", "desc"] = "desc", purpose: str | None = None
     ) -> Json:
+        return await self._service.threads.read(self._page, after, limit, order, purpose)
+
+    def _page(self, after: str | None, limit: int, order: Literal["asc", "desc"], purpose: str | None) -> Json:
         return page_object(self._service.store.files(after, limit, order, purpose), file_object)
 
     @reads
     async def retrieve(self, file_id: str) -> Json:
-        return file_object(self._service.store.file(file_id))
+        return file_object(await self._service.threads.read(self._service.store.file, file_id))
 
     @reads
     async def content(self, file_id: str) -> FileResponse:
-        file = self._service.store.file(file_id)
+        file, path = await self._service.threads.read(self._file_and_content, file_id)
         headers = {
             "Content-Disposition": f"attachment; filename={file.id}.jsonl; filename*=UTF-8''{quote(file.filename, safe='')}",
             "X-Content-Type-Options": "nosniff",
         }
-        return FileResponse(self._service.store.content(file), headers=headers, media_type="application/octet-stream")
+        return FileResponse(path, headers=headers, media_type="application/octet-stream")
+
+    def _file_and_content(self, file_id: str) -> tuple[StoredFile, Path]:
+        file = self._service.store.file(file_id)
+        return file, self._service.store.content(file)
 
     @changes
     async def delete(self, file_id: str) -> Json:
-        await asyncio.to_thread(self._service.store.delete_file, file_id)
+        await self._service.threads.call(self._service.store.delete_file, file_id)
         return {"id": file_id, "object": "file", "deleted": True}
 
 
@@ -113,6 +124,9 @@ class _Jobs:
     @changes
     async def create(self, request: Request) -> Json:
         body = await read_json(request, CreateJob)
+        return await self._service.threads.run(self._create(body))
+
+    async def _create(self, body: CreateJob) -> Json:
         service = self._service
         self._require_model(body.model)
         if body.integrations:
@@ -166,31 +180,39 @@ class _Jobs:
 
     @reads
     async def list(self, request: Request, after: str | None = None, limit: Limit = 20) -> Json:
-        return page_object(self._service.store.jobs(after, limit, _metadata_filter(request)), self._object)
+        return await self._read(lambda store: page_object(store.jobs(after, limit, _metadata_filter(request)), self._object))
 
     @reads
     async def retrieve(self, job_id: str) -> Json:
-        return self._object(self._service.store.job(job_id))
+        return await self._read(lambda store: self._object(store.job(job_id)))
 
     @changes
     async def cancel(self, job_id: str) -> Json:
-        return self._object(await self._service.manager.cancel(job_id))
+        return await self._changed(self._service.manager.cancel(job_id))
 
     @changes
     async def pause(self, job_id: str) -> Json:
-        return self._object(await self._service.manager.pause(job_id))
+        return await self._changed(self._service.manager.pause(job_id))
 
     @changes
     async def resume(self, job_id: str) -> Json:
-        return self._object(await self._service.manager.resume(job_id))
+        return await self._changed(self._service.manager.resume(job_id))
 
     @reads
     async def events(self, job_id: str, after: str | None = None, limit: Limit = 20) -> Json:
-        return page_object(self._service.store.events(job_id, after, limit), event_object)
+        return await self._read(lambda store: page_object(store.events(job_id, after, limit), event_object))
 
     @reads
     async def checkpoints(self, job_id: str, after: str | None = None, limit: Limit = 10) -> Json:
-        return checkpoint_page_object(self._service.store.checkpoints(job_id, after, limit), self._service.client.served_model_name)
+        served = self._service.client.served_model_name
+        return await self._read(lambda store: checkpoint_page_object(store.checkpoints(job_id, after, limit), served))
+
+    async def _read(self, read: Callable[[Store], Json]) -> Json:
+        return await self._service.threads.read(read, self._service.store)
+
+    async def _changed(self, change: Coroutine[Any, Any, StoredJob]) -> Json:
+        job = await self._service.threads.run(change)
+        return await self._read(lambda store: self._object(job))
 
     def _object(self, job: StoredJob) -> Json:
         if job.status != "running":
@@ -235,29 +257,41 @@ class _Models:
     @reads
     async def list(self) -> Json:
         cards = [card.model_dump() for card in (await self._upstream_list()).data]
-        served = self._served()
+        served, final = await self._read(self._served_and_final)
         # SGLang lists a loaded adapter by its bare name; ours go by the name that a request has to use.
         cards = [card for card in cards if card["parent"] is None or card["id"] not in served]
-        own = [self._card(adapter) for adapter in served.values() if self._is_final(adapter)]
-        return {"object": "list", "data": cards + own}
+        return {"object": "list", "data": cards + list(map(self._card, final))}
 
     @reads
     async def retrieve(self, model: str) -> Any:
-        adapter = self._adapter(model)
+        adapter = await self._read(self._adapter, model)
         return await self._upstream_retrieve(model) if adapter is None else self._card(adapter)
 
     @changes
     async def delete(self, model: str) -> Json:
+        name = await self._read(self._adapter_name, model)
+        await require_writable(self._service)
+        await self._service.threads.run(self._service.manager.delete_model(name))
+        return {"id": model, "object": "model", "deleted": True}
+
+    async def _read(self, read: Callable[..., Result], *args: Any) -> Result:
+        """Before the service is ready there are neither threads nor a store, and none of our models."""
+        return await self._service.threads.read(read, *args) if self._service.ready else read(*args)
+
+    def _adapter_name(self, model: str) -> str:
         # Of a job that did not succeed there may be checkpoints alone, which go by the name that its model would have had.
         names = {name for served in self._served() for name in (served, served.partition(":")[0])}
         name = next((name for name in names if self._model_name(name) == model), None)
         if name is None:
             raise RequestError(404, f"there is no fine-tuned model {shown(model)}", "model", "model_not_found")
-        await self._service.manager.delete_model(name)
-        return {"id": model, "object": "model", "deleted": True}
+        return name
 
     def _served(self) -> dict[str, ServedAdapter]:
         return {adapter.name: adapter for adapter in self._service.store.served()} if self._service.ready else {}
+
+    def _served_and_final(self) -> tuple[dict[str, ServedAdapter], Sequence[ServedAdapter]]:
+        served = self._served()
+        return served, [adapter for adapter in served.values() if self._is_final(adapter)]
 
     def _adapter(self, model: str) -> ServedAdapter | None:
         """What serves a name, None where that is not one of ours."""

@@ -75,6 +75,10 @@ class Store:
                 raise folder.unusable(self.directory, f"a folder that can be read and written ({error})") from error
             raise
 
+    def require_unlocked(self) -> None:
+        """Raises StoreBusy where another process keeps the store from being changed, after some seconds."""
+        self._database.require_unlocked()
+
     def close(self) -> None:
         self._database.close()
         self._claim.close()

@@ -16,6 +16,7 @@ from sglang.srt.mezo.service.endpoint import says_longer, too_large
 from sglang.srt.mezo.service.errors import RequestError
 from sglang.srt.mezo.service.records import StoredFile, new_id, now
 from sglang.srt.mezo.service.store import Store
+from sglang.srt.mezo.service.threads import ServiceThreads
 
 PURPOSE = "fine-tune"
 _MAX_FILENAME = 255
@@ -23,7 +24,7 @@ _FORM_BYTES = 1 << 16  # of a form's body that are not the file: boundaries, hea
 _MAX_FIELD_BYTES = 1024
 
 
-async def receive_file(request: Request, store: Store, max_bytes: int) -> StoredFile:
+async def receive_file(request: Request, store: Store, threads: ServiceThreads, max_bytes: int) -> StoredFile:
     """Store the file of a multipart form. Whatever goes wrong, nothing of it is left behind.
 
     Raises:
@@ -42,9 +43,10 @@ async def receive_file(request: Request, store: Store, max_bytes: int) -> Stored
                 await asyncio.to_thread(form.feed, chunk)
             await asyncio.to_thread(form.finish)
         file = StoredFile(file_id, form.filename, PURPOSE, form.file_bytes, now(), "processed", form.sha256)
-        return await asyncio.to_thread(store.add_file, file)
+        return await asyncio.shield(threads.call(store.add_file, file))  # once begun, it is done whoever waits for it
     finally:
-        partial.unlink(missing_ok=True)
+        # Where the request is cancelled meanwhile, too.
+        await asyncio.shield(asyncio.to_thread(partial.unlink, missing_ok=True))
 
 
 def _boundary(request: Request) -> bytes:
