@@ -91,6 +91,9 @@ class RecordingManager:
         self.calls.append(("update", job_id, zo_random_seed, projected_grad, learning_rate, publish))
         return {"step": 12, "model": "tiny:ft-1"}
 
+    def serves(self, name: str) -> bool:
+        return True
+
     async def delete_model(self, name: str) -> None:
         self.calls.append(("delete_model", name))
         self.store.update_job(self.store.job_by_adapter(name).id, adapter_name="", fine_tuned_model=None)

@@ -27,6 +27,7 @@ ENGINE = EngineDescription(
     micro_step_tokens=64,
     idle_step_tokens=256,
     no_alora="",
+    base_model="sha256:opt",
 )
 
 
@@ -43,7 +44,7 @@ class Scheduler:
         holds: kind of command to an event that must be set before it is answered.
     """
 
-    def __init__(self):
+    def __init__(self, engine: EngineDescription = ENGINE):
         self.commands: list[Any] = []
         self.refuses: dict[type, Refusal] = {}
         self.holds: dict[type, asyncio.Event] = {}
@@ -55,7 +56,7 @@ class Scheduler:
         self.step = 0
         self.on_event = lambda event: None
         self._handlers = {
-            messages.Describe: lambda command: msgspec.to_builtins(ENGINE),
+            messages.Describe: lambda command: msgspec.to_builtins(engine),
             messages.LoadExamples: self._load,
             messages.StartJob: self._start,
             messages.StopJob: self._stop,

@@ -7,8 +7,9 @@ from contextlib import asynccontextmanager
 from functools import cached_property
 from pathlib import Path
 
+import msgspec
 import pytest
-from service_doubles import Scheduler, TokenizerManager, without_runtime_context
+from service_doubles import ENGINE, Scheduler, TokenizerManager, without_runtime_context
 from transformers import AutoTokenizer
 
 from sglang.srt.mezo.config import MezoConfig
@@ -21,7 +22,7 @@ from sglang.srt.mezo.service.store import Store
 MODEL = Path(__file__).parents[2] / "examples" / "assets" / "opt-reviews"
 ROW = {"prompt": "the movie is great. It was", "options": [" terrible", " great"], "label": 1}
 ROWS = [ROW, {**ROW, "prompt": "the staff is terrible. It was", "label": 0}, ROW]
-CONFIG = MezoConfig(invocation=" It was", target_modules=["q_proj", "v_proj"], max_steps=10).to_dict()
+CONFIG = MezoConfig(invocation=" It was", target_modules=["q_proj", "v_proj"], max_steps=10, max_tokens_per_batch=256).to_dict()
 CONFIG = {name: value for name, value in CONFIG.items() if name not in ("output_dir", "overwrite_output_dir", "resume_from_checkpoint")}
 
 
@@ -43,8 +44,8 @@ def runtime_context(monkeypatch):
 class Server:
     """The parts of one server process."""
 
-    def __init__(self, directory: Path, tokenizer, on_restart: str = "resume"):
-        self.scheduler = Scheduler()
+    def __init__(self, directory: Path, tokenizer, on_restart: str = "resume", **engine):
+        self.scheduler = Scheduler(msgspec.structs.replace(ENGINE, **engine))
         self.tokenizer_manager = TokenizerManager(self.scheduler, tokenizer)
         self.store = Store(directory)
         settings = ServiceSettings(enabled=True, dir=str(directory), on_restart=on_restart)
@@ -66,6 +67,7 @@ class Server:
                 training_file=self.upload(*(rows or ROWS)), validation_file=validation, seed=42, suffix=suffix,
                 adapter_name=self.manager.adapter_name_for(job_id, suffix), metadata={}, request={}, hyperparameters={},
                 config={**CONFIG, **config}, fine_tuned_model=None, trained_tokens=None, error=None, step=0, version=0,
+                base_model=self.manager.engine.base_model,
             )
         )  # fmt: skip
 

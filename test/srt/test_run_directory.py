@@ -10,7 +10,7 @@ from tiny import file_size_limit
 
 from sglang.srt.mezo.adapter import Adapter, AdapterSpec, Site
 from sglang.srt.mezo.config import MezoConfig
-from sglang.srt.mezo.errors import ConfigError, LogError
+from sglang.srt.mezo.errors import BaseModelError, ConfigError, LogError
 from sglang.srt.mezo.noise import step_seed
 from sglang.srt.mezo.optimizer import Optimizer
 from sglang.srt.mezo.integrity import read_checked_json, write_checked_json, write_json
@@ -218,3 +218,23 @@ def test_a_json_file_that_cannot_be_written_keeps_its_older_content(tmp_path):
         write_json(tmp_path / "state.json", {"step": torch.zeros(1)})
     assert os.listdir(tmp_path) == ["state.json"]
     assert json.loads((tmp_path / "state.json").read_text()) == {"step": 1}
+
+
+def test_a_run_goes_on_with_its_own_base_model_and_precision_only(tmp_path):
+    base_model = {"name": "facebook/opt-125m", "fingerprint": "sha256:1", "precision": "float32"}
+    adapter = initial_adapter()
+    RunDirectory(config(tmp_path), base_model).open(adapter).close()
+    resumed = config(tmp_path, resume_from_checkpoint=True)
+    before = contents(tmp_path)
+    with pytest.raises(BaseModelError, match="base_model='facebook/opt-125m' is not allowed: .* other weights under this name"):
+        RunDirectory(resumed, base_model | {"fingerprint": "sha256:2"}).open(initial_adapter())
+    with pytest.raises(ConfigError, match="dtype='bfloat16' is not allowed: the run to resume has 'float32'"):
+        RunDirectory(resumed, base_model | {"precision": "bfloat16"}).open(initial_adapter())
+    assert contents(tmp_path) == before
+    RunDirectory(resumed, base_model | {"name": "/models/opt-125m"}).open(initial_adapter()).close()
+
+
+def test_a_run_that_kept_no_record_of_its_base_model_goes_on(tmp_path):
+    run(tmp_path, steps=1)
+    base_model = {"name": "facebook/opt-125m", "fingerprint": "sha256:1", "precision": "float32"}
+    RunDirectory(config(tmp_path, resume_from_checkpoint=True), base_model).open(initial_adapter()).close()

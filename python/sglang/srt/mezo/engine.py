@@ -10,6 +10,7 @@ import torch
 
 from sglang.srt.mezo.accelerator import fill_open_fields
 from sglang.srt.mezo.allocator import keep_freed_memory
+from sglang.srt.mezo.base_model import base_model, precision
 from sglang.srt.mezo.differences import differences
 from sglang.srt.mezo.errors import CapacityError, ConfigError
 from sglang.srt.mezo.families import family_of, require_modules
@@ -79,6 +80,12 @@ class EngineHandle:
     @property
     def device(self) -> torch.device:
         return torch.device(self.model_runner.device)
+
+    @property
+    def base_model(self) -> dict[str, str]:
+        """What tells the loaded model from others: ``name`` is for people, ``fingerprint`` and ``precision`` must agree."""
+        runner = self.model_runner
+        return {"name": runner.model_config.model_path, "fingerprint": base_model(runner), "precision": precision(runner)}
 
     @property
     def context_length(self) -> int:

@@ -42,6 +42,13 @@ class UsageError(MezoError, ValueError):
     """A command line cannot be read."""
 
 
+class BaseModelError(ConfigError):
+    """A run or an adapter belongs to another base model than the one that the engine has loaded."""
+
+    def __init__(self, value: object, trained_on: object):
+        super().__init__("base_model", value, f"the run belongs to another one, {trained_on!r}, or to other weights under this name")
+
+
 class DataError(MezoError, ValueError):
     """A row or a file of training data cannot be used."""
 

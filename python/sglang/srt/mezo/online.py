@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from sglang.srt.mezo import overlay
+from sglang.srt.mezo import base_model, overlay
 from sglang.srt.mezo.accelerator import fill_open_fields
 from sglang.srt.mezo.errors import ConfigError
 from sglang.srt.mezo.hooks import Hook, StartRefused, install, wrap_static
@@ -223,10 +223,16 @@ _CONTROL = "sglang.srt.managers.tokenizer_control_mixin"
 _TOKENIZER = "sglang.srt.managers.tokenizer_manager"
 _SCHEDULER = "sglang.srt.managers.scheduler"
 
+_WEIGHTS = "sglang.srt.model_executor.model_runner_components.weight_updater"
+
 SCHEDULER_HOOKS = (
     Hook(_SCHEDULER, "Scheduler.init_request_dispatcher", "after", _after_dispatcher, "takes commands about training"),
     Hook(_SCHEDULER, "Scheduler.get_next_batch_to_run", "before", _before_batch, "runs a piece of training"),
     Hook(_SCHEDULER, "Scheduler.maybe_sleep_on_idle", "around", _around_sleep, "keeps the loop awake while a job has work"),
     Hook(_SCHEDULER, "Scheduler.flush_cache", "around", _around_flush, "training gives up its locks with the cache"),
     Hook(_SCHEDULER, "Scheduler._add_request_to_queue", "before", _before_queue, "tells when the first token was there"),
+    Hook(_WEIGHTS, "WeightUpdater.update_weights_from_disk", "after", base_model.after_load_from_disk, "another base model is noticed"),
+    Hook(_WEIGHTS, "WeightUpdater.load_weights_from_distributed", "after", base_model.after_load, "another base model is noticed"),
+    Hook(_WEIGHTS, "WeightUpdater.update_weights_from_tensor", "after", base_model.after_load, "another base model is noticed"),
+    Hook(_WEIGHTS, "WeightUpdater.update_weights_from_ipc", "after", base_model.after_load, "another base model is noticed"),
 )

@@ -70,7 +70,7 @@ class TrainingRun:
     def __init__(self, trainer: "MezoTrainer", make_tracker: MakeTracker):
         self.trainer = trainer
         self.config = trainer.config
-        self.directory = RunDirectory(trainer.config)
+        self.directory = RunDirectory(trainer.config, trainer.handle.base_model)
         self.train_seconds = 0.0
         self._saved_at: int | None = None
         self._prefixes_restored = False

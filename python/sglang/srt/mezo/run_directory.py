@@ -3,14 +3,14 @@
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from sglang.srt.mezo.adapter import Adapter, atomic_directory
 from sglang.srt.mezo.config import MezoConfig
-from sglang.srt.mezo.errors import ConfigError, DamagedError
+from sglang.srt.mezo.errors import BaseModelError, ConfigError, DamagedError
 from sglang.srt.mezo.integrity import read_checked_json, write_checked_json, write_json
 from sglang.srt.mezo.seed_log import LogHeader, SeedLog, digest_of
 
@@ -21,11 +21,16 @@ _MAY_DIFFER_ON_RESUME = {
 
 
 class RunDirectory:
-    """Creates a run's folder or takes up an earlier run in it."""
+    """Creates a run's folder or takes up an earlier run in it.
 
-    def __init__(self, config: MezoConfig):
+    Args:
+        base_model: ``EngineHandle.base_model``, where a run is to be made or taken up.
+    """
+
+    def __init__(self, config: MezoConfig, base_model: Mapping[str, str] | None = None):
         self.path = Path(config.output_dir)
         self._config = config
+        self._base_model = base_model
 
     def best(self, step: int) -> Path:
         """The adapter of the best step so far; the step is in the name, so that a new one never replaces what is needed."""
@@ -57,6 +62,7 @@ class RunDirectory:
         Raises:
             ConfigError: the folder holds a run and the configuration does not say what to do with it, or the earlier
                 run's settings differ.
+            BaseModelError: it was trained on another base model.
             LogError: another process runs in the folder, the log's header is damaged, or the initial adapter is not the one
                 that it starts from.
             DamagedError: the initial adapter is not as it was written.
@@ -90,7 +96,8 @@ class RunDirectory:
         try:
             log = SeedLog.create(self.path / "seed_log", header)
             log.claim()
-            write_json(self.path / "config.json", self._config.to_dict())
+            base_model = {} if self._base_model is None else {"base_model": self._base_model}
+            write_json(self.path / "config.json", self._config.to_dict() | base_model)
             adapter.save_pretrained(self.initial_adapter)
             return log
         except FileExistsError as error:  # which nobody's file is deleted for
@@ -112,6 +119,7 @@ class RunDirectory:
         for name, value in json.loads(json.dumps(self._config.to_dict())).items():
             if name not in _MAY_DIFFER_ON_RESUME and earlier.get(name) != value:
                 raise ConfigError(name, value, f"the run to resume has {earlier.get(name)!r}")
+        self._require_base_model(earlier.get("base_model"))
 
     def _resume(self, adapter: Adapter) -> SeedLog:
         log = SeedLog.open(self.path / "seed_log")
@@ -123,6 +131,15 @@ class RunDirectory:
             log.close()
             raise
         return log
+
+    def _require_base_model(self, earlier: dict[str, str] | None) -> None:
+        """A run of a version that kept no record of it is taken for one of this base model."""
+        if earlier is None or self._base_model is None:
+            return
+        if earlier["fingerprint"] != self._base_model["fingerprint"]:
+            raise BaseModelError(self._base_model["name"], earlier["name"])
+        if earlier["precision"] != self._base_model["precision"]:
+            raise ConfigError("dtype", self._base_model["precision"], f"the run to resume has {earlier['precision']!r}")
 
     def checkpoint(self, step: int) -> Path:
         return self.path / f"checkpoint-{step}"

@@ -40,6 +40,7 @@ def describe(handle: EngineHandle, settings: ServiceSettings) -> dict[str, Any]:
             micro_step_tokens=micro_step_tokens,
             idle_step_tokens=idle_step_tokens,
             no_alora=why_no_alora(manager) or "",
+            base_model=handle.base_model["fingerprint"],
         )
     )
 

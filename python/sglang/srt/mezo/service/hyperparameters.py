@@ -4,7 +4,7 @@ OpenAI's three come beside the settings of ``MezoConfig`` that a job may choose;
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple, get_type_hints
 
@@ -200,19 +200,32 @@ def _check_against(engine: EngineDescription, config: MezoConfig, given: Mapping
             raise _refused(name, getattr(config, name), allowed, given)
 
     if config.tuning == "alora":
-        require("tuning", not engine.no_alora, f"lora, as this server cannot serve aLoRA adapters: {engine.no_alora}")
         require("invocation", bool(config.invocation), "the text from which activated LoRA acts, such as ' It was'")
     else:
         require("invocation", config.invocation is None, "null, as ordinary LoRA acts on every token")
-    require("r", config.r <= engine.max_lora_rank, f"from 1 to {engine.max_lora_rank}, the server's --max-lora-rank")
-    targets, adaptable = config.target_modules or [], engine.target_modules
-    require("target_modules", set(targets) <= set(adaptable), f"some of {', '.join(adaptable)}, which this server adapts")
+    targets = config.target_modules or []
     require("target_modules", len(set(targets)) == len(targets), "each module once")
-    slots = _slots(config.estimator)
-    require("estimator", slots <= engine.max_loras_per_batch,
-            f"one that the server's --max-loras-per-batch={engine.max_loras_per_batch} has room for: this one needs {slots}")  # fmt: skip
-    require("max_tokens_per_batch", config.max_tokens_per_batch <= engine.kv_capacity,
-            f"from 1 to {engine.kv_capacity}, the size of the KV pool")  # fmt: skip
+    for name, allowed in beyond(engine, config):
+        require(name, False, allowed)
+
+
+def beyond(engine: EngineDescription, config: MezoConfig, to_serve: bool = False) -> Iterator[tuple[str, str]]:
+    """What the engine was not started for: each field of ``config`` that asks for it, and what is allowed.
+
+    to_serve: its finished adapter, which asks for less than its training.
+    """
+    if config.tuning == "alora" and engine.no_alora:
+        yield "tuning", f"lora, as this server cannot serve aLoRA adapters: {engine.no_alora}"
+    if config.r > engine.max_lora_rank:
+        yield "r", f"from 1 to {engine.max_lora_rank}, the server's --max-lora-rank"
+    if not set(config.target_modules or []) <= set(engine.target_modules):
+        yield "target_modules", f"some of {', '.join(engine.target_modules)}, which this server adapts"
+    if to_serve:
+        return
+    if (slots := _slots(config.estimator)) > engine.max_loras_per_batch:
+        yield "estimator", f"one that the server's --max-loras-per-batch={engine.max_loras_per_batch} has room for: this one needs {slots}"
+    if config.max_tokens_per_batch > engine.kv_capacity:
+        yield "max_tokens_per_batch", f"from 1 to {engine.kv_capacity}, the size of the KV pool"
 
 
 def _refused(name: str, value: Any, allowed: str, given: Mapping[str, _Given]) -> RequestError:

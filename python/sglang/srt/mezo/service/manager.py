@@ -12,6 +12,7 @@ from sglang.srt.mezo.errors import ConfigError, MezoError
 from sglang.srt.mezo.service.client import EngineClient
 from sglang.srt.mezo.service.disk import disk_full, has_room, storage_error
 from sglang.srt.mezo.service.errors import DiskFull, EngineRefused, NotFound, RequestError
+from sglang.srt.mezo.service.fit import BASE_MODEL_CHANGED, Fit
 from sglang.srt.mezo.service.job_data import JobReader, shared_tokenizer
 from sglang.srt.mezo.service.manual import ManualWork
 from sglang.srt.mezo.service.messages import Describe, EngineDescription, MezoEvent
@@ -20,7 +21,7 @@ from sglang.srt.mezo.service.records import JobStatus, StoredEvent, StoredJob
 from sglang.srt.mezo.service.runs import Runs
 from sglang.srt.mezo.service.session import Sessions
 from sglang.srt.mezo.service.settings import ServiceSettings
-from sglang.srt.mezo.service.states import change, fail, require, set_back
+from sglang.srt.mezo.service.states import change, fail, hold, release, require, set_back
 from sglang.srt.mezo.service.store import Store
 from sglang.srt.mezo.service.training import Training, shared_examples
 
@@ -43,11 +44,11 @@ class JobManager:
         self.settings = settings
         self.store = store
         self.client = client
-        self._published = PublishedAdapters(store, client)
         self._sessions = Sessions(client)
         self._state = asyncio.Lock()
         self._work = asyncio.Event()
         self._tasks: list[asyncio.Task] = []
+        self._created: set[str] = set()  # jobs that this server has accepted
 
     async def start(self) -> None:
         """Take up what an earlier server has left, and begin to work.
@@ -58,14 +59,16 @@ class JobManager:
         if self.client.tokenizer is None:
             raise ConfigError("--skip-tokenizer-init", True, "a tokenizer is needed to train on text")
         self.engine = msgspec.convert(await self.client.call(Describe()), EngineDescription)
+        self._fit = Fit(self.engine)
+        self._published = PublishedAdapters(self.store, self.client, self._fit)
         tokenizer = await asyncio.to_thread(shared_tokenizer, self.client.tokenizer)
         self._reader = JobReader(self.store, tokenizer, self.engine, self.client.chat_settings)
         self._runs = Runs(self.store, self._reader, self.engine)
         self._training = Training(self.store, self.client, self._sessions, self._runs, self._published, self._state)
         self._manual = ManualWork(
-            self.store, self.client, self._sessions, self._runs, self._reader, self._published, self._training, self._state
+            self.store, self.client, self._sessions, self._runs, self._reader, self._published, self._training, self._fit, self._state
         )
-        self._published.announce_all()
+        await self._published.refresh()
         self._tasks = [asyncio.create_task(self._begin())]
 
     async def stop(self) -> None:
@@ -77,6 +80,9 @@ class JobManager:
 
     def on_event(self, event: MezoEvent) -> None:
         """Called in the event loop for each event from the scheduler, in their order."""
+        if event.kind == "base_model":
+            self._tasks.append(asyncio.create_task(self._on_base_model(event.data["fingerprint"])))
+            return
         try:
             self._training.on_event(event)
         except Exception as error:  # of progress, which the next event tells again, or of a checkpoint, which is found later
@@ -104,6 +110,7 @@ class JobManager:
         job = self.store.add_job(
             job, StoredEvent(job.id, f"Created fine-tuning job: {job.id}"), StoredEvent(job.id, f"Validating {files}")
         )
+        self._created.add(job.id)
         self._work.set()
         return job
 
@@ -122,8 +129,16 @@ class JobManager:
             return change(self.store, job_id, "pause", StoredEvent(job_id, "The job has been paused"), **stopped)
 
     async def resume(self, job_id: str) -> StoredJob:
+        """Let a paused job wait for its turn; RequestError (409) where this server cannot train it."""
         async with self._state:
-            job = change(self.store, job_id, "resume", StoredEvent(job_id, "The job has been resumed, and waits for its turn"))
+            job = self.store.job(job_id)
+            require(job, "resume")
+            if (reason := self._fit.of_job(job)) is not None:
+                raise reason
+            if job.error is not None:
+                job = release(self.store, job_id)
+            else:
+                job = change(self.store, job_id, "resume", StoredEvent(job_id, "The job has been resumed, and waits for its turn"))
         self._work.set()
         return job
 
@@ -166,6 +181,7 @@ class JobManager:
             The model's name in requests.
         """
         job = self.store.job(job_id)
+        self._published.require_served(job)
         if checkpoint is not None:
             stored = self.store.checkpoint(checkpoint)
             if stored.job_id != job_id:
@@ -193,6 +209,10 @@ class JobManager:
         """A step of a paused or succeeded job's adapter; see ``ManualWork``."""
         return await self._manual.update(job_id, zo_random_seed, projected_grad, learning_rate, publish)
 
+    def serves(self, name: str) -> bool:
+        """Whether requests are answered under the name of a published adapter or a checkpoint."""
+        return self._published.serves(name)
+
     async def delete_model(self, name: str) -> None:
         """Serve an adapter and its checkpoints no more; its name is free again.
 
@@ -205,7 +225,8 @@ class JobManager:
     # --- work ------------------------------------------------------------------------------------------------------------
 
     async def _begin(self) -> None:
-        await self._written(self._take_up_interrupted)
+        await self._written(self._take_up)
+        await self._written(self._published.tell)
         await asyncio.gather(self._work_on("validating_files", self._validate), self._work_on("queued", self._training.train))
 
     async def _work_on(self, status: JobStatus, work: Callable[[StoredJob], Awaitable[None]]) -> None:
@@ -236,11 +257,16 @@ class JobManager:
                 await self._written(lambda: set_back(self.store, job.id, full))
                 raise full from error
             failure = self._failure(job, error)
-            await self._written(lambda: fail(self.store, job.id, failure))
+            end = hold if self._may_go_on(job, failure) else fail
+            await self._written(lambda: end(self.store, job.id, failure))
+
+    def _may_go_on(self, job: StoredJob, failure: RequestError) -> bool:
+        """Whether a job that fails may do better with other flags or another base model: those that an earlier server took it for."""
+        return failure.code == BASE_MODEL_CHANGED or (job.id not in self._created and failure.code != "DivergedError")
 
     def _failure(self, job: StoredJob, error: Exception) -> RequestError:
         if isinstance(error, RequestError):
-            return error
+            return error if error.code != "BaseModelError" else self._fit.of_job(job) or error
         if isinstance(error, MezoError):
             return RequestError(500, str(error), None, type(error).__name__)
         logger.error("job %s failed", job.id, exc_info=error)
@@ -280,9 +306,33 @@ class JobManager:
         session = self._sessions.of(job_id)
         return {} if session is None or session.manual else await self._sessions.stop(job_id)
 
-    def _take_up_interrupted(self) -> None:
+    def _take_up(self) -> None:
+        """Go on with what an earlier server was at."""
+        self.store.adopt(self.engine.base_model)
         for job in self.store.with_status("running"):
-            if self.settings.on_restart == "resume":
-                change(self.store, job.id, "requeue", StoredEvent(job.id, "The job is resumed after a restart of the server"))
-            else:
+            if self.settings.on_restart == "fail":
                 fail(self.store, job.id, RequestError(503, "the server was restarted while the job was running", None, "server_restarted"))
+            elif (reason := self._fit.of_job(job)) is not None:
+                hold(self.store, job.id, reason)
+            else:
+                change(self.store, job.id, "requeue", StoredEvent(job.id, "The job is resumed after a restart of the server"))
+        self._settle()
+
+    def _settle(self) -> None:
+        """Hold the jobs that this engine cannot train, and release those that it can; what a user has paused stays so."""
+        for job in self.store.with_status("validating_files", "queued", "paused"):
+            reason, is_held = self._fit.of_job(job), job.status == "paused" and job.error is not None
+            if reason is not None and job.status != "paused":
+                hold(self.store, job.id, reason)
+            elif reason is not None and is_held:
+                self.store.update_job(job.id, error=reason.to_dict())
+            elif reason is None and is_held:
+                release(self.store, job.id)
+
+    async def _on_base_model(self, fingerprint: str) -> None:
+        """Other weights have been loaded; the engine itself has stopped what it was training."""
+        self.engine.base_model = fingerprint
+        await self._written(self._settle)
+        self._work.set()
+        await self._published.refresh()
+        await self._written(self._published.tell)

@@ -10,6 +10,7 @@ from typing import Any
 from sglang.srt.mezo.service.client import EngineClient
 from sglang.srt.mezo.service.disk import disk_full
 from sglang.srt.mezo.service.errors import RequestError
+from sglang.srt.mezo.service.fit import Fit
 from sglang.srt.mezo.service.job_data import JobReader, to_message
 from sglang.srt.mezo.service.messages import ApplyUpdate, EvaluatePerturbed, SaveAdapter
 from sglang.srt.mezo.service.published import PublishedAdapters
@@ -36,6 +37,7 @@ class ManualWork:
         reader: JobReader,
         published: PublishedAdapters,
         training: Training,
+        fit: Fit,
         state: asyncio.Lock,
     ):
         self._store = store
@@ -45,6 +47,7 @@ class ManualWork:
         self._reader = reader
         self._published = published
         self._training = training
+        self._fit = fit
         self._state = state
         self._idle: asyncio.Task | None = None
 
@@ -119,7 +122,10 @@ class ManualWork:
     @asynccontextmanager
     async def _session(self, job_id: str, action: Action) -> AsyncIterator[Session]:
         """The engine with the job's adapter on it."""
-        require(self._store.job(job_id), action)
+        job = self._store.job(job_id)
+        require(job, action)
+        if (reason := self._fit.of_job(job)) is not None:
+            raise reason
         other = self._training.current
         if other is not None and self._store.job(other).status in ("queued", "running"):  # others are on their way out
             raise RequestError(409, f"cannot {action} job {job_id} now: job {other} has the engine", None, "engine_busy")

@@ -98,7 +98,7 @@ class EngineDescription(Struct, kw_only=True):
     target_modules: Hugging Face names of the linear layers that the LoRA pool can adapt. default_target_modules: for
     each tuning, what a job gets that names none. micro_step_tokens, idle_step_tokens: tokens of one forward pass that keep to the
     server's bounds on a piece, beside requests and while none come. no_alora: why it cannot serve aLoRA adapters, empty where it
-    can.
+    can. base_model: the fingerprint of the weights, which may be replaced while the server runs.
     """
 
     model_path: str
@@ -112,6 +112,7 @@ class EngineDescription(Struct, kw_only=True):
     micro_step_tokens: int
     idle_step_tokens: int
     no_alora: str
+    base_model: str = ""
 
 
 Command = Union[
@@ -138,6 +139,7 @@ class MezoEvent(BaseReq, kw_only=True):
 
     kind: "started", "step" (at most a few a second; data as in metrics.jsonl), "evaluated_dev" (eval_loss, ...),
         "checkpoint" (data["directory"], a PEFT folder), "warning", "succeeded" (data: best_step, metrics),
+        "base_model" (of no job; data["fingerprint"]: the weights have been replaced),
         "failed" (message; data["code"], "disk_full" where the disk took no more), "evaluated" (data: operation and loss_plus, loss_minus, projected_grad, or error).
     """
 

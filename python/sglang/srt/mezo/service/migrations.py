@@ -79,6 +79,10 @@ STEPS = (
     """
     ALTER TABLE files ADD COLUMN sha256 TEXT;
     """,
+    # Of the base model that a job is for; empty where that is not known.
+    """
+    ALTER TABLE jobs ADD COLUMN base_model TEXT NOT NULL DEFAULT '';
+    """,
 )
 VERSION = len(STEPS)
 

@@ -10,6 +10,7 @@ from typing import Any
 from sglang.srt.mezo.service import publish
 from sglang.srt.mezo.service.client import EngineClient
 from sglang.srt.mezo.service.errors import RequestError
+from sglang.srt.mezo.service.fit import Fit
 from sglang.srt.mezo.service.records import LIVE, StoredCheckpoint, StoredEvent, StoredJob
 from sglang.srt.mezo.service.store import Store
 from sglang.srt.mezo.service.threads import run_in
@@ -19,13 +20,19 @@ logger = logging.getLogger(__name__)
 # Of a suffix. No ":", which SGLang splits a model's name at, and nothing that means something in a path.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
+_NOT_SERVED = "The model is not served"
+_SERVED_AGAIN = "The model is served again"
+_LAST_EVENTS = 100  # of a job, in which to look for what has been told last
+
 
 class PublishedAdapters:
     """What the server answers to beside its base model."""
 
-    def __init__(self, store: Store, client: EngineClient):
+    def __init__(self, store: Store, client: EngineClient, fit: Fit):
         self._store = store
         self._client = client
+        self._fit = fit
+        self._unserved: dict[str, str] = {}  # name to reason
 
     def model_name(self, adapter_name: str) -> str:
         """What requests call an adapter."""
@@ -51,19 +58,50 @@ class PublishedAdapters:
         return suffix
 
     def require_free(self, name: str) -> None:
-        served = publish.names(self._client.tokenizer_manager)
+        served = publish.names(self._client.tokenizer_manager) | self._unserved.keys()
         holders = [job.id for job in self._store.with_status(*LIVE, "succeeded") if job.adapter_name == name]
         if holders or any(other.partition(":")[0] == name for other in served):
             holder = f"job {holders[0]}" if holders else "an adapter that is served"
             raise RequestError(409, f"suffix={name!r} is not allowed: {holder} has that name", "suffix", "name_taken")
 
-    def announce_all(self) -> None:
-        """After a restart: answer to every name again. Adapters are loaded as they are asked for."""
+    async def refresh(self) -> None:
+        """Answer to the name of every adapter that this server can serve, and to no others; nothing is deleted.
+
+        Adapters are loaded as they are asked for.
+        """
+        manager = self._client.tokenizer_manager
+        answered, self._unserved = publish.names(manager), {}
         for adapter in self._store.served():
-            if adapter.directory.is_dir():
-                self._announce(adapter.name, adapter.directory)
-            else:
-                logger.error("adapter %r is not served: %s is gone", adapter.name, adapter.directory)
+            reason = self._fit.of_adapter(self._store.job(adapter.job_id))
+            if reason is None and adapter.directory.is_dir():
+                if adapter.name not in answered:
+                    self._announce(adapter.name, adapter.directory)
+                continue
+            self._unserved[adapter.name] = reason.message if reason else f"{adapter.directory} is gone"
+            logger.error("adapter %r is not served: %s", adapter.name, self._unserved[adapter.name])
+            if adapter.name in answered:
+                await self._client.run(publish.withdraw(manager, adapter.name))
+
+    def tell(self) -> None:
+        """An event for each job whose adapters are not served, or are served again."""
+        for job_id in dict.fromkeys(adapter.job_id for adapter in self._store.served()):
+            job = self._store.job(job_id)
+            reasons = (reason for name, reason in self._unserved.items() if name.partition(":")[0] == job.adapter_name)
+            reason = next(reasons, None)
+            message = _SERVED_AGAIN if reason is None else f"{_NOT_SERVED}: {reason}"
+            told = (event.message for event in self._store.events(job_id, limit=_LAST_EVENTS).data)
+            last = next((text for text in told if text.startswith((_SERVED_AGAIN, _NOT_SERVED))), _SERVED_AGAIN)
+            if message != last:
+                self._store.add_event(job_id, "info" if reason is None else "warn", message)
+
+    def serves(self, name: str) -> bool:
+        """Whether requests are answered under the name of a published adapter or a checkpoint."""
+        return name not in self._unserved
+
+    def require_served(self, job: StoredJob) -> None:
+        """RequestError where this server cannot serve what a job has made."""
+        if (reason := self._fit.of_adapter(job)) is not None:
+            raise reason
 
     def add_checkpoint(self, job: StoredJob, step: int, folder: Path, metrics: dict[str, Any]) -> None:
         """Take note of a checkpoint and answer to its name; one that is known already stays as it is."""
@@ -139,6 +177,7 @@ class PublishedAdapters:
         names = [adapter.name for adapter in self._store.served() if adapter.job_id == job.id]
         self._store.update_job(job.id, StoredEvent(job.id, f"Deleted model: {self.model_name(name)}"), adapter_name="", version=0)
         for served in names:
+            self._unserved.pop(served, None)
             await self._client.run(publish.withdraw(self._client.tokenizer_manager, served))
         await asyncio.to_thread(self._store.delete_version, job.id, job.version)
 

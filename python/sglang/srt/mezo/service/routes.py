@@ -159,6 +159,7 @@ class _Jobs:
             error=None,
             step=0,
             version=0,
+            base_model=service.engine.base_model,
         )
         return self._object(await service.manager.create_job(job))
 
@@ -280,14 +281,16 @@ class _Models:
 
     def _adapter_name(self, model: str) -> str:
         # Of a job that did not succeed there may be checkpoints alone, which go by the name that its model would have had.
-        names = {name for served in self._served() for name in (served, served.partition(":")[0])}
+        names = {name for served in self._service.store.served() for name in (served.name, served.name.partition(":")[0])}
         name = next((name for name in names if self._model_name(name) == model), None)
         if name is None:
             raise RequestError(404, f"there is no fine-tuned model {shown(model)}", "model", "model_not_found")
         return name
 
     def _served(self) -> dict[str, ServedAdapter]:
-        return {adapter.name: adapter for adapter in self._service.store.served()} if self._service.ready else {}
+        if not self._service.ready:
+            return {}
+        return {adapter.name: adapter for adapter in self._service.store.served() if self._service.manager.serves(adapter.name)}
 
     def _served_and_final(self) -> tuple[dict[str, ServedAdapter], Sequence[ServedAdapter]]:
         served = self._served()

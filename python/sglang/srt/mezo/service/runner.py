@@ -16,7 +16,7 @@ from sglang.srt.constants import HEALTH_CHECK_RID_PREFIX
 from sglang.srt.mezo import slot_room
 from sglang.srt.mezo.data import Example
 from sglang.srt.mezo.engine import EngineHandle
-from sglang.srt.mezo.errors import CapacityError, ConfigError, MezoError
+from sglang.srt.mezo.errors import BaseModelError, CapacityError, ConfigError, MezoError
 from sglang.srt.mezo.service import messages
 from sglang.srt.mezo.service.describe import describe
 from sglang.srt.mezo.service.disk import disk_full
@@ -51,6 +51,7 @@ class MezoRunner:
         self._retry_at = 0.0
         self._failed_alone: tuple[str, int] | None = None
         self._description: dict[str, Any] | None = None
+        self._base_model = self._handle.base_model
         self._handlers = {
             messages.Describe: self._describe,
             messages.LoadExamples: self._load_examples,
@@ -81,6 +82,7 @@ class MezoRunner:
 
     def tick(self) -> None:
         """Run one piece of the job, if there is one and it may run now."""
+        self._look_at_the_base_model()
         if self._has_requests():
             self._pacer.saw_requests()
         if not self.has_work or self._scheduler.weight_updater.offload_tags:
@@ -97,6 +99,16 @@ class MezoRunner:
         self._pacer.ran(watch.seconds, running)
         if self._metrics is not None:
             self._metrics.piece(watch.seconds, self._pacer)
+
+    def _look_at_the_base_model(self) -> None:
+        """What has been trained on earlier weights does not go on with others."""
+        known, now = self._base_model, self._handle.base_model
+        if now == known:
+            return
+        self._base_model = now
+        self._emit(MezoEvent(job_id="", kind="base_model", step=0, data={"fingerprint": now["fingerprint"]}))
+        if self._job is not None:
+            self._fail(BaseModelError(now["name"], known["name"]))
 
     def on_flush(self) -> None:
         """The radix tree has been emptied: its locks and KV are gone."""

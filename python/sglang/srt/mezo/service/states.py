@@ -7,7 +7,8 @@ from sglang.srt.mezo.service.records import LIVE, JobStatus, StoredEvent, Stored
 from sglang.srt.mezo.service.store import Store
 
 Action = Literal[
-    "queue", "start", "succeed", "fail", "requeue", "cancel", "pause", "resume", "append rows to", "publish", "evaluate", "update"
+    "queue", "start", "succeed", "fail", "requeue", "hold", "release",
+    "cancel", "pause", "resume", "append rows to", "publish", "evaluate", "update",
 ]  # fmt: skip
 
 
@@ -24,6 +25,8 @@ RULES: dict[Action, Rule] = {
     "succeed": Rule(("running",), "succeeded"),
     "fail": Rule(("validating_files", "queued", "running"), "failed"),
     "requeue": Rule(("running",), "queued"),
+    "hold": Rule(("validating_files", "queued", "running"), "paused"),
+    "release": Rule(("paused",), "validating_files"),
     "cancel": Rule(LIVE, "cancelled"),
     "pause": Rule(("queued", "running"), "paused"),
     "resume": Rule(("paused",), "queued"),
@@ -55,6 +58,18 @@ def set_back(store: Store, job_id: str, error: RequestError) -> None:
     """Let a job that has lost the engine wait for its turn again, unless it has been stopped in the meantime."""
     if store.job(job_id).status in RULES["requeue"].allowed:
         change(store, job_id, "requeue", StoredEvent(job_id, f"The job waits: {error.message}", level="warn", data=error.to_dict()))
+
+
+def hold(store: Store, job_id: str, reason: RequestError) -> None:
+    """Let a job wait that this server cannot train, unless it has been stopped in the meantime."""
+    if store.job(job_id).status in RULES["hold"].allowed:
+        message = f"The job is paused: {reason.message}. It is tried again when the server starts anew, and when it is resumed"
+        change(store, job_id, "hold", StoredEvent(job_id, message, level="warn", data=reason.to_dict()), error=reason.to_dict())
+
+
+def release(store: Store, job_id: str) -> StoredJob:
+    """Let a job that the server has held go on, if it is one that this server can train: that is found out from its files on."""
+    return change(store, job_id, "release", StoredEvent(job_id, "The job goes on, and its files are validated again"), error=None)
 
 
 def fail(store: Store, job_id: str, error: RequestError) -> None:

@@ -232,6 +232,11 @@ class Store:
             raise NotFound("model", name, "model")
         return jobs[0]
 
+    def adopt(self, base_model: str) -> None:
+        """Take jobs of a version that did not keep their base model's fingerprint for jobs of this one."""
+        with self._database.transaction():
+            self._database.execute("UPDATE jobs SET base_model = ? WHERE base_model = ''", (base_model,))
+
     def update_job(self, job_id: str, *events: StoredEvent, **changes: Any) -> StoredJob:
         """Change fields and add events in one transaction. Of the versions of its adapter the one before may then be deleted."""
         with self._database.transaction():
