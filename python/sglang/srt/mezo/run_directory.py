@@ -132,14 +132,14 @@ class RunDirectory:
             raise
         return log
 
-    def _require_base_model(self, earlier: dict[str, str] | None) -> None:
+    def _require_base_model(self, earlier: Any) -> None:
         """A run of a version that kept no record of it is taken for one of this base model."""
-        if earlier is None or self._base_model is None:
+        if not isinstance(earlier, dict) or self._base_model is None:
             return
-        if earlier["fingerprint"] != self._base_model["fingerprint"]:
-            raise BaseModelError(self._base_model["name"], earlier["name"])
-        if earlier["precision"] != self._base_model["precision"]:
-            raise ConfigError("dtype", self._base_model["precision"], f"the run to resume has {earlier['precision']!r}")
+        if earlier.get("fingerprint") != self._base_model["fingerprint"]:
+            raise BaseModelError(self._base_model["name"], earlier.get("name"))
+        if earlier.get("precision") != self._base_model["precision"]:
+            raise ConfigError("dtype", self._base_model["precision"], f"the run to resume has {earlier.get('precision')!r}")
 
     def checkpoint(self, step: int) -> Path:
         return self.path / f"checkpoint-{step}"
