@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 _RETRY_SECONDS = 1.0  # after a state that could not be written to the store
 _MOST_ROOM_SECONDS = 60.0  # between two looks whether the disk has room again
+_PASSING = ("disk_full", "store_busy")  # codes of errors that are over some time
 
 
 class JobManager:
@@ -238,8 +239,8 @@ class JobManager:
                 while (job := self.store.oldest(status)) is not None:
                     await self._attempt(job, work)
                     setbacks = 0
-            except DiskFull as error:
-                logger.error("jobs that are %s wait for room: %s", status, error)
+            except RequestError as error:
+                logger.error("jobs that are %s have to wait: %s", status, error)
                 setbacks += 1
                 await self._room(min(_RETRY_SECONDS * 2**setbacks, _MOST_ROOM_SECONDS))
             except Exception:
@@ -249,13 +250,14 @@ class JobManager:
                 await self._work.wait()
 
     async def _attempt(self, job: StoredJob, work: Callable[[StoredJob], Awaitable[None]]) -> None:
-        """Raises DiskFull where the job did not fail but has to wait for room; it goes on from what is on the disk then."""
+        """Raises RequestError where the job did not fail but waits for the disk; it goes on from what is on it then."""
         try:
             await work(job)
         except Exception as error:
-            if (full := disk_full(error)) is not None:
-                await self._written(lambda: set_back(self.store, job.id, full))
-                raise full from error
+            disk = storage_error(error)
+            if disk is not None and disk.code in _PASSING:
+                await self._written(lambda: set_back(self.store, job.id, disk))
+                raise disk from error
             failure = self._failure(job, error)
             end = hold if self._may_go_on(job, failure) else fail
             await self._written(lambda: end(self.store, job.id, failure))
