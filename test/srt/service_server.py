@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 
 from sglang.srt.mezo.config import MezoConfig
 from sglang.srt.mezo.service.client import EngineClient
+from sglang.srt.mezo.service.fit import limits
 from sglang.srt.mezo.service.manager import JobManager
 from sglang.srt.mezo.service.records import StoredFile, StoredJob, new_id, now
 from sglang.srt.mezo.service.settings import ServiceSettings
@@ -67,7 +68,7 @@ class Server:
                 training_file=self.upload(*(rows or ROWS)), validation_file=validation, seed=42, suffix=suffix,
                 adapter_name=self.manager.adapter_name_for(job_id, suffix), metadata={}, request={}, hyperparameters={},
                 config={**CONFIG, **config}, fine_tuned_model=None, trained_tokens=None, error=None, step=0, version=0,
-                base_model=self.manager.engine.base_model,
+                engine=limits(self.manager.engine),
             )
         )  # fmt: skip
 

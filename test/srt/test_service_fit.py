@@ -68,22 +68,26 @@ async def test_a_job_that_the_flags_do_not_fit_waits_for_the_right_ones(tmp_path
 async def test_a_job_that_the_engine_cannot_take_up_waits_too(tmp_path, tokenizer):  # noqa: F811
     """What only the engine knows of: its room, or the type of its weights."""
     job = await interrupted(tmp_path, tokenizer)
-    async with serving(tmp_path, tokenizer) as server:
+    async with serving(tmp_path, tokenizer, max_loras_per_batch=6) as server:
         server.scheduler.refuses[StartJob] = Refusal("5 adapter slots are needed", None)
-        assert (await server.until(job, "paused")).error["message"] == "5 adapter slots are needed"
-    async with serving(tmp_path, tokenizer) as server:
+        reason = "5 adapter slots are needed; of the server's settings max_loras_per_batch is 6 and was 8"
+        assert (await server.until(job, "paused")).error == {"code": "does_not_fit", "message": reason, "param": None}
+    async with serving(tmp_path, tokenizer, kv_capacity=1000) as server:
         await server.started(job)
         server.scheduler.report("failed", 4, "1000 tokens do not fit", code="CapacityError")
-        assert (await server.until(job, "paused")).error["code"] == "CapacityError"
+        assert "kv_capacity is 1000 and was 4000" in (await server.until(job, "paused")).error["message"]
         assert (await server.manager.resume(job.id)).status == "validating_files"
         await server.started(job)
         server.scheduler.report("failed", 4, "the losses are nan", code="DivergedError")
         assert (await server.until(job, "failed")).error["code"] == "DivergedError"
 
 
-async def test_a_job_that_its_own_server_cannot_train_fails(tmp_path, tokenizer):  # noqa: F811
+async def test_a_job_that_fails_with_the_flags_that_it_was_created_for_fails(tmp_path, tokenizer):  # noqa: F811
+    job = await interrupted(tmp_path, tokenizer)
+    async with serving(tmp_path, tokenizer, max_lora_rank=1) as server:
+        await server.until(job, "paused")
     async with serving(tmp_path, tokenizer) as server:
-        job = await server.running()
+        await server.started(job)
         server.scheduler.report("failed", 4, "1000 tokens do not fit", code="CapacityError")
         await server.until(job, "failed")
 
@@ -160,10 +164,10 @@ async def test_jobs_of_an_earlier_version_belong_to_the_model_that_they_are_foun
     job = await interrupted(tmp_path, tokenizer)
     async with serving(tmp_path, tokenizer, max_lora_rank=1) as server:
         await server.until(job, "paused")
-        server.store.update_job(job.id, base_model="")
+        server.store.update_job(job.id, engine={})
     async with serving(tmp_path, tokenizer, **OTHER_MODEL) as server:
         await server.started(job)
-        assert server.store.job(job.id).base_model == "sha256:other"
+        assert server.store.job(job.id).engine["base_model"] == "sha256:other"
 
 
 async def test_weights_that_are_replaced_while_the_server_runs_are_another_base_model(tmp_path, tokenizer):  # noqa: F811
@@ -182,7 +186,7 @@ async def test_weights_that_are_replaced_while_the_server_runs_are_another_base_
         await eventually(lambda: not server.manager.serves("mine"))
         await eventually(lambda: not server.tokenizer_manager.loaded)
         new = await server.running()
-        assert new.base_model == "replaced:1"
+        assert new.engine["base_model"] == "replaced:1"
         replace_weights(ENGINE.base_model)
         server.scheduler.report("failed", 1, "base_model=...", code="BaseModelError")
         assert (await server.until(new, "paused")).error["code"] == "base_model_changed"

@@ -253,7 +253,7 @@ def _unusable(path: Path, reason: str) -> ConfigError:
 
 
 # A seed is an unsigned 64-bit number, and SQLite's are signed.
-_JSON = {"seed", "metadata", "request", "hyperparameters", "config", "error", "data", "metrics"}
+_JSON = {"seed", "metadata", "request", "hyperparameters", "config", "error", "engine", "data", "metrics"}
 
 
 def _encoded(columns: dict[str, Any]) -> list[Any]:

@@ -1,5 +1,7 @@
 """Whether this server can go on with what an earlier one has begun: that may have had other flags, or another base model."""
 
+from typing import Any
+
 from sglang.srt.mezo.config import MezoConfig
 from sglang.srt.mezo.errors import ConfigError, shown
 from sglang.srt.mezo.service.errors import RequestError
@@ -9,6 +11,15 @@ from sglang.srt.mezo.service.records import StoredJob
 
 BASE_MODEL_CHANGED = "base_model_changed"
 DOES_NOT_FIT = "does_not_fit"
+
+_LIMITS = (
+    "base_model", "dtype", "context_length", "kv_capacity", "max_lora_rank", "max_loras_per_batch", "target_modules", "no_alora",
+)  # fmt: skip
+
+
+def limits(engine: EngineDescription) -> dict[str, Any]:
+    """What of an engine may keep it from going on with a job that another one has begun."""
+    return {name: getattr(engine, name) for name in _LIMITS}
 
 
 class Fit:
@@ -25,13 +36,27 @@ class Fit:
         """In the way of its training. What depends on the rows shows when they are read."""
         return self._reason(job, to_serve=False)
 
+    def of_failure(self, job: StoredJob, failure: RequestError) -> RequestError | None:
+        """In the way of a job that has failed here, where the server that took it had another base model or other limits.
+
+        None where they are the same, or the failure is of the numbers, so that it would fail anywhere.
+        """
+        now = limits(self._engine)
+        others = [name for name in _LIMITS if job.engine.get(name) != now[name]]
+        if not others or failure.code == "DivergedError":
+            return None
+        if (reason := self.of_job(job)) is not None:
+            return reason
+        changes = ", ".join(f"{name} is {shown(now[name])} and was {shown(job.engine.get(name))}" for name in others)
+        return RequestError(409, f"{failure.message}; of the server's settings {changes}", failure.param, DOES_NOT_FIT)
+
     def of_adapter(self, job: StoredJob) -> RequestError | None:
         """In the way of serving its adapter and its checkpoints."""
         return self._reason(job, to_serve=True)
 
     def _reason(self, job: StoredJob, to_serve: bool) -> RequestError | None:
         engine = self._engine
-        if job.base_model not in ("", engine.base_model):
+        if job.engine.get("base_model", engine.base_model) != engine.base_model:
             message = f"it belongs to another base model than {engine.model_path!r} is now, by its configuration or its weights"
             return RequestError(409, message, None, BASE_MODEL_CHANGED)
         try:

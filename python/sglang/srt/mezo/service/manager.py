@@ -12,7 +12,7 @@ from sglang.srt.mezo.errors import ConfigError, MezoError
 from sglang.srt.mezo.service.client import EngineClient
 from sglang.srt.mezo.service.disk import disk_full, has_room, storage_error
 from sglang.srt.mezo.service.errors import DiskFull, EngineRefused, NotFound, RequestError
-from sglang.srt.mezo.service.fit import BASE_MODEL_CHANGED, Fit
+from sglang.srt.mezo.service.fit import Fit, limits
 from sglang.srt.mezo.service.job_data import JobReader, shared_tokenizer
 from sglang.srt.mezo.service.manual import ManualWork
 from sglang.srt.mezo.service.messages import Describe, EngineDescription, MezoEvent
@@ -29,7 +29,6 @@ logger = logging.getLogger(__name__)
 
 _RETRY_SECONDS = 1.0  # after a state that could not be written to the store
 _MOST_ROOM_SECONDS = 60.0  # between two looks whether the disk has room again
-_PASSING = ("disk_full", "store_busy")  # codes of errors that are over some time
 
 
 class JobManager:
@@ -49,7 +48,6 @@ class JobManager:
         self._state = asyncio.Lock()
         self._work = asyncio.Event()
         self._tasks: list[asyncio.Task] = []
-        self._created: set[str] = set()  # jobs that this server has accepted
 
     async def start(self) -> None:
         """Take up what an earlier server has left, and begin to work.
@@ -111,7 +109,6 @@ class JobManager:
         job = self.store.add_job(
             job, StoredEvent(job.id, f"Created fine-tuning job: {job.id}"), StoredEvent(job.id, f"Validating {files}")
         )
-        self._created.add(job.id)
         self._work.set()
         return job
 
@@ -239,8 +236,8 @@ class JobManager:
                 while (job := self.store.oldest(status)) is not None:
                     await self._attempt(job, work)
                     setbacks = 0
-            except RequestError as error:
-                logger.error("jobs that are %s have to wait: %s", status, error)
+            except DiskFull as error:
+                logger.error("jobs that are %s wait for room: %s", status, error)
                 setbacks += 1
                 await self._room(min(_RETRY_SECONDS * 2**setbacks, _MOST_ROOM_SECONDS))
             except Exception:
@@ -250,25 +247,20 @@ class JobManager:
                 await self._work.wait()
 
     async def _attempt(self, job: StoredJob, work: Callable[[StoredJob], Awaitable[None]]) -> None:
-        """Raises RequestError where the job did not fail but waits for the disk; it goes on from what is on it then."""
+        """Raises DiskFull where the job did not fail but has to wait for room; it goes on from what is on the disk then."""
         try:
             await work(job)
         except Exception as error:
-            disk = storage_error(error)
-            if disk is not None and disk.code in _PASSING:
-                await self._written(lambda: set_back(self.store, job.id, disk))
-                raise disk from error
+            if (full := disk_full(error)) is not None:
+                await self._written(lambda: set_back(self.store, job.id, full))
+                raise full from error
             failure = self._failure(job, error)
-            end = hold if self._may_go_on(job, failure) else fail
-            await self._written(lambda: end(self.store, job.id, failure))
-
-    def _may_go_on(self, job: StoredJob, failure: RequestError) -> bool:
-        """Whether a job that fails may do better with other flags or another base model: those that an earlier server took it for."""
-        return failure.code == BASE_MODEL_CHANGED or (job.id not in self._created and failure.code != "DivergedError")
+            reason = self._fit.of_failure(job, failure)
+            await self._written(lambda: hold(self.store, job.id, reason) if reason else fail(self.store, job.id, failure))
 
     def _failure(self, job: StoredJob, error: Exception) -> RequestError:
         if isinstance(error, RequestError):
-            return error if error.code != "BaseModelError" else self._fit.of_job(job) or error
+            return error
         if isinstance(error, MezoError):
             return RequestError(500, str(error), None, type(error).__name__)
         logger.error("job %s failed", job.id, exc_info=error)
@@ -310,7 +302,7 @@ class JobManager:
 
     def _take_up(self) -> None:
         """Go on with what an earlier server was at."""
-        self.store.adopt(self.engine.base_model)
+        self.store.adopt(limits(self.engine))
         for job in self.store.with_status("running"):
             if self.settings.on_restart == "fail":
                 fail(self.store, job.id, RequestError(503, "the server was restarted while the job was running", None, "server_restarted"))

@@ -79,9 +79,9 @@ STEPS = (
     """
     ALTER TABLE files ADD COLUMN sha256 TEXT;
     """,
-    # Of the base model that a job is for; empty where that is not known.
+    # The base model that a job is for, and the limits that it was taken under; empty where they are not known.
     """
-    ALTER TABLE jobs ADD COLUMN base_model TEXT NOT NULL DEFAULT '';
+    ALTER TABLE jobs ADD COLUMN engine TEXT NOT NULL DEFAULT '{}';
     """,
 )
 VERSION = len(STEPS)

@@ -42,7 +42,7 @@ class StoredJob:
     adapter_name: what the server answers to; "" once the model has been deleted. request: the body that created the job.
     hyperparameters: resolved n_epochs, batch_size, learning_rate_multiplier. config: fields of ``MezoConfig`` without
     ``output_dir``. error: code, message and param; of a paused job why the server keeps it waiting, None where a user does.
-    version: of the adapter that is served, 0 for none. base_model: fingerprint of the weights that it is for.
+    version: of the adapter that is served, 0 for none. engine: the base model and the limits of the server that took the job, as ``fit`` has them.
     """
 
     id: str
@@ -64,7 +64,7 @@ class StoredJob:
     error: dict[str, Any] | None
     step: int
     version: int
-    base_model: str = ""
+    engine: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

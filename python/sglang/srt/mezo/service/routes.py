@@ -15,6 +15,7 @@ from starlette.responses import FileResponse
 from sglang.srt.mezo.errors import shown
 from sglang.srt.mezo.service.endpoint import Endpoint, Handler, Service, add_routes, changes, read_json, reads, require_writable
 from sglang.srt.mezo.service.errors import NotFound, RequestError
+from sglang.srt.mezo.service.fit import limits
 from sglang.srt.mezo.service.hyperparameters import resolve
 from sglang.srt.mezo.service.protocol import (
     CreateJob,
@@ -159,7 +160,7 @@ class _Jobs:
             error=None,
             step=0,
             version=0,
-            base_model=service.engine.base_model,
+            engine=limits(service.engine),
         )
         return self._object(await service.manager.create_job(job))
 

@@ -232,10 +232,10 @@ class Store:
             raise NotFound("model", name, "model")
         return jobs[0]
 
-    def adopt(self, base_model: str) -> None:
-        """Take jobs of a version that did not keep their base model's fingerprint for jobs of this one."""
+    def adopt(self, engine: Mapping[str, Any]) -> None:
+        """Take jobs of a version that did not keep their base model and its limits for jobs of these."""
         with self._database.transaction():
-            self._database.execute("UPDATE jobs SET base_model = ? WHERE base_model = ''", (base_model,))
+            self._database.execute("UPDATE jobs SET engine = ? WHERE engine = '{}'", (json.dumps(engine),))
 
     def update_job(self, job_id: str, *events: StoredEvent, **changes: Any) -> StoredJob:
         """Change fields and add events in one transaction. Of the versions of its adapter the one before may then be deleted."""
