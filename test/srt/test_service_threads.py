@@ -279,6 +279,22 @@ def test_who_reads_does_not_wait_for_what_changes(threads):
     asyncio.run(main())
 
 
+def test_a_store_that_another_process_has_locked_does_not_keep_a_server_from_ending(tmp_path):
+    door = Door(tmp_path)
+
+    async def main() -> None:
+        manager = TokenizerManager(Scheduler(), AutoTokenizer.from_pretrained(MODEL))
+        manager.enable_metrics = False
+        await door.service.start(manager)
+        store = door.service.store
+        await door.service.threads.call(store._database._connection.execute, "PRAGMA busy_timeout = 100")
+        with door.locked():
+            door.service.threads.post(store.adopt, {})
+            await asyncio.wait_for(door.service.stop(), 60)
+
+    asyncio.run(main())
+
+
 def test_what_is_awaited_in_another_loop_is_cancelled_with_who_waits(threads):
     async def main() -> None:
         ended = asyncio.Event()

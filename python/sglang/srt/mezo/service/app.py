@@ -68,6 +68,7 @@ class Service:
 
     async def stop(self) -> None:
         self.ready = False
+        self.store.stop_waiting()
         await self.threads.run(self.manager.stop())
         await self.threads.call(self.store.close)
         await asyncio.to_thread(self.threads.close)

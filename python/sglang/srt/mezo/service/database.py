@@ -72,7 +72,7 @@ class Database:
                 self.close()
                 raise
         except sqlite3.Error as error:
-            raise _unusable(path, str(error)) from error
+            raise _unusable(path, " ".join(str(error).split())) from error
 
     def _connected(self) -> sqlite3.Connection:
         connection = sqlite3.connect(self._path, _LOCK_SECONDS, check_same_thread=False, isolation_level=None)  # ours to begin transactions
@@ -95,9 +95,12 @@ class Database:
             raise _unusable(self._path, "it is another program's, or damaged")
         migrate(self._connection, self._path)
 
-    def close(self) -> None:
-        """A transaction that waits for another process ends with its error."""
+    def stop_waiting(self) -> None:
+        """A transaction that waits for another process ends with its error, within seconds, and later ones do not wait."""
         self._closed = True
+
+    def close(self) -> None:
+        self.stop_waiting()
         with self._lock:
             self._connection.close()
         with self._of_readers:

@@ -79,6 +79,10 @@ class Store:
         """Raises StoreBusy where another process keeps the store from being changed, after some seconds."""
         self._database.require_unlocked()
 
+    def stop_waiting(self) -> None:
+        """For another process that has locked the database: what changes the store ends with an error, within seconds."""
+        self._database.stop_waiting()
+
     def close(self) -> None:
         self._database.close()
         self._claim.close()
