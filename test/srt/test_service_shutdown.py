@@ -40,8 +40,6 @@ class Ending:
         self.asked = threading.Semaphore(0)
         self.app = FastAPI()
         self.app.add_middleware(self.service.requests.middleware)
-        client = EngineClient(self.manager)
-
         @self.app.get("/health")
         async def health():
             return {}
@@ -49,7 +47,7 @@ class Ending:
         @self.app.get("/command")
         async def command():
             self.asked.release()
-            return await client.call(StopJob(job_id="a"))
+            return await EngineClient(self.manager).call(StopJob(job_id="a"))
 
         @self.app.post("/rows")
         async def rows(request: Request):
