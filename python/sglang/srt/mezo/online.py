@@ -147,7 +147,7 @@ def _extend_app(http_server: ModuleType) -> None:
     settings = _settings()
     if not settings.enabled:
         return
-    from sglang.srt.mezo.service import latency, native, page, routes
+    from sglang.srt.mezo.service import answers, latency, native, page, routes
     from sglang.srt.mezo.service.app import Service
 
     service = Service(settings)
@@ -157,6 +157,13 @@ def _extend_app(http_server: ModuleType) -> None:
     install(Hook(_TOKENIZER, "TokenizerManager._handle_batch_output", "around", latency.around_batch_output, "latency of served requests"))
     http_server.app.add_middleware(service.requests.middleware)
     install(Hook(_TOKENIZER, "TokenizerManager.sigterm_watchdog", "around", _around_shutdown, "nothing waits for an engine that has ended"))
+    every, version = "the adapter that a model's name says, on every route", "an answer names the version of its adapter"
+    install(Hook("sglang.srt.entrypoints.openai.serving_base", "OpenAIServingBase.handle_request", "around", answers.around_request, every))
+    install(Hook("sglang.srt.entrypoints.openai.serving_responses", "OpenAIServingResponses.create_responses", "around", answers.around_responses, every))
+    for name in ("handle_chat", "handle_generate"):
+        install(Hook("sglang.srt.entrypoints.ollama.serving", f"OllamaServing.{name}", "around", answers.around_ollama, every))
+    install(Hook(_TOKENIZER, "TokenizerManager.generate_request", "before", answers.before_generating, every))
+    install(Hook(_TOKENIZER, "TokenizerManager._resolve_lora_path", "around", answers.around_resolving, version))
     install(Hook("sglang.srt.utils.auth", "add_api_key_middleware", "after", page.after_keys, "the page asks for the key itself"))
     upstream = http_server.app.router.lifespan_context
 
