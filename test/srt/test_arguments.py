@@ -31,6 +31,7 @@ def given(line: str) -> dict:
         ("--learning-rate 1e-3 --max-steps=5", {"learning_rate": 1e-3, "max_steps": 5}),
         ("--max_steps -1 --learning_rate -1e-3", {"max_steps": -1, "learning_rate": -1e-3}),
         ("--invocation ->", {"invocation": "->"}),
+        ("--invocation 1,2 --chat_template chatml", {"invocation": "1,2", "chat_template": "chatml"}),
         ("--target_modules q_proj v_proj", {"target_modules": ["q_proj", "v_proj"]}),
         ("--target_modules q_proj,v_proj", {"target_modules": ["q_proj", "v_proj"]}),
         ("--target_modules q_proj, v_proj --r 4", {"target_modules": ["q_proj", "v_proj"], "r": 4}),

@@ -11,6 +11,7 @@ from sglang.srt.mezo.chat import ChatRenderer, ChatSettings
 from sglang.srt.mezo.conversation import turns
 from sglang.srt.mezo.data import Encoder
 from sglang.srt.mezo.errors import ConfigError, DataError
+from sglang.srt.mezo.invocation import find_invocation
 from sglang.srt.mezo.rows import SourceRow
 
 CONTEXT = 4096
@@ -186,3 +187,25 @@ def test_the_generation_prompt_is_what_the_template_appends(template, tail):
     for kind in ("one question", "a question that ends with a line", "three rounds", "an earlier answer in parts"):
         for turn in turns(ROWS[kind]):
             assert tokenizer.decode(encoder._renderer.generation_prompt(turn)) == tail
+
+
+@pytest.mark.parametrize("template", ["tools", "chatml", "llama-2", "reasoning"])
+def test_rows_of_chats_have_the_generation_prompt_as_invocation(template):
+    encoder, _ = encoder_for(template)
+    rows = [SourceRow(ROWS[kind], "rows", 1) for kind in ("one question", "three rounds", "a system message", "a question that ends with a line", "no ASCII")]
+    examples = encoder.encode_rows(rows)
+    tokens = encoder.generation_prompt(rows, (example.prompt for example in examples))
+    assert tokens
+    for example in examples:
+        assert find_invocation(example.prompt, tokens) == len(example.prompt) - len(tokens)
+
+
+def test_prompts_that_do_not_end_alike_have_no_common_invocation():
+    encoder, _ = encoder_for("strings")
+    rows = [SourceRow(ROWS["one question"], "rows", 1)]
+    prompts = [example.prompt for example in encoder.encode_rows(rows)]
+    assert encoder.generation_prompt(rows, prompts)
+    with pytest.raises(DataError, match="not every prompt ends with the generation prompt '.assistant.'"):
+        encoder.generation_prompt(rows, [*prompts, (1, 2, 3)])
+    with pytest.raises(DataError, match="there are no messages"):
+        encoder.generation_prompt([SourceRow({"text": "a"}, "rows", 1)], [])

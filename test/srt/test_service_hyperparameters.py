@@ -5,9 +5,9 @@ import json
 import pytest
 
 from sglang.srt.mezo.config import MezoConfig
-from sglang.srt.mezo.errors import shown
+from sglang.srt.mezo.errors import DataError, shown
 from sglang.srt.mezo.service.errors import RequestError
-from sglang.srt.mezo.service.hyperparameters import KINDS, reported, resolve
+from sglang.srt.mezo.service.hyperparameters import KINDS, reported, resolve, settle
 from sglang.srt.mezo.service.messages import EngineDescription
 
 ENGINE = EngineDescription(
@@ -46,7 +46,7 @@ def test_nothing_given_is_the_default_of_a_server(body):
     config, hyperparameters = resolve(body, ENGINE, 1000, seed=7)
     assert hyperparameters == {"n_epochs": 4, "batch_size": 16, "learning_rate_multiplier": 1}
     expected = MezoConfig(
-        tuning="lora", target_modules=["q_proj", "v_proj"], max_tokens_per_batch=256, max_steps=250, num_train_epochs=4, seed=7,
+        invocation="auto", target_modules=["q_proj", "k_proj", "v_proj", "o_proj"], max_tokens_per_batch=256, max_steps=250, num_train_epochs=4, seed=7,
         save_steps=50,
     )
     assert MezoConfig(**config) == expected
@@ -85,6 +85,7 @@ def test_auto_is_the_default_of_every_hyperparameter():
         ("tuning", "lora", "tuning"),
         ("invocation", " It was", "invocation"),
         ("invocation", None, "invocation"),
+        ("invocation", [5, 6], "invocation"),
         ("r", 16, "r"),
         ("lora_alpha", 32, "lora_alpha"),
         ("target_modules", ["o_proj"], "target_modules"),
@@ -172,7 +173,7 @@ def test_null_is_a_setting_of_its_own_or_refused(name):
             "learning_rate", "learning_rate_multiplier", "weight_decay", "clip_projected_grad", "zo_eps", "lora_alpha",
         )),
         ("zo_eps", 1e-320, "at least 1e-12"),
-        ("invocation", "i" * 1001, "at most 1000 characters"),
+        ("invocation", "i" * 1001, "at most 1000 characters or tokens"),
         *((name, -1, "zero or more") for name in ("weight_decay", "warmup_steps", "save_steps")),
         ("batch_size", 0, "from 1 to 4096"),
         ("batch_size", 4097, "from 1 to 4096"),
@@ -253,9 +254,34 @@ def test_an_invocation_makes_the_adapter_an_activated_one():
     config, _ = resolved(invocation=" It was")
     assert (config["tuning"], config["target_modules"]) == ("alora", ["q_proj", "k_proj", "v_proj", "o_proj"])
     assert resolved(tuning="alora", invocation=" It was")[0] == config
-    assert refused(request(tuning="alora")).param == f"{PLACE}.invocation"
+    assert refused(request(tuning="alora", invocation=None)).param == f"{PLACE}.invocation"
     assert refused(request(tuning="alora", invocation="")).param == f"{PLACE}.invocation"
     assert refused(request(tuning="lora", invocation=" It was")).param == f"{PLACE}.invocation"
+
+
+@pytest.mark.parametrize("sent", [{}, {"invocation": "auto"}, {"tuning": "auto"}, {"tuning": "alora"}, {"tuning": "alora", "invocation": "auto"}])
+def test_an_invocation_that_is_left_open_is_for_the_rows_to_settle(sent):
+    config, hyperparameters = resolved(**sent)
+    assert (config["tuning"], config["invocation"]) == ("alora", "auto") and reported(config, hyperparameters)["invocation"] == "auto"
+    for found in ("<|assistant|>", [1, 2, 3]):
+        settled = settle(config, request(**sent), ENGINE, found)
+        assert settled == {**config, "invocation": found} and MezoConfig(**settled).invocation == found
+
+
+@pytest.mark.parametrize("sent", [{"tuning": "lora"}, {"tuning": "lora", "invocation": "auto"}, {"invocation": None}])
+def test_ordinary_lora_can_be_asked_for(sent):
+    config, _ = resolved(**sent)
+    assert (config["tuning"], config["invocation"], config["target_modules"]) == ("lora", None, ["q_proj", "v_proj"])
+
+
+def test_rows_that_suggest_no_invocation_make_ordinary_lora_unless_the_client_wants_another():
+    why = DataError("there are no messages")
+    config = settle(resolved()[0], request(), ENGINE, why)
+    assert config == resolved(tuning="lora")[0]
+    assert settle(resolved(target_modules=["o_proj"])[0], request(target_modules=["o_proj"]), ENGINE, why)["target_modules"] == ["o_proj"]
+    with pytest.raises(RequestError) as caught:
+        settle(resolved(tuning="alora")[0], request(tuning="alora"), ENGINE, why)
+    assert caught.value.param == f"{PLACE}.invocation" and "such as ' It was', as there are no messages" in caught.value.message
 
 
 def test_a_backend_without_activated_adapters_says_so():

@@ -2,11 +2,14 @@
 
 import json
 import logging
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
+from conversations import TEMPLATES
 from transformers import AutoTokenizer
 
+from sglang.srt.mezo.chat import ChatRenderer, ChatSettings
 from sglang.srt.mezo.data import Example, count_shared
 from sglang.srt.mezo.errors import ConfigError, DataError
 from sglang.srt.mezo.splits import DataArguments, Splits, load_splits
@@ -133,3 +136,31 @@ def test_examples_are_shared_whatever_their_label():
     example = Example((1, 2), ((3,), (4,)), 0)
     assert count_shared([example, Example((1, 2), ((3,), (4,)), 1), Example((1, 2), ((4,), (3,)), 0), Example((1,), ((3,), (4,)), 0)], [example]) == 2
     assert count_shared([], [example]) == count_shared([example], []) == 0
+
+
+# --- the invocation of chats -------------------------------------------------------------------------------------------
+
+
+def chats(tokenizer, path: str) -> Splits:
+    """Splits of a file whose invocation is left open, under a chat template with a generation prompt."""
+    settings = ChatSettings(tokenizer.name_or_path, chat_template=TEMPLATES["strings"])
+    return load_splits(tokenizer, 512, None, DataArguments(dataset=path), ChatRenderer(tokenizer, settings))
+
+
+def chat(number: int) -> dict:
+    return {"messages": [{"role": "user", "content": f"plot {number}"}, {"role": "assistant", "content": "great"}]}
+
+
+def test_rows_of_messages_have_their_generation_prompt_as_invocation(tokenizer, tmp_path):
+    tokenizer = deepcopy(tokenizer)
+    splits = chats(tokenizer, write(tmp_path / "rows.jsonl", *map(chat, range(30))))
+    assert tokenizer.decode(splits.invocation) == "[assistant]"
+    assert all(example.prompt[-len(splits.invocation) :] == splits.invocation for example in [*splits.train, *splits.dev, *splits.test])
+
+
+def test_rows_without_one_end_before_an_engine_starts(tokenizer, tmp_path):
+    tokenizer = deepcopy(tokenizer)
+    with pytest.raises(ConfigError, match="invocation=None is not allowed: .* --tuning lora, as there are no messages"):
+        chats(tokenizer, write(tmp_path / "rows.jsonl", *map(row, range(30))))
+    with pytest.raises(ConfigError, match="not every prompt ends with the generation prompt"):
+        chats(tokenizer, write(tmp_path / "rows.jsonl", *map(chat, range(20)), *({"prompt": f"a {n}", "completion": "b"} for n in range(10))))

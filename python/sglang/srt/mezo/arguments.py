@@ -8,7 +8,8 @@ import difflib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, fields
-from typing import Any, NoReturn, Optional, get_args, get_origin, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, NoReturn, Optional, Union, get_args, get_origin, get_type_hints
 
 from sglang.srt.mezo.errors import ConfigError, MezoError, UsageError
 from sglang.srt.mezo.kinds import from_text
@@ -155,11 +156,12 @@ def _add(parser: Any, name: str, kind: Any, help: str, dest: str | None = None) 
     parser.add_argument(*_spellings(name), dest=dest or name, default=argparse.SUPPRESS, help=help, metavar=_METAVARS.get(kind), **several)
 
 
-_METAVARS = {int: "N", Optional[int]: "N", float: "X", Optional[float]: "X", bool: "true|false", str: "TEXT", Optional[str]: "TEXT"}
+_METAVARS = {int: "N", Optional[int]: "N", float: "X", Optional[float]: "X", bool: "true|false", str: "TEXT", Optional[str]: "TEXT", Optional[Union[str, list[int]]]: "TEXT"}
 
 
 def _is_list(kind: Any) -> bool:
-    return any(get_origin(choice) is list for choice in (kind, *get_args(kind)))
+    choices = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    return all(get_origin(choice) is list for choice in choices if choice is not NoneType)
 
 
 def _spellings(name: str) -> list[str]:

@@ -1,6 +1,7 @@
 """Turns of conversations as tokens: what a chat request would be rendered to, and the answer that follows on it.
 
-SGLang renders both (``chat_templates``), so that an adapter learns from the prompts that it will meet.
+SGLang renders both (``chat_templates``), so that an adapter learns from the prompts that it will meet. Their texts are tokenised
+with those of other rows, as the server tokenises them: without special tokens where a Jinja template has written its own.
 """
 
 import threading
@@ -15,7 +16,7 @@ from sglang.srt.mezo.errors import DataError
 from sglang.srt.mezo.texts import Encoding, Texts
 
 if TYPE_CHECKING:
-    from sglang.srt.mezo.chat_templates import Rendered, Template
+    from sglang.srt.mezo.chat_templates import Template
     from transformers import PreTrainedTokenizerBase
 
 _rendering = threading.Lock()  # SGLang's settings belong to the process
@@ -62,20 +63,17 @@ class ChatRenderer:
             DataError: the server would refuse the request, or the answer does not begin where the request ends.
         """
         with self._template() as template:
-            asked = template.ask(turn.asked)
-            told = template.tell(asked, turn.answer)
-            if turn.answer.get("tool_calls") and _is_same(template, asked, turn.answer, told):
+            asked = template.ask(turn)
+            told = template.tell(asked)
+            if turn.answer.get("tool_calls") and template.tell(asked, with_calls=False) == told:
                 raise DataError(f"{turn.name}.tool_calls cannot be learned: the chat template does not write them")
-        [joint] = yield Texts([told], template.special_tokens)
-        prompt = tuple(asked.ids)
-        if tuple(joint[: len(prompt)]) == prompt and len(joint) > len(prompt):
-            return prompt, tuple(joint[len(prompt) :])
-        with self._template() as template:
-            begun = template.text(asked)
-        if not told.startswith(begun):
+        if not told.startswith(asked.text):
             raise DataError("the chat template writes the answer differently than its generation prompt announces")
-        [alone] = yield Texts([told[len(begun) :]], special_tokens=False)
-        return prompt, tuple(alone)
+        prompt, joint = yield Texts([asked.text, told], template.special_tokens)
+        if joint[: len(prompt)] == prompt and len(joint) > len(prompt):
+            return tuple(prompt), tuple(joint[len(prompt) :])
+        [alone] = yield Texts([told[len(asked.text) :]], special_tokens=False)
+        return tuple(prompt), tuple(alone)
 
     def generation_prompt(self, turn: Turn) -> tuple[int, ...]:
         """The last tokens of the request: those that follow on its messages, for the answer to follow on them.
@@ -84,11 +82,11 @@ class ChatRenderer:
             DataError: the server would refuse the request.
         """
         with self._template() as template:
-            asked = template.ask(turn.asked)
-            messages = template.messages_alone(asked)
-        before = self._tokenizer.encode(messages, add_special_tokens=template.special_tokens)
-        differing = (place for place, (one, other) in enumerate(zip(asked.ids, before)) if one != other)
-        return tuple(asked.ids[next(differing, len(before)) :])
+            asked = template.ask(turn)
+            texts = [asked.text, template.messages_alone(asked)]
+        whole, before = self._tokenizer(texts, add_special_tokens=template.special_tokens).input_ids
+        differing = (place for place, (one, other) in enumerate(zip(whole, before)) if one != other)
+        return tuple(whole[next(differing, len(before)) :])
 
     @contextmanager
     def _template(self) -> "Iterator[Template]":
@@ -101,11 +99,3 @@ class ChatRenderer:
 
         return LoadedTemplate(self._tokenizer, self._settings)
 
-
-def _is_same(template: "Template", asked: "Rendered", answer: Mapping[str, Any], told: str) -> bool:
-    """Whether a chat template writes the same without the answer's tool calls, which leaves nothing of them to learn."""
-    bare = {name: value for name, value in answer.items() if name != "tool_calls"}
-    try:
-        return template.tell(asked, bare) == told
-    except DataError:  # it cannot do without them, so it does write them
-        return False

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pydantic import ValidationError
-from sglang.srt.entrypoints.openai.protocol import ChatCompletionRequest
+from sglang.srt.entrypoints.openai.protocol import ChatCompletionMessageGenericParam, ChatCompletionRequest
 from sglang.srt.entrypoints.openai.serving_chat import OpenAIServingChat
 from sglang.srt.parser.conversation import generate_chat_conv
 from sglang.srt.parser.template_manager import TemplateManager
@@ -19,6 +19,7 @@ from sglang.srt.utils.hf_transformers_utils import get_config
 from transformers import PretrainedConfig
 
 from sglang.srt.mezo.chat import ChatSettings
+from sglang.srt.mezo.conversation import Turn
 from sglang.srt.mezo.errors import ConfigError, DataError, shown
 
 if TYPE_CHECKING:
@@ -26,16 +27,17 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Rendered:
-    """A request as it is served.
+class Asked:
+    """A request for an answer.
 
     Attributes:
-        ids: its tokens.
+        text: its prompt.
         messages: as SGLang gives them to a Jinja template, with the template's further arguments.
     """
 
     request: ChatCompletionRequest
-    ids: Sequence[int]
+    answer: ChatCompletionMessageGenericParam
+    text: str
     messages: Sequence[Mapping[str, Any]] = ()
     arguments: Mapping[str, Any] | None = None
 
@@ -49,16 +51,13 @@ class Template(Protocol):
 
     special_tokens: bool
 
-    def ask(self, asked: Mapping[str, Any]) -> Rendered:
-        """The request with this body."""
+    def ask(self, turn: Turn) -> Asked: ...
 
-    def text(self, asked: Rendered) -> str: ...
+    def messages_alone(self, asked: Asked) -> str:
+        """The prompt without what is there for the answer to follow on."""
 
-    def messages_alone(self, asked: Rendered) -> str:
-        """The text without what is there for the answer to follow on."""
-
-    def tell(self, asked: Rendered, answer: Mapping[str, Any]) -> str:
-        """The text with the answer as its last message."""
+    def tell(self, asked: Asked, with_calls: bool = True) -> str:
+        """The messages and the answer, with its tool calls or without."""
 
 
 class LoadedTemplate:
@@ -85,7 +84,7 @@ class LoadedTemplate:
 
 
 class _Handler(OpenAIServingChat):
-    """The server's handler of chat requests.
+    """The server's handler of chat requests, up to the text of a prompt.
 
     Attributes:
         given: what it has given to the chat template last.
@@ -95,9 +94,15 @@ class _Handler(OpenAIServingChat):
     given: tuple[Sequence[Mapping[str, Any]], Mapping[str, Any]]
     renders = True
 
-    def _render_and_encode_chat_template(self, messages, **arguments):
+    def _render_and_encode_chat_template(self, messages, **arguments) -> tuple[str, None]:
         self.given = messages, arguments
-        return super()._render_and_encode_chat_template(messages, **arguments) if self.renders else ([], None)
+        return self.render(messages, **arguments) if self.renders else "", None
+
+    def render(self, messages, *, tools, template_kwargs, add_generation_prompt, **_) -> str:
+        """As the method above does it for the server, which encodes the text then."""
+        return self.tokenizer_manager.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=add_generation_prompt, tools=tools, return_dict=False, **template_kwargs
+        )
 
 
 class _ModelConfig:
@@ -160,25 +165,22 @@ class _JinjaTemplate:
         self._handler = handler
         self._tokenizer = handler.tokenizer_manager.tokenizer
 
-    def ask(self, asked: Mapping[str, Any]) -> Rendered:
+    def ask(self, turn: Turn) -> Asked:
         if self._handler.chat_encoding_spec is not None:
             raise DataError(f"SGLang writes this model's chats without a chat template ({self._handler.chat_encoding_spec}), and no answers")
         if self._tokenizer.chat_template is None:
             raise DataError("the tokenizer has no chat template, which messages need")
         if self._handler._prompt_text_round_trip_is_lossy:
             raise DataError("the chat template of this tokenizer writes tokens that have no text")
-        request = _request(self._handler, asked)
-        ids = _process(self._handler, request).prompt_ids
-        return Rendered(request, ids, *self._handler.given)
+        request, answer = _request(self._handler, turn)
+        text = _process(self._handler, request).prompt_ids
+        return Asked(request, answer, text, *self._handler.given)
 
-    def text(self, asked: Rendered) -> str:
+    def messages_alone(self, asked: Asked) -> str:
         return self._text(asked.messages, asked.arguments)
 
-    def messages_alone(self, asked: Rendered) -> str:
-        return self._text(asked.messages, {**asked.arguments, "add_generation_prompt": False})
-
-    def tell(self, asked: Rendered, answer: Mapping[str, Any]) -> str:
-        request = _request(self._handler, {"messages": [answer]}, number=len(asked.messages))
+    def tell(self, asked: Asked, with_calls: bool = True) -> str:
+        request = _with_messages(asked.request, [_answer(asked, with_calls)])
         request._format_add_generation_prompt = False  # else SGLang makes a user's message of it
         self._handler.renders = False
         try:
@@ -186,17 +188,11 @@ class _JinjaTemplate:
         finally:
             self._handler.renders = True
         messages, _ = self._handler.given
-        return self._text([*asked.messages, *messages], {**asked.arguments, "add_generation_prompt": False})
+        return self._text([*asked.messages, *messages], asked.arguments)
 
     def _text(self, messages: Sequence[Mapping[str, Any]], arguments: Mapping[str, Any]) -> str:
         try:
-            return self._tokenizer.apply_chat_template(
-                messages,
-                tokenize=False,
-                add_generation_prompt=arguments["add_generation_prompt"],
-                tools=arguments["tools"],
-                **arguments["template_kwargs"],
-            )
+            return self._handler.render(messages, **{**arguments, "add_generation_prompt": False})
         except Exception as error:
             raise _refusal(error) from error
 
@@ -209,20 +205,15 @@ class _ConversationTemplate:
     def __init__(self, handler: _Handler):
         self._handler = handler
 
-    def ask(self, asked: Mapping[str, Any]) -> Rendered:
-        request = _request(self._handler, asked)
-        return Rendered(request, _process(self._handler, request).prompt_ids)
+    def ask(self, turn: Turn) -> Asked:
+        request, answer = _request(self._handler, turn)
+        return Asked(request, answer, _process(self._handler, request).prompt)
 
-    def text(self, asked: Rendered) -> str:
-        return _process(self._handler, asked.request).prompt
-
-    def messages_alone(self, asked: Rendered) -> str:
+    def messages_alone(self, asked: Asked) -> str:
         return self._without_blank(asked.request)
 
-    def tell(self, asked: Rendered, answer: Mapping[str, Any]) -> str:
-        messages = asked.request.messages
-        request = _request(self._handler, {"messages": [answer]}, number=len(messages))
-        return self._without_blank(asked.request.model_copy(update={"messages": [*messages, *request.messages]}))
+    def tell(self, asked: Asked, with_calls: bool = True) -> str:
+        return self._without_blank(_with_messages(asked.request, [*asked.request.messages, _answer(asked, with_calls)]))
 
     def _without_blank(self, request: ChatCompletionRequest) -> str:
         """The messages without the blank one that stands for the answer to come."""
@@ -237,16 +228,25 @@ class _ConversationTemplate:
 # --- requests ----------------------------------------------------------------------------------------------------------
 
 
-def _request(handler: _Handler, asked: Mapping[str, Any], number: int = 0) -> ChatCompletionRequest:
-    """The request with this body; ``number`` is that of its first message in the row."""
+def _request(handler: _Handler, turn: Turn) -> tuple[ChatCompletionRequest, ChatCompletionMessageGenericParam]:
+    """The request that asks for a turn's answer, and the answer as a message of a request."""
+    messages = [*turn.asked["messages"], turn.answer]
     try:
-        request = ChatCompletionRequest.model_validate(dict(asked))
+        request = ChatCompletionRequest.model_validate({**turn.asked, "messages": messages})
     except ValidationError as error:
-        raise DataError(_problem(error, asked["messages"], number)) from error
+        raise DataError(_problem(error, messages)) from error
     refusal = handler._validate_request(request)
     if refusal:
         raise DataError(f"a request with these messages is refused: {refusal}")
-    return request
+    return _with_messages(request, request.messages[:-1]), request.messages[-1]
+
+
+def _with_messages(request: ChatCompletionRequest, messages: Sequence[Any]) -> ChatCompletionRequest:
+    return request.model_copy(update={"messages": list(messages)})
+
+
+def _answer(asked: Asked, with_calls: bool) -> ChatCompletionMessageGenericParam:
+    return asked.answer if with_calls else asked.answer.model_copy(update={"tool_calls": None})
 
 
 def _process(handler: _Handler, request: ChatCompletionRequest):
@@ -260,15 +260,14 @@ def _refusal(error: Exception) -> DataError:
     return DataError(f"the chat template refuses the messages: {error}")
 
 
-def _problem(error: ValidationError, messages: Sequence[Mapping[str, Any]], number: int) -> str:
-    """What the request's schema has against it, as near to the cause as it says; ``number`` is that of the first message."""
+def _problem(error: ValidationError, messages: Sequence[Mapping[str, Any]]) -> str:
+    """What the request's schema has against it, as near to the cause as it says."""
     found = (0, str(error))
     for problem in error.errors():
         place = problem["loc"]
         if place[0] == "messages":  # which have two schemas, of which that of the message's role counts
             if any("UserParam" in str(part) for part in place) != (messages[place[1]].get("role") == "user"):
                 continue
-            place = ("messages", number + place[1], *place[2:])
         names = [part for part in place if isinstance(part, int) or part.isidentifier() and part.islower() and part != "str"]  # no types
         if len(names) > found[0]:
             path = "".join(f"[{name}]" if isinstance(name, int) else f".{name}" for name in names).removeprefix(".")

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal, Optional
+from typing import Any, Literal, Optional, Union
 
 from sglang.srt.mezo.errors import ConfigError
 from sglang.srt.mezo.estimator import SIGNS, Estimator, forward_passes
@@ -45,7 +45,8 @@ class MezoConfig:
     resume_from_checkpoint: bool = _setting(False, "Go on with the run in output_dir from its seed log.")
 
     tuning: Tuning = _setting("alora", "alora: the adapter acts from the invocation on; lora: on every token.")
-    invocation: Optional[str] = _setting(None, "Text that activates an aLoRA adapter; the task's own by default.")
+    invocation: Optional[Union[str, list[int]]] = _setting(None, "Text that activates an aLoRA adapter, or auto: the chat template's generation prompt; "
+                                                                 "the task's own by default, without a task auto.")  # fmt: skip
     r: int = _setting(8, "Rank of the adapter.")
     lora_alpha: float = _setting(16, "The adapter's output is scaled by lora_alpha / r.")
     target_modules: Optional[list[str]] = _setting(None, "Modules to adapt; the attention projections by default.")

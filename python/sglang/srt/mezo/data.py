@@ -5,7 +5,7 @@ Rows come as a task's columns, or in one of the free forms ``{"prompt", "complet
 """
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
@@ -66,6 +66,29 @@ class Encoder:
     @cached_property
     def _renderer(self) -> ChatRenderer:
         return self._chat or ChatRenderer(self.tokenizer, ChatSettings(model_path=self.tokenizer.name_or_path))
+
+    def generation_prompt(self, rows: Iterable[SourceRow], prompts: Iterable[Sequence[int]]) -> tuple[int, ...]:
+        """What the chat template appends to the rows' messages for the answer to follow, if all ``prompts`` end with it.
+
+        Raises:
+            DataError: it appends nothing or not always the same, or there are no messages.
+        """
+        tokens = next(self._generation_prompts(rows), None)
+        if tokens is None:
+            raise DataError("there are no messages, whose chat template has a generation prompt")
+        if not tokens:
+            raise DataError("the chat template appends no generation prompt to the messages")
+        if any(tuple(prompt[-len(tokens) :]) != tokens for prompt in prompts):
+            raise DataError(f"not every prompt ends with the generation prompt {self.tokenizer.decode(tokens)!r}")
+        return tokens
+
+    def _generation_prompts(self, rows: Iterable[SourceRow]) -> Iterator[tuple[int, ...]]:
+        for row in rows:
+            if self.task is None and "messages" in row.fields:
+                try:
+                    yield self._renderer.generation_prompt(turns(row.fields)[0])
+                except DataError:  # a bad row, which is left out
+                    continue
 
     def encode_rows(self, rows: Sequence[SourceRow], on_bad_row: OnBadRow = "raise") -> list[Example]:
         """Tokenise all rows. A bad one raises DataError, or is logged and left out with ``on_bad_row="skip"``."""

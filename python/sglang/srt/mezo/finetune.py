@@ -15,6 +15,7 @@ from sglang.srt.mezo.engine import MezoEngine
 from sglang.srt.mezo.errors import ConfigError
 from sglang.srt.mezo.evaluate import evaluate
 from sglang.srt.mezo.families import family_of, model_modules, require_modules
+from sglang.srt.mezo.invocation import AUTO, invocation_tokens
 from sglang.srt.mezo.kinds import require_types
 from sglang.srt.mezo.plots import plot_run
 from sglang.srt.mezo.integrity import write_json
@@ -84,7 +85,7 @@ def open_trainer(model: ModelArguments, data: DataArguments, config: MezoConfig)
         max_total_tokens=model.max_total_tokens,
         log_level="error",
     )
-    spec = AdapterSpec(model.model, config.r, config.lora_alpha, target_modules, invocation)
+    spec = AdapterSpec(model.model, config.r, config.lora_alpha, target_modules, splits.invocation)
     return MezoTrainer(engine.handle, config, spec, splits.train, splits.dev, splits.objective), splits
 
 
@@ -114,16 +115,19 @@ def _chat_settings(model: ModelArguments) -> ChatSettings:
     return ChatSettings(model.model, chat_template=model.chat_template, default_chat_template_kwargs=kwargs)
 
 
-def _invocation_tokens(tokenizer, data: DataArguments, config: MezoConfig) -> tuple[int, ...]:
-    """Token ids from which an aLoRA adapter acts; none for ordinary LoRA."""
+def _invocation_tokens(tokenizer: "PreTrainedTokenizerBase", data: DataArguments, config: MezoConfig) -> tuple[int, ...] | None:
+    """Token ids from which an aLoRA adapter acts; none for ordinary LoRA, and None where the chat template has them."""
+    given = None if config.invocation == AUTO else config.invocation
     if config.tuning == "lora":
-        if config.invocation is not None:
-            raise ConfigError("invocation", config.invocation, "nothing, as ordinary LoRA acts on every token")
+        if given is not None:
+            raise ConfigError("invocation", given, "nothing, as ordinary LoRA acts on every token")
         return ()
-    text = config.invocation if config.invocation is not None or not data.task else get_task(data.task).invocation
-    if not text:
-        raise ConfigError("invocation", text, "the text from which activated LoRA acts, such as ' It was'")
-    return tuple(tokenizer(text, add_special_tokens=False).input_ids)
+    if given is None and not data.task:
+        return None
+    given = get_task(data.task).invocation if given is None else given
+    if not given:
+        raise ConfigError("invocation", given, "the text from which activated LoRA acts, such as ' It was'")
+    return invocation_tokens(given, tokenizer)
 
 
 def _summary(trainer: MezoTrainer, result: TrainResult, zero_shot: dict[str, float], trained: dict[str, float]) -> dict[str, Any]:

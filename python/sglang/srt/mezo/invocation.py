@@ -4,8 +4,26 @@ The prompt decides, not the answer: that is what a served request sees.
 """
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from sglang.srt.mezo.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+AUTO = "auto"
+"""In the place of an invocation: the generation prompt of the chat template, where all prompts end with it."""
+
+
+def invocation_tokens(invocation: str | Sequence[int], tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:
+    """What a setting stands for: the tokens of a text, or tokens."""
+    return tuple(tokenizer(invocation, add_special_tokens=False).input_ids if isinstance(invocation, str) else invocation)
+
+
+def invocation_setting(tokens: Sequence[int], tokenizer: "PreTrainedTokenizerBase") -> str | list[int]:
+    """The text that stands for these tokens; they themselves where no text does, as it would be tokenised otherwise on its own."""
+    text = tokenizer.decode(tokens)
+    return text if text != AUTO and invocation_tokens(text, tokenizer) == tuple(tokens) else list(tokens)
 
 
 def find_invocation(prompt: Sequence[int], invocation: Sequence[int]) -> int | None:

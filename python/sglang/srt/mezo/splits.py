@@ -52,6 +52,7 @@ class Splits:
     """Tokenised examples of a run.
 
     Attributes:
+        invocation: tokens from which an activated LoRA adapter acts; none for ordinary LoRA.
         shared: how many examples of a split are in another too, such as {"test in train": 3}; only where there are any.
     """
 
@@ -59,16 +60,20 @@ class Splits:
     dev: list[Example]
     test: list[Example]
     objective: Objective
+    invocation: tuple[int, ...]
     shared: dict[str, int]
 
 
 def load_splits(
-    tokenizer: "PreTrainedTokenizerBase", max_length: int, invocation: Sequence[int], data: DataArguments, chat: ChatRenderer | None = None
+    tokenizer: "PreTrainedTokenizerBase", max_length: int, invocation: Sequence[int] | None, data: DataArguments, chat: ChatRenderer | None = None
 ) -> Splits:
     """Read and tokenise, as ``Encoder`` does. Examples that are in more than one split are counted in a warning.
 
+    Args:
+        invocation: None for the chat template's generation prompt.
+
     Raises:
-        ConfigError: there is no data set, or it has no splits and one is named.
+        ConfigError: there is no data set, or it has no splits and one is named; or the prompts end with no common generation prompt.
         DataError: names the file and line of the first bad row.
     """
     task = get_task(data.task) if data.task else None
@@ -76,11 +81,21 @@ def load_splits(
     if dataset is None:
         raise ConfigError("dataset", None, "a hub name, folder or file; or name a task")
     rows = _read(dataset, task, data)
-    encoder = Encoder(tokenizer, max_length, task, invocation, chat)
+    encoder = Encoder(tokenizer, max_length, task, invocation or (), chat)
     train, dev, test = (encoder.encode_rows(part, data.on_bad_row) if part else [] for part in rows)
     if not train:
         raise DataError("no training row is left", dataset)
-    return Splits(train, dev, test, default_objective(train, rows[0]), _shared(train, dev, test))
+    if invocation is None:
+        invocation = _generation_prompt(encoder, rows[0], [*train, *dev, *test])
+    return Splits(train, dev, test, default_objective(train, rows[0]), tuple(invocation), _shared(train, dev, test))
+
+
+def _generation_prompt(encoder: Encoder, rows: list[SourceRow], examples: list[Example]) -> tuple[int, ...]:
+    try:
+        return encoder.generation_prompt(rows, (example.prompt for example in examples))
+    except DataError as error:
+        needed = f"the text from which activated LoRA acts, such as ' It was', or --tuning lora, as {error}"
+        raise ConfigError("invocation", None, needed) from error
 
 
 def _read(dataset: str, task: Task | None, data: DataArguments) -> tuple[list[SourceRow], list[SourceRow], list[SourceRow]]:

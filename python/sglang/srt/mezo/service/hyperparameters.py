@@ -9,8 +9,9 @@ from dataclasses import replace
 from typing import Any, NamedTuple, get_type_hints
 
 from sglang.srt.mezo.config import LARGEST, MezoConfig, defaults
-from sglang.srt.mezo.errors import ConfigError, shown
+from sglang.srt.mezo.errors import ConfigError, DataError, shown
 from sglang.srt.mezo.estimator import SIGNS, Estimator
+from sglang.srt.mezo.invocation import AUTO
 from sglang.srt.mezo.kinds import described, fits
 from sglang.srt.mezo.service.errors import RequestError
 from sglang.srt.mezo.service.job_data import MAX_PASS_TOKENS
@@ -109,6 +110,26 @@ def resolve(request: Mapping[str, Any], engine: EngineDescription, num_train: in
     return stored, {"n_epochs": n_epochs, "batch_size": batch_size, "learning_rate_multiplier": multiplier}
 
 
+def settle(config: Mapping[str, Any], request: Mapping[str, Any], engine: EngineDescription, found: str | list[int] | DataError) -> dict[str, Any]:
+    """Settle how an adapter acts whose invocation is open.
+
+    Args:
+        config: from ``resolve``.
+        request: body of the job's creation.
+        found: the invocation that the job's rows suggest, or why they suggest none; then the adapter acts on every token.
+
+    Raises:
+        RequestError: they suggest none, and the client wants activated LoRA.
+    """
+    if not isinstance(found, DataError):
+        return {**config, "invocation": found}
+    given = _given(request)
+    if "tuning" in given:
+        raise _refused("invocation", AUTO, f"the text from which activated LoRA acts, such as ' It was', as {found.reason}", given)
+    targets = given["target_modules"].value if "target_modules" in given else _default_targets("lora", engine)
+    return {**config, "tuning": "lora", "invocation": None, "target_modules": targets}
+
+
 def reported(config: Mapping[str, Any], hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
     """What ``resolve`` returned, under the names that a client uses; max_steps is "auto" where n_epochs decides."""
     settings = {name: config[name] for name in _SETTINGS}
@@ -146,7 +167,7 @@ def _check_together(given: Mapping[str, _Given]) -> None:
         if name in given and (given[name].value or 0) > most:
             raise _refusal(given[name], f"at most {most}")
     if "invocation" in given and len(given["invocation"].value or "") > _MOST_CHARACTERS:
-        raise _refusal(given["invocation"], f"at most {_MOST_CHARACTERS} characters")
+        raise _refusal(given["invocation"], f"at most {_MOST_CHARACTERS} characters or tokens")
     multiplier = given.get("learning_rate_multiplier")
     if multiplier is not None and not 0 < multiplier.value < math.inf:
         raise _refusal(multiplier, "a positive number")
@@ -158,16 +179,23 @@ def _check_together(given: Mapping[str, _Given]) -> None:
 
 
 def _online_defaults(values: Mapping[str, Any], engine: EngineDescription) -> dict[str, Any]:
-    """Where a server has a better answer than ``MezoConfig``: an adapter needs an invocation to be an aLoRA adapter."""
-    tuning = values.get("tuning", "lora" if values.get("invocation") is None else "alora")
+    """Where a server has a better answer than ``MezoConfig``. What a job leaves open of its invocation its rows decide (``settle``)."""
+    is_open = "invocation" not in values
+    act_on_all = bool(engine.no_alora) if is_open else values["invocation"] is None
+    tuning = values.get("tuning", "lora" if act_on_all else "alora")
     return {
         "tuning": tuning,
-        "target_modules": engine.default_target_modules.get(tuning) or engine.target_modules,
+        "invocation": AUTO if is_open and tuning == "alora" else None,
+        "target_modules": _default_targets(tuning, engine),
         "r": min(MezoConfig.r, engine.max_lora_rank),
         "estimator": _default_estimator(values.get("num_perturbations", MezoConfig.num_perturbations), engine),
         "max_tokens_per_batch": min(engine.idle_step_tokens, engine.kv_capacity),
         "save_steps": values.get("eval_steps", MezoConfig.eval_steps),
     }
+
+
+def _default_targets(tuning: str, engine: EngineDescription) -> list[str]:
+    return engine.default_target_modules.get(tuning) or engine.target_modules
 
 
 def _default_estimator(num_perturbations: int, engine: EngineDescription) -> Estimator:

@@ -4,15 +4,17 @@ import copy
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sglang.srt.mezo.chat import ChatRenderer, ChatSettings
-from sglang.srt.mezo.config import Objective
+from sglang.srt.mezo.config import Objective, Tuning
 from sglang.srt.mezo.data import Encoder, Example, count_shared, default_objective
 from sglang.srt.mezo.errors import DataError
 from sglang.srt.mezo.integrity import require_sums, write_sums
+from sglang.srt.mezo.invocation import AUTO, invocation_setting, invocation_tokens
 from sglang.srt.mezo.plan import Planner
 from sglang.srt.mezo.rows import SourceRow, read_jsonl
 from sglang.srt.mezo.service.errors import RequestError
@@ -40,14 +42,23 @@ def shared_tokenizer(tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedTokeniz
     return tokenizer
 
 
+RowExample = tuple[SourceRow, Example]
+
+
 @dataclass(frozen=True)
 class JobData:
-    """Tokenised examples of a job's files; ``shared`` of those to evaluate on are in the training file too."""
+    """Tokenised examples of a job's files.
+
+    Attributes:
+        shared: how many of those to evaluate on are in the training file too.
+        invocation: where the job leaves it open, what the rows suggest, or why they suggest none.
+    """
 
     train: list[Example]
     evaluation: list[Example]
     objective: Objective
     shared: int = 0
+    invocation: str | list[int] | DataError | None = None
 
 
 class JobReader:
@@ -72,11 +83,17 @@ class JobReader:
         Raises:
             RequestError: naming the file, line and reason of the first row that cannot be used.
         """
-        train, objective = self._read_file(job, job.training_file, "training_file", job.config["objective"])
-        if job.validation_file is None:
-            return JobData(train, [], objective)
-        evaluation, _ = self._read_file(job, job.validation_file, "validation_file", objective)
-        return JobData(train, evaluation, objective, count_shared(evaluation, train))
+        is_open = job.config["invocation"] == AUTO
+        tuning, invocation = job.config["tuning"], () if is_open else self.invocation(job)
+        train = self._read_file(job.training_file, "training_file", invocation)
+        evaluation = self._read_file(job.validation_file, "validation_file", invocation) if job.validation_file else []
+        found = None
+        if is_open:
+            tuning, invocation, found = self._suggested([*train, *evaluation])
+        planner = Planner(tuning, invocation)
+        train, objective = self._checked(train, "training_file", planner, job.config["objective"])
+        evaluation, _ = self._checked(evaluation, "validation_file", planner, objective)
+        return JobData(train, evaluation, objective, count_shared(evaluation, train), found)
 
     def encode(self, job: StoredJob, rows: Sequence[Mapping[str, Any]]) -> list[Example]:
         """Examples of rows in a request.
@@ -86,7 +103,7 @@ class JobReader:
         """
         sources = [SourceRow(row, "rows", number) for number, row in enumerate(rows)]
         try:
-            examples, _ = self._encode(job, sources, job.config["objective"])
+            examples = self._encode(job, sources)
         except DataError as error:
             raise RequestError(400, f"rows[{error.line}]: {error.reason}", f"rows.{error.line}", "invalid_row") from error
         tokens = sum(map(num_tokens, examples))
@@ -103,40 +120,58 @@ class JobReader:
     def encode_file(self, job: StoredJob, path: Path) -> list[Example]:
         """Examples of a file that ``AppendedRows`` wrote; DamagedError where it is not as it was written."""
         require_sums(path.parent, [path.name], _sums(path))
-        examples, _ = self._encode(job, list(read_jsonl(path, path.name)), job.config["objective"])
-        return examples
+        return self._encode(job, list(read_jsonl(path, path.name)))
 
     def invocation(self, job: StoredJob) -> tuple[int, ...]:
         """Tokens from which the job's adapter acts; none for ordinary LoRA."""
         if job.config["tuning"] == "lora":
             return ()
-        return tuple(self._tokenizer(job.config["invocation"], add_special_tokens=False).input_ids)
+        return invocation_tokens(job.config["invocation"], self._tokenizer)
 
-    def _read_file(self, job: StoredJob, file_id: str, param: str, objective: Objective | None) -> tuple[list[Example], Objective]:
+    def _read_file(self, file_id: str, param: str, invocation: tuple[int, ...]) -> list[RowExample]:
         file = self._store.file(file_id)
-        try:
+        with _names(param):
             rows = list(read_jsonl(self._store.content(file, param), file.filename, MAX_ROW_BYTES))
             if not rows:
                 raise DataError("no row", file.filename)
-            return self._encode(job, rows, objective)
-        except DataError as error:
-            raise RequestError(400, str(error), param, f"invalid_{param}") from error
+            return self._tokenised(rows, invocation)
 
-    def _encode(self, job: StoredJob, rows: Sequence[SourceRow], objective: Objective | None) -> tuple[list[Example], Objective]:
-        """Examples, and the objective that they suggest where the job names none."""
+    def _suggested(self, encoded: Sequence[RowExample]) -> tuple[Tuning, tuple[int, ...], str | list[int] | DataError]:
+        """How an adapter acts that leaves it open: from the chat template's generation prompt on, or else on every token."""
+        encoder = Encoder(self._tokenizer, self._max_length, chat=self._chat)
+        try:
+            tokens = encoder.generation_prompt((row for row, _ in encoded), (example.prompt for _, example in encoded))
+        except DataError as error:
+            return "lora", (), error
+        return "alora", tokens, invocation_setting(tokens, self._tokenizer)
+
+    def _encode(self, job: StoredJob, rows: Sequence[SourceRow]) -> list[Example]:
+        """Examples of a job whose files have been read."""
         invocation = self.invocation(job)
+        encoded = self._tokenised(rows, invocation)
+        examples, _ = self._usable(encoded, Planner(job.config["tuning"], invocation), job.config["objective"])
+        return examples
+
+    def _tokenised(self, rows: Sequence[SourceRow], invocation: tuple[int, ...]) -> list[RowExample]:
         encoder = Encoder(self._tokenizer, self._max_length, invocation=invocation, chat=self._chat)
-        planner = Planner(job.config["tuning"], invocation)
-        examples, rows_of_examples = [], []
+        encoded = []
         for row in rows:
             _require_few_options(row)
-            of_row = encoder.encode_rows([row])
-            for example in of_row:
-                self._require_one_pass(planner, example, row)
-            examples += of_row
-            rows_of_examples += [row] * len(of_row)
-        objective = objective or default_objective(examples, rows)
-        for row, example in zip(rows_of_examples, examples):
+            encoded += [(row, example) for example in encoder.encode_rows([row])]
+        return encoded
+
+    def _checked(
+        self, encoded: Sequence[RowExample], param: str, planner: Planner, objective: Objective | None
+    ) -> tuple[list[Example], Objective]:
+        with _names(param):
+            return self._usable(encoded, planner, objective)
+
+    def _usable(self, encoded: Sequence[RowExample], planner: Planner, objective: Objective | None) -> tuple[list[Example], Objective]:
+        """Examples, and the objective that they suggest where the job names none."""
+        examples = [example for _, example in encoded]
+        objective = objective or default_objective(examples, [row for row, _ in encoded])
+        for row, example in encoded:
+            self._require_one_pass(planner, example, row)
             if objective == "classification" and len(example.options) < 2:
                 raise DataError("one option leaves nothing to choose from, which classification needs", row.source, row.line)
         return examples, objective
@@ -147,6 +182,15 @@ class JobReader:
         if tokens > self._max_pass_tokens:
             taken = f"its {len(example.options)} options take {tokens} tokens in one forward pass"
             raise DataError(f"{taken}, and at most {self._max_pass_tokens} go into one", row.source, row.line)
+
+
+@contextmanager
+def _names(param: str) -> Iterator[None]:
+    """A bad row is an error of the field that names its file."""
+    try:
+        yield
+    except DataError as error:
+        raise RequestError(400, str(error), param, f"invalid_{param}") from error
 
 
 def _require_few_options(row: SourceRow) -> None:

@@ -8,11 +8,12 @@ from typing import Any
 
 import msgspec
 
-from sglang.srt.mezo.errors import ConfigError, MezoError
+from sglang.srt.mezo.errors import ConfigError, DataError, MezoError
 from sglang.srt.mezo.service.client import EngineClient
 from sglang.srt.mezo.service.disk import disk_full, has_room, storage_error
 from sglang.srt.mezo.service.errors import DiskFull, EngineRefused, NotFound, RequestError
 from sglang.srt.mezo.service.fit import Fit, limits
+from sglang.srt.mezo.service.hyperparameters import settle
 from sglang.srt.mezo.service.job_data import JobReader, shared_tokenizer
 from sglang.srt.mezo.service.manual import ManualWork
 from sglang.srt.mezo.service.messages import Describe, EngineDescription, MezoEvent
@@ -292,7 +293,11 @@ class JobManager:
             events = [StoredEvent(job.id, "Files validated, moving job to queued state")]
             if data.shared:
                 events.append(shared_examples(job.id, data.shared, len(data.evaluation), "in the training file too"))
-            change(self.store, job.id, "queue", *events, config={**job.config, "objective": data.objective})
+            config = {**job.config, "objective": data.objective}
+            if data.invocation is not None:
+                config = settle(config, job.request, self.engine, data.invocation)
+                events.append(_activation(job.id, data.invocation))
+            change(self.store, job.id, "queue", *events, config=config)
             self._work.set()
 
     async def _take_off_engine(self, job_id: str) -> dict[str, int]:
@@ -330,3 +335,10 @@ class JobManager:
         self._work.set()
         await self._published.refresh()
         await self._written(self._published.tell)
+
+
+def _activation(job_id: str, invocation: str | list[int] | DataError) -> StoredEvent:
+    """What has become of an invocation that the job left open."""
+    if isinstance(invocation, DataError):
+        return StoredEvent(job_id, f"The adapter is ordinary LoRA, which trains many times slower than one with an invocation: {invocation.reason}", level="warn")
+    return StoredEvent(job_id, f"The adapter acts from the chat template's generation prompt on: {invocation!r}")
