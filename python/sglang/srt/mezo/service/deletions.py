@@ -36,14 +36,14 @@ class Deletions:
         marked = {self._directory / os.fsdecode(path) for (path,) in self._database.execute("SELECT path FROM deletions")}
         for path in marked & set(paths) if paths else marked:
             if self._in_use(path):
-                logger.error("%s is marked to be deleted, and in use: it stays", path)
+                logger.error("%r is marked to be deleted, and in use: it stays", str(path))  # a damaged path may be no text
                 continue
             try:
                 _remove(path)
                 with self._database.transaction():
                     self.unmark(path)
             except (OSError, sqlite3.Error) as error:
-                logger.error("%s could not be deleted, which the next start tries again: %s", path, error)
+                logger.error("%r could not be deleted, which the next start tries again: %s", str(path), error)
 
     def _in_use(self, path: Path) -> bool:
         """Whether a row says that a marked path is needed, or it is none that is ever marked: the mark is damaged then."""
