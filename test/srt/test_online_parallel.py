@@ -1,27 +1,52 @@
 """Training in a server of two tensor-parallel ranks follows the path of one rank."""
 
 import json
+from pathlib import Path
 
+import oracle
 import pytest
+import tiny_models
+import torch
 from engine_process import require_devices
-from live_server import LiveServer, reviews
+from live_server import MODEL, LiveServer, reviews
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sglang.srt.mezo.seed_log import SeedLog
 
 JOB = {
     "learning_rate": 1e-2, "zo_eps": 3e-3, "logging_steps": 1, "eval_steps": 5, "save_steps": 5, "max_steps": 12, "num_perturbations": 3,
-    "max_tokens_per_batch": 64, "target_modules": ["q_proj", "k_proj", "v_proj", "out_proj"],
+    "max_tokens_per_batch": 64,
 }  # fmt: skip
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tuning", ["lora", "alora"])
 def test_two_ranks_make_the_steps_of_one(tmp_path, tuning):
+    two_ranks_make_the_steps_of_one(tmp_path, tuning, ["q_proj", "k_proj", "v_proj", "out_proj"])
+
+
+@pytest.mark.slow
+def test_layers_that_two_ranks_widen_keep_the_checkpoints_shapes(tmp_path):
+    """On CPU, SGLang makes a multiple of 64 of the 96 that this model's intermediate_size is."""
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    model = Path(tiny_models.save_model("LlamaForCausalLM", tmp_path / "llama", vocab_size=len(tokenizer)))
+    tokenizer.save_pretrained(model)
+    adapter = two_ranks_make_the_steps_of_one(tmp_path, "lora", list(oracle.LLAMA_TARGETS), "--model-path", str(model))
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    loaded = PeftModel.from_pretrained(base, adapter).base_model.model.model.layers[0].mlp
+    assert loaded.down_proj.lora_A["default"].weight.shape == (8, 96)
+    assert loaded.gate_proj.lora_B["default"].weight.shape == (96, 8)
+
+
+def two_ranks_make_the_steps_of_one(tmp_path, tuning: str, target_modules: list[str], *flags: str) -> Path:
+    """Returns the folder of the adapter that two ranks made."""
     require_devices(2)
-    settings = {**JOB, "tuning": tuning, "invocation": " It was" if tuning == "alora" else None}
+    settings = {**JOB, "target_modules": target_modules, "tuning": tuning, "invocation": " It was" if tuning == "alora" else None}
     runs = []
     for ranks in (1, 2):
-        with LiveServer(tmp_path / f"mezo-{ranks}", "--tp-size", str(ranks)) as server:
+        pool = ["--lora-target-modules", *target_modules]
+        with LiveServer(tmp_path / f"mezo-{ranks}", "--tp-size", str(ranks), *flags, *pool) as server:
             files = [server.upload(reviews("train", 48)), server.upload(reviews("validation", 16))]
             job = server.create_job(*files, suffix="ranks", **settings)
             if ranks == 2:  # and through a pause: every rank goes back to where the log ends
@@ -37,6 +62,7 @@ def test_two_ranks_make_the_steps_of_one(tmp_path, tuning):
         assert double == pytest.approx(single, rel=1e-4)
     first, second = (SeedLog.open(run / "seed_log").records() for run in (one, two))
     assert [record.seed for record in first] == [record.seed for record in second]
+    return two / "adapter"
 
 
 def losses(run) -> list[list[float]]:
