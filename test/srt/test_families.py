@@ -30,6 +30,17 @@ def test_modules_have_the_checkpoints_own_names_and_shapes():
     ]
 
 
+def test_code_that_comes_with_a_checkpoint_is_not_needed():
+    """With ``trust_remote_code`` the configuration of many a Phi-3 is of a class of its own."""
+
+    class Phi3Config(transformers.Phi3Config):
+        pass
+
+    own = tiny_models.config("Phi3ForCausalLM")
+    foreign = Phi3Config(**own.to_dict(), auto_map={"AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"})
+    assert model_modules(foreign) == model_modules(own)
+
+
 UNSUPPORTED = {
     "GPT2LMHeadModel": "GPT2Config",
     "GPTNeoXForCausalLM": "GPTNeoXConfig",

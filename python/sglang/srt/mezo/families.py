@@ -104,8 +104,10 @@ def require_modules(family: Family, target_modules: Iterable[str]) -> None:
 def model_modules(config: "PretrainedConfig") -> tuple[Site, ...]:
     """The linear layers of every transformer block, in the order of the model; the head is none of them."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:  # of code that came with the checkpoint
+        config = AutoConfig.for_model(**{name: value for name, value in config.to_dict().items() if name != "auto_map"})
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     linear = [(path, module) for path, module in model.named_modules() if isinstance(module, torch.nn.Linear)]

@@ -24,15 +24,15 @@ def _after_cohere_attention(result: None, attention, *args, **kwargs) -> None:
         attention.attn.sliding_window_size = attention.sliding_window_size - 1
 
 
-def _before_phi3(model, config, *args, **kwargs) -> None:
-    """Upstream looks for it where Transformers no longer has it."""
-    if not hasattr(config, "partial_rotary_factor"):
-        config.partial_rotary_factor = config.rope_parameters.get("partial_rotary_factor", 1.0)
+def _before_partial_rotation(model, config, *args, **kwargs) -> None:
+    """Upstream looks for the share of a head that is rotated where Transformers no longer has it."""
+    config.partial_rotary_factor = config.rope_parameters.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", 1.0))
 
 
 HOOKS = (
     Hook("sglang.srt.models.gemma", "GemmaForCausalLM.__init__", "after", _after_gemma, "the activation that hidden_act names"),
     Hook("sglang.srt.models.gemma2", "Gemma2ForCausalLM.__init__", "before", _before_gemma2, "a name that Transformers' configuration lacks"),
-    Hook("sglang.srt.models.llama", "Phi3ForCausalLM.__init__", "before", _before_phi3, "the share of a head that is rotated"),
+    Hook("sglang.srt.models.llama", "Phi3ForCausalLM.__init__", "before", _before_partial_rotation, "the share of a head that is rotated"),
+    Hook("sglang.srt.models.stablelm", "StableLmForCausalLM.__init__", "before", _before_partial_rotation, "the share of a head that is rotated"),
     Hook("sglang.srt.models.commandr", "CohereAttention.__init__", "after", _after_cohere_attention, "a sliding window is not one token too long"),
 )
