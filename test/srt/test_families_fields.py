@@ -150,6 +150,8 @@ def test_nothing_is_said_of_a_family_as_it_is(architecture):
         ("GemmaForCausalLM", {"rope_parameters": rope("linear", factor=2.0)}, ["rope_type='linear'"]),
         ("Gemma2ForCausalLM", {"layer_types": [FULL, SLIDING]}, ["layer_types="]),
         ("LlamaForCausalLM", {"rope_parameters": ROPES[-1]}, ["longer than 32"]),
+        ("Qwen3ForCausalLM", {"rope_parameters": rope("yarn", **YARN, attention_factor=2.0)}, ["attention_factor=2.0"]),
+        ("Qwen3ForCausalLM", {"rope_parameters": rope("yarn", **YARN, attention_factor=1.1386)}, []),
     ],
 )
 def test_a_difference_names_the_field_and_its_value(architecture, fields, named):

@@ -1,5 +1,6 @@
 """Fields of a checkpoint's configuration that SGLang's model of it does not heed: it computes something else than Transformers then."""
 
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -58,6 +59,7 @@ def differences(config: "PretrainedConfig", context_length: int | None = None) -
     ]
     found += _windows(config, architecture, longest)
     found += _long_rope(config, longest)
+    found += _yarn(config, architecture)
     if architecture == "Gemma2ForCausalLM" and any((kind == "sliding_attention") != (i % 2 == 0) for i, kind in enumerate(config.layer_types)):
         found.append(f"layer_types={config.layer_types!r} is computed with every other layer a sliding one, the first among them")
     return found
@@ -89,3 +91,13 @@ def _long_rope(config: "PretrainedConfig", longest: int) -> Iterator[str]:
         original = parameters.get("original_max_position_embeddings") or config.max_position_embeddings
         if parameters.get("rope_type") == "longrope" and longest > original:
             yield f"rope_type='longrope' turns on the long factors for all sequences of a batch with one longer than {original}; a context_length of {original} has none"
+
+
+def _yarn(config: "PretrainedConfig", architecture: str) -> Iterator[str]:
+    """Gemma 3 has Transformers' own positions."""
+    for parameters in _rope(config) if architecture != "Gemma3ForCausalLM" else ():
+        given = parameters.get("attention_factor")
+        if parameters.get("rope_type") == "yarn" and given is not None:
+            computed = 0.1 * math.log(parameters["factor"]) + 1
+            if not math.isclose(given, computed, rel_tol=1e-4):
+                yield f"attention_factor={given!r} is computed as {computed:.4f}, which follows from factor"
