@@ -13,7 +13,9 @@ from sglang.srt.managers import tokenizer_control_mixin, tokenizer_manager
 from sglang.srt.managers.io_struct import GenerateReqInput, LoadLoRAAdapterReqInput, LoRAUpdateOutput
 from sglang.srt.mezo.integrity import write_checked_json
 from sglang.srt.mezo.service import messages
+from sglang.srt.mezo.service.job_data import to_message
 from sglang.srt.mezo.service.messages import EngineDescription, MezoEvent, MezoReqInput, MezoReqOutput
+from sglang.srt.mezo.service.packed import unpack
 
 ENGINE = EngineDescription(
     model_path="/models/opt",
@@ -99,7 +101,7 @@ class Scheduler:
     # --- commands ------------------------------------------------------------------------------------------------------
 
     def _load(self, command) -> None:
-        self.loaded.setdefault((command.job_id, command.split), []).extend(command.examples)
+        self.loaded.setdefault((command.job_id, command.split), []).extend(map(to_message, unpack(command.examples)))
 
     def _start(self, command) -> None:
         train = self.loaded.pop((command.job_id, "train"), [])

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 from sglang.srt.mezo.config import MezoConfig
 from sglang.srt.mezo.service.client import EngineClient
 from sglang.srt.mezo.service.fit import limits
+from sglang.srt.mezo.service.forks import Forks
 from sglang.srt.mezo.service.manager import JobManager
 from sglang.srt.mezo.service.records import StoredFile, StoredJob, new_id, now
 from sglang.srt.mezo.service.settings import ServiceSettings
@@ -50,7 +51,7 @@ class Server:
         self.tokenizer_manager = TokenizerManager(self.scheduler, tokenizer)
         self.store = Store(directory)
         settings = ServiceSettings(enabled=True, dir=str(directory), on_restart=on_restart)
-        self.manager = JobManager(settings, self.store, EngineClient(self.tokenizer_manager))
+        self.manager = JobManager(settings, self.store, EngineClient(self.tokenizer_manager), Forks())
         self.scheduler.on_event = self.manager.on_event
 
     def upload(self, *rows, filename: str = "train.jsonl") -> str:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import shutil
 import sqlite3
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -20,8 +21,9 @@ from sglang.srt.mezo.run_directory import read_segments
 from sglang.srt.mezo.service import publish
 from sglang.srt.mezo.service.client import EngineClient
 from sglang.srt.mezo.service.errors import NotFound, RequestError
-from sglang.srt.mezo.service.job_data import JobReader, parts, shared_tokenizer
+from sglang.srt.mezo.service.job_data import JobReader, shared_tokenizer
 from sglang.srt.mezo.service.messages import AppendExamples, LoadExamples, MezoReqOutput, StartJob, StopJob
+from sglang.srt.mezo.service.packed import parts, unpack
 
 pytestmark = pytest.mark.anyio
 
@@ -65,10 +67,8 @@ async def test_the_engine_gets_examples_and_configuration(server, tokenizer, tmp
     [train, evaluation] = server.scheduler.sent(LoadExamples)
     encoder = Encoder(tokenizer, ENGINE.context_length)
     expected = [encoder.encode(row)[0] for row in ROWS]
-    assert [(tuple(prompt), tuple(map(tuple, options)), label) for prompt, options, label in train.examples] == [
-        (example.prompt, example.options, example.label) for example in expected
-    ]
-    assert (train.split, evaluation.split, len(evaluation.examples)) == ("train", "eval", 1)
+    assert (train.split, evaluation.split) == ("train", "eval")
+    assert unpack(train.examples) == expected and unpack(evaluation.examples) == expected[:1]
     [start] = server.scheduler.sent(StartJob)
     assert start.segments == [(0, 3)] and start.objective == "classification" and not start.manual
     assert start.invocation == tokenizer(" It was", add_special_tokens=False).input_ids
@@ -236,11 +236,11 @@ async def test_a_bug_fails_the_job_and_not_the_service(server, monkeypatch, meth
     """``read`` is called in validation, ``invocation`` before the start as well."""
     calls = []
 
-    def broken(self, job):
+    def broken(self, job, *files):
         calls.append(job.id)
         if method == "read" or server.store.job(job.id).status == "running":
             raise ZeroDivisionError("secret")
-        return original(self, job)
+        return original(self, job, *files)
 
     original = getattr(JobReader, method)
     with monkeypatch.context() as patch:
@@ -347,9 +347,9 @@ async def test_a_job_is_cancelled_while_its_files_are_validated(server, monkeypa
     loop = asyncio.get_running_loop()
     original = JobReader.read
 
-    def slow(self, job):
+    def slow(self, job, *files):
         asyncio.run_coroutine_threadsafe(reads.wait(), loop).result()
-        return original(self, job)
+        return original(self, job, *files)
 
     monkeypatch.setattr(JobReader, "read", slow)
     job = await server.create()
@@ -563,6 +563,10 @@ async def test_what_a_run_has_drawn_from_is_named_where_it_is_damaged(tmp_path, 
     data = path.read_bytes()
     damaged = data[:5] if cut else data.replace(b"0", b"1", 1) if name == "segments.json" else data.replace(b"movie", b"novie", 1)
     path.write_bytes(damaged)
+    if name == "training file":  # which the run does without as long as it has its examples
+        async with serving(tmp_path, tokenizer) as server:
+            await server.started(job)
+        shutil.rmtree(folder / "examples")
     async with serving(tmp_path, tokenizer) as server:
         job = await server.until(job, "failed")
         assert (job.training_file if name == "training file" else name) in job.error["message"] and job.error["code"] != "internal_error"

@@ -18,6 +18,7 @@ from sglang.srt.mezo.adapter import Adapter, AdapterSpec
 from sglang.srt.mezo.config import MezoConfig
 from sglang.srt.mezo.pass_sizes import read_pass_sizes
 from sglang.srt.mezo.seed_log import LogRecord, SeedLog
+from sglang.srt.mezo.service.packed import pack
 
 TARGETS = ("q_proj", "v_proj")
 OPTIONS = [(11,), (12,)]
@@ -135,9 +136,8 @@ def config(tmp_path) -> MezoConfig:
 
 def start(engine, config, model_path, job_id="job", train=TRAIN, evaluation=EVALUATION, segments=None, **fields):
     for split, examples in (("train", train), ("eval", evaluation)):
-        parts = [(list(e.prompt), [list(o) for o in e.options], e.label) for e in examples]
-        for part in (parts[:3], parts[3:]):
-            assert engine.call(send, "LoadExamples", {"job_id": job_id, "split": split, "examples": part})[0]
+        for part in (examples[:3], examples[3:]):
+            assert engine.call(send, "LoadExamples", {"job_id": job_id, "split": split, "examples": pack(part)})[0]
     invocation = list(oracle.INVOCATION) if config.tuning == "alora" else []
     fields = {
         "job_id": job_id, "config": config.to_dict(), "base_model": model_path, "target_modules": list(TARGETS), "invocation": invocation,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from sglang.srt.mezo.errors import MezoError
 from sglang.srt.mezo.service.client import EngineClient
 from sglang.srt.mezo.service.in_flight import RequestsInFlight
+from sglang.srt.mezo.service.forks import Forks
 from sglang.srt.mezo.service.latency import LatencyRecorder
 from sglang.srt.mezo.service.manager import JobManager
 from sglang.srt.mezo.service.messages import EngineDescription, MezoEvent
@@ -35,6 +36,7 @@ class Service:
         self.latency = LatencyRecorder()
         self.requests = RequestsInFlight()
         self.threads = ServiceThreads()
+        self._forks = Forks()
         self.client: EngineClient
         self.engine: EngineDescription
         self.store: Store
@@ -59,7 +61,7 @@ class Service:
         self._job_metrics = JobMetrics(self.store) if tokenizer_manager.enable_metrics else None
         self.store.listener = self._on_job_change
         await self.threads.call(self._on_job_change)
-        self.manager = JobManager(self.settings, self.store, self.client)
+        self.manager = JobManager(self.settings, self.store, self.client, self._forks)
         await self.threads.run(self.manager.start())
         self.engine = self.manager.engine
         self.ready = True
@@ -72,6 +74,7 @@ class Service:
         await self.threads.run(self.manager.stop())
         await self.threads.call(self.store.close)
         await asyncio.to_thread(self.threads.close)
+        await asyncio.to_thread(self._forks.close)
 
     def on_engine_end(self) -> None:
         """The scheduler is gone, and the application is about to stop."""

@@ -1,6 +1,7 @@
 """From a job's files, and the rows that it was given later, to examples. The same rows give the same examples every time."""
 
 import copy
+import itertools
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,20 +20,18 @@ from sglang.srt.mezo.plan import Planner
 from sglang.srt.mezo.rows import SourceRow, read_jsonl
 from sglang.srt.mezo.service.errors import RequestError
 from sglang.srt.mezo.service.messages import EngineDescription, TokenizedExample
+from sglang.srt.mezo.service.packed import MAX_EXAMPLES, MAX_TOKENS, num_tokens
 from sglang.srt.mezo.service.records import StoredJob
-from sglang.srt.mezo.service.store import Store
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-# Of one command: the scheduler takes it in between two batches.
-MAX_EXAMPLES = 256
-MAX_TOKENS = 65_536
 
 # All options of an example run in one forward pass, in which a request waits no longer than in one of SGLang's own.
 MAX_PASS_TOKENS = 8192
 MAX_OPTIONS = 128
 MAX_ROW_BYTES = 4 << 20
+
+_ROWS_TOGETHER = 256  # are tokenised at a time
 
 
 def shared_tokenizer(tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedTokenizerBase":
@@ -43,6 +42,14 @@ def shared_tokenizer(tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedTokeniz
 
 
 RowExample = tuple[SourceRow, Example]
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """``path``: where its content lies. ``name``: what its user calls it."""
+
+    path: Path
+    name: str
 
 
 @dataclass(frozen=True)
@@ -62,7 +69,7 @@ class JobData:
 
 
 class JobReader:
-    """Reads and tokenises what jobs train on. Its methods block, for minutes where a file is large.
+    """Reads and tokenises what jobs train on. Its methods block, for minutes where a file is large. It can be pickled.
 
     Args:
         tokenizer: from ``shared_tokenizer``.
@@ -70,14 +77,17 @@ class JobReader:
         chat: how the server renders messages.
     """
 
-    def __init__(self, store: Store, tokenizer: "PreTrainedTokenizerBase", engine: EngineDescription, chat: ChatSettings):
-        self._store = store
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", engine: EngineDescription, chat: ChatSettings):
+        self._made_with = tokenizer, engine, chat
         self._tokenizer = tokenizer
         self._chat = ChatRenderer(tokenizer, chat)
         self._max_length = engine.context_length
         self._max_pass_tokens = min(engine.kv_capacity, max(MAX_PASS_TOKENS, 2 * engine.context_length))
 
-    def read(self, job: StoredJob) -> JobData:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return JobReader, self._made_with
+
+    def read(self, job: StoredJob, training_file: SourceFile, validation_file: SourceFile | None) -> JobData:
         """Examples of the training and the validation file.
 
         Raises:
@@ -85,8 +95,8 @@ class JobReader:
         """
         is_open = job.config["invocation"] == AUTO
         tuning, invocation = job.config["tuning"], () if is_open else self.invocation(job)
-        train = self._read_file(job.training_file, "training_file", invocation)
-        evaluation = self._read_file(job.validation_file, "validation_file", invocation) if job.validation_file else []
+        train = self._read_file(training_file, "training_file", invocation)
+        evaluation = self._read_file(validation_file, "validation_file", invocation) if validation_file else []
         found = None
         if is_open:
             tuning, invocation, found = self._suggested([*train, *evaluation])
@@ -128,12 +138,11 @@ class JobReader:
             return ()
         return invocation_tokens(job.config["invocation"], self._tokenizer)
 
-    def _read_file(self, file_id: str, param: str, invocation: tuple[int, ...]) -> list[RowExample]:
-        file = self._store.file(file_id)
+    def _read_file(self, file: SourceFile, param: str, invocation: tuple[int, ...]) -> list[RowExample]:
         with _names(param):
-            rows = list(read_jsonl(self._store.content(file, param), file.filename, MAX_ROW_BYTES))
+            rows = list(read_jsonl(file.path, file.name, MAX_ROW_BYTES))
             if not rows:
-                raise DataError("no row", file.filename)
+                raise DataError("no row", file.name)
             return self._tokenised(rows, invocation)
 
     def _suggested(self, encoded: Sequence[RowExample]) -> tuple[Tuning, tuple[int, ...], str | list[int] | DataError]:
@@ -153,11 +162,19 @@ class JobReader:
         return examples
 
     def _tokenised(self, rows: Sequence[SourceRow], invocation: tuple[int, ...]) -> list[RowExample]:
+        """Each row with its examples, in order; raises DataError at the first that has none."""
         encoder = Encoder(self._tokenizer, self._max_length, invocation=invocation, chat=self._chat)
         encoded = []
-        for row in rows:
-            _require_few_options(row)
-            encoded += [(row, example) for example in encoder.encode_rows([row])]
+        for start in range(0, len(rows), _ROWS_TOGETHER):
+            together = rows[start : start + _ROWS_TOGETHER]
+            few = list(itertools.takewhile(_has_few_options, together))
+            for row, outcome in zip(few, encoder.encode_each(few)):
+                if isinstance(outcome, DataError):
+                    raise outcome
+                encoded += [(row, example) for example in outcome]
+            if len(few) < len(together):
+                row = together[len(few)]
+                raise DataError(f"{len(row.fields['options'])} options are too many: at most {MAX_OPTIONS}", row.source, row.line)
         return encoded
 
     def _checked(
@@ -177,6 +194,8 @@ class JobReader:
         return examples, objective
 
     def _require_one_pass(self, planner: Planner, example: Example, row: SourceRow) -> None:
+        if 2 * (len(example.options) * len(example.prompt) + num_tokens(example)) <= self._max_pass_tokens:
+            return  # were nothing shared, it would be within it
         plan = planner.plan(example)
         tokens = 2 * plan.slot_tokens + sum(map(len, {row.prefix for row in plan.rows}))
         if tokens > self._max_pass_tokens:
@@ -193,29 +212,10 @@ def _names(param: str) -> Iterator[None]:
         raise RequestError(400, str(error), param, f"invalid_{param}") from error
 
 
-def _require_few_options(row: SourceRow) -> None:
-    """Before they are tokenised, each with its prompt."""
+def _has_few_options(row: SourceRow) -> bool:
+    """To be asked before they are tokenised, each with its prompt."""
     options = row.fields.get("options")
-    if isinstance(options, list) and len(options) > MAX_OPTIONS:
-        raise DataError(f"{len(options)} options are too many: at most {MAX_OPTIONS}", row.source, row.line)
-
-
-def num_tokens(example: Example) -> int:
-    return len(example.prompt) + sum(map(len, example.options))
-
-
-def parts(examples: Sequence[Example]) -> Iterator[list[TokenizedExample]]:
-    """The examples in order, as many at a time as go into one command."""
-    part: list[TokenizedExample] = []
-    tokens = 0
-    for example in examples:
-        tokens += num_tokens(example)
-        if part and (len(part) == MAX_EXAMPLES or tokens > MAX_TOKENS):
-            yield part
-            part, tokens = [], num_tokens(example)
-        part.append(to_message(example))
-    if part:
-        yield part
+    return not isinstance(options, list) or len(options) <= MAX_OPTIONS
 
 
 def to_message(example: Example) -> TokenizedExample:

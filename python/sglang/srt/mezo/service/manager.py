@@ -13,17 +13,19 @@ from sglang.srt.mezo.service.client import EngineClient
 from sglang.srt.mezo.service.disk import disk_full, has_room, storage_error
 from sglang.srt.mezo.service.errors import DiskFull, EngineRefused, NotFound, RequestError
 from sglang.srt.mezo.service.fit import Fit, limits
+from sglang.srt.mezo.service.forks import Forks
 from sglang.srt.mezo.service.hyperparameters import settle
 from sglang.srt.mezo.service.job_data import JobReader, shared_tokenizer
 from sglang.srt.mezo.service.manual import ManualWork
 from sglang.srt.mezo.service.messages import Describe, EngineDescription, MezoEvent
 from sglang.srt.mezo.service.published import PublishedAdapters
-from sglang.srt.mezo.service.records import JobStatus, StoredEvent, StoredJob
+from sglang.srt.mezo.service.records import LIVE, JobStatus, StoredEvent, StoredJob
 from sglang.srt.mezo.service.runs import Runs
 from sglang.srt.mezo.service.session import Sessions
 from sglang.srt.mezo.service.settings import ServiceSettings
 from sglang.srt.mezo.service.states import change, fail, hold, release, require, set_back
 from sglang.srt.mezo.service.store import Store
+from sglang.srt.mezo.service.tokenising import Tokenising, found_invocation
 from sglang.srt.mezo.service.training import Training, shared_examples
 
 logger = logging.getLogger(__name__)
@@ -41,10 +43,11 @@ class JobManager:
 
     engine: EngineDescription
 
-    def __init__(self, settings: ServiceSettings, store: Store, client: EngineClient):
+    def __init__(self, settings: ServiceSettings, store: Store, client: EngineClient, forks: Forks):
         self.settings = settings
         self.store = store
         self.client = client
+        self._forks = forks
         self._sessions = Sessions(client)
         self._state = asyncio.Lock()
         self._work = asyncio.Event()
@@ -62,9 +65,10 @@ class JobManager:
         self._fit = Fit(self.engine)
         self._published = PublishedAdapters(self.store, self.client, self._fit)
         tokenizer = await asyncio.to_thread(shared_tokenizer, self.client.tokenizer)
-        self._reader = JobReader(self.store, tokenizer, self.engine, self.client.chat_settings)
+        self._reader = JobReader(tokenizer, self.engine, self.client.chat_settings)
+        self._tokenising = Tokenising(self.store, self._reader, self._forks)
         self._runs = Runs(self.store, self._reader, self.engine)
-        self._training = Training(self.store, self.client, self._sessions, self._runs, self._published, self._state)
+        self._training = Training(self.store, self.client, self._sessions, self._tokenising, self._runs, self._published, self._state)
         self._manual = ManualWork(
             self.store, self.client, self._sessions, self._runs, self._reader, self._published, self._training, self._fit, self._state
         )
@@ -77,6 +81,7 @@ class JobManager:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._tokenising.close()
 
     def on_event(self, event: MezoEvent) -> None:
         """Called in the event loop for each event from the scheduler, in their order."""
@@ -118,14 +123,19 @@ class JobManager:
         async with self._state:
             require(self.store.job(job_id), "cancel")
             stopped = await self._take_off_engine(job_id)
-            return change(self.store, job_id, "cancel", StoredEvent(job_id, "The job has been cancelled"), **stopped)
+            job = change(self.store, job_id, "cancel", StoredEvent(job_id, "The job has been cancelled"), **stopped)
+        self._tokenising.stop(job_id)
+        await self._tokenising.remove(job_id)
+        return job
 
     async def pause(self, job_id: str) -> StoredJob:
         """Let a job wait until it is resumed; it then goes on where it stopped, bit for bit."""
         async with self._state:
             require(self.store.job(job_id), "pause")
             stopped = await self._take_off_engine(job_id)
-            return change(self.store, job_id, "pause", StoredEvent(job_id, "The job has been paused"), **stopped)
+            job = change(self.store, job_id, "pause", StoredEvent(job_id, "The job has been paused"), **stopped)
+        self._tokenising.stop(job_id)
+        return job
 
     async def resume(self, job_id: str) -> StoredJob:
         """Let a paused job wait for its turn; RequestError (409) where this server cannot train it."""
@@ -258,6 +268,8 @@ class JobManager:
             failure = self._failure(job, error)
             reason = self._fit.of_failure(job, failure)
             await self._written(lambda: hold(self.store, job.id, reason) if reason else fail(self.store, job.id, failure))
+        if self.store.job(job.id).status not in LIVE:
+            await self._tokenising.remove(job.id)
 
     def _failure(self, job: StoredJob, error: Exception) -> RequestError:
         if isinstance(error, RequestError):
@@ -288,15 +300,15 @@ class JobManager:
             await asyncio.sleep(seconds)
 
     async def _validate(self, job: StoredJob) -> None:
-        data = await asyncio.to_thread(self._reader.read, job)
-        if self.store.job(job.id).status == "validating_files":
+        files = await self._tokenising.examples(job)
+        if files is not None and self.store.job(job.id).status == "validating_files":
             events = [StoredEvent(job.id, "Files validated, moving job to queued state")]
-            if data.shared:
-                events.append(shared_examples(job.id, data.shared, len(data.evaluation), "in the training file too"))
-            config = {**job.config, "objective": data.objective}
-            if data.invocation is not None:
-                config = settle(config, job.request, self.engine, data.invocation)
-                events.append(_activation(job.id, data.invocation))
+            if shared := files.found["shared"]:
+                events.append(shared_examples(job.id, shared, files.counts["eval"], "in the training file too"))
+            config = {**job.config, "objective": files.found["objective"]}
+            if (invocation := found_invocation(files)) is not None:
+                config = settle(config, job.request, self.engine, invocation)
+                events.append(_activation(job.id, invocation))
             change(self.store, job.id, "queue", *events, config=config)
             self._work.set()
 

@@ -19,11 +19,11 @@ class Describe(Struct, tag=True, kw_only=True):
 
 
 class LoadExamples(Struct, tag=True, kw_only=True):
-    """A part of a job's data, ahead of its ``StartJob``; parts of a split add up in order."""
+    """A part of a job's data as ``packed`` has it, ahead of its ``StartJob``; parts of a split add up in order."""
 
     job_id: str
     split: Literal["train", "eval"]
-    examples: list[TokenizedExample]
+    examples: bytes
 
 
 class StartJob(Struct, tag=True, kw_only=True):

@@ -135,7 +135,7 @@ class _Jobs:
         training_file = self._training_data(body.training_file, "training_file")
         if body.validation_file is not None:
             self._training_data(body.validation_file, "validation_file")
-        num_train = await asyncio.to_thread(_count_rows, service.store.content(training_file, "training_file"))
+        num_train = await asyncio.to_thread(lambda: _count_rows(service.store.content(training_file, "training_file")))
         seed = secrets.randbits(31) if body.seed is None else body.seed
         sent = body.model_dump(exclude_unset=True)
         config, hyperparameters = resolve(sent, service.engine, num_train, seed)

@@ -23,6 +23,7 @@ from sglang.srt.mezo.service.disk import disk_full
 from sglang.srt.mezo.service.job import Job
 from sglang.srt.mezo.service.messages import MezoEvent, MezoReqInput, MezoReqOutput, TokenizedExample
 from sglang.srt.mezo.service.metrics import TrainingMetrics
+from sglang.srt.mezo.service.packed import unpack
 from sglang.srt.mezo.service.pacing import Pacer
 from sglang.srt.mezo.service.settings import ServiceSettings
 from sglang.srt.mezo.service.stopwatch import Stopwatch
@@ -126,7 +127,7 @@ class MezoRunner:
         return self._description
 
     def _load_examples(self, command: messages.LoadExamples) -> None:
-        self._loaded.setdefault((command.job_id, command.split), []).extend(map(_example, command.examples))
+        self._loaded.setdefault((command.job_id, command.split), []).extend(unpack(command.examples))
 
     def _start(self, command: messages.StartJob) -> None:
         train, evaluation = (self._loaded.pop((command.job_id, split), []) for split in ("train", "eval"))

@@ -1,17 +1,38 @@
 """A job's run as the engine is to take it up: from its folder, its configuration and its examples."""
 
+import itertools
 import shutil
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from sglang.srt.mezo.data import Example
 from sglang.srt.mezo.run_directory import read_segments
 from sglang.srt.mezo.service.errors import RequestError
-from sglang.srt.mezo.service.job_data import AppendedRows, JobData, JobReader
+from sglang.srt.mezo.service.example_files import ExampleFiles, Split
+from sglang.srt.mezo.service.job_data import AppendedRows, JobReader
 from sglang.srt.mezo.service.messages import EngineDescription, StartJob
+from sglang.srt.mezo.service.packed import pack
 from sglang.srt.mezo.service.records import StoredJob
 from sglang.srt.mezo.service.store import Store
+
+
+@dataclass(frozen=True)
+class RunData:
+    """All examples that a run has drawn from so far.
+
+    Attributes:
+        files: those of the job's files.
+        appended: those of its files of appended rows, each packed.
+        segments: (step, number) of each part of those to train on.
+    """
+
+    files: ExampleFiles
+    appended: list[bytes]
+    segments: list[tuple[int, int]]
+
+    def parts(self, split: Split) -> Iterator[bytes]:
+        return itertools.chain(self.files.parts(split), self.appended if split == "train" else ())
 
 
 class Runs:
@@ -41,29 +62,26 @@ class Runs:
             if (step := folder.name.removeprefix("checkpoint-")).isdecimal():
                 yield int(step), folder
 
-    def prepare(self, job: StoredJob) -> tuple[JobData, list[tuple[int, int]], int]:
-        """All examples that a run has drawn from so far.
-
-        Returns:
-            The examples, appended ones included; (step, number) of each part of those to train on; and how many files
-            of appended rows are among them.
+    def prepare(self, job: StoredJob, files: ExampleFiles) -> RunData:
+        """What a run has drawn from so far, of the job's files and of rows that were appended.
 
         Raises:
             RequestError, DataError, DamagedError: they cannot be read, or are not those that the run has drawn from.
         """
-        data = self._reader.read(job)
-        segments = read_segments(self.directory(job.id) / "segments.json") or [(0, len(data.train))]
-        train, applied = list(data.train), 0
-        expected = sum(count for _, count in segments)
+        of_files = count = files.counts["train"]
+        segments = read_segments(self.directory(job.id) / "segments.json") or [(0, of_files)]
+        expected = sum(number for _, number in segments)
+        appended = []
         for path in self.appended(job.id).files():
-            if len(train) >= expected:
+            if count >= expected:
                 break
-            train += self._reader.encode_file(job, path)
-            applied += 1
-        if len(train) != expected or segments[0][1] != len(data.train):
-            message = f"job {job.id} has {len(train)} examples, and its run has drawn from {segments}: a file with examples has changed, or is gone"
+            examples = self._reader.encode_file(job, path)
+            appended.append(pack(examples))
+            count += len(examples)
+        if count != expected or segments[0][1] != of_files:
+            message = f"job {job.id} has {count} examples, and its run has drawn from {segments}: a file with examples has changed, or is gone"
             raise RequestError(500, message, None, "examples_lost")
-        return replace(data, train=train), segments, applied
+        return RunData(files, appended, segments)
 
     def encode_appended(self, job: StoredJob, path: Path) -> list[Example]:
         return self._reader.encode_file(job, path)

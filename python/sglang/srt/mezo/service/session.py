@@ -1,13 +1,12 @@
 """The job that has the engine: from ``StartJob`` until it ends by itself or is stopped."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterator
 from typing import Any
 
-from sglang.srt.mezo.data import Example
 from sglang.srt.mezo.service.client import EngineClient
 from sglang.srt.mezo.service.errors import EngineRefused, RequestError
-from sglang.srt.mezo.service.job_data import JobData, parts
+from sglang.srt.mezo.service.example_files import ExampleFiles, Split
 from sglang.srt.mezo.service.messages import EvaluatePerturbed, LoadExamples, MezoEvent, StartJob, StopJob
 
 
@@ -19,7 +18,7 @@ class Session:
         applied: how many of its files of appended rows the engine has taken.
         step: of the adapter that it was taken up with.
         train_loss: as it was last reported.
-        evaluation: the examples that it is evaluated on.
+        files: the examples that it was given at its start; None where it is manual.
     """
 
     def __init__(self, command: StartJob, applied: int):
@@ -28,7 +27,7 @@ class Session:
         self.applied = applied
         self.step = 0
         self.train_loss: float | None = None
-        self.evaluation: Sequence[Example] = ()
+        self.files: ExampleFiles | None = None
         self.operations: dict[str, asyncio.Future[dict[str, Any]]] = {}
         self._started = asyncio.Event()
         self._ended: asyncio.Future[MezoEvent | None] = asyncio.get_running_loop().create_future()
@@ -82,11 +81,10 @@ class Sessions:
         """The session of a job, where it has the engine."""
         return self.current if self.current is not None and self.current.job_id == job_id else None
 
-    async def load(self, job_id: str, data: JobData) -> None:
-        """Send a job's examples ahead of its start."""
-        for split, examples in (("train", data.train), ("eval", data.evaluation)):
-            for part in parts(examples):
-                await self._client.call(LoadExamples(job_id=job_id, split=split, examples=part))
+    async def load(self, job_id: str, split: Split, parts: Iterator[bytes]) -> None:
+        """Send a job's examples ahead of its start; they are read as they are sent."""
+        while (part := await asyncio.to_thread(next, parts, None)) is not None:
+            await self._client.call(LoadExamples(job_id=job_id, split=split, examples=part))
 
     async def open(self, command: StartJob, applied: int = 0) -> Session:
         """Raises EngineRefused."""

@@ -19,6 +19,7 @@ from sglang.srt.mezo.service.runs import Runs
 from sglang.srt.mezo.service.session import Session, Sessions
 from sglang.srt.mezo.service.states import change
 from sglang.srt.mezo.service.store import Store
+from sglang.srt.mezo.service.tokenising import Tokenising
 
 logger = logging.getLogger(__name__)
 
@@ -38,13 +39,21 @@ class Training:
     """
 
     def __init__(
-        self, store: Store, client: EngineClient, sessions: Sessions, runs: Runs, published: PublishedAdapters, state: asyncio.Lock
+        self,
+        store: Store,
+        client: EngineClient,
+        sessions: Sessions,
+        tokenising: Tokenising,
+        runs: Runs,
+        published: PublishedAdapters,
+        state: asyncio.Lock,
     ):
         self.current: str | None = None
         """The job that has the engine, or is the next to get it."""
         self._store = store
         self._client = client
         self._sessions = sessions
+        self._tokenising = tokenising
         self._runs = runs
         self._published = published
         self._state = state
@@ -64,15 +73,17 @@ class Training:
 
     async def _start(self, job_id: str) -> Session | None:
         """None where the job has been stopped in the meantime."""
-        data, segments, applied = await asyncio.to_thread(self._runs.prepare, self._store.job(job_id))
-        if self._store.job(job_id).status != "queued":
+        files = await self._tokenising.examples(self._store.job(job_id))
+        if files is None or self._store.job(job_id).status != "queued":
             return None
+        data = await asyncio.to_thread(self._runs.prepare, self._store.job(job_id), files)
         try:
-            await self._sessions.load(job_id, data)
+            for split in files.counts:
+                await self._sessions.load(job_id, split, data.parts(split))
             async with self._state:
                 if self._store.job(job_id).status == "queued":
-                    session = await self._open(job_id, segments, applied)
-                    session.evaluation = data.evaluation
+                    session = await self._open(job_id, data.segments, len(data.appended))
+                    session.files = files
                     return session
         except Exception:
             await self._sessions.stop(job_id)
@@ -128,8 +139,8 @@ class Training:
                 answers[path] = result["step"]
                 message = f"{len(examples)} appended examples are drawn from step {result['step']} on"
                 self._tell(job.id, "info", message, {"step": result["step"], "examples": len(examples)})
-                if shared := await asyncio.to_thread(count_shared, session.evaluation, examples):
-                    warning = shared_examples(job.id, shared, len(session.evaluation), "among the appended ones")
+                if shared := await asyncio.to_thread(count_shared, session.files.examples("eval"), examples):
+                    warning = shared_examples(job.id, shared, session.files.counts["eval"], "among the appended ones")
                     self._tell(job.id, warning.level, warning.message, warning.data)
         return answers
 
