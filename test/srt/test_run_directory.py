@@ -16,6 +16,7 @@ from sglang.srt.mezo.optimizer import Optimizer
 from sglang.srt.mezo.integrity import read_checked_json, write_checked_json, write_json
 from sglang.srt.mezo.run_directory import RunDirectory, read_segments
 from sglang.srt.mezo.seed_log import LogRecord, SeedLog
+from sglang.srt.mezo.tracking import Tracker
 
 SITES = [Site("model.layers.0.self_attn.q_proj", 64, 96)]
 
@@ -238,3 +239,14 @@ def test_a_run_that_kept_no_record_of_its_base_model_goes_on(tmp_path):
     run(tmp_path, steps=1)
     base_model = {"name": "facebook/opt-125m", "fingerprint": "sha256:1", "precision": "float32"}
     RunDirectory(config(tmp_path, resume_from_checkpoint=True), base_model).open(initial_adapter()).close()
+
+
+def test_a_line_of_metrics_that_a_full_disk_cut_short_is_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    for first_step, cut in ((0, b'{"step": 2, "lo'), (1, b""), (2, b"{")):
+        tracker = Tracker(config(tmp_path, disable_tqdm=True), path, first_step, 10)
+        tracker.record(first_step + 1, {"loss": 0.5})
+        tracker.close()
+        path.write_bytes(path.read_bytes() + cut)
+    Tracker(config(tmp_path, disable_tqdm=True), path, 3, 10).close()
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3]

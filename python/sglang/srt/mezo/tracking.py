@@ -12,6 +12,8 @@ from sglang.srt.mezo.config import MezoConfig
 
 logger = logging.getLogger(__name__)
 
+_LONGEST_LINE = 1 << 20  # bytes of metrics.jsonl
+
 
 class Tracker:
     """Collects the metrics of a run; one line of metrics.jsonl per record.
@@ -74,7 +76,9 @@ def parse_metrics(lines: Iterable[bytes]) -> list[dict[str, Any]]:
 def _drop_half_line(path: Path) -> None:
     if path.is_file():
         with open(path, "rb+") as file:
-            file.truncate(file.read().rfind(b"\n") + 1)
+            start = max(0, path.stat().st_size - _LONGEST_LINE)
+            file.seek(start)
+            file.truncate(start + file.read().rfind(b"\n") + 1)
 
 
 def _tensorboard(config: MezoConfig):
