@@ -3,6 +3,8 @@
 import asyncio
 import contextlib
 import socket
+import subprocess
+import sys
 import threading
 import time
 from types import SimpleNamespace
@@ -106,6 +108,12 @@ def ask(port: int, answers: list, path: str) -> threading.Thread:
     return thread
 
 
+@pytest.fixture(autouse=True)
+def patience(monkeypatch):
+    """Of the process that runs the tests, which goes on."""
+    monkeypatch.setattr(online, "_end_within", lambda seconds: None)
+
+
 @pytest.mark.parametrize(
     "path, answer", [("/command", (503, "shutting_down")), ("/stream", httpx.RemoteProtocolError)], ids=["waits", "has begun"]
 )
@@ -147,6 +155,23 @@ def test_requests_under_way_are_answered_and_new_ones_refused():
         end.join()
     waiting.join()
     assert answers == [(503, "shutting_down")]
+
+
+def test_a_thread_that_is_at_work_does_not_keep_the_process():
+    program = """
+import asyncio, concurrent.futures, time
+from types import SimpleNamespace
+from sglang.srt.mezo import online
+
+async def gone(manager):
+    pass
+
+online._END_SECONDS = 0.2
+service = SimpleNamespace(on_engine_end=lambda: None, requests=SimpleNamespace(refuse=lambda: None))
+concurrent.futures.ThreadPoolExecutor().submit(time.sleep, 1000)
+asyncio.run(online._around_shutdown(gone, SimpleNamespace(gracefully_exit=True, rid_to_state={}, mezo_service=service)))
+"""
+    assert subprocess.run([sys.executable, "-c", program], timeout=120).returncode == 0
 
 
 def test_an_engine_that_ends_before_training_is_on_ends_the_process(monkeypatch):

@@ -6,6 +6,7 @@ Without ``--enable-mezo`` only the flags are there.
 import argparse
 import asyncio
 import os
+import threading
 from collections.abc import Callable
 from contextlib import asynccontextmanager
 from types import ModuleType
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 _DEFAULT_RANK = 16
 _LOOK_SECONDS = 0.1  # between two looks whether the server is to end
+_END_SECONDS = 5.0  # that the application has to end once the engine has
 
 
 def register() -> None:
@@ -140,6 +142,14 @@ async def _around_shutdown(original: Callable, manager) -> None:
     finally:
         if manager.mezo_service is not None:
             manager.mezo_service.on_engine_end()
+            _end_within(_END_SECONDS)
+
+
+def _end_within(seconds: float) -> None:
+    """Whatever thread is still at work then, such as one that waits for a disk: all that has been acknowledged is stored."""
+    timer = threading.Timer(seconds, os._exit, (0,))
+    timer.daemon = True
+    timer.start()
 
 
 def _extend_app(http_server: ModuleType) -> None:
