@@ -113,6 +113,17 @@ def test_events_and_checkpoints_tell_the_story_and_page(server, trained):
     assert early > 0.6, "a checkpoint answers by its name"
 
 
+def test_the_result_file_holds_the_metrics_of_the_steps(server, trained):
+    run = server.run_directory(trained.id)
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    header, *lines = server.client.files.content(trained.result_files[0]).text.splitlines()
+    assert header == "step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy"
+    rows = {int(line.split(",")[0]): line.split(",")[1:] for line in lines}
+    for name, column in (("loss", 0), ("eval_loss", 2), ("eval_accuracy", 3)):
+        expected = {record["step"]: record[name] for record in records if name in record}
+        assert {step: float(row[column]) for step, row in rows.items() if row[column]} == expected and len(expected) >= 5, name
+
+
 def test_lists_page(server, files, trained):
     listed = list(server.client.files.list(limit=1))
     assert {file.id for file in listed} >= set(files)

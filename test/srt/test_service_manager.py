@@ -62,6 +62,35 @@ async def test_a_job_trains_and_its_adapter_is_served(server):
     assert await server.answer(job.adapter_name) == "trained"
 
 
+async def test_a_succeeded_job_leaves_the_metrics_of_its_steps_as_a_file(server, tmp_path):
+    job = await server.running()
+    lines = [
+        {"step": 1, "loss": 0.75, "learning_rate": 1e-3}, {"step": 2, "loss": 0.5}, {"step": 2, "eval_loss": 0.625, "eval_accuracy": 0.5},
+        {"step": 4, "eval_loss": 0.25}, {"step": 3, "loss": 9.0}, {"step": 3, "loss": 0.375},
+    ]  # fmt: skip
+    metrics = tmp_path / "jobs" / job.id / "run" / "metrics.jsonl"
+    metrics.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 5, "lo')
+    assert server.store.files(purpose="fine-tune-results").data == [] and job.result_files == []
+    server.scheduler.succeed()
+    done = await server.until(job, "succeeded")
+    [result] = done.result_files
+    file = server.store.file(result)
+    assert (file.filename, file.purpose) == ("step_metrics.csv", "fine-tune-results") and server.store.files(purpose="fine-tune-results").data == [file]
+    assert server.store.content(file).read_text() == (
+        "step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy\n1,0.75,,,\n2,0.5,,0.625,0.5\n3,0.375,,,\n4,,,0.25,\n"
+    )
+    server.store.delete_file(result)
+    assert server.store.files(purpose="fine-tune-results").data == [] and server.store.job(job.id).result_files == [result]
+
+
+async def test_a_job_whose_adapter_is_not_served_leaves_no_file(server):
+    job = await server.running()
+    server.tokenizer_manager.broken = "broken weights"
+    server.scheduler.succeed(weights="broken weights")
+    assert (await server.until(job, "failed")).result_files == []
+    assert server.store.files(purpose="fine-tune-results").data == []
+
+
 async def test_the_engine_gets_examples_and_configuration(server, tokenizer, tmp_path):
     job = await server.running(validation=server.upload(ROW))
     [train, evaluation] = server.scheduler.sent(LoadExamples)

@@ -106,6 +106,21 @@ def test_files_are_paged_in_either_order(client, service):
     assert not client.files.list(limit=10_000).has_more
 
 
+def test_result_files_are_downloaded_and_nothing_is_trained_on_them(client, service):
+    result = add_file(service, b"step,train_loss\n1,0.5\n", purpose="fine-tune-results", filename="step_metrics.csv")
+    job = add_job(client, service)
+    service.store.update_job(job.id, status="succeeded", result_files=[result])
+    [listed] = client.fine_tuning.jobs.retrieve(job.id).result_files
+    assert client.files.retrieve(listed).purpose == "fine-tune-results"
+    response = client.files.content(listed)
+    assert response.text == "step,train_loss\n1,0.5\n" and f"{listed}.csv" in response.response.headers["content-disposition"]
+    for field in ("training_file", "validation_file"):
+        with pytest.raises(openai.BadRequestError, match="its purpose is 'fine-tune-results', and 'fine-tune' is needed") as caught:
+            client.fine_tuning.jobs.create(**{"model": "tiny", "training_file": job.training_file, field: result})
+        assert caught.value.param == field
+    assert client.files.delete(listed).deleted
+
+
 def test_a_file_in_use_stays(client, service):
     job = add_job(client, service)
     with pytest.raises(openai.ConflictError, match=job.id):

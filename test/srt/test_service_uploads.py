@@ -15,6 +15,8 @@ from starlette.testclient import TestClient
 from service_app import make_app, make_service, serving
 from sglang.srt.mezo.service import store as stores
 from sglang.srt.mezo.service import uploads
+from sglang.srt.mezo.service.records import StoredFile, new_id
+from stored import make_job
 
 ROWS = b'{"prompt": "a", "completion": "b"}\n'
 MIB = 1 << 20
@@ -38,6 +40,10 @@ def port(service):
 def part(name, content=b"", filename=None):
     disposition = f'Content-Disposition: form-data; name="{name}"' + (f'; filename="{filename}"' if filename is not None else "")
     return f"--{BOUNDARY}\r\n{disposition}\r\n\r\n".encode() + content + b"\r\n"
+
+
+def expiry(anchor=b"created_at", seconds=b"3600"):
+    return part("expires_after[anchor]", anchor) + part("expires_after[seconds]", seconds)
 
 
 PURPOSE = part("purpose", b"fine-tune")
@@ -113,7 +119,15 @@ def test_a_filename_has_a_length(service, filename):
         (FILE + part("purpose", b"") + END, "purpose", "purpose='' is not allowed: fine-tune"),
         (FILE + part("purpose", b"\xff") + END, "purpose", "is not allowed: fine-tune"),
         (FILE + part("purpose", b"p" * 2000) + END, "purpose", "purpose is longer than 1024 bytes"),
-        (PURPOSE + part("expires_after[seconds]", b"3600") + FILE + END, "expires_after[seconds]", "is not supported"),
+        (PURPOSE + part("expires_in", b"3600") + FILE + END, "expires_in", "is not supported"),
+        (PURPOSE + part("expires_after[seconds]", b"3600") + FILE + END, "expires_after[anchor]", "the form has no expires_after[anchor]"),
+        (PURPOSE + part("expires_after[anchor]", b"created_at") + FILE + END, "expires_after[seconds]", "from 3600 to 2592000"),
+        (PURPOSE + expiry(b"last_active_at") + FILE + END, "expires_after[anchor]", "'last_active_at' is not allowed: created_at"),
+        (PURPOSE + expiry(seconds=b"3599") + FILE + END, "expires_after[seconds]", "'3599' is not allowed: a whole number from 3600 to 2592000"),
+        (PURPOSE + FILE + expiry(seconds=b"2592001") + END, "expires_after[seconds]", "'2592001' is not allowed"),
+        (PURPOSE + expiry(seconds=b"-3600") + FILE + END, "expires_after[seconds]", "'-3600' is not allowed"),
+        (PURPOSE + expiry(seconds=b"3600.5") + FILE + END, "expires_after[seconds]", "'3600.5' is not allowed"),
+        (PURPOSE + expiry(seconds="\N{ARABIC-INDIC DIGIT FOUR}".encode() * 4) + FILE + END, "expires_after[seconds]", "is not allowed"),
         (PURPOSE + part("", b"x") + FILE + END, None, "field '' is not supported"),
         (PURPOSE + FILE, None, "the form ends before its last boundary"),
         (PURPOSE + FILE[:-10], None, "the form ends before its last boundary"),
@@ -249,3 +263,44 @@ def test_serving_goes_on_while_the_disk_is_slow(service, port, monkeypatch):
         assert not ready.is_set()
         ready.set()
         assert connection.recv(65536).startswith(b"HTTP/1.1 200 ")
+
+
+@pytest.mark.parametrize("seconds", [3600, 30 * 24 * 3600])
+def test_a_file_expires_after_so_many_seconds(service, port, monkeypatch, seconds):
+    client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+    stays = client.files.create(file=("stays.jsonl", ROWS), purpose="fine-tune")
+    file = client.files.create(file=("a.jsonl", ROWS), purpose="fine-tune", expires_after={"anchor": "created_at", "seconds": seconds})
+    assert (stays.expires_at, file.expires_at) == (None, file.created_at + seconds)
+    monkeypatch.setattr(stores, "now", lambda: file.expires_at - 1)
+    service.store.delete_expired()
+    assert [listed.id for listed in client.files.list()] == [file.id, stays.id] and client.files.retrieve(file.id) == file
+    monkeypatch.setattr(stores, "now", lambda: file.expires_at)
+    for _ in range(2):  # before it is deleted, and after that
+        assert [listed.id for listed in client.files.list()] == [stays.id]
+        for gone in (client.files.retrieve, client.files.content, client.files.delete):
+            with pytest.raises(openai.NotFoundError, match=file.id):
+                gone(file.id)
+        with pytest.raises(openai.NotFoundError) as caught:
+            client.fine_tuning.jobs.create(model="tiny", training_file=stays.id, validation_file=file.id)
+        assert caught.value.param == "validation_file"
+        service.store.delete_expired()
+        assert left(service) == [stays.id]
+
+
+@pytest.mark.parametrize("field", ["training_file", "validation_file"])
+def test_a_file_that_has_expired_stays_as_long_as_a_job_needs_it(service, monkeypatch, field):
+    file, other = (
+        StoredFile(new_id("file-"), "a.jsonl", "fine-tune", len(ROWS), 1000, "processed", expires_at=expires_at) for expires_at in (4600, None)
+    )
+    for added in (file, other):
+        service.store.partial_path(added.id).write_bytes(ROWS)
+        service.store.add_file(added)
+    monkeypatch.setattr(stores, "now", lambda: 4000)
+    job = service.store.add_job(make_job(**{"training_file": other.id, field: file.id, "status": "paused"}))
+    monkeypatch.setattr(stores, "now", lambda: 5000)
+    service.store.delete_expired()
+    assert service.store.file(file.id) == file and file in service.store.files().data
+    service.store.update_job(job.id, status="cancelled")
+    assert file not in service.store.files().data
+    service.store.delete_expired()
+    assert not service.store.file_path(file.id).exists() and service.store.file_path(other.id).exists()

@@ -256,7 +256,7 @@ def _unusable(path: Path, reason: str) -> ConfigError:
 
 
 # A seed is an unsigned 64-bit number, and SQLite's are signed.
-_JSON = {"seed", "metadata", "request", "hyperparameters", "config", "error", "engine", "data", "metrics"}
+_JSON = {"seed", "metadata", "request", "hyperparameters", "config", "error", "engine", "result_files", "data", "metrics"}
 
 
 def _encoded(columns: dict[str, Any]) -> list[Any]:

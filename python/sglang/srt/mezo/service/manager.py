@@ -30,6 +30,7 @@ from sglang.srt.mezo.service.training import Training, shared_examples
 
 logger = logging.getLogger(__name__)
 
+_EXPIRY_SECONDS = 60.0  # between two looks for files that have expired
 _RETRY_SECONDS = 1.0  # after a state that could not be written to the store
 _MOST_ROOM_SECONDS = 60.0  # between two looks whether the disk has room again
 
@@ -236,7 +237,17 @@ class JobManager:
     async def _begin(self) -> None:
         await self._written(self._take_up)
         await self._written(self._published.tell)
-        await asyncio.gather(self._work_on("validating_files", self._validate), self._work_on("queued", self._training.train))
+        await asyncio.gather(
+            self._work_on("validating_files", self._validate), self._work_on("queued", self._training.train), self._delete_expired()
+        )
+
+    async def _delete_expired(self) -> None:
+        while True:
+            try:
+                await asyncio.to_thread(self.store.delete_expired)
+            except (OSError, sqlite3.Error) as error:
+                logger.error("files that have expired could not be deleted, which is tried again: %s", error)
+            await asyncio.sleep(_EXPIRY_SECONDS)
 
     async def _work_on(self, status: JobStatus, work: Callable[[StoredJob], Awaitable[None]]) -> None:
         """Take the oldest job of a status, again and again. What goes wrong with one is kept to it."""

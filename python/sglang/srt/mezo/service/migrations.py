@@ -83,6 +83,11 @@ STEPS = (
     """
     ALTER TABLE jobs ADD COLUMN engine TEXT NOT NULL DEFAULT '{}';
     """,
+    # Files that a job leaves, and the end of a file.
+    """
+    ALTER TABLE jobs ADD COLUMN result_files TEXT NOT NULL DEFAULT '[]';
+    ALTER TABLE files ADD COLUMN expires_at INTEGER;
+    """,
 )
 VERSION = len(STEPS)
 

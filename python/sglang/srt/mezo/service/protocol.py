@@ -61,7 +61,7 @@ def file_object(file: StoredFile) -> Json:
         "purpose": file.purpose,
         "status": file.status,
         "status_details": None,
-        "expires_at": None,
+        "expires_at": file.expires_at,
     }
 
 
@@ -80,7 +80,7 @@ def job_object(job: StoredJob, estimated_finish: int | None = None) -> Json:
         "organization_id": OWNER,
         "training_file": job.training_file,
         "validation_file": job.validation_file,
-        "result_files": [],
+        "result_files": job.result_files,
         "trained_tokens": job.trained_tokens,
         "seed": job.seed,
         "metadata": job.metadata or None,

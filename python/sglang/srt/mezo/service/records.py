@@ -23,7 +23,7 @@ def now() -> int:
 class StoredFile:
     """``id`` names the content on disk; ``filename`` is what the client called it, and never a path of ours.
 
-    sha256: of the content, None for files of earlier versions.
+    sha256: of the content, None for files of earlier versions. expires_at: None where it stays until it is deleted.
     """
 
     id: str
@@ -33,6 +33,7 @@ class StoredFile:
     created_at: int
     status: str
     sha256: str | None = None
+    expires_at: int | None = None
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class StoredJob:
     hyperparameters: resolved n_epochs, batch_size, learning_rate_multiplier. config: fields of ``MezoConfig`` without
     ``output_dir``. error: code, message and param; of a paused job why the server keeps it waiting, None where a user does.
     version: of the adapter that is served, 0 for none. engine: the base model and the limits of the server that took the job, as ``fit`` has them.
+    result_files: ids of the files that a succeeded job has left.
     """
 
     id: str
@@ -65,6 +67,7 @@ class StoredJob:
     step: int
     version: int
     engine: dict[str, Any] = field(default_factory=dict)
+    result_files: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse
 
 from sglang.srt.mezo.errors import shown
+from sglang.srt.mezo.service import results
 from sglang.srt.mezo.service.endpoint import Endpoint, Handler, Service, add_routes, changes, read_json, reads, require_writable
 from sglang.srt.mezo.service.errors import NotFound, RequestError
 from sglang.srt.mezo.service.fit import limits
@@ -90,7 +91,7 @@ class _Files:
     async def content(self, file_id: str) -> FileResponse:
         file, path = await self._service.threads.read(self._file_and_content, file_id)
         headers = {
-            "Content-Disposition": f"attachment; filename={file.id}.jsonl; filename*=UTF-8''{quote(file.filename, safe='')}",
+            "Content-Disposition": f"attachment; filename={file.id}{'.csv' if file.purpose == results.PURPOSE else '.jsonl'}; filename*=UTF-8''{quote(file.filename, safe='')}",
             "X-Content-Type-Options": "nosniff",
         }
         return FileResponse(path, headers=headers, media_type="application/octet-stream")

@@ -12,6 +12,7 @@ import logging
 import os
 import sqlite3
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -39,6 +40,13 @@ __all__ = [
 
 
 logger = logging.getLogger(__name__)
+
+
+_MARKS = ", ".join("?" * len(LIVE))
+_EXPIRED = f"""
+    COALESCE(expires_at <= ?, FALSE)
+    AND NOT EXISTS (SELECT 1 FROM jobs WHERE status IN ({_MARKS}) AND files.id IN (training_file, validation_file))
+"""
 
 
 @dataclass(frozen=True)
@@ -164,8 +172,12 @@ class Store:
             return path
         raise RequestError(500, f"the content of file {file.id!r} ({file.filename}) {left} on the server's disk: upload it again", param, "file_lost")
 
-    def file(self, file_id: str) -> StoredFile:
-        return self._database.one(StoredFile, "files", "file", file_id)
+    def file(self, file_id: str, param: str | None = None) -> StoredFile:
+        """One that has not expired; named by the field ``param`` where there is none."""
+        file = self._database.one(StoredFile, "files", "file", file_id, param)
+        if file.expires_at is not None and file.expires_at <= now() and not self._users(file_id):
+            raise NotFound("file", file_id, param)
+        return file
 
     def files(
         self,
@@ -174,16 +186,32 @@ class Store:
         order: Literal["asc", "desc"] = "desc",
         purpose: str | None = None,
     ) -> Page[StoredFile]:
-        where = Where() if purpose is None else Where("purpose = ?", (purpose,))
+        """Those that have not expired."""
+        where = Where(f"NOT ({_EXPIRED})", (now(), *LIVE))
+        if purpose is not None:
+            where = Where(f"{where.condition} AND purpose = ?", (*where.values, purpose))
         return self._database.page(StoredFile, "files", "file", where, after, limit, order)
+
+    def delete_expired(self) -> None:
+        """Delete the files that have expired, but for those that a live job uses."""
+        expired = self._database.select(StoredFile, f"SELECT * FROM files WHERE {_EXPIRED}", (now(), *LIVE))
+        for file in expired:
+            with suppress(RequestError):  # a job has come to use it
+                self._delete_file(file.id)
+
+    def _users(self, file_id: str) -> list[StoredJob]:
+        """Live jobs that use a file."""
+        query = f"SELECT * FROM jobs WHERE status IN ({_MARKS}) AND ? IN (training_file, validation_file)"
+        return self._database.select(StoredJob, query, (*LIVE, file_id))
 
     def delete_file(self, file_id: str) -> None:
         """Raises RequestError (409, file_in_use) while a live job uses it."""
+        self.file(file_id)
+        self._delete_file(file_id)
+
+    def _delete_file(self, file_id: str) -> None:
         with self._database.transaction():
-            self.file(file_id)
-            marks = ", ".join("?" * len(LIVE))
-            users = f"SELECT * FROM jobs WHERE status IN ({marks}) AND ? IN (training_file, validation_file)"
-            for job in self._database.select(StoredJob, users, (*LIVE, file_id)):
+            for job in self._users(file_id):
                 raise RequestError(409, f"file {file_id!r} is in use by job {job.id!r}, which is {job.status}", "file_id", "file_in_use")
             self._database.execute("DELETE FROM files WHERE id = ?", (file_id,))
             self._deletions.mark(self.file_path(file_id))
@@ -196,7 +224,7 @@ class Store:
         with self._database.transaction():
             for param in ("training_file", "validation_file"):
                 if (file_id := getattr(job, param)) is not None:
-                    self._database.one(StoredFile, "files", "file", file_id, param)
+                    self.file(file_id, param)
             self._database.insert("jobs", job)
             self._database.insert("events", *events)
         self.listener()

@@ -4,17 +4,21 @@ import asyncio
 import logging
 import shutil
 import sqlite3
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from sglang.srt.mezo.adapter import atomic_directory
 from sglang.srt.mezo.data import count_shared
+from sglang.srt.mezo.integrity import digest_of_file
+from sglang.srt.mezo.service import folder
 from sglang.srt.mezo.service.client import EngineClient
-from sglang.srt.mezo.service.errors import DiskFull, EngineRefused, RequestError
+from sglang.srt.mezo.service.errors import DiskFull, EngineRefused, NotFound, RequestError
 from sglang.srt.mezo.service.job_data import to_message
 from sglang.srt.mezo.service.messages import AppendExamples, MezoEvent
 from sglang.srt.mezo.service.published import PublishedAdapters
-from sglang.srt.mezo.service.records import StoredEvent, StoredJob
+from sglang.srt.mezo.service.records import StoredEvent, StoredFile, StoredJob, now
+from sglang.srt.mezo.service.results import FILENAME, PURPOSE, write_results
 from sglang.srt.mezo.service.runs import Runs
 from sglang.srt.mezo.service.session import Session, Sessions
 from sglang.srt.mezo.service.states import change
@@ -195,6 +199,8 @@ class Training:
         async def copy(directory: Path) -> None:
             await asyncio.to_thread(_copy, self._runs.directory(event.job_id) / "adapter", directory)
 
+        results = await self._keep_results(event.job_id)
+
         def record(version: int) -> StoredJob:
             return change(
                 self._store,
@@ -206,9 +212,28 @@ class Training:
                 trained_tokens=event.data["trained_tokens"],
                 step=event.step,
                 version=version,
+                result_files=[results],
             )
 
-        await self._published.add_version(event.job_id, copy, record)
+        try:
+            await self._published.add_version(event.job_id, copy, record)
+        except BaseException:
+            self._store.delete_file(results)
+            raise
+
+    async def _keep_results(self, job_id: str) -> str:
+        """Write the metrics of a job's steps into a file, which is its user's then; returns its id, the same for the same job."""
+        file_id = folder.FILE_PREFIX + job_id.removeprefix(folder.JOB_PREFIX)
+        with suppress(NotFound):  # or it is there, of an end that was interrupted
+            return self._store.file(file_id).id
+        partial = self._store.partial_path(file_id)
+        try:
+            await asyncio.to_thread(write_results, self._runs.directory(job_id) / "metrics.jsonl", partial)
+            size, digest = partial.stat().st_size, await asyncio.to_thread(digest_of_file, partial)
+            self._store.add_file(StoredFile(file_id, FILENAME, PURPOSE, size, now(), "processed", digest))
+        finally:
+            partial.unlink(missing_ok=True)
+        return file_id
 
 
 def shared_examples(job_id: str, shared: int, examples: int, where: str) -> StoredEvent:

@@ -12,6 +12,7 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import parse_options_header
 from starlette.requests import Request
 
+from sglang.srt.mezo.errors import shown
 from sglang.srt.mezo.service.endpoint import says_longer, too_large
 from sglang.srt.mezo.service.errors import RequestError
 from sglang.srt.mezo.service.records import StoredFile, new_id, now
@@ -19,6 +20,9 @@ from sglang.srt.mezo.service.store import Store
 from sglang.srt.mezo.service.threads import ServiceThreads
 
 PURPOSE = "fine-tune"
+_ANCHOR, _SECONDS = "expires_after[anchor]", "expires_after[seconds]"
+_FIELDS = ("purpose", "file", _ANCHOR, _SECONDS)
+_LIFETIMES = range(3600, 30 * 24 * 3600 + 1)  # seconds
 _MAX_FILENAME = 255
 _FORM_BYTES = 1 << 16  # of a form's body that are not the file: boundaries, headers, the purpose
 _MAX_FIELD_BYTES = 1024
@@ -42,7 +46,9 @@ async def receive_file(request: Request, store: Store, threads: ServiceThreads, 
             async for chunk in request.stream():
                 await asyncio.to_thread(form.feed, chunk)
             await asyncio.to_thread(form.finish)
-        file = StoredFile(file_id, form.filename, PURPOSE, form.file_bytes, now(), "processed", form.sha256)
+        created_at, lifetime = now(), form.lifetime
+        expires_at = None if lifetime is None else created_at + lifetime
+        file = StoredFile(file_id, form.filename, PURPOSE, form.file_bytes, created_at, "processed", form.sha256, expires_at)
         return await asyncio.shield(threads.call(store.add_file, file))  # once begun, it is done whoever waits for it
     finally:
         # Where the request is cancelled meanwhile, too.
@@ -57,7 +63,7 @@ def _boundary(request: Request) -> bytes:
 
 
 class _Form:
-    """OpenAI's form, ``purpose`` and ``file`` in either order, as it comes in. Its methods block."""
+    """OpenAI's form, ``purpose``, ``file`` and ``expires_after`` in any order, as it comes in. Its methods block."""
 
     def __init__(self, boundary: bytes, partial: Path, max_bytes: int):
         self.filename = ""
@@ -96,6 +102,19 @@ class _Form:
         """Of the file."""
         return self._digest.hexdigest()
 
+    @property
+    def lifetime(self) -> int | None:
+        """Seconds until the file expires; None where it does not."""
+        if _ANCHOR not in self._fields and _SECONDS not in self._fields:
+            return None
+        for name, allowed in ((_ANCHOR, "created_at"), (_SECONDS, f"a whole number from {_LIFETIMES[0]} to {_LIFETIMES[-1]}")):
+            if name not in self._fields:
+                raise _bad(f"the form has no {name}, which goes with {_SECONDS if name == _ANCHOR else _ANCHOR}: {allowed}", name)
+            text = self._text(name)
+            if not (text == "created_at" if name == _ANCHOR else text.isascii() and text.isdecimal() and int(text) in _LIFETIMES):
+                raise RequestError(400, f"{name}={shown(text)} is not allowed: {allowed}", name, "invalid_value")
+        return int(self._text(_SECONDS))
+
     def feed(self, chunk: bytes) -> None:
         """Parse and write a part of the body."""
         before = self.file_bytes
@@ -115,6 +134,7 @@ class _Form:
             if name not in self._fields:
                 raise _bad(f"the form has no {name}", name)
         _require_purpose(self._text("purpose"))
+        self.lifetime  # raises where it cannot be
         if self.file_bytes == 0:
             raise _bad(f"the file {self.filename!r} is empty", "file")
         self._file.flush()
@@ -141,8 +161,8 @@ class _Form:
         disposition = bytes(self._headers.get(b"content-disposition", b""))
         _, options = parse_options_header(disposition)
         self._name = options.get(b"name", b"").decode(errors="replace")
-        if self._name not in ("purpose", "file"):
-            raise _bad(f"the form's field {self._name[:100]!r} is not supported: purpose and file are", self._name[:100] or None)
+        if self._name not in _FIELDS:
+            raise _bad(f"the form's field {self._name[:100]!r} is not supported: {', '.join(_FIELDS)} are", self._name[:100] or None)
         if self._name in self._fields:
             raise _bad(f"the form has more than one {self._name}", self._name)
         self._fields[self._name] = bytearray()
