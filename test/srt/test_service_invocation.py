@@ -8,6 +8,7 @@ from conversations import TEMPLATES
 from service_server import ROW, anyio_backend, runtime_context, serving, tokenizer  # noqa: F401
 
 from sglang.srt.mezo.service.messages import LoadExamples, StartJob
+from sglang.srt.mezo.service.packed import unpack
 
 pytestmark = pytest.mark.anyio
 
@@ -40,7 +41,7 @@ async def test_chats_are_activated_by_their_generation_prompt(server):
     assert command.invocation == tokens and command.config["tuning"] == "alora"
     assert (job.config["invocation"], job.config["tuning"]) == (TAIL, "alora")
     for command in server.scheduler.sent(LoadExamples):
-        assert all(prompt[-len(tokens) :] == tokens for prompt, _, _ in command.examples)
+        assert all(example.prompt[-len(tokens) :] == tuple(tokens) for example in unpack(command.examples))
     assert f"The adapter acts from the chat template's generation prompt on: {TAIL!r}" in server.messages(job)
 
 
