@@ -48,6 +48,7 @@ APPLIED = {
     "plain": {},
     "alpha with a fraction": {"lora_alpha": 12.5},
     "rank-stabilised": {"use_rslora": True},
+    "alpha below zero": {"lora_alpha": -3},
     "rank of a module": {"rank_pattern": {FIRST_Q: 2}},
     "larger rank of a module": {"rank_pattern": {"v_proj": 8}},
     "alpha of a module": {"alpha_pattern": {"q_proj": 64}},

@@ -179,12 +179,11 @@ def peft_answer_at(root, folder, prompt) -> list[int]:
 
 # --- adapters from outside ---------------------------------------------------------------------------------------------
 
-VARIANTS = {
-    name: {**settings, **({"alora_invocation_tokens": INVOCATION} if "alora_invocation_tokens" in settings else {})}
-    for name, settings in APPLIED.items()
-}
+# Of ``APPLIED``, whose matrices are held against PEFT's without an engine, one for each way in which SGLang takes an adapter.
+_TAKEN = ("alpha with a fraction", "patterns, rank-stabilised", "one layer", "modules left out", "an expression", "one of a fused layer")
 SERVED = {
-    **VARIANTS,
+    **{name: APPLIED[name] for name in _TAKEN},
+    **{f"{name}, activated": APPLIED[name] | {"alora_invocation_tokens": INVOCATION} for name in _TAKEN},
     "layers without q": {"target_modules": ["q_proj", "v_proj", "up_proj"], "exclude_modules": [r"model.layers.0.self_attn.q_proj"]},
     "gate alone in one layer": {"target_modules": ["model.layers.1.mlp.gate_proj", "down_proj"]},
     "all linear layers": {"target_modules": "all-linear"},

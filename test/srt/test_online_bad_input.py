@@ -5,6 +5,7 @@ The server has a key for users and one for administrators. One job trains from t
 
 import json
 import os
+import shutil
 import socket
 import struct
 import subprocess
@@ -39,6 +40,7 @@ from bad_input import (
     form,
     supervised,
 )
+from foreign_adapters import FILES, change_tensors, edit
 from live_server import MODEL, LiveServer, reviews
 from transformers import GPT2Config
 
@@ -300,6 +302,42 @@ def test_a_checkpoint_is_published_for_its_own_job_only(door):
     checkpoint = door.server.client.fine_tuning.jobs.checkpoints.list(door.done).data[0].id
     answer = door.http.post(f"/mezo/jobs/{door.paused}/publish", json={"checkpoint": checkpoint})
     check(answer.status_code, answer.json()["error"], 404, "checkpoint", "not_found", f"no such checkpoint: '{checkpoint}'")
+
+
+def edited(**changes):
+    """A change on purpose, for which one deletes the sums."""
+
+    def damage(folder):
+        (edit(folder, **changes) / "SHA256SUMS").unlink()
+
+    return damage
+
+
+DAMAGES = {
+    **{name: FILES[name] for name in ("no configuration", "configuration cut", "configuration endless", "weights cut", "weights a pipe", "no weights")},
+    "other numbers": (lambda folder: change_tensors(folder, lambda ts: {name: tensor + 1 for name, tensor in ts.items()}), "does not agree with SHA256SUMS"),
+    "another rank": (edited(r=4), ".lora_A.weight=[8, 256] is not allowed: [4, 256] by the model and r=4"),
+    "DoRA": (edited(use_dora=True), "use_dora=True is not allowed"),
+    "a layer left out": (edited(exclude_modules=r".*layers\.0\..*"), "none, as target_modules, exclude_modules"),
+    "no folder": (shutil.rmtree, "lora_path="),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_an_adapter_that_cannot_be_applied_is_refused(door, tmp_path, kind):
+    damage, message = DAMAGES[kind]
+    folder = shutil.copytree(door.server.directory / "jobs" / door.done / "adapters" / "v1", tmp_path / "adapter")
+    damage(folder)
+    answer = door.http.post("/load_lora_adapter", json={"lora_name": "damaged", "lora_path": str(folder)})
+    body = answer.json()
+    assert (answer.status_code, body["success"]) == (400, False) and message in body["error_message"]
+    assert "damaged" not in body["loaded_adapters"]
+
+
+def test_tensors_that_are_none_are_refused(door):
+    body = {"lora_name": "damaged", "config_dict": {}, "serialized_named_tensors": ["aGVsbG8="]}
+    answer = door.http.post("/load_lora_adapter_from_tensors", json=body)
+    assert answer.status_code == 400 and "serialized_named_tensors" in answer.json()["error_message"]
 
 
 @pytest.mark.parametrize("adapter", ["nobody", "deleted", "cancelled", "running", "../../etc", "done:ckpt-step-7", "a:b:c"])

@@ -240,6 +240,8 @@ def test_numbers_that_the_engine_cannot_keep_are_refused(base, tmp_path):
     assert read_adapter(str(folder), layers_of(base)).r == 4
     with pytest.raises(ConfigError, match="finite numbers in float16"):
         read_adapter(str(folder), layers_of(base, dtype=torch.float16))
+    with pytest.raises(ConfigError, match="lora_alpha=1e.300 is not allowed: one that gives a finite scale in float32"):
+        read_adapter(str(edit(saved(base, tmp_path / "large"), lora_alpha=1e300)), layers_of(base))
     scaled = edit(change_tensors(folder, B(lambda m: m.fill_(1e38))), alpha_pattern={"q_proj": 1e5})
     with pytest.raises(ConfigError, match="finite numbers in float32"):
         read_adapter(str(scaled), layers_of(base))

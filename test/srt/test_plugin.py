@@ -9,8 +9,10 @@ from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 
+import oracle
 import pytest
-from transformers import OPTConfig
+from foreign_adapters import edit, saved
+from transformers import AutoModelForCausalLM, OPTConfig
 
 from sglang.srt.mezo import adapter_loading, alora_serving, cpu, hooks, online, overlay, platform, plugin
 from sglang.srt.plugins.hook_registry import HookRegistry
@@ -249,6 +251,24 @@ def test_environment_of_the_user_is_kept(monkeypatch):
     threads = os.environ["OMP_NUM_THREADS"]
     platform._share_cores(64)  # a later engine in this process gets its own share
     assert os.environ["OMP_NUM_THREADS"] == "1" and int(threads) >= 1
+
+
+@pytest.mark.parametrize("form", ["{name}={path}", "{path}", {"lora_name": "{name}", "lora_path": "{path}"}])
+def test_a_start_with_an_adapter_that_cannot_be_applied_is_refused_before_a_model_is_loaded(tmp_path, form):
+    base = AutoModelForCausalLM.from_config(oracle.CONFIGS["llama"])
+    base.save_pretrained(tmp_path / "model")
+    good, bad = saved(base, tmp_path / "good"), edit(saved(base, tmp_path / "bad"), use_dora=True)
+
+    def arguments(path):
+        given = form.format(name="mine", path=path) if isinstance(form, str) else {key: value.format(name="mine", path=path) for key, value in form.items()}
+        model = {"model_path": str(tmp_path / "model"), "trust_remote_code": False, "revision": None, "json_model_override_args": "{}"}
+        return SimpleNamespace(**model, lora_paths=[given], max_lora_rank=None)
+
+    adapter_loading.require_adapters(arguments(good))
+    with pytest.raises(hooks.StartRefused, match="--lora-paths .*use_dora=True is not allowed"):
+        adapter_loading.require_adapters(arguments(bad))
+    with pytest.raises(hooks.StartRefused, match="--lora-paths .*lora_path='/nowhere' is not allowed"):
+        adapter_loading.require_adapters(arguments("/nowhere"))
 
 
 def test_every_hook_says_why():

@@ -12,7 +12,7 @@ from sglang.srt.mezo import alora_serving
 from sglang.srt.mezo.errors import ConfigError
 from sglang.srt.mezo.hooks import Hook, StartRefused
 from sglang.srt.mezo.peft_adapter import PeftAdapter, fit_adapter, read_adapter
-from sglang.srt.mezo.peft_layers import CheckedFields, as_sglang_takes_it, is_known, layers_for_adapters
+from sglang.srt.mezo.peft_layers import CheckedFields, as_sglang_takes_it, is_known, layers_for_adapters, layers_of_checkpoint
 
 if TYPE_CHECKING:
     from sglang.srt.lora.lora_manager import LoRAManager
@@ -73,8 +73,31 @@ def _refused(manager: "LoRAManager", lora_ref: "LoRARef", error: ConfigError | s
     for known in (manager.configs, manager.loras, manager.lora_refs):
         known.pop(lora_ref.lora_id, None)
     if not hasattr(manager, "memory_pool"):
-        raise StartRefused(f"--lora-paths {lora_ref.lora_name}={lora_ref.lora_path}: {error}")
+        raise StartRefused(f"--lora-paths {lora_ref.lora_name}: {error}")
     return manager.create_lora_update_result(success=False, error_message=str(error))
+
+
+def require_adapters(server_args) -> None:
+    """StartRefused, before a model is loaded for nothing, where an adapter of --lora-paths cannot be applied."""
+    try:
+        layers = layers_of_checkpoint(server_args)
+    except ConfigError:
+        return  # SGLang has more to say about a model that cannot be read
+    for name, path in map(_name_and_path, server_args.lora_paths) if layers is not None else ():
+        try:
+            read_adapter(path, layers)
+        except ConfigError as error:
+            raise StartRefused(f"--lora-paths {name}: {error}") from error
+
+
+def _name_and_path(given: object) -> tuple[str, str]:
+    """Of an adapter as SGLang's argument has it: a text or an object."""
+    if isinstance(given, str):
+        name, _, path = given.partition("=")
+        return name, path or name
+    if isinstance(given, dict):
+        return given.get("lora_name", ""), given.get("lora_path", "")
+    return given.lora_name, given.lora_path
 
 
 def _around_tensors(original: Callable, worker, request) -> "LoRAUpdateOutput":

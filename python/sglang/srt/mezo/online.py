@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from sglang.srt.mezo import base_model, overlay
 from sglang.srt.mezo.accelerator import fill_open_fields
+from sglang.srt.mezo.adapter_loading import require_adapters
 from sglang.srt.mezo.errors import ConfigError
 from sglang.srt.mezo.hooks import Hook, StartRefused, install, wrap_static
 from sglang.srt.mezo.service.settings import ENABLE_FLAG, ENABLE_VARIABLE, SETTINGS, ServiceSettings, default
@@ -73,7 +74,11 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
 def _fill_server_args(server_args) -> None:
     """Fill what the user left open, and refuse what training cannot run beside. Runs once for each record."""
     settings = _settings()
-    if not settings.enabled or getattr(server_args, "_resolution_finished", False):
+    if getattr(server_args, "_resolution_finished", False):
+        return
+    if isinstance(server_args.lora_paths, list):
+        require_adapters(server_args)
+    if not settings.enabled:
         return
     from sglang.srt.mezo.engine import checkpoint_config, config_source, warn_of_differences
     from sglang.srt.mezo.families import family_of

@@ -90,13 +90,15 @@ def fit_adapter(fields: object, tensors: Mapping[str, torch.Tensor], layers: Mod
 
 
 def _directory(folder: str) -> Path:
+    path = Path(folder)
     try:
-        if Path(folder).is_dir():
-            return Path(folder)
-        if Path(folder).exists() or not _HUB_NAME.fullmatch(folder):
-            raise ConfigError("lora_path", folder, f"a folder with {CONFIG}")
+        is_folder, exists = path.is_dir(), path.exists()
     except (OSError, ValueError) as error:
         raise ConfigError("lora_path", folder, f"a folder with {CONFIG} ({_reason(error)})") from error
+    if is_folder:
+        return path
+    if exists or not _HUB_NAME.fullmatch(folder):
+        raise ConfigError("lora_path", folder, f"a folder with {CONFIG}, and " + ("this is a file" if exists else "there is none"))
     from huggingface_hub import snapshot_download
 
     try:
@@ -192,11 +194,32 @@ def _ranks(config: PeftConfig, layers: ModelLayers) -> dict[str, tuple[int, floa
 
 def _fit(config: PeftConfig, ranks: Mapping[str, tuple[int, float]], tensors: Mapping[str, torch.Tensor], layers: ModelLayers) -> PeftAdapter:
     """Matrices of the adapter's own ranks and scales become ones of the largest rank and one scale, which they are multiplied with."""
+    matrices = _of_targets(config, ranks, tensors, layers)
+    for path, sides in matrices.items():
+        _check(path, sides, ranks[path][0], config, layers)
+    r = max(ranks[path][0] for path in matrices)
+    scales = {ranks[path][1] for path in matrices}
+    common = scales.pop() if len(scales) == 1 else 1.0
+    lora_alpha = config.lora_alpha if common == config.lora_alpha / r else r * common
+    if not torch.tensor(common, dtype=torch.float64).to(layers.dtype).isfinite():
+        raise ConfigError("lora_alpha", config.lora_alpha, f"one that gives a finite scale in {_name(layers.dtype)}")
+    fitted = {path: _brought(sides["A"], sides["B"], r, ranks[path][1] / common if common else 1.0) for path, sides in matrices.items()}
+    for path, pair in fitted.items():
+        for side, matrix in zip("AB", pair):
+            require_finite(f"{path}.lora_{side}.weight", matrix, layers.dtype)
+    return PeftAdapter(r, lora_alpha, fitted, config.invocation)
+
+
+def _of_targets(
+    config: PeftConfig, ranks: Mapping[str, tuple[int, float]], tensors: Mapping[str, torch.Tensor], layers: ModelLayers
+) -> dict[str, dict[str, torch.Tensor]]:
+    """The matrices of every layer that the configuration names, by path and side; there are no others."""
     found = _by_path(tensors)
     matrices = {path: found.pop(path) for path in ranks if path in found}
     if found:
         path, sides = min(found.items(), key=lambda item: item[0])
-        allowed = "none, as target_modules, exclude_modules or layers_to_transform leave its module out" if path in layers.sites else "matrices of linear layers of the model"
+        left_out = "none, as target_modules, exclude_modules or layers_to_transform leave its module out"
+        allowed = left_out if path in layers.sites else "matrices of linear layers of the model"
         raise ConfigError(f"{path}.lora_{min(sides)}.weight", _shape(sides[min(sides)]), allowed)
     outside = [path for path in matrices if path not in layers.adapted]
     if outside:
@@ -205,16 +228,7 @@ def _fit(config: PeftConfig, ranks: Mapping[str, tuple[int, float]], tensors: Ma
     absent = [path for path in ranks if path not in matrices]
     if absent and not (config.is_all_linear and matrices):
         raise ConfigError("target_modules", config.target_modules, f"modules that the file has matrices of, and it has none of {absent[0]}")
-    for path, sides in matrices.items():
-        _check(path, sides, ranks[path][0], config, layers)
-    scales = {ranks[path][1] for path in matrices}
-    common = scales.pop() if len(scales) == 1 else None
-    r = max(ranks[path][0] for path in matrices)
-    fitted = {path: _brought(sides["A"], sides["B"], r, 1.0 if common is not None else ranks[path][1]) for path, sides in matrices.items()}
-    for path, pair in fitted.items():
-        for side, matrix in zip("AB", pair):
-            require_finite(f"{path}.lora_{side}.weight", matrix, layers.dtype)
-    return PeftAdapter(r, r * (1.0 if common is None else common), fitted, config.invocation)
+    return matrices
 
 
 def _by_path(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
@@ -239,7 +253,7 @@ def _check(path: str, sides: Mapping[str, torch.Tensor], rank: int, config: Peft
             raise ConfigError(name, None, f"a matrix {expected} beside the other of its module")
         matrix = sides[side]
         if matrix.layout != torch.strided or matrix.dtype not in _DTYPES:
-            raise ConfigError(name, str(matrix.dtype), "numbers of type " + ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES))
+            raise ConfigError(name, str(matrix.dtype), "numbers of type " + ", ".join(map(_name, _DTYPES)))
         if list(matrix.shape) != expected:
             says = f"{expected} by the model and r={rank} of {CONFIG}"
             raise ConfigError(name, _shape(matrix), says if not config.rank_pattern else f"{expected} by the model and rank_pattern of {CONFIG}")
@@ -257,7 +271,11 @@ def _brought(a: torch.Tensor, b: torch.Tensor, r: int, scale: float) -> tuple[to
 def require_finite(name: str, matrix: torch.Tensor, dtype: torch.dtype) -> None:
     """Every matrix of an adapter from outside passes here: ConfigError where it is not finite as the engine keeps it."""
     if not matrix.to(dtype).isfinite().all():
-        raise ConfigError(name, "inf or nan", f"finite numbers in {str(dtype).removeprefix('torch.')}")
+        raise ConfigError(name, "inf or nan", f"finite numbers in {_name(dtype)}")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _shape(tensor: object) -> object:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn.functional import pad
 
-from sglang.srt.mezo.engine import config_source
+from sglang.srt.mezo.engine import checkpoint_config, config_source
 from sglang.srt.mezo.families import FAMILIES
 from sglang.srt.mezo.layers import Layer, Part, checkpoint_sites, model_layers
 from sglang.srt.mezo.peft_adapter import ModelLayers, PeftAdapter
@@ -31,6 +31,20 @@ def layers_for_adapters(manager: "LoRAManager") -> ModelLayers:
     adapted = [part.site.path for layer in model_layers(manager.base_model) if any_layer or layer.is_wrapped for part in layer.parts]
     max_rank = getattr(manager, "max_lora_rank", None)
     return ModelLayers(checkpoint_sites(*config_source(get_server_args())), frozenset(adapted), max_rank, manager.dtype, manager.base_hf_config.vocab_size)
+
+
+def layers_of_checkpoint(server_args) -> ModelLayers | None:
+    """What an adapter may act on, before there is an engine; None where that is not known.
+
+    Raises:
+        ConfigError: the model's configuration cannot be read.
+    """
+    source = config_source(server_args)
+    config = checkpoint_config(*source)
+    if not set(config.architectures or ()) & FAMILIES.keys():
+        return None
+    sites = checkpoint_sites(*source)
+    return ModelLayers(sites, sites.keys(), server_args.max_lora_rank, torch.float32, config.get_text_config().vocab_size)
 
 
 def as_sglang_takes_it(manager: "LoRAManager", adapter: PeftAdapter) -> tuple[CheckedFields, dict[str, torch.Tensor]]:
