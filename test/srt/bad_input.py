@@ -123,7 +123,7 @@ def suffix(value: str, allowed: str, status: int = 400, code: str = "invalid_val
 LETTERS = "1 to 64 letters, digits, '.', '_' or '-', a letter or digit first"
 JOBS: dict[str, tuple[dict[str, Any], Expected]] = {
     "unknown model": ({"model": "gpt-4"}, (404, "model", "model_not_found", "'gpt-4' does not exist: this server trains 'reviews-model'")),
-    "fine-tuned model": ({"model": "reviews-model:done"}, (404, "model", "model_not_found", "does not exist")),
+    "no fine-tuned model": ({"model": "reviews-model:nobody"}, (404, "model", "model_not_found", "does not exist")),
     "model of 500,000 characters": ({"model": "m" * 500_000}, (404, "model", "model_not_found", "does not exist")),
     "model a number": ({"model": 5}, (400, "model", "invalid_value", "model=5 is not allowed: a valid string")),
     "unknown training file": ({"training_file": "file-0"}, (404, "training_file", "not_found", "no such file: 'file-0'")),
@@ -157,6 +157,13 @@ JOBS: dict[str, tuple[dict[str, Any], Expected]] = {
     "too many directions": hyperparameter("num_perturbations", 65, "at most 64"),
     "invocation for ordinary LoRA": ({"method": supervised(**JOB, tuning="lora")}, (400, f"{PLACE}.invocation", "invalid_value", "null")),
     "no modules": hyperparameter("target_modules", None, 'target_modules=None is not allowed: a list of strings, or "auto"'),
+    "another rank than the adapter's": (
+        {"model": "reviews-model:done", "method": supervised(**JOB, r=2)}, (400, f"{PLACE}.r", "invalid_value", "8, as the adapter has it"),
+    ),
+    "another invocation than the adapter's": (
+        {"model": "reviews-model:done", "method": supervised(**JOB | {"invocation": " good"})},
+        (400, f"{PLACE}.invocation", "invalid_value", "' It was', as the adapter has it"),
+    ),
     "a deep list": hyperparameter("target_modules", json.loads("[" * 200 + "]" * 200), "a list of strings"),
     "unknown hyperparameter": hyperparameter("epsilon", 1, "is not a hyperparameter; there are n_epochs, ", "unknown_parameter"),
     **{name: hyperparameter(name, "/tmp/x", "is not a hyperparameter", "unknown_parameter") for name in (

@@ -116,10 +116,10 @@ class LiveServer:
         content = "".join(json.dumps(row) + "\n" for row in rows).encode()
         return self.client.files.create(file=(name, content), purpose="fine-tune").id
 
-    def create_job(self, training_file: str, validation_file: str | None = None, suffix: str | None = None, seed: int = 42, **hyperparameters):
+    def create_job(self, training_file: str, validation_file: str | None = None, suffix: str | None = None, seed: int = 42, model: str | None = None, **hyperparameters):
         fields: dict[str, Any] = {"validation_file": validation_file, "suffix": suffix}
         return self.client.fine_tuning.jobs.create(
-            model=self.model, training_file=training_file, seed=seed,
+            model=model or self.model, training_file=training_file, seed=seed,
             method={"type": "supervised", "supervised": {"hyperparameters": hyperparameters}},
             **{name: value for name, value in fields.items() if value is not None},
         )  # fmt: skip

@@ -15,10 +15,12 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from sglang.srt.entrypoints import http_server
+from sglang.srt.lora.lora_registry import LoRARegistry
 from sglang.srt.mezo.service import native, routes
 from sglang.srt.mezo.service.errors import RequestError
 from sglang.srt.mezo.service.latency import LatencyRecorder
 from sglang.srt.mezo.service.messages import EngineDescription
+from sglang.srt.mezo.service.origins import Origins
 from sglang.srt.mezo.service.records import StoredEvent, StoredJob
 from sglang.srt.mezo.service.settings import ServiceSettings
 from sglang.srt.mezo.service.store import Store
@@ -50,6 +52,8 @@ class RecordingManager:
 
     def __init__(self, store: Store):
         self.store = store
+        nothing_loaded = SimpleNamespace(lora_ref_cache={}, lora_registry=LoRARegistry())
+        self.origins = Origins(store, SimpleNamespace(served_model_name="tiny", tokenizer_manager=nothing_loaded), ENGINE, None)
         self.calls: list[tuple[Any, ...]] = []
 
     def adapter_name_for(self, job_id: str, suffix: str | None) -> str:
@@ -57,7 +61,7 @@ class RecordingManager:
             raise RequestError(409, "suffix='taken' is taken", "suffix", "conflict")
         return suffix or f"ft-{job_id[-6:]}"
 
-    async def create_job(self, job: StoredJob) -> StoredJob:
+    async def create_job(self, job: StoredJob, origin=None) -> StoredJob:
         return self.store.add_job(job, StoredEvent(job.id, f"Created fine-tuning job: {job.id}"))
 
     async def cancel(self, job_id: str) -> StoredJob:

@@ -96,6 +96,20 @@ def test_the_new_model_is_listed_and_answers_in_chat_and_completions(server, tra
         assert right > wrong
 
 
+def test_a_fine_tuned_model_is_trained_further(server, files, trained):
+    """Its adapter is the first of the new run, bit for bit; what nobody sends is as it was."""
+    job = server.create_job(files[0], suffix="further", model=trained.fine_tuned_model, max_steps=1)
+    job = server.wait_for(job.id, "succeeded")
+    assert (job.model, job.fine_tuned_model) == (trained.fine_tuned_model, "reviews-model:further")
+    sent = job.to_dict()["method"]["supervised"]["hyperparameters"]
+    assert (sent["invocation"], sent["r"], sent["tuning"]) == (" It was", 8, "alora")
+    weights = [server.run_directory(one) / name / "adapter_model.safetensors" for one, name in ((trained.id, "adapter"), (job.id, "initial_adapter"))]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    log = SeedLog.open(server.run_directory(job.id) / "seed_log")
+    assert len(log) == 1 and log.header.initial_adapter is not None
+    assert prompt_log_probs(server, job.fine_tuned_model, TEXTS) != prompt_log_probs(server, "reviews-model", TEXTS)
+
+
 def test_events_and_checkpoints_tell_the_story_and_page(server, trained):
     jobs = server.client.fine_tuning.jobs
     events = list(jobs.list_events(trained.id, limit=7))  # pages by itself

@@ -16,6 +16,7 @@ from small_disk import small_disk
 
 from sglang.srt.mezo.adapter import Adapter, AdapterSpec
 from sglang.srt.mezo.config import MezoConfig
+from sglang.srt.mezo.errors import LogError
 from sglang.srt.mezo.pass_sizes import read_pass_sizes
 from sglang.srt.mezo.seed_log import LogRecord, SeedLog
 from sglang.srt.mezo.service.packed import pack
@@ -634,6 +635,61 @@ def test_every_subset_of_a_fused_layer_can_be_trained(engine, config, model_path
     assert kind == "succeeded", message
     saved = json.loads((Path(config.output_dir) / "adapter" / "adapter_config.json").read_text())
     assert saved["target_modules"] == sorted(targets)
+
+
+@pytest.mark.parametrize("tuning", ["alora", "lora"])
+def test_a_run_goes_on_from_an_adapter_and_needs_its_folder_once(engine, config, model_path, tmp_path, tuning):
+    first = replace(config, tuning=tuning, r=4, max_steps=3, save_steps=0)
+    assert start(engine, first, model_path)[0]
+    engine.call(tick)
+    origin = tmp_path / "origin"
+    shutil.copytree(Path(first.output_dir) / "adapter", origin)
+    logs = []
+    for name, stops in (("whole", ()), ("halves", (9, 30))):
+        engine.call(flush)
+        further = replace(first, output_dir=str(tmp_path / name), init_from="served:first", max_steps=4, seed=5)
+        for pieces in stops:
+            assert start(engine, further, model_path, start=str(origin))[0]
+            engine.call(tick, pieces)
+            stop(engine)
+            further = replace(further, resume_from_checkpoint=True)
+            origin.rename(tmp_path / "elsewhere") if origin.exists() else None
+        assert start(engine, further, model_path, start=str(origin))[0]
+        engine.call(events)
+        engine.call(tick)
+        assert engine.call(events)[-1][0] == "succeeded"
+        logs.append(log_of(further.output_dir))
+        assert tensors_in(tmp_path / name / "initial_adapter") == tensors_in(Path(first.output_dir) / "adapter")
+        assert json.loads((tmp_path / name / "config.json").read_text())["init_from"] == "served:first"
+    assert logs[0] == logs[1]
+    log = SeedLog.open(tmp_path / "whole" / "seed_log")
+    begun = empty_adapter(further, model_path)
+    begun.load_weights(tmp_path / "whole" / "initial_adapter")
+    log.require_initial(begun.theta)
+    begun.load_weights(Path(first.output_dir) / "initial_adapter")
+    with pytest.raises(LogError):
+        log.require_initial(begun.theta)
+
+
+def tensors_in(folder: Path) -> dict[str, bytes]:
+    from safetensors.torch import load_file
+
+    return {name: tensor.numpy().tobytes() for name, tensor in load_file(folder / "adapter_model.safetensors").items()}
+
+
+@pytest.mark.parametrize(
+    ("settings", "field", "message"), [({"r": 2}, "r", "4, as the adapter"), ({"tuning": "lora"}, "tuning", "'alora', as the adapter"), ({}, "init_from", "adapter_config.json")]
+)
+def test_a_job_that_contradicts_the_adapter_that_it_goes_on_from_is_refused(engine, config, model_path, tmp_path, settings, field, message):
+    first = replace(config, r=4, max_steps=1, save_steps=0)
+    assert start(engine, first, model_path)[0]
+    engine.call(tick)
+    folder = Path(first.output_dir) / "adapter"
+    if not settings:
+        (folder / "adapter_config.json").unlink()
+    further = replace(first, output_dir=str(tmp_path / "further"), init_from="served:first", **settings)
+    ok, text, at, _ = start(engine, further, model_path, start=str(folder))
+    assert not ok and at == field and message in text
 
 
 # --- what fails while a job is set up ------------------------------------------------------------------------------------

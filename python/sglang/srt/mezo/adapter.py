@@ -5,7 +5,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Self
@@ -65,6 +65,15 @@ class Adapter:
         adapter = cls(spec, sites)
         for index, (site, a, _) in enumerate(adapter.matrices()):
             a.copy_(initial_uniform(seed, index, a.numel()).view_as(a)).div_(math.sqrt(site.in_features))
+        return adapter
+
+    @classmethod
+    def holding(cls, spec: AdapterSpec, sites: Sequence[Site], matrices: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> Self:
+        """The adapter with these matrices, (A [r, in], B [out, r]) by the paths of the sites."""
+        adapter = cls(spec, sites)
+        for site, a, b in adapter.matrices():
+            a.copy_(matrices[site.path][0])
+            b.copy_(matrices[site.path][1])
         return adapter
 
     @property

@@ -18,7 +18,7 @@ SAME = {
     "model_name": "model", "model_name_or_path": "model", "model_path": "model", "torch_dtype": "dtype",
     "task_name": "task", "dataset_name": "dataset", "train_file": "dataset", "dataset_test_split": "test_split",
     "max_train_samples": "num_train", "num_eval": "num_test", "max_eval_samples": "num_dev", "max_predict_samples": "num_test",
-    "lora_r": "r", "lora_rank": "r", "rank": "r", "lora_target_modules": "target_modules",
+    "adapter_name_or_path": "init_from", "lora_r": "r", "lora_rank": "r", "rank": "r", "lora_target_modules": "target_modules",
     "lr": "learning_rate", "epochs": "num_train_epochs", "num_epochs": "num_train_epochs", "n_epochs": "num_train_epochs",
     "lr_scheduler": "lr_scheduler_type", "batch_size": "per_device_train_batch_size", "train_batch_size": "per_device_train_batch_size",
     "eval_batch_size": "per_device_eval_batch_size", "per_gpu_train_batch_size": "per_device_train_batch_size",

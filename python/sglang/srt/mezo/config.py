@@ -44,11 +44,12 @@ class MezoConfig:
     overwrite_output_dir: bool = _setting(False, "Delete an earlier run in output_dir first.")
     resume_from_checkpoint: bool = _setting(False, "Go on with the run in output_dir from its seed log.")
 
-    tuning: Tuning = _setting("alora", "alora: the adapter acts from the invocation on; lora: on every token.")
+    init_from: Optional[str] = _setting(None, "PEFT folder of an adapter to go on from; tuning, invocation, r, lora_alpha and target_modules are its own.")
+    tuning: Tuning = _follows("alora, the default: the adapter acts from the invocation on; lora: on every token.")
     invocation: Optional[Union[str, list[int]]] = _setting(None, "Text that activates an aLoRA adapter, or auto: the chat template's generation prompt; "
                                                                  "the task's own by default, without a task auto.")  # fmt: skip
-    r: int = _setting(8, "Rank of the adapter.")
-    lora_alpha: float = _setting(16, "The adapter's output is scaled by lora_alpha / r.")
+    r: int = _follows("Rank of the adapter; 8 by default.")
+    lora_alpha: float = _follows("The adapter's output is scaled by lora_alpha / r; 16 by default.")
     target_modules: Optional[list[str]] = _setting(None, "Modules to adapt; the attention projections by default.")
 
     objective: Optional[Objective] = _setting(None, "Loss; the one that the data suggests by default.")
@@ -95,14 +96,15 @@ class MezoConfig:
     def __post_init__(self):
         open_fields = {field.name for field in fields(self) if field.metadata.get("follows") and getattr(self, field.name) is None}
         require_types(self, unset=open_fields)
-        for name, value in defaults(self.num_perturbations, self.estimator, self.perturbation_interval).items():
+        settled = defaults(self.num_perturbations, self.estimator, self.perturbation_interval)
+        for name, value in (settled if self.init_from is not None else settled | NEW_ADAPTER).items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
         for name in ("r", "num_perturbations", "perturbation_interval", "echoes", "per_device_train_batch_size", "gradient_accumulation_steps",
                      "per_device_eval_batch_size", "max_tokens_per_batch", "eval_steps", "logging_steps"):  # fmt: skip
-            self._require(name, getattr(self, name) >= 1, "at least 1")
+            self._require(name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1")
         for name in ("lora_alpha", "learning_rate", "zo_eps", "num_train_epochs", "adam_epsilon"):
-            self._require(name, 0 < getattr(self, name) < math.inf, "a positive number")
+            self._require(name, getattr(self, name) is None or 0 < getattr(self, name) < math.inf, "a positive number")
         for name in ("weight_decay", "warmup_steps", "save_steps"):
             self._require(name, 0 <= getattr(self, name) < math.inf, "zero or more")
         for name in ("momentum", "adam_beta1", "adam_beta2"):
@@ -157,6 +159,10 @@ class MezoConfig:
 
     def to_dict(self) -> dict:
         return asdict(self)
+
+
+NEW_ADAPTER: dict[str, Any] = {"tuning": "alora", "r": 8, "lora_alpha": 16}
+"""What an adapter is that nobody describes. With ``init_from`` these stay None until the adapter has been read (``start.settled``)."""
 
 
 def defaults(num_perturbations: int, estimator: Estimator | None, perturbation_interval: int) -> dict[str, Any]:

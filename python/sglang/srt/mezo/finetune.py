@@ -6,6 +6,8 @@ from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Optional
 
+import torch
+
 from sglang.srt.mezo.adapter import AdapterSpec
 from sglang.srt.mezo.chat import ChatRenderer, ChatSettings
 from sglang.srt.mezo.checkpoint import read_checkpoint
@@ -17,14 +19,16 @@ from sglang.srt.mezo.evaluate import evaluate
 from sglang.srt.mezo.families import family_of, model_modules, require_modules
 from sglang.srt.mezo.invocation import AUTO, invocation_tokens
 from sglang.srt.mezo.kinds import require_types
+from sglang.srt.mezo.peft_adapter import ModelLayers
 from sglang.srt.mezo.plots import plot_run
 from sglang.srt.mezo.integrity import write_json
 from sglang.srt.mezo.run_directory import RunDirectory
 from sglang.srt.mezo.splits import DataArguments, Splits, load_splits
+from sglang.srt.mezo.start import read_start, settled
 from sglang.srt.mezo.trainer import MezoTrainer, TrainResult, require_objective
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 ALL_LINEAR = "all-linear"  # PEFT's word for every linear layer but the head
 Dtype = Literal["auto", "half", "float16", "bfloat16", "float", "float32"]
@@ -68,10 +72,12 @@ def finetune(model: ModelArguments, data: DataArguments, config: MezoConfig) -> 
 
 def open_trainer(model: ModelArguments, data: DataArguments, config: MezoConfig) -> tuple[MezoTrainer, Splits]:
     """Read and check everything, then start an engine; raises what ``finetune`` does."""
-    tokenizer, max_length, config, target_modules = _inspect_model(model.model, config)
+    model_config, tokenizer = read_checkpoint(model.model)
+    origin = None if config.init_from is None else read_start(config, _layers(model_config))
+    config, target_modules = _with_targets(model_config, settled(config, origin, tokenizer))
     RunDirectory(config).check()
     invocation = _invocation_tokens(tokenizer, data, config)
-    splits = load_splits(tokenizer, max_length, invocation, data, ChatRenderer(tokenizer, _chat_settings(model)))
+    splits = load_splits(tokenizer, model_config.max_position_embeddings, invocation, data, ChatRenderer(tokenizer, _chat_settings(model)))
     require_objective(config, config.objective or splits.objective, (len(example.options) for example in splits.train + splits.dev + splits.test))
     longest = max(len(example.prompt) + max(map(len, example.options)) for example in splits.train + splits.dev + splits.test)
     if model.max_total_tokens is not None and model.max_total_tokens < longest:
@@ -86,12 +92,11 @@ def open_trainer(model: ModelArguments, data: DataArguments, config: MezoConfig)
         log_level="error",
     )
     spec = AdapterSpec(model.model, config.r, config.lora_alpha, target_modules, splits.invocation)
-    return MezoTrainer(engine.handle, config, spec, splits.train, splits.dev, splits.objective), splits
+    return MezoTrainer(engine.handle, config, spec, splits.train, splits.dev, splits.objective, start=origin), splits
 
 
-def _inspect_model(model: str, config: MezoConfig) -> tuple["PreTrainedTokenizerBase", int, MezoConfig, tuple[str, ...]]:
-    """Tokenizer, longest sequence, ``config`` with PEFT's "all-linear" spelt out, and the modules to adapt, from the model's files alone."""
-    model_config, tokenizer = read_checkpoint(model)
+def _with_targets(model_config: "PretrainedConfig", config: MezoConfig) -> tuple[MezoConfig, tuple[str, ...]]:
+    """``config`` with PEFT's "all-linear" spelt out, and the modules to adapt."""
     family = family_of(model_config)
     targets = config.target_modules or list(family.default_targets(config.tuning))
     if targets == [ALL_LINEAR]:
@@ -100,7 +105,13 @@ def _inspect_model(model: str, config: MezoConfig) -> tuple["PreTrainedTokenizer
     require_modules(family, targets)
     if config.r > model_config.hidden_size:
         raise ConfigError("r", config.r, f"at most {model_config.hidden_size}, the width of the model")
-    return tokenizer, model_config.max_position_embeddings, config, tuple(targets)
+    return config, tuple(targets)
+
+
+def _layers(model_config: "PretrainedConfig") -> ModelLayers:
+    """What an adapter of the model can act on, before there is an engine."""
+    sites = {site.path: site for site in model_modules(model_config)}
+    return ModelLayers(sites, sites.keys(), None, torch.float32, model_config.get_text_config().vocab_size)
 
 
 def _chat_settings(model: ModelArguments) -> ChatSettings:

@@ -37,12 +37,13 @@ class RunDirectory:
         return self.path / f"best-{step}"
 
     @property
-    def initial_adapter(self) -> Path:
-        return self.path / "initial_adapter"
-
-    @property
     def adapter(self) -> Path:
         return self.path / "adapter"
+
+    @property
+    def initial_adapter(self) -> Path:
+        """What the first record of the seed log moves."""
+        return self.path / "initial_adapter"
 
     @property
     def metrics(self) -> Path:

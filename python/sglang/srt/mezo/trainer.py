@@ -21,6 +21,7 @@ from sglang.srt.mezo.layers import adapted_sites
 from sglang.srt.mezo.noise import step_seed
 from sglang.srt.mezo.optimizer import Optimizer, learning_rate_at, round_to_log
 from sglang.srt.mezo.passes import Passes, drain
+from sglang.srt.mezo.peft_adapter import PeftAdapter
 from sglang.srt.mezo.plan import ExamplePlan, Planner, PrefixScope
 from sglang.srt.mezo.readout import batch_loss
 from sglang.srt.mezo.run import StepResult, TrainingRun, TrainResult
@@ -48,6 +49,7 @@ class MezoTrainer:
             resumes was given some later; by default all count from step 0.
         claim_slots: take the slots now; or later by ``slots.claim()``, where requests may need them now.
         spare_slots: adapters that the pool is to have room for besides.
+        start: the adapter of ``spec`` to go on from; a new one if absent.
 
     Raises:
         ConfigError, DataError, CapacityError: before anything is written or trained.
@@ -65,6 +67,7 @@ class MezoTrainer:
         segments: Sequence[tuple[int, int]] = (),
         claim_slots: bool = True,
         spare_slots: int = 0,
+        start: PeftAdapter | None = None,
     ):
         _check_invocation(config, spec)
         self.config = config
@@ -85,7 +88,8 @@ class MezoTrainer:
         self._window_in_pool: tuple[int, int, int] | None = None
         for first_step, added in later:
             self.stream.extend(first_step, added)
-        self.adapter = Adapter.initial(spec, adapted_sites(handle, spec.target_modules), config.seed)
+        sites = adapted_sites(handle, spec.target_modules)
+        self.adapter = Adapter.initial(spec, sites, config.seed) if start is None else Adapter.holding(spec, sites, start.matrices)
         self.scorer = Scorer(handle, planner.scope, config.max_tokens_per_batch, config.prefix_reuse, kept_tokens)
         self.optimizer = Optimizer(self.adapter.theta, self.adapter.shapes, config.update_rule)
         self.slots = PerturbedSlots(handle, self.adapter, config.num_perturbations, config.estimator, spare_slots)
@@ -306,6 +310,8 @@ def require_objective(config: MezoConfig, objective: Objective, option_counts: I
 
 
 def _check_invocation(config: MezoConfig, spec: AdapterSpec) -> None:
+    if config.tuning is None:
+        raise ConfigError("tuning", None, "what the adapter of init_from is: sglang.srt.mezo.start.settled says it")
     if config.tuning == "alora" and not spec.invocation:
         raise ConfigError("invocation", config.invocation, "activated LoRA needs the text from which it acts, such as ' It was'")
     if config.tuning == "lora" and spec.invocation:

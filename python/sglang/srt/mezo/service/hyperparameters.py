@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple, get_type_hints
 
-from sglang.srt.mezo.config import LARGEST, MezoConfig, defaults
+from sglang.srt.mezo.config import LARGEST, NEW_ADAPTER, MezoConfig, defaults
 from sglang.srt.mezo.errors import ConfigError, DataError, shown
 from sglang.srt.mezo.estimator import SIGNS, Estimator
 from sglang.srt.mezo.invocation import AUTO
@@ -16,6 +16,8 @@ from sglang.srt.mezo.kinds import described, fits
 from sglang.srt.mezo.service.errors import RequestError
 from sglang.srt.mezo.service.job_data import MAX_PASS_TOKENS
 from sglang.srt.mezo.service.messages import SPARE_SLOTS, EngineDescription
+from sglang.srt.mezo.service.origins import Origin
+from sglang.srt.mezo.start import contradiction
 
 _SETTINGS = (
     "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "clip_projected_grad",
@@ -65,7 +67,9 @@ class _Given(NamedTuple):
     value: Any
 
 
-def resolve(request: Mapping[str, Any], engine: EngineDescription, num_train: int, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
+def resolve(
+    request: Mapping[str, Any], engine: EngineDescription, num_train: int, seed: int, origin: Origin | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Settle everything that a job leaves open.
 
     Args:
@@ -73,6 +77,7 @@ def resolve(request: Mapping[str, Any], engine: EngineDescription, num_train: in
         engine: what the server can train.
         num_train: training examples, 1 or more.
         seed: the job's.
+        origin: the adapter of ``request["model"]`` where that is a fine-tuned one.
 
     Raises:
         RequestError: 400; ``param`` is the path of the hyperparameter in the body.
@@ -92,6 +97,9 @@ def resolve(request: Mapping[str, Any], engine: EngineDescription, num_train: in
     n_epochs = values.pop("n_epochs", None)
 
     fields = _online_defaults(values, engine) | values
+    if origin is not None:
+        _check_origin(origin, given)
+        fields |= origin.settings
     fields["per_device_train_batch_size"] = batch_size
     fields["seed"] = seed
     if n_epochs is None:
@@ -178,6 +186,12 @@ def _check_together(given: Mapping[str, _Given]) -> None:
         raise _refusal(metric, f"one of {', '.join(_METRICS)}, null")
 
 
+def _check_origin(origin: Origin, given: Mapping[str, _Given]) -> None:
+    if (wrong := contradiction({name: sent.value for name, sent in given.items()}, origin.adapter, origin.tokenizer)) is not None:
+        name, value = wrong
+        raise _refusal(given[name], f"{value!r}, as the adapter has it that the job goes on from")
+
+
 def _online_defaults(values: Mapping[str, Any], engine: EngineDescription) -> dict[str, Any]:
     """Where a server has a better answer than ``MezoConfig``. What a job leaves open of its invocation its rows decide (``settle``)."""
     is_open = "invocation" not in values
@@ -187,7 +201,7 @@ def _online_defaults(values: Mapping[str, Any], engine: EngineDescription) -> di
         "tuning": tuning,
         "invocation": AUTO if is_open and tuning == "alora" else None,
         "target_modules": _default_targets(tuning, engine),
-        "r": min(MezoConfig.r, engine.max_lora_rank),
+        "r": min(NEW_ADAPTER["r"], engine.max_lora_rank),
         "estimator": _default_estimator(values.get("num_perturbations", MezoConfig.num_perturbations), engine),
         "max_tokens_per_batch": min(engine.idle_step_tokens, engine.kv_capacity),
         "save_steps": values.get("eval_steps", MezoConfig.eval_steps),

@@ -13,9 +13,12 @@ from sglang.srt.mezo.engine import EngineHandle
 from sglang.srt.mezo.errors import ConfigError
 from sglang.srt.mezo.optimizer import round_to_log
 from sglang.srt.mezo.passes import Passes
+from sglang.srt.mezo.peft_adapter import PeftAdapter
+from sglang.srt.mezo.peft_layers import layers_for_adapters
 from sglang.srt.mezo.run import TrainingRun, TrainResult
 from sglang.srt.mezo.seed_log import LogRecord
 from sglang.srt.mezo.service.messages import SPARE_SLOTS, StartJob
+from sglang.srt.mezo.start import contradiction, of_adapter, read_start
 from sglang.srt.mezo.tracking import Tracker
 from sglang.srt.mezo.trainer import MezoTrainer
 
@@ -48,11 +51,15 @@ class Job:
             ConfigError, DataError, CapacityError: it could never run.
         """
         config = MezoConfig(**command.config)
+        origin = None if config.init_from is None else read_start(config, layers_for_adapters(handle.lora_manager), command.start)
+        if origin is not None:
+            _require_agreement(command, config, origin)
         spec = AdapterSpec(
             command.base_model, config.r, config.lora_alpha, tuple(command.target_modules), tuple(command.invocation)
         )
         trainer = MezoTrainer(
-            handle, config, spec, train, evaluation, command.objective, kept_tokens, command.segments, claim_slots=False, spare_slots=SPARE_SLOTS
+            handle, config, spec, train, evaluation, command.objective, kept_tokens, command.segments, claim_slots=False, spare_slots=SPARE_SLOTS,
+            start=origin,
         )
 
         def make_tracker(config: MezoConfig, path: Path, first_step: int, max_steps: int) -> Tracker:
@@ -152,6 +159,15 @@ class Job:
         self._require_open()
         if not self.manual or self._operation is not None:
             raise ConfigError("job", self.job_id, "a job that is held for single operations, one at a time")
+
+
+def _require_agreement(command: StartJob, config: MezoConfig, origin: PeftAdapter) -> None:
+    """The adapter is still the one that the job was created for."""
+    if (wrong := contradiction({name: getattr(config, name) for name in of_adapter(origin)}, origin, None)) is not None:
+        name, value = wrong
+        raise ConfigError(name, getattr(config, name), f"{value!r}, as the adapter of init_from has it")
+    if tuple(command.invocation) != origin.invocation:
+        raise ConfigError("invocation", command.invocation, f"{list(origin.invocation)}, as the adapter of init_from has it")
 
 
 class EventTracker(Tracker):

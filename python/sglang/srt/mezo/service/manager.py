@@ -18,6 +18,7 @@ from sglang.srt.mezo.service.hyperparameters import settle
 from sglang.srt.mezo.service.job_data import JobReader, shared_tokenizer
 from sglang.srt.mezo.service.manual import ManualWork
 from sglang.srt.mezo.service.messages import Describe, EngineDescription, MezoEvent
+from sglang.srt.mezo.service.origins import Origin, Origins
 from sglang.srt.mezo.service.published import PublishedAdapters
 from sglang.srt.mezo.service.records import LIVE, JobStatus, StoredEvent, StoredJob
 from sglang.srt.mezo.service.runs import Runs
@@ -68,6 +69,7 @@ class JobManager:
         tokenizer = await asyncio.to_thread(shared_tokenizer, self.client.tokenizer)
         self._reader = JobReader(tokenizer, self.engine, self.client.chat_settings)
         self._tokenising = Tokenising(self.store, self._reader, self._forks)
+        self.origins = Origins(self.store, self.client, self.engine, tokenizer)
         self._runs = Runs(self.store, self._reader, self.engine)
         self._training = Training(self.store, self.client, self._sessions, self._tokenising, self._runs, self._published, self._state)
         self._manual = ManualWork(
@@ -102,8 +104,11 @@ class JobManager:
         """The name of a new job's adapter; RequestError where the suffix cannot be one, or is taken."""
         return self._published.name_for(job_id, suffix)
 
-    async def create_job(self, job: StoredJob) -> StoredJob:
+    async def create_job(self, job: StoredJob, origin: Origin | None = None) -> StoredJob:
         """Store a job, whose files are validated then.
+
+        Args:
+            origin: the adapter that it goes on from.
 
         Raises:
             NotFound: one of its files has been deleted.
@@ -113,9 +118,17 @@ class JobManager:
         files = " and ".join(
             f"{kind} file: {file_id}" for kind, file_id in (("training", job.training_file), ("validation", job.validation_file)) if file_id
         )
-        job = self.store.add_job(
-            job, StoredEvent(job.id, f"Created fine-tuning job: {job.id}"), StoredEvent(job.id, f"Validating {files}")
-        )
+        events = [StoredEvent(job.id, f"Created fine-tuning job: {job.id}"), StoredEvent(job.id, f"Validating {files}")]
+        if origin is None:
+            job = self.store.add_job(job, *events)
+        else:
+            try:
+                await asyncio.to_thread(self.origins.keep, job.id, origin.adapter)
+                self._published.require_free(job.adapter_name)
+                job = self.store.add_job(job, *events)
+            except BaseException:
+                await asyncio.to_thread(self.origins.drop, job.id)
+                raise
         self._work.set()
         return job
 

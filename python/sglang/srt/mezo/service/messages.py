@@ -30,7 +30,7 @@ class StartJob(Struct, tag=True, kw_only=True):
     """Train, from the start or from where the seed log in ``config["output_dir"]`` ends.
 
     config: fields of ``MezoConfig``. segments: (step, number of examples) from which each part of the training data
-    counts; the first is step 0. manual: hold the adapter ready for ``EvaluatePerturbed`` and ``ApplyUpdate`` instead.
+    counts; the first is step 0. start: folder of the adapter that ``config["init_from"]`` names. manual: hold the adapter ready for ``EvaluatePerturbed`` and ``ApplyUpdate`` instead.
     """
 
     job_id: str
@@ -40,6 +40,7 @@ class StartJob(Struct, tag=True, kw_only=True):
     invocation: list[int]
     objective: Literal["classification", "completion", "language_modeling"]
     segments: list[tuple[int, int]]
+    start: str | None = None
     manual: bool = False
 
 

@@ -37,6 +37,12 @@ def is_loaded(tokenizer_manager: "TokenizerManager", name: str) -> bool:
     return name in tokenizer_manager.lora_registry._registry
 
 
+def folder_of(tokenizer_manager: "TokenizerManager", name: str) -> str | None:
+    """Where the adapter lies that a name stands for; None where there is none, or it came as tensors."""
+    known = {**tokenizer_manager.lora_ref_cache, **tokenizer_manager.lora_registry.get_all_adapters()}
+    return known[name].lora_path if name in known and known[name].lora_path != "__tensor__" else None
+
+
 def announce(tokenizer_manager: "TokenizerManager", name: str, directory: Path) -> None:
     """Answer to a name that is new; SGLang loads the adapter for the first request."""
     tokenizer_manager.lora_ref_cache[name] = LoRARef(lora_name=name, lora_path=str(directory), pinned=False)

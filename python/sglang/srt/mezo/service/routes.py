@@ -130,7 +130,7 @@ class _Jobs:
 
     async def _create(self, body: CreateJob) -> Json:
         service = self._service
-        self._require_model(body.model)
+        origin = await asyncio.to_thread(service.manager.origins.read, body.model)
         if body.integrations:
             raise RequestError(400, "integrations are not supported: leave them out", "integrations", "unsupported")
         training_file = self._training_data(body.training_file, "training_file")
@@ -139,14 +139,14 @@ class _Jobs:
         num_train = await asyncio.to_thread(lambda: _count_rows(service.store.content(training_file, "training_file")))
         seed = secrets.randbits(31) if body.seed is None else body.seed
         sent = body.model_dump(exclude_unset=True)
-        config, hyperparameters = resolve(sent, service.engine, num_train, seed)
+        config, hyperparameters = resolve(sent, service.engine, num_train, seed, origin)
         job_id = new_id("ftjob-")
         job = StoredJob(
             id=job_id,
             created_at=now(),
             finished_at=None,
             status="validating_files",
-            model=service.client.served_model_name,
+            model=service.client.served_model_name if origin is None else body.model,
             training_file=body.training_file,
             validation_file=body.validation_file,
             seed=seed,
@@ -163,13 +163,7 @@ class _Jobs:
             version=0,
             engine=limits(service.engine),
         )
-        return self._object(await service.manager.create_job(job))
-
-    def _require_model(self, model: str) -> None:
-        known = dict.fromkeys((self._service.client.served_model_name, self._service.engine.model_path))
-        if model not in known:
-            message = f"the model {shown(model)} does not exist: this server trains {' or '.join(map(repr, known))}"
-            raise RequestError(404, message, "model", "model_not_found")
+        return self._object(await service.manager.create_job(job, origin))
 
     def _training_data(self, file_id: str, param: str) -> StoredFile:
         try:

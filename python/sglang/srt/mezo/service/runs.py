@@ -12,6 +12,7 @@ from sglang.srt.mezo.service.errors import RequestError
 from sglang.srt.mezo.service.example_files import ExampleFiles, Split
 from sglang.srt.mezo.service.job_data import AppendedRows, JobReader
 from sglang.srt.mezo.service.messages import EngineDescription, StartJob
+from sglang.srt.mezo.service.origins import origin_directory
 from sglang.srt.mezo.service.packed import pack
 from sglang.srt.mezo.service.records import StoredJob
 from sglang.srt.mezo.service.store import Store
@@ -105,6 +106,7 @@ class Runs:
             invocation=list(self._reader.invocation(job)),
             objective=job.config["objective"],
             segments=segments,
+            start=None if job.config.get("init_from") is None else str(origin_directory(self._store, job.id)),
             manual=manual,
         )
 
