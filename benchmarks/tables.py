@@ -22,9 +22,10 @@ def main() -> None:
     serving = [serve_while_train(path.name) for path in sorted(RESULTS.glob("serve_while_train*.json"))]
     steps = [step_time(path.name) for path in sorted(RESULTS.glob("step_time*.json"))]
     starts = [startup()] if (RESULTS / "startup.json").is_file() else []
+    validations = [validation()] if (RESULTS / "validation_load.json").is_file() else []
     for table in (*steps, step_time("limit_share.json"), directions.table(load("directions.json")), growth.table(load("growth.json", "series")),
                   small_pool(), study.table(study.load(RESULTS / "study.json")), accuracy(), precision.table(load("precision.json")),
-                  memory(), *starts, *serving):  # fmt: skip
+                  memory(), *starts, *serving, *validations):  # fmt: skip
         print("\n".join(table), end="\n\n")
 
 
@@ -100,6 +101,22 @@ def serve_while_train(name: str) -> list[str]:
         lines.append(
             f"| {model}, {row['load']} ({on['requests_per_s']:.1f} requests/s), {row['share']} | {off['requests']} + {on['requests']}, {off['failed'] + on['failed']} failed "
             f"| {ttft} | {tpot} | {row['throughput_ratio']:.1%} | {on['steps_per_s']:.2f} |"
+        )
+    return lines
+
+
+def validation() -> list[str]:
+    lines = ["| model, file validated meanwhile | requests | p99 time per output token, without and with | rows a second, alone and beside requests | cancelled within |",
+             "|---|---|---|---|---|"]  # fmt: skip
+    settings = json.loads((RESULTS / "validation_load.json").read_text())["settings"]
+    for row in load("validation_load.json"):
+        off, on = row["off"], row["on"]
+        beside = f"{statistics.median(row['rows_per_s_beside']):.0f}" if row["rows_per_s_beside"] else "-"
+        low, high = row["tpot_p99_interval"]
+        lines.append(
+            f"| {settings['model']}, {settings['rows']} rows, {row['file_bytes'] / 1e6:.0f} MB | {off['requests']} + {on['requests']}, {off['failed'] + on['failed']} failed "
+            f"| {1000 * off['tpot_p99']:.0f} and {1000 * on['tpot_p99']:.0f} ms, {row['tpot_p99_ratio']:.2f}x ({low:.2f} to {high:.2f}) "
+            f"| {row['rows_per_s_alone']:.0f} and {beside} | {max(row['cancel_seconds']):.2f} s |"
         )
     return lines
 

@@ -214,6 +214,14 @@ async def test_a_cancelled_job_is_tokenised_no_further(forking, forks, tmp_path)
     await forking.until(await forking.create(), "running")
 
 
+async def test_the_process_ends_after_a_rest_and_another_one_begins(forking, forks, monkeypatch):
+    monkeypatch.setattr(tokenising, "_REST_SECONDS", 0.0)
+    await forking.until(await forking.create(), "running")
+    await eventually(lambda: forks._process is None)
+    waiting = await forking.create()
+    await forking.until(waiting, "queued")
+
+
 async def test_a_server_that_ends_leaves_no_process(tmp_path, tokenizer, forks, monkeypatch):  # noqa: F811
     monkeypatch.setattr(tokenising, "_SMALL_BYTES", -1)
     async with serving(tmp_path, tokenizer) as server:

@@ -12,6 +12,7 @@ from sglang.srt.mezo.service.job_data import JobReader, SourceFile
 from sglang.srt.mezo.service.records import StoredJob
 from sglang.srt.mezo.service.store import Store
 
+_REST_SECONDS = 600.0  # after the last task until the process that starts them ends, for the memory that it takes
 _SMALL_BYTES = 128 << 10  # of files that take a moment, in a thread: less than it takes to send for a process
 
 
@@ -24,6 +25,7 @@ class Tokenising:
         self._forks = forks
         self._shared: Shared | None = None
         self._tasks: dict[str, asyncio.Task[ExampleFiles]] = {}
+        self._rest: asyncio.Task | None = None
 
     async def examples(self, job: StoredJob) -> ExampleFiles | None:
         """Those of the job's files; None where ``stop`` has been called meanwhile.
@@ -31,6 +33,7 @@ class Tokenising:
         Raises:
             RequestError: naming the file, line and reason of the first row that cannot be used.
         """
+        self._wake()
         task = self._tasks[job.id] = asyncio.create_task(self._examples(job))
         try:
             return await task
@@ -40,6 +43,8 @@ class Tokenising:
             return None
         finally:
             del self._tasks[job.id]
+            if not self._tasks:
+                self._rest = asyncio.create_task(self._end_of_rest())
 
     def stop(self, job_id: str) -> None:
         """End the work on a job's files, at once."""
@@ -52,8 +57,17 @@ class Tokenising:
 
     async def close(self) -> None:
         """After the last task."""
+        self._wake()
         if self._shared is not None:
             self._shared.close()
+
+    def _wake(self) -> None:
+        if self._rest is not None:
+            self._rest.cancel()
+
+    async def _end_of_rest(self) -> None:
+        await asyncio.sleep(_REST_SECONDS)
+        await asyncio.to_thread(self._forks.close)
 
     def _directory(self, job_id: str) -> Path:
         return self._store.job_directory(job_id) / "examples"
