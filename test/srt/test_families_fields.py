@@ -18,6 +18,7 @@ from sglang.srt.mezo.errors import ConfigError
 from sglang.srt.mezo.families import FAMILIES, family_of
 
 IDS = torch.randint(10, tiny_models.VOCAB, (100,), generator=torch.Generator().manual_seed(5)).tolist()
+SEQUENCES = (IDS, IDS[:20])  # a batch: what one of them is given must not depend on the other
 SLIDING, FULL = "sliding_attention", "full_attention"
 
 
@@ -81,7 +82,7 @@ def transformers_log_probs(architecture: str, fields: dict[str, Any], folder: Pa
         tiny_models.save_model(architecture, folder, **fields)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
         with torch.no_grad():
-            return torch.log_softmax(model(torch.tensor([IDS])).logits[0], -1)
+            return torch.cat([torch.log_softmax(model(torch.tensor([ids])).logits[0], -1) for ids in SEQUENCES])
     except Exception:
         return None
 
@@ -90,11 +91,12 @@ def engine_log_probs(engine) -> np.ndarray:
     from sglang.srt.mezo.forward import Sequenced, extend
     from sglang.srt.mezo.head import Head
 
-    tokens = torch.arange(tiny_models.VOCAB).repeat(len(IDS))
-    rows = torch.arange(len(IDS)).repeat_interleave(tiny_models.VOCAB)
+    count = sum(map(len, SEQUENCES))
+    tokens = torch.arange(tiny_models.VOCAB).repeat(count)
+    rows = torch.arange(count).repeat_interleave(tiny_models.VOCAB)
     with torch.inference_mode():
-        hidden, _ = extend(engine.handle, [Sequenced(torch.empty(0, dtype=torch.int64), IDS, ((None, len(IDS)),))])
-        return Head(engine.handle).log_probs(hidden, rows, tokens).view(len(IDS), -1).numpy()
+        hidden, _ = extend(engine.handle, [Sequenced(torch.empty(0, dtype=torch.int64), ids, ((None, len(ids)),)) for ids in SEQUENCES])
+        return Head(engine.handle).log_probs(hidden, rows, tokens).view(count, -1).numpy()
 
 
 @pytest.mark.slow
@@ -149,6 +151,7 @@ def test_nothing_is_said_of_a_family_as_it_is(architecture):
         ("LlamaForCausalLM", {"mlp_bias": True, "rope_parameters": rope("dynamic", factor=2.0)}, ["mlp_bias=True", "rope_type='dynamic'"]),
         ("GemmaForCausalLM", {"rope_parameters": rope("linear", factor=2.0)}, ["rope_type='linear'"]),
         ("Gemma2ForCausalLM", {"layer_types": [FULL, SLIDING]}, ["layer_types="]),
+        ("Gemma3ForCausalLM", {"rope_parameters": {FULL: rope("linear", factor=2.0), SLIDING: rope("linear", factor=2.0)}}, ["of sliding_attention"]),
         ("LlamaForCausalLM", {"rope_parameters": ROPES[-1]}, ["longer than 32"]),
         ("Qwen3ForCausalLM", {"rope_parameters": rope("yarn", **YARN, attention_factor=2.0)}, ["attention_factor=2.0"]),
         ("Qwen3ForCausalLM", {"rope_parameters": rope("yarn", **YARN, attention_factor=1.1386)}, []),

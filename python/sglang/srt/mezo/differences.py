@@ -60,6 +60,9 @@ def differences(config: "PretrainedConfig", context_length: int | None = None) -
     found += _windows(config, architecture, longest)
     found += _long_rope(config, longest)
     found += _yarn(config, architecture)
+    if architecture == "Gemma3ForCausalLM":
+        kind = (config.rope_parameters.get("sliding_attention") or {}).get("rope_type", "default")
+        found += [f"rope_type={kind!r} of sliding_attention is computed as 'default'"] if kind not in _NO_ROPE else []
     if architecture == "Gemma2ForCausalLM" and any((kind == "sliding_attention") != (i % 2 == 0) for i, kind in enumerate(config.layer_types)):
         found.append(f"layer_types={config.layer_types!r} is computed with every other layer a sliding one, the first among them")
     return found
