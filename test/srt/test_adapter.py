@@ -140,6 +140,17 @@ def test_weights_of_another_shape_are_refused_and_change_nothing(tmp_path, other
     assert adapter.theta.equal(before)
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_weights_that_are_not_finite_are_refused_and_change_nothing(tmp_path, value):
+    stored, adapter = random_adapter(), random_adapter(seed=1)
+    stored.theta[-3] = value
+    stored.save_pretrained(tmp_path / "adapter")
+    before = adapter.theta.clone()
+    with pytest.raises(ConfigError, match="finite numbers, and .*lora_B.weight has others"):
+        adapter.load_weights(tmp_path / "adapter")
+    assert adapter.theta.equal(before)
+
+
 def test_saving_again_replaces_the_folder_and_leaves_nothing_else(tmp_path):
     random_adapter(seed=0).save_pretrained(tmp_path / "adapter")
     (tmp_path / "adapter" / "stray").touch()

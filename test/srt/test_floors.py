@@ -14,10 +14,10 @@ MAX_LINES = 400
 FLOORS = {
     0: ("", "allocator", "errors", "kinds", "config", "noise", "losses", "invocation", "estimator", "optimizer", "seed_log", "integrity", "passes", "fingerprint"),  # "" is the package itself
     1: ("tasks", "rows", "conversation", "chat", "chat_templates", "texts", "data", "batches", "sharing", "plan", "readout", "adapter", "peft_config", "peft_adapter", "families", "differences"),
-    2: ("accelerator", "base_model", "engine", "forward", "head", "prefix", "slot_room", "layers", "peft_layers", "slots", "scorer"),
+    2: ("accelerator", "base_model", "engine", "forward", "head", "kv_pool", "prefix", "slot_room", "layers", "peft_layers", "slots", "scorer"),
     3: ("evaluate", "run_directory", "start", "pass_sizes", "tracking", "run", "trainer", "arguments", "checkpoint", "splits", "finetune", "plots"),
     4: ("service",),
-    5: ("plugin", "hooks", "overlay", "platform", "cpu", "alora_serving", "adapter_loading", "upstream_models", "online", "cli"),
+    5: ("plugin", "hooks", "overlay", "platform", "cpu", "alora_serving", "isolation", "adapter_loading", "upstream_models", "online", "cli"),
 }
 FLOOR_OF = {module: floor for floor, modules in FLOORS.items() for module in modules}
 KNOWS_SGLANG = {2, 4, 5}

@@ -1,10 +1,13 @@
 """The updates against numpy and torch.optim in float64, the schedules against Transformers."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 from transformers import get_scheduler
 
+from sglang.srt.mezo.errors import DivergedError
 from sglang.srt.mezo.noise import direction
 from sglang.srt.mezo.optimizer import Optimizer, UpdateRule, learning_rate_at
 
@@ -29,6 +32,42 @@ def test_update_is_the_mean_over_directions(projected_grads, weight_decay):
     expected = before - 0.05 * (estimate + weight_decay * before)
     optimizer(theta, weight_decay=weight_decay).step(z, projected_grads, 0.05)
     np.testing.assert_allclose(theta, expected, atol=1e-6)
+
+
+RULES = {"sgd": {}, "decay": {"weight_decay": 0.1}, "momentum": {"momentum": 0.9}, "adamw": {"optim": "adamw"}, "adamw, decay": {"optim": "adamw", "weight_decay": 0.1}}
+OVERFLOWS = [([1e30], 1e30), ([3e38], 1e6), ([1e30], 1e300), ([-1e38], 3e38), ([math.nan], 1e-3), ([math.inf], 1e-3), ([1.0], math.nan)]
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+@pytest.mark.parametrize(("projected_grads", "learning_rate"), OVERFLOWS)
+def test_a_step_that_does_not_end_in_finite_numbers_is_not_taken(rule, projected_grads, learning_rate):
+    """The steps after it are those of an optimizer that has never met it, to the last bit."""
+    theta, untouched = random_theta(300), random_theta(300)
+    ours, other = optimizer(theta, **rule), optimizer(untouched, **rule)
+    for step in range(4):
+        for one in (ours, other):
+            one.step([direction(step, 0, 300)], [0.5 - step], 0.02)
+        with pytest.raises(DivergedError, match="learning_rate=.*projected_grad=.*finite numbers"):
+            ours.step([direction(9, 0, 300)], projected_grads, learning_rate)
+        assert torch.equal(theta, untouched)
+
+
+def test_a_second_moment_that_overflows_alone_is_refused_too():
+    theta = random_theta(10)
+    with pytest.raises(DivergedError):
+        optimizer(theta, optim="adamw").step([direction(1, 0, 10)], [1e25], 1e-6)
+    assert torch.equal(theta, random_theta(10))
+
+
+def test_theta_stays_within_the_largest_number_that_it_may_hold():
+    theta = torch.zeros(4)
+    one = Optimizer(theta, [(4, 1)], UpdateRule(), largest=100.0)
+    one.step([torch.tensor([1.0, -1.0, 0.5, 0.0])], [100.0], 1.0)
+    before = theta.clone()
+    for z in ([1.0, 0.0, 0.0, 0.0], [0.0, -0.01, 0.0, 0.0]):
+        with pytest.raises(DivergedError, match="at most 100"):
+            one.step([torch.tensor(z)], [1.0], 1.0)
+        assert torch.equal(theta, before)
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])

@@ -850,3 +850,100 @@ def test_the_description_says_what_a_job_may_ask(engine):
     assert description["context_length"] == 128 and description["kv_capacity"] == 3000 and description["no_alora"] == ""
     tokens = description["micro_step_tokens"]
     assert tokens >= 8 and tokens & (tokens - 1) == 0
+
+
+# --- numbers that are not finite -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("update", [([1e30], 1e6), ([3e38], 1e6), ([1e20], 1.0)])
+def test_an_update_that_overflows_is_refused_and_changes_nothing(engine, config, model_path, tmp_path, update):
+    grads, rate = update
+    config = replace(config, r=4, num_perturbations=1, estimator="two_sided", scale_by_loss_std=False)
+    assert start(engine, config, model_path, evaluation=(), manual=True)[0]
+    engine.call(tick)
+    good = {"job_id": "job", "zo_random_seed": 7, "projected_grad": [0.5], "learning_rate": 1e-3}
+    assert engine.call(send, "ApplyUpdate", good)[3] == {"step": 1}
+    log = log_of(config.output_dir)
+    success, message, param, _ = engine.call(send, "ApplyUpdate", {**good, "projected_grad": grads, "learning_rate": rate})
+    assert (success, param) == (False, "projected_grad")
+    assert all(word in message for word in ("projected_grad=", f"learning_rate={rate:g}", "finite"))
+    assert log_of(config.output_dir) == log
+    assert engine.call(send, "ApplyUpdate", {**good, "zo_random_seed": 8})[3] == {"step": 2}
+    engine.call(send, "SaveAdapter", {"job_id": "job", "directory": str(tmp_path / "saved")})
+    stop(engine)
+    log = SeedLog.open(Path(config.output_dir) / "seed_log")
+    assert [record.seed for record in log.records()] == [7, 8]
+    saved, rebuilt = (empty_adapter(config, model_path) for _ in range(2))
+    saved.load_weights(tmp_path / "saved")
+    rebuilt.load_weights(Path(config.output_dir) / "initial_adapter")
+    log.replay(rebuilt.theta)
+    assert torch.equal(saved.theta, rebuilt.theta)
+
+
+def test_a_run_that_diverges_ends_with_its_last_logged_state_and_spoils_no_prefix(engine, config, model_path):
+    engine.call(flush)
+    expected = engine.call(base_values, config)
+    engine.call(flush)
+    config = replace(config, r=4, eval_steps=100, max_steps=100)
+    assert start(engine, config, model_path, evaluation=())[0]
+    engine.call(advance_to, 3)
+    engine.call(make_too_large)
+    engine.call(tick)
+    kind, step, message, data = engine.call(events)[-1]
+    assert (kind, data["code"]) == ("failed", "DivergedError") and "lower learning_rate" in message
+    log = SeedLog.open(Path(config.output_dir) / "seed_log")
+    assert len(log) == step >= 3
+    torch.testing.assert_close(engine.call(base_values, config), expected, atol=1e-6, rtol=0)
+
+
+def advance_to(engine, step):
+    while engine.runner._job.trainer.global_step < step:
+        engine.runner.tick()
+
+
+def make_too_large(engine):
+    """As a few more steps at a learning rate that is too large would."""
+    engine.runner._job.trainer.adapter.theta.fill_(1e18)
+
+
+def base_values(engine, config):
+    """What the base model makes of the training examples, over the prefixes that the tree holds."""
+    from sglang.srt.mezo.plan import Planner
+    from sglang.srt.mezo.scorer import Scorer
+
+    planner = Planner(config.tuning, oracle.INVOCATION)
+    values = Scorer(engine.handle, planner.scope, 64).score([planner.plan(example) for example in TRAIN], [(None,)], "classification")
+    assert values.isfinite().all()
+    return values
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+@pytest.mark.parametrize("tuning", ["alora", "lora"])
+def test_a_slot_whose_numbers_are_not_finite_leaves_the_others_of_its_pass_alone(engine, config, model_path, tuning, value):
+    config = replace(config, r=4, tuning=tuning, max_tokens_per_batch=512)
+    clean, spoiled, base = engine.call(score_beside, config, spec_of(config, model_path), value)
+    assert not spoiled[1].isfinite().any(), "the slot in question shows it"
+    others = [slot for slot in range(len(clean)) if slot != 1]
+    assert clean.isfinite().all() and torch.equal(spoiled[others], clean[others])
+    torch.testing.assert_close(base, engine.call(base_values, config), atol=1e-6, rtol=0)
+
+
+def score_beside(engine, config, spec, value):
+    """Values of four directions in one pass; the same with `value` for weights in the second slot; then those of the base model."""
+    from contextlib import closing
+
+    from sglang.srt.mezo.trainer import MezoTrainer
+
+    with closing(MezoTrainer(engine.handle, config, spec, TRAIN)) as trainer:
+        slots = [trainer.slots.of_direction(place)[0] for place in range(4)]
+        for seed, slot in enumerate(slots):
+            slot.write(0.1 * torch.randn(trainer.adapter.numel, generator=torch.Generator().manual_seed(seed)))
+        found = []
+        for spoil in (False, True):
+            engine.scheduler.flush_cache()
+            if spoil:
+                slots[1].write(torch.full((trainer.adapter.numel,), value))
+            found.append(trainer.scorer.score(trainer.train_plans, [tuple(slot.lora_id for slot in slots)], "completion"))
+        base = base_values(engine, config)
+        engine.scheduler.flush_cache()
+    return *found, base

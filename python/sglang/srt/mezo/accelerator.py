@@ -48,7 +48,7 @@ def why_no_alora(manager: "LoRAManager") -> str | None:
     """Why this engine cannot apply activated LoRA adapters, and what to start it with; None where it can."""
     from sglang.srt.lora.backend.base_backend import BaseLoRABackend
     from sglang.srt.model_executor.cuda_graph_config import Backend, Phase, check_cuda_graph_backend
-    from sglang.srt.runtime_context import get_disagg
+    from sglang.srt.runtime_context import get_disagg, get_parallel
 
     backend = manager.lora_backend
     if type(backend).prepare_lora_token_segments is BaseLoRABackend.prepare_lora_token_segments:
@@ -62,6 +62,7 @@ def why_no_alora(manager: "LoRAManager") -> str | None:
         ("--enable-lora-overlap-loading", manager.enable_lora_overlap_loading),
         ("data-parallel attention", manager.attn_dp_enabled),
         ("speculative decoding", manager.speculative_algorithm is not None),
+        ("pipeline parallelism", get_parallel().pp_size > 1),
         ("prefill-decode disaggregation", get_disagg().disaggregation_mode != "null"),
     ):
         if active:

@@ -16,6 +16,7 @@ import torch
 from sglang.srt.mezo.errors import ConfigError, DamagedError
 from sglang.srt.mezo.integrity import require_sums, write_sums
 from sglang.srt.mezo.noise import initial_uniform
+from sglang.srt.mezo.optimizer import is_finite
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 FILES = (CONFIG, WEIGHTS)
@@ -138,6 +139,9 @@ class Adapter:
         own = self.state_dict()
         if stored.keys() != own.keys() or any(stored[name].shape != own[name].shape for name in own):
             raise ConfigError("adapter", str(directory), f"matrices of rank {self.spec.r} on {self.spec.target_modules}")
+        for name, tensor in stored.items():
+            if not is_finite(tensor):
+                raise ConfigError("adapter", str(directory), f"finite numbers, and {name} has others")
         for name, tensor in own.items():
             tensor.copy_(stored[name])
 

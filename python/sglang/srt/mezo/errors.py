@@ -84,4 +84,4 @@ class DamagedError(MezoError, ValueError):
 
 
 class DivergedError(MezoError, RuntimeError):
-    """A loss is infinite or not a number; the seed log up to the step before is intact."""
+    """A loss, or what a step makes of the adapter, is infinite or not a number; the adapter and the seed log are those of the step before."""

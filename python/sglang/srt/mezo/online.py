@@ -96,7 +96,7 @@ def _fill_server_args(server_args) -> None:
     if server_args.page_size not in (None, 1):
         raise StartRefused(f"{ENABLE_FLAG} needs page_size=1, not {server_args.page_size}: prefixes are cut at any token")
     server_args.page_size = 1
-    # An adapter that has diverged gives logits that are no numbers, and a request that samples from those ends SGLang's scheduler.
+    # A model may give logits that are no numbers, as in float16, and a request that samples from those ends SGLang's scheduler.
     os.environ.setdefault("SGLANG_SANITIZE_NAN_LOGITS", "1")
     if not server_args.lora_paths:
         server_args.enable_lora = True

@@ -3,7 +3,7 @@
 from importlib.metadata import version
 from types import ModuleType
 
-from sglang.srt.mezo import adapter_loading, alora_serving, online, overlay, upstream_models
+from sglang.srt.mezo import adapter_loading, alora_serving, isolation, online, overlay, upstream_models
 from sglang.srt.mezo.hooks import StartRefused, install
 
 SGLANG_VERSION = "0.5.23"
@@ -26,7 +26,7 @@ def register() -> None:
         overlay.install()
         _register_targets()
         _register_cpu_backends()
-        for hook in (*adapter_loading.HOOKS, *alora_serving.HOOKS, *upstream_models.HOOKS):
+        for hook in (*adapter_loading.HOOKS, *alora_serving.HOOKS, *isolation.HOOKS, *upstream_models.HOOKS):
             install(hook)
         online.register()
     except Exception as error:

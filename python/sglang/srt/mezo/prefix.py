@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 
 from sglang.srt.mezo.engine import EngineHandle
-from sglang.srt.mezo.errors import CapacityError
+from sglang.srt.mezo.errors import CapacityError, DivergedError
 from sglang.srt.mezo.forward import Sequenced, extend
+from sglang.srt.mezo.kv_pool import erase
 from sglang.srt.mezo.passes import Passes, drain
 from sglang.srt.mezo.sharing import common_length
 
@@ -187,7 +188,11 @@ class BasePrefixes:
                 Sequenced(indices, prefix[hit:], ((None, len(prefix) - hit),))
                 for prefix, hit, indices in zip(prefixes, hits, cached)
             ]
-            _, new = extend(self._handle, sequences)
+            hidden, new = extend(self._handle, sequences)
+            if not hidden.isfinite().all():
+                erase(self._handle.kv_allocator.get_kvcache(), new)
+                self._handle.kv_allocator.free(new)
+                raise DivergedError(f"the base model does not give finite numbers in {hidden.dtype} for one of {len(prefixes)} prompts: serve it in another dtype")
             self._stats.computed += new.numel()
             parts = list(new.split([len(sequence.tokens) for sequence in sequences]))
             try:

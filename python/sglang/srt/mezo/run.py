@@ -125,9 +125,10 @@ class TrainingRun:
             self._close_files()
 
     def apply(self, record: LogRecord) -> None:
-        """Take a step that somebody else has worked out."""
+        """Take a step that somebody else has worked out; DivergedError where it does not end in finite numbers, and nothing has changed."""
+        self.trainer.prepare(record)
         self._on_leader(self._append_update, record)
-        self.trainer.apply(record)
+        self.trainer.commit()
 
     def save_segments(self) -> None:
         """From which step on which training examples count, for a run that resumes."""

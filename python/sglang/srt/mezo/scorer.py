@@ -11,6 +11,7 @@ from sglang.srt.mezo.config import Objective
 from sglang.srt.mezo.engine import EngineHandle
 from sglang.srt.mezo.forward import Sequenced, extend
 from sglang.srt.mezo.head import Head
+from sglang.srt.mezo.kv_pool import erase
 from sglang.srt.mezo.passes import Passes, drain
 from sglang.srt.mezo.plan import ExamplePlan, PrefixScope, Row, needs_normaliser
 from sglang.srt.mezo.prefix import BasePrefixes, PrefixStats
@@ -137,8 +138,13 @@ class Scorer:
         borrowed = self._borrowed(items)
         with self._base(items, keep) as base:
             hidden, kv_indices = extend(self._handle, self._sequences(items, borrowed, base))
-            self._handle.kv_allocator.free(kv_indices)
-        return self._read(hidden, items, borrowed, normalise)
+            try:
+                values = self._read(hidden, items, borrowed, normalise)
+                if not hidden.isfinite().all():  # of a slot that has diverged
+                    erase(self._handle.kv_allocator.get_kvcache(), kv_indices)
+            finally:
+                self._handle.kv_allocator.free(kv_indices)
+        return values
 
     def _borrowed(self, items: Sequence[_Item]) -> dict[int, Borrowed]:
         """Item -> the tokens of its suffix that another item runs, in the order in which they run."""

@@ -91,7 +91,7 @@ class MezoTrainer:
         sites = adapted_sites(handle, spec.target_modules)
         self.adapter = Adapter.initial(spec, sites, config.seed) if start is None else Adapter.holding(spec, sites, start.matrices)
         self.scorer = Scorer(handle, planner.scope, config.max_tokens_per_batch, config.prefix_reuse, kept_tokens)
-        self.optimizer = Optimizer(self.adapter.theta, self.adapter.shapes, config.update_rule)
+        self.optimizer = Optimizer(self.adapter.theta, self.adapter.shapes, config.update_rule, _largest_weight(spec, handle.model_runner.dtype))
         self.slots = PerturbedSlots(handle, self.adapter, config.num_perturbations, config.estimator, spare_slots)
         if claim_slots:
             self.slots.claim()
@@ -166,7 +166,16 @@ class MezoTrainer:
 
     def apply(self, record: LogRecord) -> None:
         """Take the step that a record of the seed log describes."""
-        self.optimizer.replay(record.seed, record.projected_grads, record.learning_rate)
+        self.prepare(record)
+        self.commit()
+
+    def prepare(self, record: LogRecord) -> None:
+        """Work out the step that a record describes; DivergedError where it does not end in finite numbers."""
+        self.optimizer.prepare_replay(record.seed, record.projected_grads, record.learning_rate)
+
+    def commit(self) -> None:
+        """Take the step that was prepared."""
+        self.optimizer.commit()
         self.global_step += 1
 
     def lost_perturbations(self, z: torch.Tensor) -> float:
@@ -307,6 +316,11 @@ def require_objective(config: MezoConfig, objective: Objective, option_counts: I
     metrics = ["eval_loss", "eval_accuracy"] if objective == "classification" else ["eval_loss"]
     if config.metric_for_best_model not in (None, *metrics):
         raise ConfigError("metric_for_best_model", config.metric_for_best_model, f"one of {', '.join(metrics)} for {objective}")
+
+
+def _largest_weight(spec: AdapterSpec, dtype: torch.dtype) -> float:
+    """Of an adapter whose layers can still give finite numbers: products of two weights, scaled, are finite in float32."""
+    return min(torch.finfo(dtype).max, math.sqrt(torch.finfo(torch.float32).max / spec.lora_alpha))
 
 
 def _check_invocation(config: MezoConfig, spec: AdapterSpec) -> None:

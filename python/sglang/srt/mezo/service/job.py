@@ -10,7 +10,7 @@ from sglang.srt.mezo.adapter import AdapterSpec
 from sglang.srt.mezo.config import MezoConfig
 from sglang.srt.mezo.data import Example
 from sglang.srt.mezo.engine import EngineHandle
-from sglang.srt.mezo.errors import ConfigError
+from sglang.srt.mezo.errors import ConfigError, DivergedError
 from sglang.srt.mezo.optimizer import round_to_log
 from sglang.srt.mezo.passes import Passes
 from sglang.srt.mezo.peft_adapter import PeftAdapter
@@ -123,7 +123,11 @@ class Job:
         directions = self.trainer.config.num_perturbations
         if len(projected_grad) != directions:
             raise ConfigError("projected_grad", list(projected_grad), f"{directions} numbers, as many as num_perturbations")
-        self.run.apply(LogRecord(zo_random_seed, learning_rate, tuple(map(round_to_log, projected_grad))))
+        try:
+            self.run.apply(LogRecord(zo_random_seed, learning_rate, tuple(map(round_to_log, projected_grad))))
+        except DivergedError as error:
+            allowed = f"numbers so small that with learning_rate={learning_rate:g} the adapter's weights, and their products, stay finite"
+            raise ConfigError("projected_grad", list(projected_grad), allowed) from error
         return self.trainer.global_step
 
     def _finish_work(self, value: Any) -> bool:
