@@ -3,7 +3,6 @@ model: one store goes through all of it, in the order of the tests."""
 
 import shutil
 import threading
-import time
 
 import httpx
 import openai
@@ -78,7 +77,7 @@ def test_a_full_disk_loses_nothing(server, jobs, disk):
 
 def test_sigterm_ends_a_server_whatever_is_under_way(server, jobs):
     done, running = jobs
-    answers, ended = [], threading.Event()
+    answers, ended, asked = [], threading.Event(), threading.Semaphore(0)
 
     def ask(path: str, body: dict) -> None:
         with httpx.Client(base_url=server.url, timeout=2 * SECONDS) as http:
@@ -87,6 +86,7 @@ def test_sigterm_ends_a_server_whatever_is_under_way(server, jobs):
                     response = http.post(path, json=body)
                 except httpx.TransportError as error:
                     return answers.append((path, str(error)))
+                asked.release()
                 if response.status_code == 503:
                     return answers.append((path, response.json()["error"]["code"]))
 
@@ -99,13 +99,14 @@ def test_sigterm_ends_a_server_whatever_is_under_way(server, jobs):
     threads = [threading.Thread(target=ask, args=arguments) for arguments in work]
     for thread in threads:
         thread.start()
-    time.sleep(1)
+    for _ in range(5 * len(work)):  # each of them is at it
+        assert asked.acquire(timeout=SECONDS)
     server._process.terminate()
     assert server._process.wait(SECONDS) == 0
     ended.set()
     for thread in threads:
         thread.join()
-    assert len(answers) == len(work) and "shutting_down" in dict(answers).values(), answers
+    assert len(answers) == len(work) and "shutting_down" in [answer for _, answer in answers], answers
     server.kill()
 
 
