@@ -110,6 +110,7 @@ def test_sigterm_ends_a_server_whatever_is_under_way(server, jobs):
     server.kill()
 
 
+@pytest.mark.slow
 def test_with_other_flags_a_job_waits_and_its_adapters_are_not_served(server, jobs):
     done, running = jobs
     server._flags = ("--max-lora-rank", "4")
@@ -129,6 +130,7 @@ def not_served(server, done, reason: str) -> None:
     server.until(lambda: any(text.startswith("The model is not served") and reason in text for text in messages(server, done)))
 
 
+@pytest.mark.slow
 def test_on_another_model_of_that_name_too_until_the_right_weights_are_loaded(server, jobs, tmp_path):
     done, running = jobs
     other = tmp_path / "opt-reviews"

@@ -75,7 +75,7 @@ def test_killed_at_random_moments_a_job_ends_as_if_it_had_not_been(tmp_path, kil
             run = server.run_directory(job.id)
             assert acknowledged <= len(SeedLog.open(run / "seed_log")) < steps, "killed in the middle, and no step is lost"
             server.start()
-            assert {file.id for file in server.client.files.list()} == set(files)
+            assert {file.id for file in server.client.files.list(purpose="fine-tune")} == set(files)
             assert server.client.files.content(uploaded).read().count(b"\n") == 3
             assert {one.id for one in server.client.fine_tuning.jobs.list()} == {whole.id, job.id, waiting.id}
             assert server.job(whole.id).status == "succeeded"
