@@ -167,9 +167,10 @@ class Job:
 
 def _require_agreement(command: StartJob, config: MezoConfig, origin: PeftAdapter) -> None:
     """The adapter is still the one that the job was created for."""
-    if (wrong := contradiction({name: getattr(config, name) for name in of_adapter(origin)}, origin, None)) is not None:
+    given = {name: getattr(config, name) for name in of_adapter(origin)} | {"target_modules": command.target_modules}
+    if (wrong := contradiction(given, origin, None)) is not None:
         name, value = wrong
-        raise ConfigError(name, getattr(config, name), f"{value!r}, as the adapter of init_from has it")
+        raise ConfigError(name, given[name], f"{value!r}, as the adapter of init_from has it")
     if tuple(command.invocation) != origin.invocation:
         raise ConfigError("invocation", command.invocation, f"{list(origin.invocation)}, as the adapter of init_from has it")
 
