@@ -147,6 +147,7 @@ def manager(kind=Backend, **changes) -> SimpleNamespace:
 def running(monkeypatch):
     """Configuration of a server, as far as loading looks at it."""
     monkeypatch.setattr("sglang.srt.runtime_context.get_disagg", lambda: SimpleNamespace(disaggregation_mode="null"))
+    monkeypatch.setattr("sglang.srt.runtime_context.get_parallel", lambda: SimpleNamespace(pp_size=1))
     monkeypatch.setattr("sglang.srt.model_executor.cuda_graph_config.check_cuda_graph_backend", lambda *args: False)
 
 

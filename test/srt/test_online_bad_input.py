@@ -429,11 +429,11 @@ def test_a_small_job_still_succeeds(door):
     assert answer.choices[0].text
 
 
-def test_an_adapter_that_was_led_astray_is_sampled_from_without_harm(door):
-    """Its logits are no numbers."""
+def test_an_update_that_would_lead_an_adapter_astray_is_refused_and_the_adapter_answers_as_before(door):
     job = door.server.wait_for(door.create(door.files[0], suffix="astray", max_steps=1).id, "succeeded")
     astray = {"zo_random_seed": 1, "projected_grad": [1e30], "learning_rate": 1e6}
-    door.http.post(f"/mezo/jobs/{job.id}/update", json=astray).raise_for_status()
+    refusal = door.http.post(f"/mezo/jobs/{job.id}/update", json=astray)
+    assert refusal.status_code == 400 and refusal.json()["error"]["param"] == "projected_grad", refusal.text
     for sampling in ({"temperature": 1}, {"temperature": 1, "top_p": 0.5}, {"temperature": 1, "top_k": 5, "min_p": 0.1}):
         body = {"model": job.fine_tuned_model, "prompt": ROW["prompt"], "max_tokens": 4, **sampling}
         assert door.http.post("/v1/completions", json=body, headers={"Authorization": "Bearer user-key"}).status_code == 200
