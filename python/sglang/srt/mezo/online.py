@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from sglang.srt.mezo.service.runner import MezoRunner
 
 _DEFAULT_RANK = 16
+_DEFAULT_SLOTS = 16  # the base model's, 9 for all directions of a default job at once, and 6 for other adapters
 _LOOK_SECONDS = 0.1  # between two looks whether the server is to end
 _END_SECONDS = 5.0  # that the application has to end once the engine has
 
@@ -102,7 +103,17 @@ def _fill_server_args(server_args) -> None:
         server_args.enable_lora = True
         server_args.max_lora_rank = server_args.max_lora_rank or _DEFAULT_RANK
         server_args.lora_target_modules = server_args.lora_target_modules or list(family.attention)
+    _leave_slots(server_args)
     fill_open_fields(server_args)
+
+
+def _leave_slots(server_args) -> None:
+    """Have room for all directions of a default job at once, and for other adapters beside them, where the user has said nothing."""
+    from sglang.srt.server_args import _declared_default
+
+    loaded = server_args.max_loaded_loras
+    if server_args.max_loras_per_batch == _declared_default("max_loras_per_batch") and (loaded is None or loaded >= _DEFAULT_SLOTS):
+        server_args.max_loras_per_batch = _DEFAULT_SLOTS
 
 
 # --- HTTP process ------------------------------------------------------------------------------------------------------
