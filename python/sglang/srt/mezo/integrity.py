@@ -17,7 +17,17 @@ SUMS = "SHA256SUMS"
 """As ``sha256sum`` writes and checks it."""
 
 _CHECKSUM = "sha256"  # the field of a JSON file: of all others, in the order of their names
+_LONGEST_LINE = 1 << 20  # bytes of a line that is appended
 _LINE = re.compile(r"([0-9a-f]{64})  ([\w.-]+)")
+
+
+def drop_half_line(path: Path) -> None:
+    """Cut off what a full disk, or a process that ended, has left of the last line of a file that lines are appended to."""
+    if path.is_file():
+        with open(path, "rb+") as file:
+            start = max(0, path.stat().st_size - _LONGEST_LINE)
+            file.seek(start)
+            file.truncate(start + file.read().rfind(b"\n") + 1)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -11,6 +11,9 @@ from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 
+from sglang.srt.mezo.errors import DamagedError
+from sglang.srt.mezo.integrity import drop_half_line
+
 Sizes = list[list[int]]
 """[most tokens of a forward pass, pieces of work with it], in the order in which a step went through them."""
 
@@ -25,6 +28,7 @@ class PassSizes:
     """
 
     def __init__(self, path: Path, usual: int, resumes: bool):
+        drop_half_line(path)
         self._path = path
         self._before: list[int | list[int]] | None = None if resumes else [usual]
 
@@ -39,6 +43,13 @@ class PassSizes:
 
 
 def read_pass_sizes(path: Path) -> dict[int, Sizes]:
-    """Sizes from each step on where they change; none of a run whose passes were all of one size."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return {record["step"]: record["max_tokens"] for record in map(json.loads, lines)}
+    """Sizes from each step on where they change; none of a run whose passes were all of one size.
+
+    Raises:
+        DamagedError: a line cannot be read, so that nobody knows which sizes held from its step on.
+    """
+    lines = path.read_bytes().splitlines() if path.is_file() else []
+    try:
+        return {record["step"]: record["max_tokens"] for record in map(json.loads, lines)}
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise DamagedError(path, str(error)) from error

@@ -9,11 +9,9 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from sglang.srt.mezo.config import MezoConfig
+from sglang.srt.mezo.integrity import drop_half_line
 
 logger = logging.getLogger(__name__)
-
-_LONGEST_LINE = 1 << 20  # bytes of metrics.jsonl
-
 
 class Tracker:
     """Collects the metrics of a run; one line of metrics.jsonl per record.
@@ -25,7 +23,7 @@ class Tracker:
     """
 
     def __init__(self, config: MezoConfig, path: Path, first_step: int, max_steps: int):
-        _drop_half_line(path)
+        drop_half_line(path)
         self._file = open(path, "a", encoding="utf-8")
         self._bar = tqdm(total=max_steps, initial=first_step, disable=config.disable_tqdm, unit="step", desc="MeZO", dynamic_ncols=True)
         self._board = _tensorboard(config) if config.report_to == "tensorboard" else None
@@ -71,14 +69,6 @@ def parse_metrics(lines: Iterable[bytes]) -> list[dict[str, Any]]:
         except (ValueError, TypeError, RecursionError) as error:
             logger.warning("a line of metrics.jsonl is damaged, and left out: %s", error)
     return records
-
-
-def _drop_half_line(path: Path) -> None:
-    if path.is_file():
-        with open(path, "rb+") as file:
-            start = max(0, path.stat().st_size - _LONGEST_LINE)
-            file.seek(start)
-            file.truncate(start + file.read().rfind(b"\n") + 1)
 
 
 def _tensorboard(config: MezoConfig):
