@@ -2,6 +2,7 @@
 all goes on with the right ones."""
 
 import asyncio
+import copy
 
 import pytest
 from service_doubles import ENGINE, Refusal, write_adapter
@@ -80,6 +81,17 @@ async def test_a_job_that_the_engine_cannot_take_up_waits_too(tmp_path, tokenize
         await server.started(job)
         server.scheduler.report("failed", 4, "the losses are nan", code="DivergedError")
         assert (await server.until(job, "failed")).error["code"] == "DivergedError"
+
+
+async def test_a_job_whose_rows_are_rendered_otherwise_now_waits(tmp_path, tokenizer):  # noqa: F811
+    job = await interrupted(tmp_path, tokenizer)
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = "{{ messages }}"
+    async with serving(tmp_path, other) as server:
+        await server.started(job)
+        server.scheduler.report("failed", 4, "the training examples are not those of the run", code="DataError")
+        assert "of the server's settings rendering is" in (await server.until(job, "paused")).error["message"]
+    await goes_on(tmp_path, tokenizer, job)
 
 
 async def test_a_job_that_fails_with_the_flags_that_it_was_created_for_fails(tmp_path, tokenizer):  # noqa: F811

@@ -213,6 +213,17 @@ def test_a_resumed_run_equals_the_whole_run(engine, spec, config, tmp_path):
     assert torch.equal(adapter_in(tmp_path / "part" / "adapter", spec).theta, adapter_in(tmp_path / "whole" / "adapter", spec).theta)
 
 
+def test_a_resumed_run_is_not_trained_on_other_examples(engine, spec, config):
+    engine.call(run, replace(config, max_steps=3), spec, TRAIN, EVALUATION)
+    resumed = replace(config, max_steps=4, resume_from_checkpoint=True)
+    first, *others = TRAIN
+    for wrong in ([replace(first, label=1 - first.label), *others], [*others, first], TRAIN[:-1]):
+        with pytest.raises(DataError, match="not those that the run in .* has been trained on"):
+            engine.call(run, resumed, spec, wrong, EVALUATION)
+    result, _ = engine.call(run, resumed, spec, TRAIN, EVALUATION)
+    assert result.global_step == 4
+
+
 def test_a_run_whose_log_is_damaged_ends_as_if_it_were_not(engine, spec, config):
     engine.call(run, config, spec, TRAIN, EVALUATION)
     folder = Path(config.output_dir)

@@ -4,10 +4,12 @@ SGLang renders both (``chat_templates``), so that an adapter learns from the pro
 with those of other rows, as the server tokenises them: without special tokens where a Jinja template has written its own.
 """
 
+import hashlib
+import json
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +36,15 @@ class ChatSettings:
     tool_call_parser: str | None = None
     reasoning_parser: str | None = None
     default_chat_template_kwargs: Mapping[str, Any] | None = None
+
+
+def rendering(tokenizer: "PreTrainedTokenizerBase", settings: ChatSettings) -> str:
+    """A digest that changes with the tokenizer, its chat template or the settings: with anything that makes other tokens of a row."""
+    parts = {name: value for name, value in asdict(settings).items() if name not in ("model_path", "revision")}
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    vocabulary = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
+    whole = json.dumps([parts, tokenizer.chat_template, tokenizer.special_tokens_map, vocabulary], default=str)
+    return f"sha256:{hashlib.sha256(whole.encode()).hexdigest()[:32]}"
 
 
 class ChatRenderer:

@@ -3,7 +3,9 @@
 Every row of a plan is scored once per adapter slot. Where KV may be shared is decided here and nowhere else.
 """
 
-from collections.abc import Sequence
+import hashlib
+import marshal
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
@@ -12,6 +14,9 @@ from sglang.srt.mezo.config import Objective, Tuning
 from sglang.srt.mezo.data import Example
 from sglang.srt.mezo.invocation import invocation_start
 from sglang.srt.mezo.sharing import tokens_run
+
+
+_MARSHAL_FORMAT = 2  # in which equal numbers give equal bytes
 
 
 class PrefixScope(Enum):
@@ -59,6 +64,15 @@ class ExamplePlan:
     @property
     def single_token_options(self) -> bool:
         return all(length == 1 for length in self.option_lengths)
+
+
+def digest_of_plans(plans: Iterable[ExamplePlan]) -> str:
+    """Changes with any token, reading or label of the examples, and with their order."""
+    digest = hashlib.sha256()
+    for plan in plans:
+        rows = tuple((row.prefix, row.suffix, row.reads) for row in plan.rows)
+        digest.update(marshal.dumps((rows, plan.option_lengths, plan.label), _MARSHAL_FORMAT))
+    return f"sha256:{digest.hexdigest()[:32]}"
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sglang.srt.mezo.config import MezoConfig
-from sglang.srt.mezo.errors import DamagedError, DivergedError
+from sglang.srt.mezo.errors import DamagedError, DataError, DivergedError
 from sglang.srt.mezo.optimizer import Optimizer
 from sglang.srt.mezo.pass_sizes import PassSizes
 from sglang.srt.mezo.passes import Passes
+from sglang.srt.mezo.plan import digest_of_plans
 from sglang.srt.mezo.run_directory import RunDirectory
 from sglang.srt.mezo.seed_log import LogRecord, SeedLog
 from sglang.srt.mezo.tracking import Tracker
@@ -132,7 +133,7 @@ class TrainingRun:
 
     def save_segments(self) -> None:
         """From which step on which training examples count, for a run that resumes."""
-        self._on_leader(lambda: self.directory.save_segments(self.trainer.stream.parts))
+        self._on_leader(self._save_segments)
 
     def _step(self) -> Passes[None]:
         passes = self.trainer.step_passes(self.trainer.batch(self.trainer.global_step))
@@ -181,6 +182,7 @@ class TrainingRun:
         if stored is None and len(self.log):
             self._warnings.append(f"{self.directory.path} has no trainer_state.json: what was evaluated before step {len(self.log)} does not count")
         if not served_only:
+            self._require_same_examples(state)
             self._recover(state)
         records = self.log.records()
         if "window" not in state:
@@ -189,6 +191,24 @@ class TrainingRun:
         if served_only and len(records) >= self.trainer.max_steps and self.config.load_best_model_at_end:
             records = records[: state["best_global_step"]]
         return self.trainer.adapter.theta, records, state
+
+    def _require_same_examples(self, state: dict[str, Any]) -> None:
+        """Those that the run has drawn from, part by part; what has been added since is new. Of earlier versions there is no record."""
+        plans, first = self.trainer.train_plans, 0
+        for count, digest in state.setdefault("examples", []):
+            if digest_of_plans(plans[first : first + count]) != digest:
+                raise DataError(
+                    f"the training examples are not those that the run in {self.directory.path} has been trained on: "
+                    "its rows, or how they are rendered or tokenised, have changed"
+                )
+            first += count
+        self._note_examples(state)
+
+    def _note_examples(self, state: dict[str, Any]) -> None:
+        """Record those that there is no record of yet."""
+        new = self.trainer.train_plans[sum(count for count, _ in state["examples"]) :]
+        if new:
+            state["examples"] = [*state["examples"], [len(new), digest_of_plans(new)]]
 
     def _recover(self, state: dict[str, Any]) -> None:
         """Go on from the records that are whole, with what the run knew at that step."""
@@ -204,6 +224,10 @@ class TrainingRun:
         state["evaluated_at"] = state["log_history"][-1]["step"] if state["log_history"] else None
         if (state["best_global_step"] or 0) > step:
             state.update(best_global_step=None, best_metric=None)
+
+    def _save_segments(self) -> None:
+        self.directory.save_segments(self.trainer.stream.parts)
+        self._note_examples(self.state)
 
     def _append_update(self, record: LogRecord) -> None:
         """What the run did after the adapter that was taken up is dropped: the log is the way to this adapter."""

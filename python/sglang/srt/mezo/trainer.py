@@ -256,15 +256,16 @@ class MezoTrainer:
         """
         plans = [self.planner.plan(example) for example in examples]
         self.require_usable(plans)
-        segments = list(self.stream.segments)
+        segments, before = list(self.stream.segments), len(self.train_plans)
         first_step = max(self.global_step + 1, segments[-1][0])
         self.stream.extend(first_step, len(plans))
+        self.train_plans += plans
         try:
             record()
         except Exception:
             self.stream.segments = segments
+            del self.train_plans[before:]
             raise
-        self.train_plans += plans
         return first_step
 
     def evaluate(self, plans: Sequence[ExamplePlan] | None = None) -> dict[str, float]:

@@ -14,6 +14,7 @@ DOES_NOT_FIT = "does_not_fit"
 
 _LIMITS = (
     "base_model", "dtype", "context_length", "kv_capacity", "max_lora_rank", "max_loras_per_batch", "target_modules", "no_alora",
+    "rendering",
 )  # fmt: skip
 
 
@@ -42,12 +43,12 @@ class Fit:
         None where they are the same, or the failure is of the numbers, so that it would fail anywhere.
         """
         now = limits(self._engine)
-        others = [name for name in _LIMITS if job.engine.get(name) != now[name]]
+        others = [name for name in _LIMITS if name in job.engine and job.engine[name] != now[name]]
         if not others or failure.code == "DivergedError":
             return None
         if (reason := self.of_job(job)) is not None:
             return reason
-        changes = ", ".join(f"{name} is {shown(now[name])} and was {shown(job.engine.get(name))}" for name in others)
+        changes = ", ".join(f"{name} is {shown(now[name])} and was {shown(job.engine[name])}" for name in others)
         return RequestError(409, f"{failure.message}; of the server's settings {changes}", failure.param, DOES_NOT_FIT)
 
     def of_adapter(self, job: StoredJob) -> RequestError | None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from sglang.srt.mezo.chat import rendering
 from sglang.srt.mezo.errors import ConfigError, DataError, MezoError
 from sglang.srt.mezo.service.client import EngineClient
 from sglang.srt.mezo.service.disk import disk_full, has_room, storage_error
@@ -67,6 +68,7 @@ class JobManager:
         self._fit = Fit(self.engine)
         self._published = PublishedAdapters(self.store, self.client, self._fit)
         tokenizer = await asyncio.to_thread(shared_tokenizer, self.client.tokenizer)
+        self.engine.rendering = rendering(tokenizer, self.client.chat_settings)
         self._reader = JobReader(tokenizer, self.engine, self.client.chat_settings)
         self._tokenising = Tokenising(self.store, self._reader, self._forks)
         self.origins = Origins(self.store, self.client, self.engine, tokenizer)
