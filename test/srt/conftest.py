@@ -1,7 +1,7 @@
 import os
 
 import pytest
-from quick import is_quick, nothing_starts  # noqa: F401
+from quick import is_quick, nothing_starts
 
 # Spin barriers of several threads on shared cores make a test a hundred times slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -13,6 +13,12 @@ def pytest_addoption(parser):
     parser.addoption("--quick", action="store_true", help="only tests that start no engine and no server")
 
 
+@pytest.fixture(scope="session")
+def only_quick():
+    with nothing_starts():
+        yield
+
+
 def pytest_collection_modifyitems(config, items):
     if not config.getoption("--quick"):
         return
@@ -20,4 +26,4 @@ def pytest_collection_modifyitems(config, items):
     config.hook.pytest_deselected(items=[item for item in items if not quick[item]])
     items[:] = [item for item in items if quick[item]]
     for item in items:
-        item.fixturenames.insert(0, "nothing_starts")
+        item.fixturenames.insert(0, "only_quick")

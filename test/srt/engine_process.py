@@ -13,6 +13,7 @@ from unittest.mock import patch
 
 from sglang.srt.mezo.platform import has_accelerator
 
+import psutil
 import pytest
 import torch
 
@@ -30,15 +31,24 @@ class EngineProcess:
         engine_arguments: keyword arguments of MezoEngine.
     """
 
+    _has_children = False
+
     def __init__(self, **engine_arguments: Any):
         context = multiprocessing.get_context("spawn" if has_accelerator() else "forkserver")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, dict(os.environ), engine_arguments), daemon=True)
+        arguments = theirs, dict(os.environ), self._make, engine_arguments
+        self._process = context.Process(target=_serve, args=arguments, daemon=not self._has_children)
         context.set_forkserver_preload(["engine_imports"])
         with patch.dict(os.environ, PYTHONPATH=str(Path(__file__).parent)):  # where the fork server, if it is to start, finds that
             self._process.start()
         theirs.close()
         self._receive()
+
+    @staticmethod
+    def _make(**arguments: Any) -> Any:
+        from sglang.srt.mezo.engine import MezoEngine
+
+        return MezoEngine(**arguments)
 
     def call(self, function: Callable, *arguments: Any) -> Any:
         """``function(engine, *arguments)`` in the engine's process; both must be picklable."""
@@ -47,7 +57,7 @@ class EngineProcess:
 
     def close(self) -> None:
         self._pipe.close()
-        self._process.join(10)
+        self._process.join(30)
         self._process.kill()
 
     def _receive(self) -> Any:
@@ -61,13 +71,38 @@ class EngineProcess:
         return value
 
 
-def _serve(pipe, environment: dict[str, str], engine_arguments: dict[str, Any]) -> None:
+class ServingEngine(EngineProcess):
+    """Starts an ``sglang.Engine`` in a new process, whose methods can be called here.
+
+    SGLang ends the whole process that an engine lives in when one of its schedulers fails, so that of the tests must not be it.
+
+    Args:
+        engine_arguments: keyword arguments of ``sglang.Engine``.
+    """
+
+    _has_children = True
+
+    @staticmethod
+    def _make(**arguments: Any) -> Any:
+        import sglang
+
+        return sglang.Engine(**arguments)
+
+    def __getattr__(self, name: str) -> Callable:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return lambda *arguments, **keywords: self.call(_call_method, name, arguments, keywords)
+
+
+def _call_method(engine, name: str, arguments: tuple, keywords: dict[str, Any]) -> Any:
+    return getattr(engine, name)(*arguments, **keywords)
+
+
+def _serve(pipe, environment: dict[str, str], make: Callable, engine_arguments: dict[str, Any]) -> None:
     os.environ.clear()
     os.environ.update(environment)  # the fork server's is that of its start
     try:
-        from sglang.srt.mezo.engine import MezoEngine
-
-        engine = MezoEngine(**engine_arguments)
+        engine = make(**engine_arguments)
         pipe.send((True, None))
         while True:
             function, arguments = pipe.recv()
@@ -77,6 +112,8 @@ def _serve(pipe, environment: dict[str, str], engine_arguments: dict[str, Any]) 
     except BaseException as error:
         pipe.send((False, (None, f"{error}\n{traceback.format_exc()}")))
     finally:
+        for child in psutil.Process().children(recursive=True):
+            child.kill()
         os._exit(0)  # the engine's threads are of no further use
 
 

@@ -5,13 +5,14 @@ import subprocess
 import sys
 import types
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 HERE = Path(__file__).parent
-STARTERS = {"LiveServer", "EngineProcess", "MezoEngine", "Engine", "subprocess", "spawn", "selenium.webdriver"}
+STARTERS = {"LiveServer", "EngineProcess", "ServingEngine", "MezoEngine", "Engine", "subprocess", "spawn", "selenium.webdriver"}
 """Names in code that starts an engine, a server, a browser, or a fresh interpreter, which takes seconds to import SGLang."""
 
 
@@ -63,7 +64,7 @@ def _words(code: types.CodeType) -> Iterator[str]:
             yield from _words(constant)
 
 
-@pytest.fixture(scope="session")
+@contextmanager
 def nothing_starts() -> Iterator[None]:
     """While it holds, starting one of the ``STARTERS`` is an error that says so."""
     from sglang.srt.mezo.engine import MezoEngine

@@ -5,6 +5,7 @@ import json
 import pytest
 import safetensors.torch
 import torch
+from engine_process import ServingEngine
 from foreign_adapters import APPLIED, FILES, TENSORS, edit, saved
 from foreign_adapters import change_tensors as changed
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -51,9 +52,7 @@ def base_model(root) -> LlamaForCausalLM:
 
 @pytest.fixture(scope="module")
 def engine(models):
-    import sglang as sgl
-
-    engine = sgl.Engine(
+    engine = ServingEngine(
         model_path=str(models / "base"),
         lora_paths=[f"{name}={models / name}" for name in ("lora", "alora", "other")],
         skip_tokenizer_init=True,
@@ -61,7 +60,7 @@ def engine(models):
         chunked_prefill_size=48,
     )
     yield engine
-    engine.shutdown()
+    engine.close()
 
 
 def ask(engine, prompts, adapters, logprobs_from=-1):

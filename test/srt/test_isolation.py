@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from engine_process import ServingEngine
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -52,22 +53,22 @@ def models(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def engine(models):
-    import sglang as sgl
-
     names = ("lora", "alora", "huge", "huge_lora", "spark", "spark_lora")
-    engine = sgl.Engine(
+    engine = ServingEngine(
         model_path=str(models / "base"), lora_paths=[f"{name}={models / name}" for name in names], max_lora_rank=4,
         lora_target_modules=["q_proj", "v_proj", "o_proj", "down_proj"], skip_tokenizer_init=True, log_level="error",
         chunked_prefill_size=CHUNK, max_loras_per_batch=8,
     )  # fmt: skip
     yield engine
-    engine.shutdown()
+    engine.close()
 
 
 def ask(engine, *requests, **sampling):
     """Answers, or the errors in their place, to (prompt, adapter) that come at once."""
-    sampling = {"temperature": 0, "max_new_tokens": 8, "ignore_eos": True, **sampling}
+    return engine.call(answers, requests, {"temperature": 0, "max_new_tokens": 8, "ignore_eos": True, **sampling})
 
+
+def answers(engine, requests, sampling):
     async def one(prompt, adapter):
         return await engine.async_generate(input_ids=prompt, lora_path=adapter, sampling_params=sampling, return_logprob=True)
 
@@ -174,15 +175,17 @@ def test_an_adapter_that_overflows_in_a_prompt_ends_it_wherever_that_is(engine, 
 
 
 def test_a_stream_ends_with_the_error(engine):
-    prompt = DOCUMENT[:20] + INVOCATION + [20]
     sampling = {"temperature": 0, "max_new_tokens": 8, "ignore_eos": True, "logit_bias": {str(SPARK): 1000.0}}
+    last = engine.call(chunks, DOCUMENT[:20] + INVOCATION + [20], sampling)[-1]["meta_info"]["finish_reason"]
+    assert (last["type"], last["status_code"]) == ("abort", 400) and "adapter 'spark'" in last["message"]
 
+
+def chunks(engine, prompt, sampling):
     async def collect():
         stream = await engine.async_generate(input_ids=prompt, lora_path="spark", sampling_params=sampling, stream=True)
         return [chunk async for chunk in stream]
 
-    last = engine.loop.run_until_complete(collect())[-1]["meta_info"]["finish_reason"]
-    assert (last["type"], last["status_code"]) == ("abort", 400) and "adapter 'spark'" in last["message"]
+    return engine.loop.run_until_complete(collect())
 
 
 def test_many_at_once_leave_the_engine_whole(engine, models):

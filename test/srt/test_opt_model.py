@@ -15,9 +15,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import sglang
 import torch
-from engine_process import require_devices
+from engine_process import ServingEngine, require_devices
 from peft import LoraConfig, get_peft_model
 from sglang.srt.plugins import load_plugins
 from sglang.srt.runtime_context import get_context, get_parallel
@@ -152,7 +151,7 @@ def served(request, cases) -> Iterator[tuple]:
     lora = {}
     if case.adapter is not None:
         lora = {"lora_paths": [f"adapter={case.adapter}"], "max_loras_per_batch": 2}
-    engine = sglang.Engine(
+    engine = ServingEngine(
         model_path=str(case.folder),
         dtype="float32",
         skip_tokenizer_init=True,
@@ -164,7 +163,7 @@ def served(request, cases) -> Iterator[tuple]:
     try:
         yield engine, case
     finally:
-        engine.shutdown()
+        engine.close()
 
 
 def generate(engine, prompts: list[list[int]], adapters=None) -> list[dict]:

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 import pytest
-from quick import HERE, nothing_starts, reaches_a_starter  # noqa: F401
+from quick import HERE, nothing_starts, reaches_a_starter
 
 CLOCKS = {"time", "monotonic", "perf_counter", "process_time", "thread_time", "monotonic_ns", "perf_counter_ns", "time_ns"}
 ABOUT_DURATIONS = {"test_service_latency.py"}  # which compares those that SGLang reports, in their order
@@ -65,14 +65,17 @@ def test_what_starts_nothing_is_quick():
     assert not reaches_a_starter(nothing)
 
 
-def test_a_quick_test_that_starts_something_fails(nothing_starts):  # noqa: F811
+def test_a_quick_test_that_starts_something_fails():
     run = getattr(subprocess, "run")  # not seen as one that starts something
-    with pytest.raises(AssertionError, match="a quick test starts python"):
-        run([sys.executable, "-c", "pass"])
-    assert run(["true"]).returncode == 0
-    process = multiprocessing.get_context("".join(["sp", "awn"])).Process(target=print)
-    with pytest.raises(AssertionError, match="a quick test starts an engine"):
-        process.start()
+    as_they_are = subprocess.Popen.__init__, multiprocessing.context.SpawnProcess.start
+    with nothing_starts():
+        with pytest.raises(AssertionError, match="a quick test starts python"):
+            run([sys.executable, "-c", "pass"])
+        assert run(["true"]).returncode == 0
+        process = multiprocessing.get_context("".join(["sp", "awn"])).Process(target=print)
+        with pytest.raises(AssertionError, match="a quick test starts an engine"):
+            process.start()
+    assert (subprocess.Popen.__init__, multiprocessing.context.SpawnProcess.start) == as_they_are
 
 
 # --- clocks ------------------------------------------------------------------------------------------------------------

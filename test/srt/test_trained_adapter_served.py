@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from engine_process import ServingEngine
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -37,10 +38,8 @@ def peft_log_probs(adapter: str | None, ids: list[int]) -> torch.Tensor:
 
 
 def test_served_log_probabilities_equal_peft(adapters):
-    import sglang
-
     ids = AutoTokenizer.from_pretrained(MODEL)(TEXTS).input_ids
-    engine = sglang.Engine(model_path=str(MODEL), dtype="float32", enable_lora=True, lora_paths=adapters, max_loras_per_batch=4, log_level="error")
+    engine = ServingEngine(model_path=str(MODEL), dtype="float32", enable_lora=True, lora_paths=adapters, max_loras_per_batch=4, log_level="error")
     try:
         requests = [(name, tokens) for name in (None, "alora", "lora") for tokens in ids]
         served = engine.generate(
@@ -48,7 +47,7 @@ def test_served_log_probabilities_equal_peft(adapters):
             sampling_params={"max_new_tokens": 1, "temperature": 0}, return_logprob=True, logprob_start_len=0,
         )  # fmt: skip
     finally:
-        engine.shutdown()
+        engine.close()
     for (name, tokens), answer in zip(requests, served, strict=True):
         got = torch.tensor([value for value, *_ in answer["meta_info"]["input_token_logprobs"][1:]])
         expected = peft_log_probs(adapters.get(name), tokens)
