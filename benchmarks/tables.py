@@ -10,6 +10,7 @@ from pathlib import Path
 
 import directions
 import growth
+import idle_server
 import precision
 import study
 from step_time import IN_BFLOAT16
@@ -25,7 +26,7 @@ def main() -> None:
     validations = [validation()] if (RESULTS / "validation_load.json").is_file() else []
     for table in (*steps, step_time("limit_share.json"), directions.table(load("directions.json")), growth.table(load("growth.json", "series")),
                   small_pool(), study.table(study.load(RESULTS / "study.json")), accuracy(), precision.table(load("precision.json")),
-                  memory(), *starts, *serving, *validations):  # fmt: skip
+                  memory(), *starts, idle_server.table(load("idle_server.json")), *serving, *validations):  # fmt: skip
         print("\n".join(table), end="\n\n")
 
 

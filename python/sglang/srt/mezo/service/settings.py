@@ -49,7 +49,7 @@ class ServiceSettings:
     dir: str = "mezo"
     share: float = 0.1
     micro_step_ms: float = 25.0
-    idle_step_ms: float = 500.0
+    idle_step_ms: float = 1500.0
     kv_share: float = 0.25
     max_file_mb: int = 512
     on_restart: Literal["resume", "fail"] = "resume"
