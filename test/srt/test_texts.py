@@ -1,5 +1,6 @@
 """Rows that are tokenised together get the tokens that each gets alone, in a few calls of the tokenizer."""
 
+import copy
 import json
 import random
 from dataclasses import dataclass
@@ -134,3 +135,29 @@ def test_long_rows_are_not_all_in_memory_at_once(tokenizer, monkeypatch):
     outcomes = Encoder(Measured(tokenizer), 10_000).encode_each(rows)
     assert len(outcomes) == 100 and all(len(outcome[0].options) == 20 for outcome in outcomes)
     assert max(sizes) <= 2000 + 2 * 20 * (len(prompt) + 3)
+
+
+@pytest.mark.parametrize("settings", ["as it is", "padding", "truncation", "special tokens are split"])
+@pytest.mark.parametrize("special_tokens", [True, False])
+def test_what_is_asked_of_the_backend_is_what_a_call_gives(tokenizer, settings, special_tokens):
+    tokenizer = copy.deepcopy(tokenizer)
+    written = ["", "the plot is thin", f"a {tokenizer.eos_token} within", " two  spaces\n", "é 漢字 😀"]
+    if settings == "special tokens are split":
+        tokenizer.split_special_tokens = True
+    expected = [tokenizer(text, add_special_tokens=special_tokens).input_ids for text in written]
+    if settings == "padding":
+        tokenizer.backend_tokenizer.enable_padding(length=50)
+    if settings == "truncation":
+        tokenizer.backend_tokenizer.enable_truncation(2)
+    for _ in range(2):
+        assert texts._token_ids(tokenizer, written, special_tokens) == expected
+
+
+def test_a_tokenizer_that_does_more_than_its_backend_is_called(tokenizer):
+    class Louder(type(tokenizer)):
+        def _encode_plus(self, text, *args, **kwargs):
+            return super()._encode_plus([one.upper() for one in text], *args, **kwargs)
+
+    louder = copy.deepcopy(tokenizer)
+    louder.__class__ = Louder
+    assert texts._token_ids(louder, ["the plot"], True) == texts._token_ids(tokenizer, ["THE PLOT"], True)

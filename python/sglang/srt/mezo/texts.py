@@ -5,6 +5,7 @@ together, and what they ask for at the same time is tokenised at once.
 """
 
 from collections.abc import Generator, Sequence
+from functools import cache
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from sglang.srt.mezo.errors import shown
@@ -84,6 +85,24 @@ def _tokenised(tokenizer: "PreTrainedTokenizerBase", asked: Sequence[Texts]) -> 
     tokens = {}
     for special_tokens in {one.special_tokens for one in asked}:
         texts = [text for one in asked if one.special_tokens == special_tokens for text in one.texts]
-        encoded = tokenizer(texts, add_special_tokens=special_tokens)
-        tokens[special_tokens] = iter(encoded.input_ids)
+        tokens[special_tokens] = iter(_token_ids(tokenizer, texts, special_tokens))
     return [[next(tokens[one.special_tokens]) for _ in one.texts] for one in asked]
+
+
+def _token_ids(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], special_tokens: bool) -> list[TokenIds]:
+    """As a call of the tokenizer gives them. Where that would only pass the texts on to its backend, nothing but them is asked for."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or not _passes_on(type(tokenizer)) or backend.truncation or backend.padding:
+        return tokenizer(texts, add_special_tokens=special_tokens).input_ids
+    if backend.encode_special_tokens != tokenizer.split_special_tokens:
+        return tokenizer(texts, add_special_tokens=special_tokens).input_ids
+    return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=special_tokens)]
+
+
+@cache
+def _passes_on(kind: type) -> bool:
+    from transformers import PreTrainedTokenizerFast
+
+    return issubclass(kind, PreTrainedTokenizerFast) and all(
+        getattr(kind, name) is getattr(PreTrainedTokenizerFast, name) for name in ("__call__", "_encode_plus")
+    )
