@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[2]
 SUMMARY = {
@@ -40,6 +42,27 @@ def test_the_main_job_runs_and_resumes(tmp_path, tuning):
     assert summary_of(folder)["steps"] == 14
     assert (folder / "adapter" / "adapter_model.safetensors").is_file()
     assert (folder / "curves.png").stat().st_size > 10_000
+
+
+def test_a_run_goes_on_from_the_adapter_of_another(tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    command = ("examples/mezo_opt_training.py", "--num_test", "8", "--num_dev", "20", "--learning_rate", "0.05", "--no_load_best_model_at_end")
+    run(*command, "--output_dir", str(first), "--max_steps", "4")
+    command += ("--output_dir", str(second), "--init_from", str(first / "adapter"))
+    refused = run(*command, "--r", "3", succeed=False)
+    assert refused.returncode == 2 and "r=3 is not allowed" in refused.stderr.splitlines()[-1]
+    run(*command, "--max_steps", "2")
+    weights = [load_file(folder / "adapter_model.safetensors") for folder in (first / "adapter", second / "initial_adapter")]
+    assert all(torch.equal(weights[0][name], tensor) for name, tensor in weights[1].items())
+    before, after = eval_losses(first), eval_losses(second)
+    assert after[0] == pytest.approx(before[4], abs=1e-5) and after[0] != pytest.approx(before[0], abs=1e-3)
+    run(*command, "--max_steps", "3", "--resume_from_checkpoint")
+    assert summary_of(second)["steps"] == 3
+
+
+def eval_losses(folder: Path) -> dict[int, float]:
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return {record["step"]: record["eval_loss"] for record in history}
 
 
 def test_a_plain_text_is_learned_as_a_language_model(tmp_path):
