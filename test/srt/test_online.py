@@ -25,9 +25,8 @@ from sglang.srt.mezo.estimator import projected_grads
 from sglang.srt.mezo.seed_log import SeedLog
 
 MAIN_JOB = {"invocation": " It was"}
-# More directions than the server has slots for.
 SHORT = {**MAIN_JOB, "max_steps": 30, "logging_steps": 1, "lr_scheduler_type": "constant", "num_perturbations": 7, "max_tokens_per_batch": 32}
-SLOTS = 8 - 1 - 1
+SLOTS = 16 - 1 - 1
 """Of the server's pool, that a job may take: not the base model's, nor the one that is left to serve an adapter."""
 TEXTS = ["the plot is thin, but the acting is superb. It was", "never again will i eat here. It was", "no such words in here"]
 
@@ -282,9 +281,10 @@ def greedy(server, prompt: str) -> str:
 def test_a_quiet_server_makes_the_offline_series_bit_for_bit_and_a_busy_one_nearly(server, tmp_path, tuning):
     rows = reviews("train", 64)
     file = server.upload(rows)
-    settings = {**SHORT, "tuning": tuning, "invocation": " It was", "save_steps": 0}
+    # More directions than the server has slots for.
+    settings = {**SHORT, "tuning": tuning, "invocation": " It was", "save_steps": 0, "num_perturbations": 15, "max_steps": 12}
     if tuning == "lora":  # whole prompts run in every slot, and beside requests a tenth of the time is little
-        settings |= {"invocation": None, "max_steps": 10, "batch_size": 8}
+        settings |= {"invocation": None, "max_steps": 5, "batch_size": 8}
     assert server.http.post("/flush_cache").status_code == 200
     quiet = server.create_job(file, suffix=f"quiet-{tuning}", **settings)
     server.wait_for(quiet.id, "succeeded")
