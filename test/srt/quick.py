@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 HERE = Path(__file__).parent
-STARTERS = {"LiveServer", "EngineProcess", "ServingEngine", "MezoEngine", "Engine", "subprocess", "spawn", "selenium.webdriver"}
-"""Names in code that starts an engine, a server, a browser, or a fresh interpreter, which takes seconds to import SGLang."""
+STARTERS = {"LiveServer", "EngineProcess", "ServingEngine", "MezoEngine", "Engine", "subprocess", "spawn", "fork_tasks", "selenium.webdriver"}
+"""Names in code that starts an engine, a server, a browser, or a fresh interpreter, which takes seconds to import SGLang; with
+``fork_tasks``, of tests that have tasks done in forks of one."""
 
 
 def is_quick(item: pytest.Function) -> bool:

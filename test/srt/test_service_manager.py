@@ -18,7 +18,7 @@ from sglang.srt.managers.communicator import FanOutCommunicator
 from sglang.srt.mezo.config import MezoConfig
 from sglang.srt.mezo.data import Encoder
 from sglang.srt.mezo.run_directory import read_segments
-from sglang.srt.mezo.service import publish
+from sglang.srt.mezo.service import publish, tokenising
 from sglang.srt.mezo.service.client import EngineClient
 from sglang.srt.mezo.service.errors import NotFound, RequestError
 from sglang.srt.mezo.service.job_data import JobReader, shared_tokenizer
@@ -226,7 +226,8 @@ async def test_appended_examples_that_are_judged_by_are_counted(server):
         ({"prompt": "all right. It was", "completion": " great"}, "nothing to choose from"),
     ],
 )
-async def test_a_bad_row_fails_the_job_with_its_place(server, line, reason):
+async def test_a_bad_row_fails_the_job_with_its_place(server, line, reason, monkeypatch):
+    monkeypatch.setattr(tokenising, "_SMALL_BYTES", 8 << 20)  # in this process, whatever its size
     bad = await server.create(ROW, "", line)
     failed = await server.until(bad, "failed")
     assert failed.error["code"] == "invalid_training_file" and failed.error["param"] == "training_file"

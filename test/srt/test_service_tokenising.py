@@ -87,7 +87,7 @@ def test_examples_that_have_changed_on_disk_are_not_taken(tmp_path, name):
 @pytest.fixture(scope="module")
 def forks():
     patch = pytest.MonkeyPatch()
-    patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")])))
+    patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(Path(fork_tasks.__file__).parent), os.environ.get("PYTHONPATH")])))
     forks = Forks()
     yield forks
     forks.close()
