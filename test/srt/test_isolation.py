@@ -174,6 +174,13 @@ def test_an_adapter_that_overflows_in_a_prompt_ends_it_wherever_that_is(engine, 
     assert_answers_as_peft(models, (before, "spark"), ask(engine, (before, "spark"))[0])  # where it is the base model's
 
 
+@pytest.mark.parametrize("sampling", [{"top_p": 0.5}, {"top_k": 5, "min_p": 0.1}, {}], ids=str)
+def test_what_is_sampled_from_an_adapter_that_overflows_ends_it_alone(engine, models, sampling):
+    good, bad = (DOCUMENT[:20], None), (DOCUMENT[:20] + INVOCATION + [20], "huge")
+    assert_names_the_adapter(ask(engine, bad, temperature=1, **sampling)[0], "huge")
+    assert_answers_as_peft(models, good, ask(engine, good)[0])
+
+
 def test_a_stream_ends_with_the_error(engine):
     sampling = {"temperature": 0, "max_new_tokens": 8, "ignore_eos": True, "logit_bias": {str(SPARK): 1000.0}}
     last = engine.call(chunks, DOCUMENT[:20] + INVOCATION + [20], sampling)[-1]["meta_info"]["finish_reason"]

@@ -282,9 +282,9 @@ def test_a_quiet_server_makes_the_offline_series_bit_for_bit_and_a_busy_one_near
     rows = reviews("train", 64)
     file = server.upload(rows)
     # More directions than the server has slots for.
-    settings = {**SHORT, "tuning": tuning, "invocation": " It was", "save_steps": 0, "num_perturbations": 15, "max_steps": 12}
+    settings = {**SHORT, "tuning": tuning, "invocation": " It was", "save_steps": 0, "num_perturbations": 15}
     if tuning == "lora":  # whole prompts run in every slot, and beside requests a tenth of the time is little
-        settings |= {"invocation": None, "max_steps": 5, "batch_size": 8}
+        settings |= {"invocation": None, "max_steps": 10, "batch_size": 8}
     assert server.http.post("/flush_cache").status_code == 200
     quiet = server.create_job(file, suffix=f"quiet-{tuning}", **settings)
     server.wait_for(quiet.id, "succeeded")

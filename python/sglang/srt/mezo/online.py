@@ -108,7 +108,7 @@ def _fill_server_args(server_args) -> None:
 
 
 def _leave_slots(server_args) -> None:
-    """Have room for all directions of a default job at once, and for other adapters beside them, where the user has said nothing."""
+    """Have room for all directions of a default job at once, and for other adapters beside them, where SGLang's default stands."""
     from sglang.srt.server_args import _declared_default
 
     loaded = server_args.max_loaded_loras

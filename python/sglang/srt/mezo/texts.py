@@ -92,11 +92,10 @@ def _tokenised(tokenizer: "PreTrainedTokenizerBase", asked: Sequence[Texts]) -> 
 def _token_ids(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], special_tokens: bool) -> list[TokenIds]:
     """As a call of the tokenizer gives them. Where that would only pass the texts on to its backend, nothing but them is asked for."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None or not _passes_on(type(tokenizer)) or backend.truncation or backend.padding:
-        return tokenizer(texts, add_special_tokens=special_tokens).input_ids
-    if backend.encode_special_tokens != tokenizer.split_special_tokens:
-        return tokenizer(texts, add_special_tokens=special_tokens).input_ids
-    return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=special_tokens)]
+    passes_on = backend is not None and _passes_on(type(tokenizer)) and not (backend.truncation or backend.padding)
+    if passes_on and backend.encode_special_tokens == tokenizer.split_special_tokens:
+        return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=special_tokens)]
+    return tokenizer(texts, add_special_tokens=special_tokens).input_ids
 
 
 @cache

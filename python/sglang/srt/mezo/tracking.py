@@ -13,6 +13,7 @@ from sglang.srt.mezo.integrity import drop_half_line
 
 logger = logging.getLogger(__name__)
 
+
 class Tracker:
     """Collects the metrics of a run; one line of metrics.jsonl per record.
 
