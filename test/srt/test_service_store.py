@@ -7,6 +7,7 @@ import random
 import sqlite3
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 from stored import add_file, add_job, make_job, reopened
 
 from sglang.srt.mezo.errors import ConfigError
+from sglang.srt.mezo.service import database
 from sglang.srt.mezo.service.errors import NotFound, RequestError
 from sglang.srt.mezo.service.records import StoredCheckpoint, StoredEvent, new_id
 from sglang.srt.mezo.service.store import Store
@@ -263,3 +265,27 @@ def test_nothing_acknowledged_is_lost_when_the_process_is_killed(tmp_path):
         on_disk = {path.name: path.stat().st_size for path in (tmp_path / "files").iterdir()}
         assert on_disk == {id: file.bytes for id, file in stored.items()}
         store.close()
+
+
+def test_a_store_is_closed_once_other_threads_have_read_what_they_were_at(tmp_path, monkeypatch):
+    """SQLite's connection would be gone under their statement, and the process with it."""
+    store = Store(tmp_path / "service")
+    add_file(store)
+    reads, goes_on, read = threading.Event(), threading.Event(), database._record
+
+    def slow(*arguments):
+        reads.set()
+        assert goes_on.wait(60)
+        return read(*arguments)
+
+    monkeypatch.setattr(database, "_record", slow)
+    with ThreadPoolExecutor(2) as threads:
+        listed = threads.submit(lambda: store.files().data)
+        assert reads.wait(60)
+        closed = threads.submit(store.close)
+        with pytest.raises(TimeoutError):
+            closed.result(0.5)
+        goes_on.set()
+        assert len(listed.result(60)) == 1
+        closed.result(60)
+        assert isinstance(threads.submit(store.files).exception(60), sqlite3.ProgrammingError)

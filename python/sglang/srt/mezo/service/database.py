@@ -9,7 +9,7 @@ import json
 import logging
 import sqlite3
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -44,6 +44,18 @@ class Where(NamedTuple):
     values: tuple[Any, ...] = ()
 
 
+class _Reader:
+    """A thread's connection; ``in_use`` is held while it reads."""
+
+    def __init__(self, connection: sqlite3.Connection):
+        self.connection = connection
+        self.in_use = threading.Lock()
+
+    def close(self) -> None:
+        with self.in_use:
+            self.connection.close()
+
+
 class Database:
     """Thread-safe. A transaction is on disk when its block ends; it waits for one of another thread, or of another process.
 
@@ -61,7 +73,7 @@ class Database:
         self._closed = False
         self._writer: int | None = None  # the thread that is in a transaction
         self._of_thread = threading.local()
-        self._readers: list[sqlite3.Connection] = []
+        self._readers: list[_Reader] = []
         self._of_readers = threading.Lock()  # its own: who holds the other one may wait for another process
         try:
             _require_journal(path)
@@ -100,12 +112,13 @@ class Database:
         self._closed = True
 
     def close(self) -> None:
+        """What threads are at now is done first: to close a connection under a statement of another thread ends the process."""
         self.stop_waiting()
         with self._lock:
             self._connection.close()
         with self._of_readers:
-            for connection in self._readers:
-                connection.close()
+            for reader in self._readers:
+                reader.close()
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
@@ -145,21 +158,29 @@ class Database:
 
     def execute(self, statement: str, values: Sequence[Any] = ()) -> list[sqlite3.Row]:
         """Rows as SQLite has them: text is bytes. What changes something is part of a transaction."""
-        return self._current().execute(statement, tuple(values)).fetchall()
+        with self._current() as connection:
+            return connection.execute(statement, tuple(values)).fetchall()
 
-    def _current(self) -> sqlite3.Connection:
-        """Sees what a transaction of this thread has done, or else what has been committed."""
+    @contextmanager
+    def _current(self) -> Iterator[sqlite3.Connection]:
+        """Sees what a transaction of this thread has done, or else what has been committed. Stays open until the end of the block."""
         if self._writer == threading.get_ident():
-            return self._connection
-        if not hasattr(self._of_thread, "connection"):
-            connection = self._connected()
-            connection.execute("PRAGMA query_only = ON")
+            yield self._connection
+        else:
+            reader = self._reader()
+            with reader.in_use:
+                yield reader.connection
+
+    def _reader(self) -> "_Reader":
+        if not hasattr(self._of_thread, "reader"):
+            reader = _Reader(self._connected())
+            reader.connection.execute("PRAGMA query_only = ON")
             with self._of_readers:
                 if self._closed:
-                    connection.close()
-                self._readers.append(connection)
-            self._of_thread.connection = connection
-        return self._of_thread.connection
+                    reader.close()
+                self._readers.append(reader)
+            self._of_thread.reader = reader
+        return self._of_thread.reader
 
     def insert(self, table: str, *records: Any) -> None:
         for record in records:
@@ -174,10 +195,11 @@ class Database:
 
     def select(self, kind: type[Record], query: str, values: Sequence[Any] = (), limit: int | None = None) -> list[Record]:
         """Records of a query that selects whole rows of their table, up to ``limit`` of them."""
-        return list(itertools.islice(self._records(kind, query, values), limit))
+        with self._current() as connection:
+            return list(itertools.islice(self._records(kind, connection.execute(query, tuple(values))), limit))
 
-    def _records(self, kind: type[Record], query: str, values: Sequence[Any]) -> Iterator[Record]:
-        for row in self._current().execute(query, tuple(values)):
+    def _records(self, kind: type[Record], rows: Iterable[sqlite3.Row]) -> Iterator[Record]:
+        for row in rows:
             try:
                 yield _record(kind, row)
             except _Damaged as error:
