@@ -12,7 +12,10 @@ from pathlib import Path
 from typing import Any, Self
 
 import httpx
+import torch
 from openai import OpenAI
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "examples" / "assets" / "opt-reviews"
@@ -155,6 +158,26 @@ def reviews(split: str, count: int) -> list[dict]:
     with open(REVIEWS / f"{split}.jsonl") as file:
         rows = [json.loads(line) for line in file][:count]
     return [{"prompt": f"{row['sentence']} It was", "options": [" terrible", " great"], "label": row["label"]} for row in rows]
+
+
+def prompt_log_probs(server: LiveServer, model: str, prompts: list[str]) -> list[list[float]]:
+    """Log-probability of every token of the prompts but the first, as the server gives them."""
+    answer = server.client.completions.create(model=model, prompt=prompts, max_tokens=1, echo=True, logprobs=1, temperature=0)
+    choices = sorted(answer.choices, key=lambda choice: choice.index)
+    return [choice.logprobs.token_logprobs[1:-1] for choice in choices]
+
+
+def peft_log_probs(adapter: Path, texts: list[str]) -> list[torch.Tensor]:
+    """The same from Transformers with PEFT's adapter."""
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32), adapter).eval()
+    found = []
+    with torch.no_grad():
+        for text in texts:
+            ids = torch.tensor([tokenizer(text).input_ids])
+            log_probs = torch.log_softmax(model(input_ids=ids).logits[0], dim=-1)
+            found.append(log_probs[:-1].gather(1, ids[0, 1:, None])[:, 0])
+    return found
 
 
 def _free_port() -> int:

@@ -13,10 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 from engine_process import EngineProcess
-from live_server import MODEL, ROOT, LiveServer, reviews
+from live_server import MODEL, ROOT, LiveServer, peft_log_probs, prompt_log_probs, reviews
 from openai import NotFoundError
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from sglang.srt.mezo.adapter import AdapterSpec
 from sglang.srt.mezo.config import MezoConfig
@@ -49,13 +48,6 @@ def trained(server, files):
     job = server.create_job(*files, suffix="reviews", **MAIN_JOB)
     assert job.status == "validating_files" and job.fine_tuned_model is None and job.finished_at is None
     return server.wait_for(job.id, "succeeded")
-
-
-def prompt_log_probs(server, model: str, prompts: list[str]) -> list[list[float]]:
-    """Log-probability of every token of the prompts but the first, as the server gives them."""
-    answer = server.client.completions.create(model=model, prompt=prompts, max_tokens=1, echo=True, logprobs=1, temperature=0)
-    choices = sorted(answer.choices, key=lambda choice: choice.index)
-    return [choice.logprobs.token_logprobs[1:-1] for choice in choices]
 
 
 def accuracy(server, model: str, rows: list[dict]) -> float:
@@ -172,18 +164,6 @@ def test_a_job_can_be_paused_resumed_and_cancelled(server, files):
 
 
 # --- what is served is what the files say -------------------------------------------------------------------------------
-
-
-def peft_log_probs(adapter: Path, texts: list[str]) -> list[torch.Tensor]:
-    tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32), adapter).eval()
-    found = []
-    with torch.no_grad():
-        for text in texts:
-            ids = torch.tensor([tokenizer(text).input_ids])
-            log_probs = torch.log_softmax(model(input_ids=ids).logits[0], dim=-1)
-            found.append(log_probs[:-1].gather(1, ids[0, 1:, None])[:, 0])
-    return found
 
 
 def published(server, job_id: str) -> Path:
