@@ -18,10 +18,10 @@ from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 
-from sglang.srt.mezo.arguments import build, read, status_of
-from sglang.srt.mezo.config import MezoConfig
-from sglang.srt.mezo.finetune import DataArguments, ModelArguments, finetune
-from sglang.srt.mezo.integrity import write_json
+from sglang.srt.mezo.core.config import MezoConfig
+from sglang.srt.mezo.core.integrity import write_json
+from sglang.srt.mezo.training.arguments import build, read, status_of
+from sglang.srt.mezo.training.finetune import DataArguments, ModelArguments, finetune
 
 _MEASURED = ("steps", "best_step", "zero_shot_accuracy", "accuracy", "zero_shot_loss", "loss", "steps_per_second",
              "train_seconds", "prefix_tokens_reused", "prefix_tokens_total", "peak_rss_bytes")  # fmt: skip

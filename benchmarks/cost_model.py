@@ -20,11 +20,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
-
 from sglang.srt.mezo.cpu.linear import HAS_C, HAS_ONEDNN, c_linear, onednn_linear
-from sglang.srt.mezo.plan import ExamplePlan, needs_normaliser
-from sglang.srt.mezo.sharing import distinct_tokens
-from sglang.srt.mezo.trainer import MezoTrainer
+from sglang.srt.mezo.scoring.plan import ExamplePlan, needs_normaliser
+from sglang.srt.mezo.scoring.sharing import distinct_tokens
+from sglang.srt.mezo.training.trainer import MezoTrainer
 
 _COPY_BYTES = 256 << 20
 _END_OF_PREFIX = -1  # between what runs on the base model and what runs in a slot

@@ -43,7 +43,7 @@ class Measured:
 
 
 def table(families: dict[str, dict[str, dict[str, float]]]) -> list[str]:
-    from sglang.srt.mezo.families import FAMILIES
+    from sglang.srt.mezo.adapters.families import FAMILIES
 
     lines = [
         "| family | architecture | `target_modules` | losses differ by (LoRA, aLoRA) | served log-probabilities differ by (LoRA, aLoRA) |",

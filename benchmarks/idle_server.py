@@ -20,12 +20,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from server import Server, machine, running_server
 from serve_while_train import DATA, data_name, read_sentences
+from server import Server, machine, running_server
+from sglang.srt.mezo.core.config import MezoConfig
+from sglang.srt.mezo.core.passes import drain
+from sglang.srt.mezo.training.finetune import (
+    DataArguments,
+    ModelArguments,
+    open_trainer,
+)
 from turns import Operations, Worker
-
-from sglang.srt.mezo.config import MezoConfig
-from sglang.srt.mezo.finetune import DataArguments, ModelArguments, open_trainer
 
 NUM_ROWS = 160
 EPOCH = NUM_ROWS // MezoConfig.per_device_train_batch_size  # steps
@@ -110,10 +114,10 @@ def open_offline(model: str, file: str, invocation: str, output_dir: str) -> Ope
     trainer, _ = open_trainer(ModelArguments(model=model, dtype="float32"), DataArguments(dataset=file, num_dev=0, num_test=0), config)
 
     def steps(count: int) -> float:
-        trainer.train_step(trainer.batch(trainer.global_step))
+        drain(trainer.step_passes(trainer.batch(trainer.global_step)))
         started = time.perf_counter()
         for _ in range(count):
-            trainer.train_step(trainer.batch(trainer.global_step))
+            drain(trainer.step_passes(trainer.batch(trainer.global_step)))
         return (time.perf_counter() - started) / count
 
     return {"steps": steps}

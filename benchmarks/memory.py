@@ -14,7 +14,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from step_time import ALPHA, BATCH_SIZE, R, TARGETS, machine
+from step_time import ALPHA, BATCH_SIZE, TARGETS, R, machine
 from workloads import WORKLOADS
 
 NUM_EXAMPLES = 160
@@ -89,17 +89,18 @@ def serve(model: str, epochs: int) -> int:
 
 def train(model: str, epochs: int) -> int:
     """Peak resident bytes of the trainer's process."""
-    from sglang.srt.mezo.adapter import AdapterSpec
-    from sglang.srt.mezo.config import MezoConfig
-    from sglang.srt.mezo.engine import MezoEngine
-    from sglang.srt.mezo.trainer import MezoTrainer
+    from sglang.srt.mezo.adapters.adapter import AdapterSpec
+    from sglang.srt.mezo.core.config import MezoConfig
+    from sglang.srt.mezo.core.passes import drain
+    from sglang.srt.mezo.engine.handle import MezoEngine
+    from sglang.srt.mezo.training.trainer import MezoTrainer
 
     config = MezoConfig(tuning=TUNING, per_device_train_batch_size=BATCH_SIZE, num_train_epochs=epochs)
     engine = MezoEngine(model, r=R, target_modules=TARGETS[TUNING], num_slots=config.num_slots, **ENGINE)
     examples = WORKLOADS["sst2"].examples(NUM_EXAMPLES, vocab_size=50_000)
     trainer = MezoTrainer(engine.handle, config, AdapterSpec(model, R, ALPHA, TARGETS[TUNING]), examples)
     for step in range(trainer.max_steps):
-        trainer.train_step(trainer.batch(step))
+        drain(trainer.step_passes(trainer.batch(step)))
     return high_water_mark(os.getpid())
 
 

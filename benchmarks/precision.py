@@ -15,14 +15,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+from sglang.srt.mezo.core.config import MezoConfig
+from sglang.srt.mezo.core.estimator import Estimator, paired, projected_grads
+from sglang.srt.mezo.core.passes import drain
+from sglang.srt.mezo.training.finetune import open_trainer
 from step_time import machine
 from study import settings, write_rows
 from turns import Operations, Worker
-
-from sglang.srt.mezo.config import MezoConfig
-from sglang.srt.mezo.estimator import Estimator, paired, projected_grads
-from sglang.srt.mezo.finetune import open_trainer
-from sglang.srt.mezo.passes import drain
 
 DTYPES = ("float32", "bfloat16")
 EPSILONS = (1e-3, 3e-3, 1e-2, 3e-2)
@@ -77,12 +76,12 @@ def open_losses(model: str, dtype: str, task: str, runs: Path) -> Operations:
 
     def train() -> list[float]:
         for step in range(TRAINED_STEPS):
-            trainer.train_step(trainer.batch(step))
+            drain(trainer.step_passes(trainer.batch(step)))
         return trainer.adapter.theta.tolist()
 
     def losses(theta: list[float], steps: int, zo_eps: float) -> list[tuple[list[float], list[float]]]:
         trainer.adapter.theta.copy_(torch.tensor(theta))
-        return [trainer.paired_losses(batch, drain(trainer.directions(seed)), zo_eps) for seed in range(steps)]
+        return [drain(trainer.probe.paired_passes(batch, drain(trainer.probe.directions(seed)), zo_eps)) for seed in range(steps)]
 
     return {"train": train, "losses": losses}
 

@@ -18,17 +18,17 @@ from typing import Any
 
 import torch
 from cost_model import meter_of_next_steps
+from sglang.srt.mezo.adapters.adapter import AdapterSpec
+from sglang.srt.mezo.core.config import MezoConfig
+from sglang.srt.mezo.core.passes import drain
+from sglang.srt.mezo.core.tokens import distinct_tokens
+from sglang.srt.mezo.engine.handle import MezoEngine
+from sglang.srt.mezo.scoring.scorer import Scorer
+from sglang.srt.mezo.training.trainer import MezoTrainer
 from step_time import ALPHA, LEARNING_RATE, TARGETS, ZO_EPS, machine
 from transformers import OPTConfig, OPTForCausalLM
 from turns import Operations, Worker
 from workloads import WORKLOADS
-
-from sglang.srt.mezo.adapter import AdapterSpec
-from sglang.srt.mezo.config import MezoConfig
-from sglang.srt.mezo.engine import MezoEngine
-from sglang.srt.mezo.scorer import Scorer
-from sglang.srt.mezo.sharing import distinct_tokens
-from sglang.srt.mezo.trainer import MezoTrainer
 
 WORKLOAD = WORKLOADS["boolq"]
 BATCH_SIZE, RANK = 16, 8
@@ -99,7 +99,7 @@ def open_trainer(model: str, share: float, count: int) -> Operations:
 def run(trainer: MezoTrainer, steps: int) -> float:
     started = time.perf_counter()
     for _ in range(steps):
-        trainer.train_step(trainer.batch(trainer.global_step))
+        drain(trainer.step_passes(trainer.batch(trainer.global_step)))
     return time.perf_counter() - started
 
 
@@ -107,9 +107,9 @@ def difference(trainer: MezoTrainer) -> float:
     """Of a batch's losses with reuse and without it, the larger."""
     batch = trainer.batch(trainer.global_step)
     z = [trainer.optimizer.direction(1, 0)]
-    reused = trainer.paired_losses(batch, z, ZO_EPS)
+    reused = drain(trainer.probe.paired_passes(batch, z, ZO_EPS))
     kept, trainer.scorer = trainer.scorer, Scorer(trainer.handle, trainer.planner.scope, trainer.config.max_tokens_per_batch, prefix_reuse=False)
-    computed = trainer.paired_losses(batch, z, ZO_EPS)
+    computed = drain(trainer.probe.paired_passes(batch, z, ZO_EPS))
     trainer.scorer = kept
     return max(abs(a[0] - b[0]) for a, b in zip(reused, computed))
 

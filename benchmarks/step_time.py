@@ -27,15 +27,15 @@ from typing import Any
 import torch
 from baselines import OfficialStyleMezo, StrongMezo, build_peft_model
 from cost_model import CeilingMeter, mean_work, synchronize, work
+from sglang.srt.mezo.adapters.adapter import AdapterSpec
+from sglang.srt.mezo.core.config import MezoConfig
+from sglang.srt.mezo.core.estimator import Estimator
+from sglang.srt.mezo.core.passes import drain
+from sglang.srt.mezo.data.examples import Example
+from sglang.srt.mezo.engine.handle import MezoEngine
+from sglang.srt.mezo.training.trainer import MezoTrainer
 from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
 from workloads import WORKLOADS, Workload
-
-from sglang.srt.mezo.adapter import AdapterSpec
-from sglang.srt.mezo.config import MezoConfig
-from sglang.srt.mezo.data import Example
-from sglang.srt.mezo.engine import MezoEngine
-from sglang.srt.mezo.estimator import Estimator
-from sglang.srt.mezo.trainer import MezoTrainer
 
 LOOPS = {"strong": StrongMezo, "official": OfficialStyleMezo}
 IN_BFLOAT16 = "_bfloat16"  # after a loop's name: in that type, whatever ours is
@@ -185,7 +185,7 @@ class Measurement:
         }
 
     def _step(self) -> None:
-        self._trainer.train_step(self._trainer.batch(self._trainer.global_step))
+        drain(self._trainer.step_passes(self._trainer.batch(self._trainer.global_step)))
 
 
 class Plain:

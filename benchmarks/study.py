@@ -21,12 +21,16 @@ from pathlib import Path
 from typing import Any
 
 from cost_model import meter_of_next_steps
+from sglang.srt.mezo.core.config import MezoConfig
+from sglang.srt.mezo.core.integrity import write_json
+from sglang.srt.mezo.core.passes import drain
+from sglang.srt.mezo.training.finetune import (
+    DataArguments,
+    ModelArguments,
+    finetune,
+    open_trainer,
+)
 from turns import Operations, Worker
-
-from sglang.srt.mezo.config import MezoConfig
-from sglang.srt.mezo.finetune import DataArguments, ModelArguments, finetune, open_trainer
-from sglang.srt.mezo.passes import drain
-from sglang.srt.mezo.integrity import write_json
 
 DATA = Path(__file__).resolve().parents[2] / "shared/data"
 NUM_TRAIN, NUM_DEV, NUM_TEST = 700, 200, 500
@@ -193,7 +197,7 @@ def open_timed(arguments: argparse.Namespace, run: Run) -> Operations:
 
     return {
         "prefixes": lambda: timed(lambda: drain(trainer.scorer.prefix_passes(trainer.train_plans, trainer.slots.groups(0, trainer.slots.width)))),
-        "step": lambda: timed(lambda: trainer.train_step(trainer.batch(trainer.global_step))),
+        "step": lambda: timed(lambda: drain(trainer.step_passes(trainer.batch(trainer.global_step)))),
         "sweep": meter.sweep,
         "limit": lambda: meter.limit,
     }

@@ -8,7 +8,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from sglang.srt.mezo.data import Example
+from sglang.srt.mezo.data.examples import Example
 
 _BOS = 2
 _FIRST_WORD = 20  # tokens below are kept for what has a meaning

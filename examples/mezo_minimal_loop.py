@@ -11,20 +11,20 @@ import os
 import random
 from pathlib import Path
 
+from sglang.srt.mezo.adapters.adapter import Adapter, AdapterSpec
+from sglang.srt.mezo.core.noise import direction, step_seed
+from sglang.srt.mezo.core.passes import drain
+from sglang.srt.mezo.data.examples import Encoder
+from sglang.srt.mezo.data.rows import read_rows
+from sglang.srt.mezo.data.tasks import SST2
+from sglang.srt.mezo.engine.handle import MezoEngine
+from sglang.srt.mezo.engine.layers import adapted_sites
+from sglang.srt.mezo.engine.slots import Slot, SlotLayout
+from sglang.srt.mezo.scoring.plan import Planner
+from sglang.srt.mezo.scoring.readout import batch_loss, predictions
+from sglang.srt.mezo.scoring.scorer import Scorer
 from tqdm import trange
 from transformers import AutoTokenizer
-
-from sglang.srt.mezo.adapter import Adapter, AdapterSpec
-from sglang.srt.mezo.data import Encoder
-from sglang.srt.mezo.engine import MezoEngine
-from sglang.srt.mezo.layers import adapted_sites
-from sglang.srt.mezo.noise import direction, step_seed
-from sglang.srt.mezo.plan import Planner
-from sglang.srt.mezo.readout import batch_loss, predictions
-from sglang.srt.mezo.rows import read_rows
-from sglang.srt.mezo.scorer import Scorer
-from sglang.srt.mezo.slots import Slot, SlotLayout
-from sglang.srt.mezo.tasks import SST2
 
 ASSETS = Path(__file__).parent / "assets"
 MODEL = str(ASSETS / "opt-reviews")
@@ -64,7 +64,7 @@ def main() -> None:
         right = 0
         for start in range(0, len(test), 64):
             plans = test[start : start + 64]
-            values = scorer.score(plans, [(current.lora_id,)], "classification")
+            values = drain(scorer.passes(plans, [(current.lora_id,)], "classification"))
             right += sum(int(p) == plan.label for p, plan in zip(predictions(plans, values)[0], plans))
         return right / len(test)
 
@@ -76,7 +76,7 @@ def main() -> None:
         z = direction(zo_random_seed, 0, theta.numel())
         plus.write(theta + arguments.zo_eps * z)
         minus.write(theta - arguments.zo_eps * z)
-        values = scorer.score(batch, [(plus.lora_id, minus.lora_id)], "classification")
+        values = drain(scorer.passes(batch, [(plus.lora_id, minus.lora_id)], "classification"))
         loss_plus, loss_minus = batch_loss(batch, values, "classification").mean.tolist()
         projected_grad = (loss_plus - loss_minus) / (2 * arguments.zo_eps)
         learning_rate = arguments.learning_rate * (1 - step / arguments.steps)

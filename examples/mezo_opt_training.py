@@ -15,10 +15,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from sglang.srt.mezo.accelerator import serving_flags
-from sglang.srt.mezo.arguments import build, read, status_of
-from sglang.srt.mezo.config import MezoConfig
-from sglang.srt.mezo.finetune import DataArguments, ModelArguments, finetune
+from sglang.srt.mezo.core.config import MezoConfig
+from sglang.srt.mezo.engine.accelerator import serving_flags
+from sglang.srt.mezo.training.arguments import build, read, status_of
+from sglang.srt.mezo.training.finetune import DataArguments, ModelArguments, finetune
 
 KINDS = (ModelArguments, DataArguments, MezoConfig)
 ASSETS = Path(__file__).parent / "assets"

@@ -16,9 +16,24 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from generate import CORPUS_SEED, HERE, PROMPT, TASK_SEED, corpus, held_out_sentences, task_rows, write_task
+from generate import (
+    CORPUS_SEED,
+    HERE,
+    PROMPT,
+    TASK_SEED,
+    corpus,
+    held_out_sentences,
+    task_rows,
+    write_task,
+)
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, GenerationConfig, OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoTokenizer,
+    GenerationConfig,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 BOS, PAD, EOS, UNK = "<s>", "<pad>", "</s>", "<unk>"  # ids 0 to 3, as in facebook/opt-125m
 VERBALIZERS = (" terrible", " great")

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from sglang.srt.mezo.platform import has_accelerator
-
 import psutil
 import pytest
 import torch
+from sglang.srt.mezo.plugin.platform import has_accelerator
 
 
 def require_devices(count: int) -> None:
@@ -46,7 +45,7 @@ class EngineProcess:
 
     @staticmethod
     def _make(**arguments: Any) -> Any:
-        from sglang.srt.mezo.engine import MezoEngine
+        from sglang.srt.mezo.engine.handle import MezoEngine
 
         return MezoEngine(**arguments)
 
@@ -118,7 +117,7 @@ def _serve(pipe, environment: dict[str, str], make: Callable, engine_arguments: 
 
 
 def _outcome(function: Callable, engine, arguments: tuple) -> tuple[bool, Any]:
-    from sglang.srt.mezo.errors import MezoError
+    from sglang.srt.mezo.core.errors import MezoError
 
     try:
         return True, function(engine, *arguments)

@@ -53,7 +53,7 @@ class _WithoutKernels(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 def served(model: str, dtype: str) -> dict:
     """Of a server that does not train, with the flags that a run of that type names at its end."""
-    from sglang.srt.mezo.accelerator import serving_flags
+    from sglang.srt.mezo.engine.accelerator import serving_flags
     from sglang.srt.server_args import prepare_server_args
 
     os.environ["SGLANG_ENABLE_MEZO"] = "0"
@@ -71,7 +71,7 @@ def resolved(arguments: dict) -> dict:
 def described(record) -> dict:
     from sglang.srt.arg_groups.overrides import resolved_view
     from sglang.srt.lora.backend.lora_registry import get_backend_from_name
-    from sglang.srt.mezo.accelerator import why_no_alora
+    from sglang.srt.mezo.engine.accelerator import why_no_alora
     from sglang.srt.runtime_context import publish
 
     record.resolve_once()

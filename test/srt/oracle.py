@@ -6,10 +6,15 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
-
-from sglang.srt.mezo.adapter import Adapter
-from sglang.srt.mezo.data import Example
+from sglang.srt.mezo.adapters.adapter import Adapter
+from sglang.srt.mezo.data.examples import Example
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+)
 
 VOCAB = 211
 INVOCATION = (7, 8)

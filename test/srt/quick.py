@@ -68,7 +68,7 @@ def _words(code: types.CodeType) -> Iterator[str]:
 @contextmanager
 def nothing_starts() -> Iterator[None]:
     """While it holds, starting one of the ``STARTERS`` is an error that says so."""
-    from sglang.srt.mezo.engine import MezoEngine
+    from sglang.srt.mezo.engine.handle import MezoEngine
 
     popen = subprocess.Popen.__init__
 

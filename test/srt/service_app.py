@@ -12,21 +12,22 @@ from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
-from starlette.middleware.cors import CORSMiddleware
-
 from sglang.srt.entrypoints import http_server
 from sglang.srt.lora.lora_registry import LoRARegistry
-from sglang.srt.mezo.service import native, routes
-from sglang.srt.mezo.service.errors import RequestError
-from sglang.srt.mezo.service.latency import LatencyRecorder
-from sglang.srt.mezo.service.messages import EngineDescription
-from sglang.srt.mezo.service.origins import Origins
-from sglang.srt.mezo.service.records import StoredEvent, StoredJob
-from sglang.srt.mezo.service.settings import ServiceSettings
-from sglang.srt.mezo.service.store import Store
-from sglang.srt.mezo.service.threads import ServiceThreads
-from sglang.srt.observability.http_request_metrics import add_http_request_metrics_middleware
+from sglang.srt.mezo.service.http import native, routes
+from sglang.srt.mezo.service.http.latency import LatencyRecorder
+from sglang.srt.mezo.service.jobs.origins import Origins
+from sglang.srt.mezo.service.jobs.threads import ServiceThreads
+from sglang.srt.mezo.service.store.store import Store
+from sglang.srt.mezo.service.wire.errors import RequestError
+from sglang.srt.mezo.service.wire.messages import EngineDescription
+from sglang.srt.mezo.service.wire.records import StoredEvent, StoredJob
+from sglang.srt.mezo.service.wire.settings import ServiceSettings
+from sglang.srt.observability.http_request_metrics import (
+    add_http_request_metrics_middleware,
+)
 from sglang.srt.utils.auth import add_api_key_middleware
+from starlette.middleware.cors import CORSMiddleware
 
 API_KEY = "user-key"
 ADMIN_KEY = "admin-key"

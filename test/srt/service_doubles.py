@@ -7,15 +7,23 @@ from types import SimpleNamespace
 from typing import Any
 
 import msgspec
-
 from sglang.srt.lora.lora_registry import LoRARegistry
 from sglang.srt.managers import tokenizer_control_mixin, tokenizer_manager
-from sglang.srt.managers.io_struct import GenerateReqInput, LoadLoRAAdapterReqInput, LoRAUpdateOutput
-from sglang.srt.mezo.integrity import write_checked_json
-from sglang.srt.mezo.service import messages
-from sglang.srt.mezo.service.job_data import to_message
-from sglang.srt.mezo.service.messages import EngineDescription, MezoEvent, MezoReqInput, MezoReqOutput
-from sglang.srt.mezo.service.packed import unpack
+from sglang.srt.managers.io_struct import (
+    GenerateReqInput,
+    LoadLoRAAdapterReqInput,
+    LoRAUpdateOutput,
+)
+from sglang.srt.mezo.core.integrity import write_checked_json
+from sglang.srt.mezo.service.jobs.job_data import to_message
+from sglang.srt.mezo.service.wire import messages
+from sglang.srt.mezo.service.wire.messages import (
+    EngineDescription,
+    MezoEvent,
+    MezoReqInput,
+    MezoReqOutput,
+)
+from sglang.srt.mezo.service.wire.packed import unpack
 
 ENGINE = EngineDescription(
     model_path="/models/opt",

@@ -10,16 +10,15 @@ from pathlib import Path
 import msgspec
 import pytest
 from service_doubles import ENGINE, Scheduler, TokenizerManager, without_runtime_context
+from sglang.srt.mezo.core.config import MezoConfig
+from sglang.srt.mezo.service.jobs.client import EngineClient
+from sglang.srt.mezo.service.jobs.fit import limits
+from sglang.srt.mezo.service.jobs.forks import Forks
+from sglang.srt.mezo.service.jobs.manager import JobManager
+from sglang.srt.mezo.service.store.store import Store
+from sglang.srt.mezo.service.wire.records import StoredFile, StoredJob, new_id, now
+from sglang.srt.mezo.service.wire.settings import ServiceSettings
 from transformers import AutoTokenizer
-
-from sglang.srt.mezo.config import MezoConfig
-from sglang.srt.mezo.service.client import EngineClient
-from sglang.srt.mezo.service.fit import limits
-from sglang.srt.mezo.service.forks import Forks
-from sglang.srt.mezo.service.manager import JobManager
-from sglang.srt.mezo.service.records import StoredFile, StoredJob, new_id, now
-from sglang.srt.mezo.service.settings import ServiceSettings
-from sglang.srt.mezo.service.store import Store
 
 MODEL = Path(__file__).parents[2] / "examples" / "assets" / "opt-reviews"
 ROW = {"prompt": "the movie is great. It was", "options": [" terrible", " great"], "label": 1}

@@ -2,8 +2,8 @@
 
 from dataclasses import replace
 
-from sglang.srt.mezo.service.records import StoredFile, StoredJob, new_id, now
-from sglang.srt.mezo.service.store import Store
+from sglang.srt.mezo.service.store.store import Store
+from sglang.srt.mezo.service.wire.records import StoredFile, StoredJob, new_id, now
 
 
 def make_file(content: bytes, filename: str = "train.jsonl", purpose: str = "fine-tune") -> StoredFile:

@@ -64,7 +64,7 @@ def test_a_lora_backend_without_token_segments_is_known_by_what_it_defines():
     from types import SimpleNamespace
 
     from sglang.srt.lora.backend.base_backend import BaseLoRABackend
-    from sglang.srt.mezo.accelerator import why_no_alora
+    from sglang.srt.mezo.engine.accelerator import why_no_alora
 
     class Plain(BaseLoRABackend):
         name = "csgmv"

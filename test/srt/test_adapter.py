@@ -9,11 +9,15 @@ import oracle
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from sglang.srt.mezo.adapters.adapter import (
+    Adapter,
+    AdapterSpec,
+    Site,
+    atomic_directory,
+)
+from sglang.srt.mezo.core.errors import ConfigError
 from tiny import file_size_limit, small_disk
 from transformers import AutoModelForCausalLM
-
-from sglang.srt.mezo.adapter import Adapter, AdapterSpec, Site, atomic_directory
-from sglang.srt.mezo.errors import ConfigError
 
 FILES = {"adapter_config.json", "adapter_model.safetensors", "README.md", "SHA256SUMS"}
 SITES = [Site("model.layers.0.self_attn.q_proj", 64, 96), Site("model.layers.1.mlp.up_proj", 96, 32)]

@@ -9,7 +9,7 @@ import pytest
 
 FREED = """
 import psutil, torch
-from sglang.srt.mezo.allocator import keep_freed_memory
+from sglang.srt.mezo.engine.allocator import keep_freed_memory
 keep_freed_memory()
 torch.set_num_threads(1)
 memory = lambda: psutil.Process().memory_info().rss

@@ -4,12 +4,11 @@ from array import array
 from types import SimpleNamespace
 
 import pytest
-
 from sglang.srt.lora.backend.base_backend import BaseLoRABackend
-from sglang.srt.mezo import alora_serving
-from sglang.srt.mezo.alora_serving import ServedAdapter
-from sglang.srt.mezo.errors import ConfigError
-from sglang.srt.mezo.invocation import find_invocation
+from sglang.srt.mezo.core.errors import ConfigError
+from sglang.srt.mezo.data.invocation import find_invocation
+from sglang.srt.mezo.plugin import alora_serving
+from sglang.srt.mezo.plugin.alora_serving import ServedAdapter
 
 
 @pytest.mark.parametrize(

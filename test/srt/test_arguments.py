@@ -6,11 +6,17 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import pytest
-
-from sglang.srt.mezo.arguments import INSTEAD, MEANT, SAME, build, read, status_of
-from sglang.srt.mezo.config import MezoConfig
-from sglang.srt.mezo.errors import ConfigError, UsageError
-from sglang.srt.mezo.finetune import DataArguments, ModelArguments
+from sglang.srt.mezo.core.config import MezoConfig
+from sglang.srt.mezo.core.errors import ConfigError, UsageError
+from sglang.srt.mezo.training.arguments import (
+    INSTEAD,
+    MEANT,
+    SAME,
+    build,
+    read,
+    status_of,
+)
+from sglang.srt.mezo.training.finetune import DataArguments, ModelArguments
 
 ROOT = Path(__file__).parents[2]
 KINDS = (ModelArguments, DataArguments, MezoConfig)

@@ -3,8 +3,7 @@
 from collections import Counter
 
 import pytest
-
-from sglang.srt.mezo.batches import BatchStream
+from sglang.srt.mezo.data.batches import BatchStream
 
 
 @pytest.mark.parametrize(("num_examples", "batch_size"), [(12, 4), (10, 4), (7, 7), (3, 8), (1, 5)])

@@ -4,15 +4,24 @@ import pickle
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from conversations import ANSWERS_THAT_CALL, MODEL, REFUSED, ROWS, TEMPLATES, request_for, SGLangsOwn
+from conversations import (
+    ANSWERS_THAT_CALL,
+    MODEL,
+    REFUSED,
+    ROWS,
+    TEMPLATES,
+    SGLangsOwn,
+    request_for,
+)
+from sglang.srt.mezo.core.errors import ConfigError, DataError
+from sglang.srt.mezo.data.chat import ChatSettings
+from sglang.srt.mezo.data.conversation import turns
+from sglang.srt.mezo.data.examples import Encoder
+from sglang.srt.mezo.data.invocation import find_invocation
+from sglang.srt.mezo.data.rows import SourceRow
+from sglang.srt.mezo.engine.chat import ChatRenderer
+from tiny import renderer
 from transformers import AutoTokenizer
-
-from sglang.srt.mezo.chat import ChatRenderer, ChatSettings
-from sglang.srt.mezo.conversation import turns
-from sglang.srt.mezo.data import Encoder
-from sglang.srt.mezo.errors import ConfigError, DataError
-from sglang.srt.mezo.invocation import find_invocation
-from sglang.srt.mezo.rows import SourceRow
 
 CONTEXT = 4096
 NAMES = (*TEMPLATES, "chatml", "llama-2")
@@ -145,7 +154,7 @@ def test_the_model_decides_where_the_user_names_no_template():
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     own = SGLangsOwn(None)
     for kind in ("one question", "parts", "a tool call before", "a name"):
-        [example] = Encoder(tokenizer, CONTEXT).encode(ROWS[kind])
+        [example] = Encoder(tokenizer, CONTEXT, chat=renderer(tokenizer)).encode(ROWS[kind])
         assert example.prompt == own.prompt(request_for(ROWS[kind], len(ROWS[kind]["messages"]) - 1))
 
 

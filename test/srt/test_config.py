@@ -4,9 +4,8 @@ import pickle
 from dataclasses import FrozenInstanceError, fields
 
 import pytest
-
-from sglang.srt.mezo.config import MezoConfig
-from sglang.srt.mezo.errors import ConfigError, DataError, MezoError
+from sglang.srt.mezo.core.config import MezoConfig
+from sglang.srt.mezo.core.errors import ConfigError, DataError, MezoError
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,8 @@
 """Which messages of a row are learned, and the fields that a row may have."""
 
 import pytest
-
-from sglang.srt.mezo.conversation import turns
-from sglang.srt.mezo.errors import DataError
+from sglang.srt.mezo.core.errors import DataError
+from sglang.srt.mezo.data.conversation import turns
 
 USER, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
 CALL = {"id": "c", "type": "function", "function": {"name": "rate", "arguments": "{}"}}

@@ -6,12 +6,18 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 from sglang.srt.layers.radix_attention import AttentionType
 from sglang.srt.mezo.cpu import kernel
 from sglang.srt.mezo.cpu.attention import CpuAttentionBackend
-from sglang.srt.mezo.cpu.attention_plan import GROUP_COST, MAX_FRESH, PADDING_LIMIT, Row, pairs, plan
+from sglang.srt.mezo.cpu.attention_plan import (
+    GROUP_COST,
+    MAX_FRESH,
+    PADDING_LIMIT,
+    Row,
+    pairs,
+    plan,
+)
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 POOL_TOKENS, CONTEXT = 20000, 700

@@ -4,7 +4,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-
 from sglang.srt.mezo.cpu import linear as module
 from sglang.srt.mezo.cpu.linear import c_linear, linear
 

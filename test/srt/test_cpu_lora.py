@@ -4,7 +4,6 @@ import random
 
 import pytest
 import torch
-
 from sglang.srt.mezo.cpu.lora import CpuLoRABackend, merge_segments, plan_blocks
 
 SLOTS, MAX_RANK, IN = 6, 8, 24

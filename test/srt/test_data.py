@@ -5,17 +5,16 @@ import logging
 from pathlib import Path
 
 import pytest
-from tiny import CHAT_TEMPLATE, tiny_tokenizer
-
-from sglang.srt.mezo.data import (
+from sglang.srt.mezo.core.errors import DataError
+from sglang.srt.mezo.data.examples import (
     Encoder,
     Example,
     default_objective,
     get_task,
 )
-from sglang.srt.mezo.errors import DataError
-from sglang.srt.mezo.rows import SourceRow, read_rows
-from sglang.srt.mezo.tasks import TASKS
+from sglang.srt.mezo.data.rows import SourceRow, read_rows
+from sglang.srt.mezo.data.tasks import TASKS
+from tiny import CHAT_TEMPLATE, renderer, tiny_tokenizer
 
 CONTEXT = 40
 END = 2
@@ -29,7 +28,7 @@ def tokenizer():
 
 @pytest.fixture
 def encoder(tokenizer) -> Encoder:
-    return Encoder(tokenizer, CONTEXT)
+    return Encoder(tokenizer, CONTEXT, chat=renderer(tokenizer))
 
 
 def ids(tokenizer, text: str) -> tuple[int, ...]:
@@ -67,7 +66,7 @@ def test_messages_go_through_the_chat_template_and_train_the_last_answer(encoder
         {"role": "user", "content": "yes"}, {"role": "assistant", "content": "no"},
         {"role": "user", "content": "maybe"}, {"role": "assistant", "content": "great"},
     ]  # fmt: skip
-    [example] = Encoder(tokenizer, 100).encode({"messages": messages})
+    [example] = Encoder(tokenizer, 100, chat=renderer(tokenizer)).encode({"messages": messages})
     assert tokenizer.decode(example.prompt) == "<user>yes</s><assistant>no</s><user>maybe</s><assistant>"
     assert tokenizer.decode(example.options[0]) == "great</s>"
     assert example.options[0][-1] == END and example.prompt[0] != END  # the template alone decides on special tokens
@@ -179,7 +178,7 @@ def test_skip_mode_leaves_the_bad_row_out_and_says_so(tmp_path, encoder, caplog,
     with caplog.at_level(logging.WARNING):
         examples = encoder.encode_rows(read_rows(path, "train"), on_bad_row="skip")
     assert examples == encoder.encode(CHOICE) * 2
-    [message] = [record.getMessage() for record in caplog.records if record.name == "sglang.srt.mezo.data"]
+    [message] = [record.getMessage() for record in caplog.records if record.name == "sglang.srt.mezo.data.examples"]
     assert f"{path}:2: " in message and BAD_ROWS[kind][1] in message
 
 
@@ -269,14 +268,18 @@ def test_a_text_of_one_token_is_refused():
 
 
 def test_messages_need_a_chat_template():
+    without = tiny_tokenizer()
     with pytest.raises(DataError, match="no chat template"):
-        Encoder(tiny_tokenizer(), CONTEXT).encode({"messages": [_USER, _ANSWER]})
+        Encoder(without, CONTEXT, chat=renderer(without)).encode({"messages": [_USER, _ANSWER]})
+    with pytest.raises(DataError, match="messages need a renderer, such as chat=ChatRenderer"):
+        Encoder(without, CONTEXT).encode({"messages": [_USER, _ANSWER]})
 
 
 def test_a_template_that_rewrites_its_generation_prompt_is_refused():
     template = "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<think>{% endif %}"
+    tokenizer = tiny_tokenizer(chat_template=template)
     with pytest.raises(DataError, match="differently than its generation prompt"):
-        Encoder(tiny_tokenizer(chat_template=template), CONTEXT).encode({"messages": [_USER, _ANSWER]})
+        Encoder(tokenizer, CONTEXT, chat=renderer(tokenizer)).encode({"messages": [_USER, _ANSWER]})
 
 
 @pytest.mark.parametrize("on_bad_row", ["raise", "skip"])

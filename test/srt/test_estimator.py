@@ -4,9 +4,8 @@ import itertools
 
 import pytest
 import torch
-
-from sglang.srt.mezo.estimator import forward_passes, paired, projected_grads
-from sglang.srt.mezo.noise import direction
+from sglang.srt.mezo.core.estimator import forward_passes, paired, projected_grads
+from sglang.srt.mezo.core.noise import direction
 
 EPS = 1e-4
 

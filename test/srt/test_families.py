@@ -5,10 +5,14 @@ from pathlib import Path
 import pytest
 import tiny_models
 import transformers
+from sglang.srt.mezo.adapters.families import (
+    FAMILIES,
+    family_of,
+    model_modules,
+    require_modules,
+)
+from sglang.srt.mezo.core.errors import ConfigError
 from transformers import AutoConfig
-
-from sglang.srt.mezo.errors import ConfigError
-from sglang.srt.mezo.families import FAMILIES, family_of, model_modules, require_modules
 
 
 @pytest.mark.parametrize("architecture", FAMILIES)

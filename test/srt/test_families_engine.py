@@ -11,13 +11,13 @@ import torch
 from engine_process import EngineProcess
 from peft import PeftModel
 from safetensors.torch import load_file
+from sglang.srt.mezo.adapters.adapter import Adapter, AdapterSpec
+from sglang.srt.mezo.adapters.families import FAMILIES
+from sglang.srt.mezo.core.config import MezoConfig
+from sglang.srt.mezo.core.noise import direction
+from sglang.srt.mezo.core.passes import drain
+from sglang.srt.mezo.data.examples import Example
 from transformers import AutoModelForCausalLM
-
-from sglang.srt.mezo.adapter import Adapter, AdapterSpec
-from sglang.srt.mezo.config import MezoConfig
-from sglang.srt.mezo.data import Example
-from sglang.srt.mezo.families import FAMILIES
-from sglang.srt.mezo.noise import direction
 
 NEW_TOKENS = 4
 BATCHES = {
@@ -31,14 +31,14 @@ PROMPTS = [example.prompt for example in oracle.with_shared_beginnings(oracle.ex
 
 
 def sites(engine, targets):
-    from sglang.srt.mezo.layers import adapted_sites
+    from sglang.srt.mezo.engine.layers import adapted_sites
 
     return adapted_sites(engine.handle, targets)
 
 
 def losses(engine, spec: AdapterSpec, theta: torch.Tensor) -> list[float]:
     """Of each batch at ``theta``."""
-    from sglang.srt.mezo.trainer import MezoTrainer
+    from sglang.srt.mezo.training.trainer import MezoTrainer
 
     found = []
     for objective, examples in BATCHES.values():
@@ -47,7 +47,7 @@ def losses(engine, spec: AdapterSpec, theta: torch.Tensor) -> list[float]:
         trainer = MezoTrainer(engine.handle, config, spec, examples, objective=objective)
         try:
             trainer.adapter.theta.copy_(theta)
-            (plus,), (minus,) = trainer.paired_losses(trainer.train_plans, [torch.zeros_like(theta)], 0.0)
+            (plus,), (minus,) = drain(trainer.probe.paired_passes(trainer.train_plans, [torch.zeros_like(theta)], 0.0))
         finally:
             trainer.close()
         assert plus == pytest.approx(minus, abs=1e-6)

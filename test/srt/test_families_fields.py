@@ -10,12 +10,11 @@ import pytest
 import tiny_models
 import torch
 from engine_process import EngineProcess
+from sglang.srt.mezo.adapters.differences import differences
+from sglang.srt.mezo.adapters.families import FAMILIES, family_of
+from sglang.srt.mezo.core.errors import ConfigError
+from sglang.srt.mezo.engine.handle import warn_of_differences
 from transformers import AutoConfig, AutoModelForCausalLM
-
-from sglang.srt.mezo.differences import differences
-from sglang.srt.mezo.engine import warn_of_differences
-from sglang.srt.mezo.errors import ConfigError
-from sglang.srt.mezo.families import FAMILIES, family_of
 
 IDS = torch.randint(10, tiny_models.VOCAB, (100,), generator=torch.Generator().manual_seed(5)).tolist()
 SEQUENCES = (IDS, IDS[:20])  # a batch: what one of them is given must not depend on the other
@@ -88,8 +87,8 @@ def transformers_log_probs(architecture: str, fields: dict[str, Any], folder: Pa
 
 
 def engine_log_probs(engine) -> np.ndarray:
-    from sglang.srt.mezo.forward import Sequenced, extend
-    from sglang.srt.mezo.head import Head
+    from sglang.srt.mezo.engine.forward import Sequenced, extend
+    from sglang.srt.mezo.engine.head import Head
 
     count = sum(map(len, SEQUENCES))
     tokens = torch.arange(tiny_models.VOCAB).repeat(count)

@@ -6,12 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from sglang.srt.mezo.core.config import MezoConfig
+from sglang.srt.mezo.core.errors import ConfigError, DataError
+from sglang.srt.mezo.training.finetune import DataArguments, ModelArguments, finetune
 from tiny import tiny_tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel
-
-from sglang.srt.mezo.config import MezoConfig
-from sglang.srt.mezo.errors import ConfigError, DataError
-from sglang.srt.mezo.finetune import DataArguments, ModelArguments, finetune
 
 ASSETS = Path(__file__).parents[2] / "examples" / "assets"
 MODEL = ModelArguments(model=str(ASSETS / "opt-reviews"))
@@ -35,7 +34,7 @@ def no_engine(monkeypatch):
     def refuse(*arguments, **settings):
         pytest.fail("the engine was started")
 
-    monkeypatch.setattr("sglang.srt.mezo.finetune.MezoEngine", refuse)
+    monkeypatch.setattr("sglang.srt.mezo.training.finetune.MezoEngine", refuse)
 
 
 GOOD_ROW = {"prompt": "a fine film. It was", "options": [" great", " terrible"], "label": 0}
@@ -239,7 +238,7 @@ def test_all_linear_is_what_peft_makes_of_it(config, monkeypatch):
         started.update(settings)
         raise Started
 
-    monkeypatch.setattr("sglang.srt.mezo.finetune.MezoEngine", start)
+    monkeypatch.setattr("sglang.srt.mezo.training.finetune.MezoEngine", start)
     with pytest.raises(Started):
         finetune(MODEL, DATA, replace(config, target_modules=["all-linear"]))
     assert set(started["target_modules"]) == names == {"q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"}

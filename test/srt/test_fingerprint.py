@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-
-from sglang.srt.mezo import fingerprint as module
-from sglang.srt.mezo.fingerprint import fingerprint
+from sglang.srt.mezo.core import fingerprint as module
+from sglang.srt.mezo.core.fingerprint import fingerprint
 
 CONFIG = {"architectures": ["OPTForCausalLM"], "hidden_size": 64, "transformers_version": "5.0", "_name_or_path": "somewhere"}
 

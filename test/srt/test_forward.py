@@ -5,8 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-
-from sglang.srt.mezo.forward import Sequenced, _forward_batch
+from sglang.srt.mezo.engine.forward import Sequenced, _forward_batch
 
 LENGTHS = ((3, 2), (0, 4), (5, 1))  # cached and new tokens of each sequence
 

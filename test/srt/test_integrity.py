@@ -10,12 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from sglang.srt.mezo.adapters.adapter import Adapter
+from sglang.srt.mezo.core.errors import ConfigError, DamagedError, LogError, MezoError
+from sglang.srt.mezo.core.integrity import (
+    read_checked_json,
+    require_sums,
+    write_checked_json,
+)
+from sglang.srt.mezo.training.run_directory import RunDirectory, read_segments
 from test_run_directory import SITES, config, contents, initial_adapter, run
-
-from sglang.srt.mezo.adapter import Adapter
-from sglang.srt.mezo.errors import ConfigError, DamagedError, LogError, MezoError
-from sglang.srt.mezo.integrity import read_checked_json, require_sums, write_checked_json
-from sglang.srt.mezo.run_directory import RunDirectory, read_segments
 
 STATE = {
     "global_step": 40, "evaluated_at": 40, "best_global_step": 20, "best_metric": 0.6931471805599453, "window": None,

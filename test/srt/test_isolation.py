@@ -8,10 +8,9 @@ import pytest
 import torch
 from engine_process import ServingEngine
 from peft import LoraConfig, PeftModel, get_peft_model
+from sglang.srt.mezo.engine.kv_pool import erase
+from sglang.srt.mezo.plugin import isolation
 from transformers import LlamaConfig, LlamaForCausalLM
-
-from sglang.srt.mezo import isolation
-from sglang.srt.mezo.kv_pool import erase
 
 INVOCATION = [7, 8, 9]
 DOCUMENT = list(range(100, 164))

@@ -2,12 +2,16 @@
 
 import pytest
 import torch
-
-from sglang.srt.layers.linear import ColumnParallelLinear, MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
-from sglang.srt.mezo.adapter import Site
-from sglang.srt.mezo.errors import ConfigError
-from sglang.srt.mezo.layers import Part, _parts
-from sglang.srt.mezo.slots import _NOWHERE, _blocks, _placed
+from sglang.srt.layers.linear import (
+    ColumnParallelLinear,
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    RowParallelLinear,
+)
+from sglang.srt.mezo.adapters.adapter import Site
+from sglang.srt.mezo.core.errors import ConfigError
+from sglang.srt.mezo.engine.layers import Part, _parts
+from sglang.srt.mezo.engine.slots import _NOWHERE, _blocks, _placed
 
 MLP = {"mlp.gate_proj": Site("mlp.gate_proj", 64, 96), "mlp.up_proj": Site("mlp.up_proj", 64, 96), "mlp.down_proj": Site("mlp.down_proj", 96, 64)}
 FUSED = {"mlp.gate_up_proj": Site("mlp.gate_up_proj", 64, 192), "attn.qkv_proj": Site("attn.qkv_proj", 64, 128)}

@@ -3,11 +3,14 @@
 import numpy as np
 import pytest
 import torch
-
-from sglang.srt.mezo.data import Example
-from sglang.srt.mezo.losses import option_cross_entropy, option_scores, split_options
-from sglang.srt.mezo.plan import ExamplePlan, Planner, needs_normaliser
-from sglang.srt.mezo.readout import batch_loss, predictions
+from sglang.srt.mezo.data.examples import Example
+from sglang.srt.mezo.scoring.losses import (
+    option_cross_entropy,
+    option_scores,
+    split_options,
+)
+from sglang.srt.mezo.scoring.plan import ExamplePlan, Planner, needs_normaliser
+from sglang.srt.mezo.scoring.readout import batch_loss, predictions
 
 SLOTS = 6
 VOCAB = 50

@@ -5,8 +5,12 @@ import math
 import numpy as np
 import pytest
 import torch
-
-from sglang.srt.mezo.noise import direction, initial_uniform, low_rank_direction, step_seed
+from sglang.srt.mezo.core.noise import (
+    direction,
+    initial_uniform,
+    low_rank_direction,
+    step_seed,
+)
 
 SEED = 0x0123456789ABCDEF
 BLOCK = 1 << 15  # normal numbers that are drawn together

@@ -13,15 +13,21 @@ from pathlib import Path
 import pytest
 import torch
 from engine_process import EngineProcess
-from live_server import MODEL, ROOT, LiveServer, peft_log_probs, prompt_log_probs, reviews
+from live_server import (
+    MODEL,
+    ROOT,
+    LiveServer,
+    peft_log_probs,
+    prompt_log_probs,
+    reviews,
+)
 from openai import NotFoundError
+from sglang.srt.mezo.adapters.adapter import AdapterSpec
+from sglang.srt.mezo.core.config import MezoConfig
+from sglang.srt.mezo.core.estimator import projected_grads
+from sglang.srt.mezo.core.seed_log import SeedLog
+from sglang.srt.mezo.data.examples import Encoder
 from transformers import AutoTokenizer
-
-from sglang.srt.mezo.adapter import AdapterSpec
-from sglang.srt.mezo.config import MezoConfig
-from sglang.srt.mezo.data import Encoder
-from sglang.srt.mezo.estimator import projected_grads
-from sglang.srt.mezo.seed_log import SeedLog
 
 MAIN_JOB = {"invocation": " It was"}
 SHORT = {**MAIN_JOB, "max_steps": 30, "logging_steps": 1, "lr_scheduler_type": "constant", "num_perturbations": 7, "max_tokens_per_batch": 32}
@@ -216,7 +222,7 @@ def offline_series(server, job, rows: list[dict], tmp_path: Path) -> list[tuple]
 
 
 def train_offline(engine, config: MezoConfig, rows: list[dict]) -> None:
-    from sglang.srt.mezo.trainer import MezoTrainer
+    from sglang.srt.mezo.training.trainer import MezoTrainer
 
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     invocation = tuple(tokenizer(config.invocation, add_special_tokens=False).input_ids) if config.invocation else ()

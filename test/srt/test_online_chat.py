@@ -7,12 +7,12 @@ import pytest
 from conversations import MODEL, REFUSED, ROWS, TEMPLATES, request_for
 from live_server import LiveServer
 from openai import APIStatusError, NotFoundError
+from sglang.srt.mezo.core.errors import DataError
+from sglang.srt.mezo.data.chat import ChatSettings
+from sglang.srt.mezo.data.conversation import turns
+from sglang.srt.mezo.data.examples import Encoder
+from sglang.srt.mezo.engine.chat import ChatRenderer
 from transformers import AutoTokenizer
-
-from sglang.srt.mezo.chat import ChatRenderer, ChatSettings
-from sglang.srt.mezo.conversation import turns
-from sglang.srt.mezo.data import Encoder
-from sglang.srt.mezo.errors import DataError
 
 CONTEXT = 512
 TRAINING = {"max_steps": 3, "batch_size": 4, "num_perturbations": 2, "learning_rate": 0.5, "lr_scheduler_type": "constant", "save_steps": 3}

@@ -10,9 +10,8 @@ import torch
 from engine_process import require_devices
 from live_server import MODEL, LiveServer, reviews
 from peft import PeftModel
+from sglang.srt.mezo.core.seed_log import SeedLog
 from transformers import AutoModelForCausalLM, AutoTokenizer
-
-from sglang.srt.mezo.seed_log import SeedLog
 
 JOB = {
     "learning_rate": 1e-2, "zo_eps": 3e-3, "logging_steps": 1, "eval_steps": 5, "save_steps": 5, "max_steps": 12, "num_perturbations": 3,

@@ -9,9 +9,8 @@ import pytest
 import torch
 from live_server import LiveServer, reviews
 from safetensors.torch import load_file
-
-from sglang.srt.mezo.adapter import Adapter, AdapterSpec, Site
-from sglang.srt.mezo.seed_log import SeedLog
+from sglang.srt.mezo.adapters.adapter import Adapter, AdapterSpec, Site
+from sglang.srt.mezo.core.seed_log import SeedLog
 
 JOB = {
     "invocation": " It was", "num_perturbations": 7, "logging_steps": 1, "eval_steps": 40, "save_steps": 20, "max_tokens_per_batch": 32,

@@ -5,11 +5,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from sglang.srt.mezo.core.errors import DivergedError
+from sglang.srt.mezo.core.noise import direction
+from sglang.srt.mezo.core.optimizer import Optimizer, UpdateRule, learning_rate_at
 from transformers import get_scheduler
-
-from sglang.srt.mezo.errors import DivergedError
-from sglang.srt.mezo.noise import direction
-from sglang.srt.mezo.optimizer import Optimizer, UpdateRule, learning_rate_at
 
 TRANSFORMERS_NAME = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 

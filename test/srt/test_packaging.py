@@ -24,7 +24,7 @@ CHECK = """
 import sys
 from sglang.srt.plugins import load_plugins
 load_plugins()
-import sglang.srt.mezo, sglang.srt.mezo.cpu.lora, sglang.srt.mezo.tasks
+import sglang.srt.mezo, sglang.srt.mezo.cpu.lora, sglang.srt.mezo.data.tasks
 from sglang.srt.platforms import current_platform
 from sglang.srt.models.registry import ModelRegistry
 from sglang.srt.lora.backend.lora_registry import get_backend_from_name

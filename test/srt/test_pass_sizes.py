@@ -1,9 +1,8 @@
 """passes.jsonl: which sizes the passes of each step had."""
 
 import pytest
-
-from sglang.srt.mezo.errors import DamagedError
-from sglang.srt.mezo.pass_sizes import PassSizes, read_pass_sizes
+from sglang.srt.mezo.core.errors import DamagedError
+from sglang.srt.mezo.training.pass_sizes import PassSizes, read_pass_sizes
 
 SIZES = {3: [[512, 2], [64, 2]], 4: [[64, 3]]}
 

@@ -13,18 +13,30 @@ import oracle
 import pytest
 import safetensors.torch
 import torch
-from foreign_adapters import APPLIED, ATTENTION, CONFIG, FILES, INVOCATION, QV, TENSORS, WEIGHTS, B, change_tensors, edit, saved
+from foreign_adapters import (
+    APPLIED,
+    ATTENTION,
+    CONFIG,
+    FILES,
+    INVOCATION,
+    QV,
+    TENSORS,
+    WEIGHTS,
+    B,
+    change_tensors,
+    edit,
+    saved,
+)
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import check_target_module_exists
+from sglang.srt.mezo.adapters import peft_config
+from sglang.srt.mezo.adapters.adapter import Site
+from sglang.srt.mezo.adapters.peft_adapter import ModelLayers, fit_adapter, read_adapter
+from sglang.srt.mezo.adapters.peft_config import read_config
+from sglang.srt.mezo.core.errors import ConfigError
+from sglang.srt.mezo.core.integrity import SUMS, write_sums
 from transformers import AutoModelForCausalLM
-
-from sglang.srt.mezo import peft_config
-from sglang.srt.mezo.adapter import Site
-from sglang.srt.mezo.errors import ConfigError
-from sglang.srt.mezo.integrity import SUMS, write_sums
-from sglang.srt.mezo.peft_adapter import ModelLayers, fit_adapter, read_adapter
-from sglang.srt.mezo.peft_config import read_config
 
 
 @pytest.fixture(scope="module")

@@ -6,11 +6,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft.tuners.lora.variants import calculate_alora_offsets
-
-from sglang.srt.mezo.data import Example
-from sglang.srt.mezo.errors import DataError
-from sglang.srt.mezo.invocation import invocation_start
-from sglang.srt.mezo.plan import ExamplePlan, Planner, PrefixScope, needs_normaliser
+from sglang.srt.mezo.core.errors import DataError
+from sglang.srt.mezo.data.examples import Example
+from sglang.srt.mezo.data.invocation import invocation_start
+from sglang.srt.mezo.scoring.plan import (
+    ExamplePlan,
+    Planner,
+    PrefixScope,
+    needs_normaliser,
+)
 
 INVOCATION = (7, 8)
 PLANNERS = {"lora": Planner("lora"), "alora": Planner("alora", INVOCATION)}

@@ -12,10 +12,18 @@ from types import SimpleNamespace
 import oracle
 import pytest
 from foreign_adapters import edit, saved
-from transformers import AutoModelForCausalLM, OPTConfig
-
-from sglang.srt.mezo import adapter_loading, alora_serving, cpu, hooks, online, overlay, platform, plugin
+from sglang.srt.mezo.plugin import (
+    adapter_loading,
+    alora_serving,
+    cpu_backends,
+    entry,
+    hooks,
+    online,
+    overlay,
+    platform,
+)
 from sglang.srt.plugins.hook_registry import HookRegistry
+from transformers import AutoModelForCausalLM, OPTConfig
 
 WRONG_VERSION = """
 import importlib.metadata as metadata
@@ -87,9 +95,9 @@ def test_hook_waits_for_its_module(empty_hook_registry, tmp_path, monkeypatch):
 
 def test_missing_model_file_is_refused(monkeypatch):
     monkeypatch.setattr(overlay, "REPLACED_MODULES", {"sglang.srt.models.opt": Path("nowhere/opt.py")})
-    monkeypatch.setattr(plugin, "_registered", False)
+    monkeypatch.setattr(hooks, "registered", False)
     with pytest.raises(SystemExit, match="refuses to start: FileNotFoundError: model file nowhere/opt.py is missing"):
-        plugin.register()
+        entry.register()
 
 
 def test_model_file_that_does_not_import_is_an_error(tmp_path, monkeypatch):
@@ -123,7 +131,8 @@ def test_everything_holds_in_one_process(tmp_path):
         config.save_pretrained(tmp_path / name)
     code = """
 import importlib, pkgutil, sys, types
-from sglang.srt.mezo import adapter_loading, alora_serving, cpu, overlay
+from sglang.srt.mezo.plugin import adapter_loading, alora_serving, overlay
+from sglang.srt.mezo.plugin import cpu_backends
 from sglang.srt.models.registry import ModelRegistry
 from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 from sglang.srt.lora import lora_manager, utils
@@ -133,20 +142,20 @@ from sglang.srt.utils.common import SUPPORTED_LORA_TARGET_MODULES
 opt = ModelRegistry.models["OPTForCausalLM"]
 module = importlib.import_module(opt.__module__)
 assert overlay.is_ours(module, overlay.REPLACED_MODULES["sglang.srt.models.opt"]), module.__file__
-for hook in (*adapter_loading.HOOKS, *alora_serving.HOOKS, *cpu.HOOKS):
+for hook in (*adapter_loading.HOOKS, *alora_serving.HOOKS, *cpu_backends.HOOKS):
     importlib.import_module(hook.module)
     assert hook.target in HookRegistry._patched, hook.target
 held = {id(value) for module in list(sys.modules.values()) if isinstance(module, types.ModuleType) for value in list(vars(module).values())}
-for hook in (*adapter_loading.HOOKS, *alora_serving.HOOKS, *cpu.HOOKS):
+for hook in (*adapter_loading.HOOKS, *alora_serving.HOOKS, *cpu_backends.HOOKS):
     assert id(pkgutil.resolve_name(hook.target).__wrapped__) not in held, f"{hook.target}: a module has kept the function that was there before"
 assert {"out_proj", "fc1", "fc2"} <= set(SUPPORTED_LORA_TARGET_MODULES)
 assert "fc2" in utils.ROW_PARALLELISM_LINEAR_LORA_NAMES
 assert get_backend_from_name("torch_native").__name__ == "CpuLoRABackend"
-assert ATTENTION_BACKENDS["torch_native"].__module__ == "sglang.srt.mezo.cpu"
+assert ATTENTION_BACKENDS["torch_native"].__module__ == "sglang.srt.mezo.plugin.cpu_backends"
 
 import argparse, os, sys
 from sglang.srt.arg_groups.overrides import resolving_view
-from sglang.srt.mezo import platform
+from sglang.srt.mezo.plugin import platform
 from sglang.srt.server_args import ServerArgs
 parser = argparse.ArgumentParser()
 ServerArgs.add_cli_args(parser)
@@ -185,7 +194,7 @@ def test_with_training_off_the_server_has_upstreams_routes_and_scheduler():
     code = LOAD + """
 import importlib, json, pkgutil, sys, types
 from sglang.srt.entrypoints.http_server import app
-from sglang.srt.mezo import online
+from sglang.srt.mezo.plugin import online
 from sglang.srt.plugins.hook_registry import HookRegistry
 for hook in online.SCHEDULER_HOOKS:
     importlib.import_module(hook.module)
@@ -222,9 +231,9 @@ def test_platform_leaves_upstreams_cpu_engine_alone(monkeypatch):
 def test_cpu_backends_are_registered_on_our_platform_only(monkeypatch):
     installed = []
     monkeypatch.setattr(platform, "is_active", lambda: False)
-    monkeypatch.setattr(plugin, "install", installed.append)
+    monkeypatch.setattr(entry, "install", installed.append)
     monkeypatch.setattr(overlay, "on_import", lambda *args: installed.append(args))
-    plugin._register_cpu_backends()
+    entry._register_cpu_backends()
     assert installed == []
 
 
@@ -272,9 +281,9 @@ def test_a_start_with_an_adapter_that_cannot_be_applied_is_refused_before_a_mode
 
 
 def test_every_hook_says_why():
-    for hook in (*adapter_loading.HOOKS, *alora_serving.HOOKS, *cpu.HOOKS):
+    for hook in (*adapter_loading.HOOKS, *alora_serving.HOOKS, *cpu_backends.HOOKS):
         assert hook.why and hook.kind in ("before", "after", "around")
-    targets = [hook.target for hook in (*adapter_loading.HOOKS, *alora_serving.HOOKS, *cpu.HOOKS)]
+    targets = [hook.target for hook in (*adapter_loading.HOOKS, *alora_serving.HOOKS, *cpu_backends.HOOKS)]
     assert len(set(targets)) == len(targets)
 
 

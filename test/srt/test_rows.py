@@ -11,9 +11,14 @@ from pathlib import Path
 import pyarrow
 import pytest
 from pyarrow import parquet
-
-from sglang.srt.mezo.errors import DataError
-from sglang.srt.mezo.rows import SourceRow, has_splits, read_jsonl, read_rows, sample_rows
+from sglang.srt.mezo.core.errors import DataError
+from sglang.srt.mezo.data.rows import (
+    SourceRow,
+    has_splits,
+    read_jsonl,
+    read_rows,
+    sample_rows,
+)
 
 ROWS = [{"prompt": "it was", "options": [" great", " bad"], "label": 1}, {"prompt": "it is", "options": [" so", " not"], "label": 0}]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS)

@@ -6,17 +6,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from sglang.srt.mezo.adapters.adapter import Adapter, AdapterSpec, Site
+from sglang.srt.mezo.core.config import MezoConfig
+from sglang.srt.mezo.core.errors import BaseModelError, ConfigError, LogError
+from sglang.srt.mezo.core.integrity import (
+    read_checked_json,
+    write_checked_json,
+    write_json,
+)
+from sglang.srt.mezo.core.noise import step_seed
+from sglang.srt.mezo.core.optimizer import Optimizer
+from sglang.srt.mezo.core.seed_log import LogRecord, SeedLog
+from sglang.srt.mezo.training.run_directory import RunDirectory, read_segments
+from sglang.srt.mezo.training.tracking import Tracker
 from tiny import file_size_limit
-
-from sglang.srt.mezo.adapter import Adapter, AdapterSpec, Site
-from sglang.srt.mezo.config import MezoConfig
-from sglang.srt.mezo.errors import BaseModelError, ConfigError, LogError
-from sglang.srt.mezo.noise import step_seed
-from sglang.srt.mezo.optimizer import Optimizer
-from sglang.srt.mezo.integrity import read_checked_json, write_checked_json, write_json
-from sglang.srt.mezo.run_directory import RunDirectory, read_segments
-from sglang.srt.mezo.seed_log import LogRecord, SeedLog
-from sglang.srt.mezo.tracking import Tracker
 
 SITES = [Site("model.layers.0.self_attn.q_proj", 64, 96)]
 

@@ -9,12 +9,11 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 import torch
+from sglang.srt.mezo.core.errors import LogError
+from sglang.srt.mezo.core.noise import step_seed
+from sglang.srt.mezo.core.optimizer import Optimizer, UpdateRule
+from sglang.srt.mezo.core.seed_log import LogHeader, LogRecord, SeedLog
 from tiny import file_size_limit
-
-from sglang.srt.mezo.errors import LogError
-from sglang.srt.mezo.noise import step_seed
-from sglang.srt.mezo.optimizer import Optimizer, UpdateRule
-from sglang.srt.mezo.seed_log import LogHeader, LogRecord, SeedLog
 
 NUMEL = 1000
 RULE = UpdateRule(weight_decay=0.01)

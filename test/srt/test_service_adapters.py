@@ -4,11 +4,23 @@ import asyncio
 
 import pytest
 from service_doubles import write_adapter
-from service_server import ROW, anyio_backend, eventually, runtime_context, server, serving, tokenizer  # noqa: F401
-
-from sglang.srt.mezo.service import manual, publish
-from sglang.srt.mezo.service.errors import NotFound, PublishError, RequestError
-from sglang.srt.mezo.service.messages import ApplyUpdate, EvaluatePerturbed, StartJob, StopJob
+from service_server import (  # noqa: F401
+    ROW,
+    anyio_backend,
+    eventually,
+    runtime_context,
+    server,
+    serving,
+    tokenizer,
+)
+from sglang.srt.mezo.service.jobs import manual, publish
+from sglang.srt.mezo.service.wire.errors import NotFound, PublishError, RequestError
+from sglang.srt.mezo.service.wire.messages import (
+    ApplyUpdate,
+    EvaluatePerturbed,
+    StartJob,
+    StopJob,
+)
 
 pytestmark = pytest.mark.anyio
 

@@ -6,9 +6,16 @@ from types import SimpleNamespace
 
 import pytest
 from fastapi.responses import StreamingResponse
-from service_doubles import Scheduler, TokenizerManager, without_runtime_context, write_adapter
-
-from sglang.srt.entrypoints.ollama.protocol import OllamaChatRequest, OllamaGenerateRequest
+from service_doubles import (
+    Scheduler,
+    TokenizerManager,
+    without_runtime_context,
+    write_adapter,
+)
+from sglang.srt.entrypoints.ollama.protocol import (
+    OllamaChatRequest,
+    OllamaGenerateRequest,
+)
 from sglang.srt.entrypoints.ollama.serving import OllamaServing
 from sglang.srt.entrypoints.openai.protocol import ScoringRequest, TokenizeRequest
 from sglang.srt.entrypoints.openai.serving_base import OpenAIServingBase
@@ -17,7 +24,8 @@ from sglang.srt.entrypoints.openai.serving_tokenize import OpenAIServingTokenize
 from sglang.srt.lora.lora_registry import LoRARef
 from sglang.srt.managers.io_struct import GenerateReqInput
 from sglang.srt.managers.tokenizer_manager_score_mixin import ScoreResult
-from sglang.srt.mezo.service import answers, publish
+from sglang.srt.mezo.service.http import answers
+from sglang.srt.mezo.service.jobs import publish
 
 pytestmark = pytest.mark.anyio
 

@@ -4,8 +4,7 @@ from collections import Counter
 from types import SimpleNamespace
 
 import pytest
-
-from sglang.srt.mezo.service import describe
+from sglang.srt.mezo.service.scheduler import describe
 
 ROOM = SimpleNamespace(free_rows=10_000, free_kv_tokens=100_000, kv_capacity=100_000, most_prefill_tokens=8192)
 

@@ -9,16 +9,32 @@ import threading
 import pytest
 from service_app import make_app, make_service
 from service_doubles import write_adapter
-from service_server import ROW, Server, anyio_backend, eventually, runtime_context, server, serving, tokenizer  # noqa: F401
+from service_server import (  # noqa: F401
+    ROW,
+    Server,
+    anyio_backend,
+    eventually,
+    runtime_context,
+    server,
+    serving,
+    tokenizer,
+)
+from sglang.srt.mezo.service.http import routes
+from sglang.srt.mezo.service.jobs import manager
+from sglang.srt.mezo.service.jobs.client import EngineClient
+from sglang.srt.mezo.service.store.disk import disk_full
+from sglang.srt.mezo.service.wire.errors import DiskFull, RequestError
+from sglang.srt.mezo.service.wire.messages import (
+    AppendExamples,
+    ApplyUpdate,
+    MezoReqOutput,
+    SaveAdapter,
+    StartJob,
+    StopJob,
+)
 from small_disk import small_disk
 from starlette.testclient import TestClient
 from test_service_adapters import impatience, open_at_once  # noqa: F401
-
-from sglang.srt.mezo.service import manager, routes
-from sglang.srt.mezo.service.client import EngineClient
-from sglang.srt.mezo.service.disk import disk_full
-from sglang.srt.mezo.service.errors import DiskFull, RequestError
-from sglang.srt.mezo.service.messages import AppendExamples, ApplyUpdate, MezoReqOutput, SaveAdapter, StartJob, StopJob
 
 pytestmark = pytest.mark.anyio
 

@@ -6,12 +6,19 @@ import copy
 
 import pytest
 from service_doubles import ENGINE, Refusal, write_adapter
-from service_server import ROW, ROWS, anyio_backend, eventually, runtime_context, serving, tokenizer  # noqa: F401
-
-from sglang.srt.mezo.service import publish
-from sglang.srt.mezo.service.errors import RequestError
-from sglang.srt.mezo.service.messages import MezoEvent, StartJob
-from sglang.srt.mezo.service.records import StoredEvent
+from service_server import (  # noqa: F401
+    ROW,
+    ROWS,
+    anyio_backend,
+    eventually,
+    runtime_context,
+    serving,
+    tokenizer,
+)
+from sglang.srt.mezo.service.jobs import publish
+from sglang.srt.mezo.service.wire.errors import RequestError
+from sglang.srt.mezo.service.wire.messages import MezoEvent, StartJob
+from sglang.srt.mezo.service.wire.records import StoredEvent
 
 pytestmark = pytest.mark.anyio
 

@@ -3,12 +3,16 @@
 import json
 
 import pytest
-
-from sglang.srt.mezo.config import MezoConfig
-from sglang.srt.mezo.errors import DataError, shown
-from sglang.srt.mezo.service.errors import RequestError
-from sglang.srt.mezo.service.hyperparameters import KINDS, reported, resolve, settle
-from sglang.srt.mezo.service.messages import EngineDescription
+from sglang.srt.mezo.core.config import MezoConfig
+from sglang.srt.mezo.core.errors import DataError, shown
+from sglang.srt.mezo.service.jobs.hyperparameters import (
+    KINDS,
+    reported,
+    resolve,
+    settle,
+)
+from sglang.srt.mezo.service.wire.errors import RequestError
+from sglang.srt.mezo.service.wire.messages import EngineDescription
 
 ENGINE = EngineDescription(
     model_path="/models/tiny",

@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 from conversations import TEMPLATES
 from service_server import ROW, anyio_backend, runtime_context, serving, tokenizer  # noqa: F401
-
-from sglang.srt.mezo.service.messages import LoadExamples, StartJob
-from sglang.srt.mezo.service.packed import unpack
+from sglang.srt.mezo.service.wire.messages import LoadExamples, StartJob
+from sglang.srt.mezo.service.wire.packed import unpack
 
 pytestmark = pytest.mark.anyio
 
@@ -79,10 +78,9 @@ async def test_appended_chats_must_have_the_invocation_too(server):
 
 
 def test_tokens_that_no_text_stands_for_are_kept_as_tokens():
+    from sglang.srt.mezo.data.invocation import invocation_setting, invocation_tokens
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
-
-    from sglang.srt.mezo.invocation import invocation_setting, invocation_tokens
 
     words = Tokenizer(models.WordLevel({"▁a": 0, "▁b": 1, "b": 2, "?": 3}, unk_token="?"))
     words.pre_tokenizer, words.decoder = pre_tokenizers.Metaspace(prepend_scheme="always", split=True), decoders.Metaspace(prepend_scheme="always")

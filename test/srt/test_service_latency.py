@@ -7,10 +7,9 @@ import tracemalloc
 from types import SimpleNamespace
 
 import pytest
-
-from sglang.srt.mezo.service.latency import LatencyRecorder, around_batch_output
-from sglang.srt.mezo.service.metrics import JobMetrics
-from sglang.srt.mezo.service.settings import ENABLE_VARIABLE
+from sglang.srt.mezo.service.http.latency import LatencyRecorder, around_batch_output
+from sglang.srt.mezo.service.http.metrics import JobMetrics
+from sglang.srt.mezo.service.wire.settings import ENABLE_VARIABLE
 
 
 class Clock:
@@ -150,8 +149,7 @@ def measure(model: str, pipe) -> None:
 
         os.environ[ENABLE_VARIABLE] = "1"
         import sglang as sgl
-
-        from sglang.srt.mezo.hooks import Hook, install
+        from sglang.srt.mezo.plugin.hooks import Hook, install
 
         engine = sgl.Engine(model_path=model, skip_tokenizer_init=True, log_level="error", max_running_requests=8)
         manager = engine.tokenizer_manager

@@ -12,18 +12,33 @@ from types import SimpleNamespace
 
 import pytest
 from service_doubles import ENGINE, Refusal, write_adapter
-from service_server import ROW, ROWS, Server, anyio_backend, eventually, runtime_context, server, serving, tokenizer  # noqa: F401
-
+from service_server import (  # noqa: F401
+    ROW,
+    ROWS,
+    Server,
+    anyio_backend,
+    eventually,
+    runtime_context,
+    server,
+    serving,
+    tokenizer,
+)
 from sglang.srt.managers.communicator import FanOutCommunicator
-from sglang.srt.mezo.config import MezoConfig
-from sglang.srt.mezo.data import Encoder
-from sglang.srt.mezo.run_directory import read_segments
-from sglang.srt.mezo.service import publish, tokenising
-from sglang.srt.mezo.service.client import EngineClient
-from sglang.srt.mezo.service.errors import NotFound, RequestError
-from sglang.srt.mezo.service.job_data import JobReader, shared_tokenizer
-from sglang.srt.mezo.service.messages import AppendExamples, LoadExamples, MezoReqOutput, StartJob, StopJob
-from sglang.srt.mezo.service.packed import parts, unpack
+from sglang.srt.mezo.core.config import MezoConfig
+from sglang.srt.mezo.data.examples import Encoder
+from sglang.srt.mezo.service.jobs import publish, tokenising
+from sglang.srt.mezo.service.jobs.client import EngineClient
+from sglang.srt.mezo.service.jobs.job_data import JobReader, shared_tokenizer
+from sglang.srt.mezo.service.wire.errors import NotFound, RequestError
+from sglang.srt.mezo.service.wire.messages import (
+    AppendExamples,
+    LoadExamples,
+    MezoReqOutput,
+    StartJob,
+    StopJob,
+)
+from sglang.srt.mezo.service.wire.packed import parts, unpack
+from sglang.srt.mezo.training.run_directory import read_segments
 
 pytestmark = pytest.mark.anyio
 

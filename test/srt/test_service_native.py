@@ -5,11 +5,10 @@ import json
 import math
 
 import pytest
-from starlette.testclient import TestClient
-
 from service_app import RecordingManager, make_app, make_service
-from sglang.srt.mezo.service.manager import JobManager
-from sglang.srt.mezo.service.records import StoredFile, new_id, now
+from sglang.srt.mezo.service.jobs.manager import JobManager
+from sglang.srt.mezo.service.wire.records import StoredFile, new_id, now
+from starlette.testclient import TestClient
 
 ROW = {"prompt": "a", "completion": "b"}
 

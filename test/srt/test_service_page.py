@@ -9,12 +9,18 @@ from types import SimpleNamespace
 
 import pytest
 import service_app
-
-from sglang.srt.mezo.service import page
-from sglang.srt.mezo.service.errors import RequestError
-from sglang.srt.mezo.service.hyperparameters import resolve
-from sglang.srt.mezo.service.latency import LatencyRecorder
-from sglang.srt.mezo.service.records import StoredCheckpoint, StoredEvent, StoredFile, StoredJob, new_id, now
+from sglang.srt.mezo.service.http import page
+from sglang.srt.mezo.service.http.latency import LatencyRecorder
+from sglang.srt.mezo.service.jobs.hyperparameters import resolve
+from sglang.srt.mezo.service.wire.errors import RequestError
+from sglang.srt.mezo.service.wire.records import (
+    StoredCheckpoint,
+    StoredEvent,
+    StoredFile,
+    StoredJob,
+    new_id,
+    now,
+)
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 ATTACKS = ("<script>window.hacked = 1</script>", "<img src=x onerror='window.hacked = 1'>")

@@ -7,11 +7,9 @@ from openai.types import FileObject, Model
 from openai.types.fine_tuning import FineTuningJob, FineTuningJobEvent
 from openai.types.fine_tuning.jobs import FineTuningJobCheckpoint
 from pydantic import ValidationError
-
-from sglang.srt.mezo.config import MezoConfig
-from sglang.srt.mezo.service.database import Page
-from sglang.srt.mezo.service.endpoint import invalid
-from sglang.srt.mezo.service.protocol import (
+from sglang.srt.mezo.core.config import MezoConfig
+from sglang.srt.mezo.service.http.endpoint import invalid
+from sglang.srt.mezo.service.http.protocol import (
     CreateJob,
     checkpoint_object,
     checkpoint_page_object,
@@ -22,7 +20,13 @@ from sglang.srt.mezo.service.protocol import (
     model_object,
     page_object,
 )
-from sglang.srt.mezo.service.records import StoredCheckpoint, StoredEvent, StoredFile, StoredJob
+from sglang.srt.mezo.service.store.database import Page
+from sglang.srt.mezo.service.wire.records import (
+    StoredCheckpoint,
+    StoredEvent,
+    StoredFile,
+    StoredJob,
+)
 
 FILE = StoredFile("file-1", "train.jsonl", "fine-tune", 120, 1_700_000_000, "processed")
 

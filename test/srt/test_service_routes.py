@@ -7,13 +7,18 @@ from types import SimpleNamespace
 import openai
 import pytest
 from fastapi.routing import APIRoute
-from starlette.testclient import TestClient
-
 from service_app import ADMIN_KEY, API_KEY, UPSTREAM, make_app, make_service, serving
 from sglang.srt.entrypoints import http_server
 from sglang.srt.lora.lora_registry import LoRARef
-from sglang.srt.mezo.service.records import StoredCheckpoint, StoredEvent, StoredFile, new_id, now
-from sglang.srt.mezo.service.threads import ServiceThreads
+from sglang.srt.mezo.service.jobs.threads import ServiceThreads
+from sglang.srt.mezo.service.wire.records import (
+    StoredCheckpoint,
+    StoredEvent,
+    StoredFile,
+    new_id,
+    now,
+)
+from starlette.testclient import TestClient
 
 ROWS = b'{"prompt": "a", "completion": "b"}\n' * 40
 JOBS = "/v1/fine_tuning/jobs"

@@ -12,14 +12,13 @@ import oracle
 import pytest
 import torch
 from engine_process import EngineProcess
+from sglang.srt.mezo.adapters.adapter import Adapter, AdapterSpec
+from sglang.srt.mezo.core.config import MezoConfig
+from sglang.srt.mezo.core.errors import LogError
+from sglang.srt.mezo.core.seed_log import LogRecord, SeedLog
+from sglang.srt.mezo.service.wire.packed import pack
+from sglang.srt.mezo.training.pass_sizes import read_pass_sizes
 from small_disk import small_disk
-
-from sglang.srt.mezo.adapter import Adapter, AdapterSpec
-from sglang.srt.mezo.config import MezoConfig
-from sglang.srt.mezo.errors import LogError
-from sglang.srt.mezo.pass_sizes import read_pass_sizes
-from sglang.srt.mezo.seed_log import LogRecord, SeedLog
-from sglang.srt.mezo.service.packed import pack
 
 TARGETS = ("q_proj", "v_proj")
 OPTIONS = [(11,), (12,)]
@@ -32,8 +31,8 @@ EVALUATION = oracle.examples(6, OPTIONS, seed=1)
 
 def make_runner(engine, **settings):
     """The engine's runner, kept on the scheduler as in a server; events are collected instead of sent."""
-    from sglang.srt.mezo.service.runner import MezoRunner
-    from sglang.srt.mezo.service.settings import ServiceSettings
+    from sglang.srt.mezo.service.scheduler.runner import MezoRunner
+    from sglang.srt.mezo.service.wire.settings import ServiceSettings
 
     runner = MezoRunner(engine.scheduler, ServiceSettings(enabled=True, **settings))
     runner.events = []
@@ -43,7 +42,7 @@ def make_runner(engine, **settings):
 
 
 def send(engine, name, fields):
-    from sglang.srt.mezo.service import messages
+    from sglang.srt.mezo.service.wire import messages
 
     reply = engine.runner.handle(messages.MezoReqInput(command=getattr(messages, name)(**fields)))
     return reply.success, reply.message, reply.param, reply.result
@@ -72,7 +71,7 @@ def events(engine):
 
 
 def held(engine):
-    from sglang.srt.mezo import slot_room
+    from sglang.srt.mezo.engine import slot_room
 
     handle, manager = engine.handle, engine.handle.lora_manager
     registries = [sorted(known) for known in (manager.configs, manager.loras, manager.lora_refs)]
@@ -88,13 +87,13 @@ def end_job(engine):
 
 
 def kept(engine):
-    return engine.runner._job.trainer.scorer.base_prefixes.kept_tokens
+    return engine.runner._job.learner.scorer.base_prefixes.kept_tokens
 
 
 def train_offline(engine, config, spec, train, evaluation):
     from contextlib import closing
 
-    from sglang.srt.mezo.trainer import MezoTrainer
+    from sglang.srt.mezo.training.trainer import MezoTrainer
 
     engine.scheduler.flush_cache()
     with closing(MezoTrainer(engine.handle, config, spec, train, evaluation)) as trainer:
@@ -209,10 +208,10 @@ def set_piece_sizes(engine, beside_requests, idle):
 def tick_beside_a_request(engine, pieces):
     """The sizes of so many pieces after a request has been served; the first ones of the step ran before it."""
     runner, sizes = engine.runner, set()
-    step = runner._job.trainer.global_step
-    for _ in range(runner._job.trainer.config.num_perturbations + 5):  # directions drawn and written, and a forward pass
+    step = runner._job.learner.global_step
+    for _ in range(runner._job.learner.config.num_perturbations + 5):  # directions drawn and written, and a forward pass
         runner.tick()
-    assert runner._job.trainer.global_step == step
+    assert runner._job.learner.global_step == step
     waiting = engine.scheduler.waiting_queue
     waiting.append(SimpleNamespace(rid="HEALTH_CHECK_1", lora_id=None))
     runner.tick()
@@ -222,7 +221,7 @@ def tick_beside_a_request(engine, pieces):
     waiting.clear()
     for _ in range(pieces):
         runner.tick()
-        sizes.add(runner._job.trainer.scorer.max_tokens)
+        sizes.add(runner._job.learner.scorer.max_tokens)
     return sizes
 
 
@@ -236,7 +235,7 @@ def streams_of_work(engine):
     """Kind of work -> whether it ran on the stream of forward passes."""
     from contextlib import contextmanager
 
-    from sglang.srt.mezo.service import describe, runner
+    from sglang.srt.mezo.service.scheduler import describe, runner
 
     on_stream, seen, running = [], {}, engine.runner
 
@@ -254,7 +253,7 @@ def streams_of_work(engine):
         return call
 
     running._forward_stream, running._description = forward_stream, None
-    slots = running._job.trainer.slots
+    slots = running._job.learner.slots
     slots.claim = seeing("claim", slots.claim)
     running._job.advance = seeing("piece", running._job.advance)
     runner.describe = seeing("describe", describe.describe)
@@ -267,13 +266,13 @@ def streams_of_work(engine):
 
 def train_in_pieces(engine, config, spec, sizes):
     """A run whose passes are of the sizes that another has written down."""
-    from sglang.srt.mezo.trainer import MezoTrainer, TrainingRun
-    from sglang.srt.mezo.tracking import Tracker
+    from sglang.srt.mezo.core.passes import drain
+    from sglang.srt.mezo.training.run import TrainingRun
+    from sglang.srt.mezo.training.tracking import Tracker
+    from sglang.srt.mezo.training.trainer import MezoTrainer
 
     trainer = MezoTrainer(engine.handle, config, spec, TRAIN, EVALUATION)
-    run = TrainingRun(trainer, Tracker)
-    for _ in run.open():
-        pass
+    run = drain(TrainingRun.open(trainer, Tracker))
     while trainer.global_step < trainer.max_steps:
         last = max((step for step in sizes if step <= trainer.global_step), default=None)
         of_step = [tokens for tokens, pieces in sizes.get(last, []) for _ in range(pieces)] or [config.max_tokens_per_batch]
@@ -285,7 +284,7 @@ def train_in_pieces(engine, config, spec, sizes):
             except StopIteration as stop:
                 result = stop.value
                 break
-        run.log.append(LogRecord(result.zo_random_seed, result.learning_rate, result.projected_grad))
+        run._record._log.append(LogRecord(result.zo_random_seed, result.learning_rate, result.projected_grad))
     run.close()
     trainer.close()
 
@@ -375,7 +374,7 @@ def test_rows_and_updates_that_find_no_room_are_not_there(engine, config, model_
 
 
 def refused_for_room(engine, name, fields) -> bool:
-    from sglang.srt.mezo.service import messages
+    from sglang.srt.mezo.service.wire import messages
 
     reply = engine.runner.handle(messages.MezoReqInput(command=getattr(messages, name)(**fields)))
     return not reply.success and reply.code == "disk_full"
@@ -393,13 +392,13 @@ def test_kept_prefixes_stay_within_their_budget_and_go_when_the_pool_is_wanted(e
 
 def tick_with_the_pool_taken(engine):
     handle, runner = engine.handle, engine.runner
-    step = runner._job.trainer.global_step
+    step = runner._job.learner.global_step
     taken = handle.kv_allocator.alloc(handle.kv_allocator.available_size())
     runner.tick()
     locked = kept(engine)
     handle.kv_allocator.free(taken)
     runner._retry_at = 0
-    while runner._job.trainer.global_step == step:
+    while runner._job.learner.global_step == step:
         runner.tick()
     return locked, kept(engine)
 
@@ -418,14 +417,14 @@ def test_a_step_for_which_there_is_no_room_waits_for_requests_to_end(engine, con
 def tick_while_requests_hold_every_row(engine):
     """The job that has the engine after a tick without room, and the steps that it made."""
     pool, runner = engine.handle.req_to_token_pool, engine.runner
-    step = runner._job.trainer.global_step
+    step = runner._job.learner.global_step
     runner._load, load = lambda: (1, 0), runner._load
     runner._pacer.allows = lambda running, waiting: True
     rows = pool.alloc_rows(pool.available_size())
     for _ in range(5):
         runner._retry_at = 0
         runner.tick()
-    made = runner._job.trainer.global_step - step
+    made = runner._job.learner.global_step - step
     pool.free_rows(rows)
     runner._load, runner._retry_at = load, 0
     return runner._job.job_id, made
@@ -445,7 +444,7 @@ def tick_in_a_pool_without_room(engine):
         engine.runner._retry_at = 0
         engine.runner.tick()
     pool.free_rows(rows)
-    return [] if engine.runner._job is None else [engine.runner._job.trainer.global_step]
+    return [] if engine.runner._job is None else [engine.runner._job.learner.global_step]
 
 
 def test_added_examples_count_from_the_next_step_and_after_a_restart(engine, config, model_path, tmp_path):
@@ -477,7 +476,7 @@ def test_added_examples_count_from_the_next_step_and_after_a_restart(engine, con
 
 
 def tick_to_step(engine, step):
-    while engine.runner._job is None or engine.runner._job.trainer.global_step < step:
+    while engine.runner._job is None or engine.runner._job.learner.global_step < step:
         engine.runner.tick()
 
 
@@ -514,15 +513,14 @@ def test_single_operations_take_the_steps_of_the_run(engine, config, model_path,
 
 
 def first_batch(engine):
-    trainer = engine.runner._job.trainer
+    trainer = engine.runner._job.learner
     chosen = [TRAIN[i] for i in trainer.stream.batch(0)]
     return [(list(e.prompt), [list(o) for o in e.options], e.label) for e in chosen]
 
 
 def empty_adapter(config, model_path) -> Adapter:
     from safetensors.torch import load_file
-
-    from sglang.srt.mezo.adapter import Site
+    from sglang.srt.mezo.adapters.adapter import Site
 
     state = load_file(Path(config.output_dir) / "initial_adapter" / "adapter_model.safetensors")
     names = sorted({name.removeprefix("base_model.model.").rsplit(".", 2)[0] for name in state})
@@ -582,17 +580,17 @@ def tick_beside_adapters(engine, adapters):
     whether a batch with one adapter more, and one of theirs alone, would be admitted in between."""
     from types import SimpleNamespace
 
-    from sglang.srt.mezo import slot_room
+    from sglang.srt.mezo.engine import slot_room
 
     runner, manager, scheduler = engine.runner, engine.handle.lora_manager, engine.scheduler
     ids = {f"adapter {i}" for i in range(adapters)}
     scheduler.running_batch, batch = SimpleNamespace(reqs=[SimpleNamespace(rid="a", lora_id=one) for one in ids]), scheduler.running_batch
     runner.tick()
-    beside = runner._job.trainer.slots.claimed
+    beside = runner._job.learner.slots.claimed
     admitted = slot_room.admits(manager, {*ids, "another"}), slot_room.admits(manager, {"adapter 0"})
     scheduler.running_batch = batch
     runner.tick()
-    return beside, admitted, runner._job.trainer.slots.claimed, slot_room.admits(manager, ids)
+    return beside, admitted, runner._job.learner.slots.claimed, slot_room.admits(manager, ids)
 
 
 def test_slots_are_taken_only_once_requests_in_flight_leave_the_room(engine, config, model_path):
@@ -697,7 +695,7 @@ def test_a_job_that_contradicts_the_adapter_that_it_goes_on_from_is_refused(engi
 
 def fail_once(engine, place, call):
     """The ``call``-th call of a function of the engine ends as if the memory did."""
-    from sglang.srt.mezo.slots import SlotLayout
+    from sglang.srt.mezo.engine.slots import SlotLayout
 
     owner, name = {
         "loading": (engine.handle.lora_manager, "load_lora_weights_from_tensors"),
@@ -897,22 +895,23 @@ def test_a_run_that_diverges_ends_with_its_last_logged_state_and_spoils_no_prefi
 
 
 def advance_to(engine, step):
-    while engine.runner._job.trainer.global_step < step:
+    while engine.runner._job.learner.global_step < step:
         engine.runner.tick()
 
 
 def make_too_large(engine):
     """As a few more steps at a learning rate that is too large would."""
-    engine.runner._job.trainer.adapter.theta.fill_(1e18)
+    engine.runner._job.learner.adapter.theta.fill_(1e18)
 
 
 def base_values(engine, config):
     """What the base model makes of the training examples, over the prefixes that the tree holds."""
-    from sglang.srt.mezo.plan import Planner
-    from sglang.srt.mezo.scorer import Scorer
+    from sglang.srt.mezo.core.passes import drain
+    from sglang.srt.mezo.scoring.plan import Planner
+    from sglang.srt.mezo.scoring.scorer import Scorer
 
     planner = Planner(config.tuning, oracle.INVOCATION)
-    values = Scorer(engine.handle, planner.scope, 64).score([planner.plan(example) for example in TRAIN], [(None,)], "classification")
+    values = drain(Scorer(engine.handle, planner.scope, 64).passes([planner.plan(example) for example in TRAIN], [(None,)], "classification"))
     assert values.isfinite().all()
     return values
 
@@ -932,7 +931,8 @@ def score_beside(engine, config, spec, value):
     """Values of four directions in one pass; the same with `value` for weights in the second slot; then those of the base model."""
     from contextlib import closing
 
-    from sglang.srt.mezo.trainer import MezoTrainer
+    from sglang.srt.mezo.core.passes import drain
+    from sglang.srt.mezo.training.trainer import MezoTrainer
 
     with closing(MezoTrainer(engine.handle, config, spec, TRAIN)) as trainer:
         slots = [trainer.slots.of_direction(place)[0] for place in range(4)]
@@ -943,7 +943,7 @@ def score_beside(engine, config, spec, value):
             engine.scheduler.flush_cache()
             if spoil:
                 slots[1].write(torch.full((trainer.adapter.numel,), value))
-            found.append(trainer.scorer.score(trainer.train_plans, [tuple(slot.lora_id for slot in slots)], "completion"))
+            found.append(drain(trainer.scorer.passes(trainer.train_plans, [tuple(slot.lora_id for slot in slots)], "completion")))
         base = base_values(engine, config)
         engine.scheduler.flush_cache()
     return *found, base

@@ -13,14 +13,13 @@ import httpx
 import pytest
 import uvicorn
 from fastapi import FastAPI, Request
-from starlette.responses import StreamingResponse
-
 from sglang.srt.managers.communicator import FanOutCommunicator
-from sglang.srt.mezo import online
-from sglang.srt.mezo.service.app import Service
-from sglang.srt.mezo.service.client import EngineClient
-from sglang.srt.mezo.service.messages import StopJob
-from sglang.srt.mezo.service.settings import ServiceSettings
+from sglang.srt.mezo.plugin import online
+from sglang.srt.mezo.service.http.app import Service
+from sglang.srt.mezo.service.jobs.client import EngineClient
+from sglang.srt.mezo.service.wire.messages import StopJob
+from sglang.srt.mezo.service.wire.settings import ServiceSettings
+from starlette.responses import StreamingResponse
 
 SECONDS = 10  # a server that does not end within these does not end
 
@@ -161,7 +160,7 @@ def test_a_thread_that_is_at_work_does_not_keep_the_process():
     program = """
 import asyncio, concurrent.futures, time
 from types import SimpleNamespace
-from sglang.srt.mezo import online
+from sglang.srt.mezo.plugin import online
 
 async def gone(manager):
     pass

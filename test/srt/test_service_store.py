@@ -13,13 +13,12 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
+from sglang.srt.mezo.core.errors import ConfigError
+from sglang.srt.mezo.service.store import database
+from sglang.srt.mezo.service.store.store import Store
+from sglang.srt.mezo.service.wire.errors import NotFound, RequestError
+from sglang.srt.mezo.service.wire.records import StoredCheckpoint, StoredEvent, new_id
 from stored import add_file, add_job, make_job, reopened
-
-from sglang.srt.mezo.errors import ConfigError
-from sglang.srt.mezo.service import database
-from sglang.srt.mezo.service.errors import NotFound, RequestError
-from sglang.srt.mezo.service.records import StoredCheckpoint, StoredEvent, new_id
-from sglang.srt.mezo.service.store import Store
 
 
 @pytest.fixture

@@ -14,16 +14,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from sglang.srt.mezo.core.errors import ConfigError
+from sglang.srt.mezo.service.store import folder, migrations
+from sglang.srt.mezo.service.store.disk import storage_error
+from sglang.srt.mezo.service.store.store import Store
+from sglang.srt.mezo.service.wire.errors import RequestError
+from sglang.srt.mezo.service.wire.records import StoredCheckpoint, StoredFile, StoredJob
 from stored import add_file, add_job, make_file, make_job, reopened
 from tiny import small_disk
-
-from sglang.srt.mezo.errors import ConfigError
-from sglang.srt.mezo.service import migrations
-from sglang.srt.mezo.service.disk import storage_error
-from sglang.srt.mezo.service.errors import RequestError
-from sglang.srt.mezo.service.records import StoredCheckpoint, StoredFile, StoredJob
-from sglang.srt.mezo.service.settings import ServiceSettings
-from sglang.srt.mezo.service.store import Store
 
 VERSION_1 = (Path(__file__).parent / "store_1.sql").read_text()
 OF_SQLITE = ("mezo.sqlite", "mezo.sqlite-wal", "mezo.sqlite-shm", "mezo.lock")
@@ -67,7 +65,7 @@ def publish(store: Store, job: StoredJob) -> int:
 def refused(directory: Path, *words: str) -> None:
     """A store does not open there, says why in one line, and leaves everything as it is."""
     before = contents(directory)
-    for open_store in (Store, lambda path: ServiceSettings(dir=str(path)).make_directory()):
+    for open_store in (Store, folder.make):
         try:
             open_store(directory)
         except ConfigError as error:
@@ -372,7 +370,7 @@ def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path, name):
     (tmp_path / "mezo").write_text("a file")
     reason = "a folder that can be made .Not a directory" if "below" in name else "mezo is a file"
     with pytest.raises(ConfigError, match=f"--mezo-dir.*{reason}"):
-        ServiceSettings(dir=str(tmp_path / name)).make_directory()
+        folder.make(tmp_path / name)
     with pytest.raises(ConfigError, match=f"--mezo-dir.*{reason}"):
         Store(tmp_path / name)
     assert (tmp_path / "mezo").read_text() == "a file"

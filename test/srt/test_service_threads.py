@@ -15,15 +15,19 @@ import httpx
 import openai
 import pytest
 from service_app import make_app, serving
-from service_doubles import Scheduler, TokenizerManager, without_runtime_context, write_adapter
+from service_doubles import (
+    Scheduler,
+    TokenizerManager,
+    without_runtime_context,
+    write_adapter,
+)
 from service_server import MODEL, ROW, ROWS
-from transformers import AutoTokenizer
-
 from sglang.srt.entrypoints import http_server
-from sglang.srt.mezo.service.app import Service
-from sglang.srt.mezo.service.database import Database
-from sglang.srt.mezo.service.settings import ServiceSettings
-from sglang.srt.mezo.service.threads import ServiceThreads, run_in
+from sglang.srt.mezo.service.http.app import Service
+from sglang.srt.mezo.service.jobs.threads import ServiceThreads, run_in
+from sglang.srt.mezo.service.store.database import Database
+from sglang.srt.mezo.service.wire.settings import ServiceSettings
+from transformers import AutoTokenizer
 
 SUPERVISED = {"type": "supervised", "supervised": {"hyperparameters": {"invocation": " It was"}}}
 

@@ -6,19 +6,34 @@ import os
 import random
 from pathlib import Path
 
+import fork_tasks
 import psutil
 import pytest
-from service_server import ROW, ROWS, anyio_backend, eventually, runtime_context, server, serving, tokenizer  # noqa: F401
-
-import fork_tasks
-from sglang.srt.mezo.data import Example
-from sglang.srt.mezo.service import tokenising
-from sglang.srt.mezo.service.errors import RequestError
-from sglang.srt.mezo.service.example_files import read_examples, write_examples
-from sglang.srt.mezo.service.forks import Forks, Shared, TaskEnded
-from sglang.srt.mezo.service.job_data import JobReader
-from sglang.srt.mezo.service.messages import LoadExamples
-from sglang.srt.mezo.service.packed import MAX_EXAMPLES, MAX_TOKENS, num_tokens, pack, parts, unpack
+from service_server import (  # noqa: F401
+    ROW,
+    ROWS,
+    anyio_backend,
+    eventually,
+    runtime_context,
+    server,
+    serving,
+    tokenizer,
+)
+from sglang.srt.mezo.data.examples import Example
+from sglang.srt.mezo.service.jobs import tokenising
+from sglang.srt.mezo.service.jobs.forks import Forks, Shared, TaskEnded
+from sglang.srt.mezo.service.jobs.job_data import JobReader
+from sglang.srt.mezo.service.store.example_files import read_examples, write_examples
+from sglang.srt.mezo.service.wire.errors import RequestError
+from sglang.srt.mezo.service.wire.messages import LoadExamples
+from sglang.srt.mezo.service.wire.packed import (
+    MAX_EXAMPLES,
+    MAX_TOKENS,
+    num_tokens,
+    pack,
+    parts,
+    unpack,
+)
 
 pytestmark = pytest.mark.anyio
 

@@ -10,12 +10,11 @@ import time
 import httpx
 import openai
 import pytest
-from starlette.testclient import TestClient
-
 from service_app import make_app, make_service, serving
-from sglang.srt.mezo.service import store as stores
-from sglang.srt.mezo.service import uploads
-from sglang.srt.mezo.service.records import StoredFile, new_id
+from sglang.srt.mezo.service.http import uploads
+from sglang.srt.mezo.service.store import store as stores
+from sglang.srt.mezo.service.wire.records import StoredFile, new_id
+from starlette.testclient import TestClient
 from stored import make_job
 
 ROWS = b'{"prompt": "a", "completion": "b"}\n'

@@ -2,7 +2,8 @@
 
 import random
 
-from sglang.srt.mezo.sharing import Borrowed, distinct_tokens, share, tokens_run
+from sglang.srt.mezo.core.tokens import distinct_tokens
+from sglang.srt.mezo.scoring.sharing import Borrowed, share, tokens_run
 
 
 def words(source: random.Random, length: int, vocabulary: int = 10_000) -> tuple[int, ...]:

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-
-from sglang.srt.mezo.slots import _NOWHERE, _blocks
+from sglang.srt.mezo.engine.slots import _NOWHERE, _blocks
 
 FLAT = torch.arange(1000, dtype=torch.float32) + 1
 

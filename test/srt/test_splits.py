@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 from conversations import TEMPLATES
+from sglang.srt.mezo.core.errors import ConfigError, DataError
+from sglang.srt.mezo.data.chat import ChatSettings
+from sglang.srt.mezo.data.examples import Example, count_shared
+from sglang.srt.mezo.data.splits import DataArguments, Splits, load_splits
+from sglang.srt.mezo.engine.chat import ChatRenderer
 from transformers import AutoTokenizer
-
-from sglang.srt.mezo.chat import ChatRenderer, ChatSettings
-from sglang.srt.mezo.data import Example, count_shared
-from sglang.srt.mezo.errors import ConfigError, DataError
-from sglang.srt.mezo.splits import DataArguments, Splits, load_splits
 
 ASSETS = Path(__file__).parents[2] / "examples" / "assets"
 
@@ -30,7 +30,7 @@ def load(tokenizer, caplog):
         caplog.clear()
         with caplog.at_level(logging.WARNING):
             splits = load_splits(tokenizer, 512, (), DataArguments(**data))
-        return splits, [record.getMessage() for record in caplog.records if record.name == "sglang.srt.mezo.splits"]
+        return splits, [record.getMessage() for record in caplog.records if record.name == "sglang.srt.mezo.data.splits"]
 
     return load
 

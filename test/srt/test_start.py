@@ -8,15 +8,14 @@ import pytest
 import torch
 from foreign_adapters import APPLIED, INVOCATION, edit, saved
 from peft import PeftModel
+from sglang.srt.mezo.adapters.adapter import Adapter, AdapterSpec
+from sglang.srt.mezo.adapters.families import model_modules
+from sglang.srt.mezo.adapters.peft_adapter import ModelLayers
+from sglang.srt.mezo.core.config import MezoConfig
+from sglang.srt.mezo.core.errors import ConfigError
+from sglang.srt.mezo.training.start import read_start, settled
 from tiny import tiny_tokenizer
 from transformers import AutoModelForCausalLM
-
-from sglang.srt.mezo.adapter import Adapter, AdapterSpec
-from sglang.srt.mezo.config import MezoConfig
-from sglang.srt.mezo.errors import ConfigError
-from sglang.srt.mezo.families import model_modules
-from sglang.srt.mezo.peft_adapter import ModelLayers
-from sglang.srt.mezo.start import read_start, settled
 
 CONFIG = oracle.CONFIGS["llama"]
 TOKENIZER = tiny_tokenizer()

@@ -12,11 +12,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from live_server import MODEL, ROOT, LiveServer, peft_log_probs, prompt_log_probs, reviews
+from live_server import (
+    MODEL,
+    ROOT,
+    LiveServer,
+    peft_log_probs,
+    prompt_log_probs,
+    reviews,
+)
 from safetensors.torch import load_file
-
-from sglang.srt.mezo.adapter import Adapter, AdapterSpec, Site
-from sglang.srt.mezo.seed_log import SeedLog
+from sglang.srt.mezo.adapters.adapter import Adapter, AdapterSpec, Site
+from sglang.srt.mezo.core.seed_log import SeedLog
 
 TEXTS = ["the plot is thin, but the acting is superb. It was", "never again will i eat here. It was"]
 CONFIG = json.loads((MODEL / "config.json").read_text())

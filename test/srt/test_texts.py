@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from tiny import CHAT_TEMPLATE, tiny_tokenizer
+from sglang.srt.mezo.core.errors import DataError
+from sglang.srt.mezo.data import texts
+from sglang.srt.mezo.data.examples import Encoder
+from sglang.srt.mezo.data.rows import SourceRow
+from sglang.srt.mezo.data.tasks import TextExample
+from tiny import CHAT_TEMPLATE, renderer, tiny_tokenizer
 from transformers import AutoTokenizer
-
-from sglang.srt.mezo import texts
-from sglang.srt.mezo.data import Encoder
-from sglang.srt.mezo.errors import DataError
-from sglang.srt.mezo.rows import SourceRow
-from sglang.srt.mezo.tasks import TextExample
 
 MODEL = Path(__file__).parents[2] / "examples" / "assets" / "opt-reviews"
 REVIEWS = Path(__file__).parents[2] / "examples" / "assets" / "reviews" / "train.jsonl"
@@ -95,7 +94,7 @@ def test_rows_get_the_tokens_together_that_they_get_alone(tokenizer):
         words = sorted({word for line in file for word in json.loads(line)["sentence"].split()})
     rows = [random_row(draw, [*words, "naïve", "日本", "\t", "gre", "at"]) for _ in range(600)]
     counted = Counted(tokenizer)
-    outcomes = Encoder(counted, CONTEXT).encode_each([SourceRow(row, "rows", place) for place, row in enumerate(rows)])
+    outcomes = Encoder(counted, CONTEXT, chat=renderer(counted)).encode_each([SourceRow(row, "rows", place) for place, row in enumerate(rows)])
     wanted = [expected(tokenizer, row) for row in rows]
     assert wanted.count(None) < 300
     for row, outcome, want in zip(rows, outcomes, wanted):

@@ -7,12 +7,11 @@ import oracle
 import pytest
 import torch
 from engine_process import EngineProcess
-
-from sglang.srt.mezo.adapter import Adapter, AdapterSpec
-from sglang.srt.mezo.config import MezoConfig
-from sglang.srt.mezo.data import Example
-from sglang.srt.mezo.noise import direction
-from sglang.srt.mezo.passes import drain
+from sglang.srt.mezo.adapters.adapter import Adapter, AdapterSpec
+from sglang.srt.mezo.core.config import MezoConfig
+from sglang.srt.mezo.core.noise import direction
+from sglang.srt.mezo.core.passes import drain
+from sglang.srt.mezo.data.examples import Example
 
 NUM_PERTURBATIONS = 3
 ZO_EPS = 1e-3
@@ -31,14 +30,14 @@ BATCHES = {
 
 
 def make_trainer(engine, tuning: str, spec: AdapterSpec, batch: Sequence[Example], objective: str, num_perturbations: int, **settings):
-    from sglang.srt.mezo.trainer import MezoTrainer
+    from sglang.srt.mezo.training.trainer import MezoTrainer
 
     config = MezoConfig(tuning=tuning, zo_eps=ZO_EPS, num_perturbations=num_perturbations, **{**TWO_SIDED, **settings})
     return MezoTrainer(engine.handle, config, spec, batch, objective=objective)
 
 
 def sites(engine, spec: AdapterSpec):
-    from sglang.srt.mezo.layers import adapted_sites
+    from sglang.srt.mezo.engine.layers import adapted_sites
 
     return adapted_sites(engine.handle, spec.target_modules)
 
@@ -50,7 +49,7 @@ def losses(engine, tuning, spec, batch, objective, theta, z, zo_eps, settings):
     trainer = make_trainer(engine, tuning, spec, batch, objective, len(z), **settings)
     try:
         trainer.adapter.theta.copy_(theta)
-        plus, minus = trainer.paired_losses(trainer.train_plans, z, zo_eps)
+        plus, minus = drain(trainer.probe.paired_passes(trainer.train_plans, z, zo_eps))
     finally:
         trainer.close()
     return plus, minus, free - engine.handle.free_kv_tokens
@@ -58,7 +57,7 @@ def losses(engine, tuning, spec, batch, objective, theta, z, zo_eps, settings):
 
 def losses_without_sharing_in_slots(engine, *arguments):
     """As on an attention backend that reads the KV of a batch before it has written it."""
-    from sglang.srt.mezo import engine as module
+    from sglang.srt.mezo.engine import handle as module
 
     known, module._WRITE_KV_FIRST = module._WRITE_KV_FIRST, set()
     try:
@@ -70,7 +69,7 @@ def losses_without_sharing_in_slots(engine, *arguments):
 def prefix_stats(engine, tuning, spec, batch, objective):
     trainer = make_trainer(engine, tuning, spec, batch, objective, NUM_PERTURBATIONS)
     try:
-        trainer.paired_losses(trainer.train_plans, [trainer.adapter.theta] * NUM_PERTURBATIONS, ZO_EPS)
+        drain(trainer.probe.paired_passes(trainer.train_plans, [trainer.adapter.theta] * NUM_PERTURBATIONS, ZO_EPS))
         return trainer.scorer.prefix_stats
     finally:
         trainer.close()
@@ -82,11 +81,11 @@ def losses_around_a_flush(engine, spec, batch, objective, theta):
     trainer = make_trainer(engine, "alora", spec, batch, objective, 1)
     try:
         trainer.adapter.theta.copy_(theta)
-        first = trainer.paired_losses(trainer.train_plans, [theta], ZO_EPS)
+        first = drain(trainer.probe.paired_passes(trainer.train_plans, [theta], ZO_EPS))
         assert trainer.scorer.base_prefixes.kept_tokens > 0
         engine.scheduler.flush_cache()
         drain(trainer.scorer.base_prefixes.prepare([tuple(range(100))]))
-        return first, trainer.paired_losses(trainer.train_plans, [theta], ZO_EPS)
+        return first, drain(trainer.probe.paired_passes(trainer.train_plans, [theta], ZO_EPS))
     finally:
         trainer.close()
 
@@ -96,16 +95,16 @@ def losses_on_prefix_of_plus(engine, spec, batch, theta, z):
     trainer = make_trainer(engine, "lora", spec, batch, "classification", len(z))
     try:
         trainer.adapter.theta.copy_(theta)
-        trainer.paired_losses(trainer.train_plans, z, ZO_EPS)
+        drain(trainer.probe.paired_passes(trainer.train_plans, z, ZO_EPS))
         return [loss_on_prefix_of(engine, trainer, batch, plus, minus) for plus, minus in map(trainer.slots.of_direction, range(len(z)))]
     finally:
         trainer.close()
 
 
 def loss_on_prefix_of(engine, trainer, batch, plus, minus):
-    from sglang.srt.mezo.forward import Sequenced, extend
-    from sglang.srt.mezo.head import Head
-    from sglang.srt.mezo.readout import batch_loss
+    from sglang.srt.mezo.engine.forward import Sequenced, extend
+    from sglang.srt.mezo.engine.head import Head
+    from sglang.srt.mezo.scoring.readout import batch_loss
 
     values = []
     for example in batch:

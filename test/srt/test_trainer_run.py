@@ -9,13 +9,19 @@ import pytest
 import safetensors.torch
 import torch
 from engine_process import EngineProcess
-
-from sglang.srt.mezo.adapter import Adapter, AdapterSpec
-from sglang.srt.mezo.config import MezoConfig
-from sglang.srt.mezo.data import Example
-from sglang.srt.mezo.errors import CapacityError, ConfigError, DamagedError, DataError, DivergedError
-from sglang.srt.mezo.integrity import read_checked_json, write_checked_json
-from sglang.srt.mezo.seed_log import SeedLog
+from sglang.srt.mezo.adapters.adapter import Adapter, AdapterSpec
+from sglang.srt.mezo.core.config import MezoConfig
+from sglang.srt.mezo.core.errors import (
+    CapacityError,
+    ConfigError,
+    DamagedError,
+    DataError,
+    DivergedError,
+)
+from sglang.srt.mezo.core.integrity import read_checked_json, write_checked_json
+from sglang.srt.mezo.core.passes import drain
+from sglang.srt.mezo.core.seed_log import SeedLog
+from sglang.srt.mezo.data.examples import Example
 
 NUM_SLOTS = 5
 TARGETS = ("q_proj", "v_proj")
@@ -25,7 +31,7 @@ TARGETS = ("q_proj", "v_proj")
 
 
 def build(engine, config, spec, train, evaluation=()):
-    from sglang.srt.mezo.trainer import MezoTrainer
+    from sglang.srt.mezo.training.trainer import MezoTrainer
 
     return MezoTrainer(engine.handle, config, spec, train, evaluation)
 
@@ -48,7 +54,7 @@ def steps(engine, config, spec, train, count):
     engine.scheduler.flush_cache()
     trainer = build(engine, config, spec, train)
     try:
-        results = [trainer.train_step(trainer.batch(trainer.global_step)) for _ in range(count)]
+        results = [drain(trainer.step_passes(trainer.batch(trainer.global_step))) for _ in range(count)]
     finally:
         trainer.close()
     return [(result.loss_plus, result.loss_minus, result.projected_grad) for result in results]
@@ -64,7 +70,7 @@ def windowed_steps(engine, config, spec, train, count):
             window, stats = trainer.stream.window, trainer.scorer.prefix_stats
         trainer.stream.window = window
         try:
-            results = [trainer.train_step(trainer.batch(trainer.global_step)) for _ in range(count)]
+            results = [drain(trainer.step_passes(trainer.batch(trainer.global_step))) for _ in range(count)]
         finally:
             trainer.close()
         series.append([result.loss_plus + result.loss_minus for result in results])
@@ -73,11 +79,11 @@ def windowed_steps(engine, config, spec, train, count):
 
 def passes_of_a_batch(engine, config, spec, train, kept_tokens):
     """Forward passes that score a batch whose prefixes are in the tree."""
-    from sglang.srt.mezo.trainer import MezoTrainer
+    from sglang.srt.mezo.training.trainer import MezoTrainer
 
     trainer = MezoTrainer(engine.handle, config, spec, train, kept_tokens=kept_tokens)
     try:
-        trainer.train_step(trainer.batch(0))
+        drain(trainer.step_passes(trainer.batch(0)))
         return len(list(trainer.scorer.passes(trainer.batch(0), [(trainer.slots.current.lora_id,)], "classification")))
     finally:
         trainer.close()
@@ -87,20 +93,20 @@ def step_with_theta(engine, config, spec, train, value):
     trainer = build(engine, config, spec, train)
     try:
         trainer.adapter.theta.fill_(value)
-        trainer.train_step(trainer.batch(0))
+        drain(trainer.step_passes(trainer.batch(0)))
     finally:
         trainer.close()
 
 
 def leave_spare_slots(engine, config, spec, spare_slots):
-    from sglang.srt.mezo.trainer import MezoTrainer
+    from sglang.srt.mezo.training.trainer import MezoTrainer
 
     MezoTrainer(engine.handle, config, spec, TRAIN, spare_slots=spare_slots)
 
 
 def lost_share(engine, config, spec, train, dtype):
     """Share of the perturbation that a slot of another dtype would lose at a typical adapter."""
-    from sglang.srt.mezo.noise import direction
+    from sglang.srt.mezo.core.noise import direction
 
     trainer = build(engine, config, spec, train)
     try:
@@ -380,7 +386,7 @@ def test_the_engine_still_trains_after_every_error(engine, spec, config):
 
 def adapter_in(folder: Path, spec: AdapterSpec) -> Adapter:
     """The adapter that a run saved, with its sites read off the file."""
-    from sglang.srt.mezo.adapter import Site
+    from sglang.srt.mezo.adapters.adapter import Site
 
     stored = safetensors.torch.load_file(folder / "adapter_model.safetensors")
     sites = []

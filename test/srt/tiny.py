@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 
+from sglang.srt.mezo.data.chat import ChatSettings
+from sglang.srt.mezo.engine.chat import ChatRenderer
 from tokenizers import ByteLevelBPETokenizer
 from transformers import PreTrainedTokenizerFast
 
@@ -33,6 +35,11 @@ def tiny_tokenizer(adds_bos: bool = True, chat_template: str | None = None) -> P
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="</s>", bos_token="</s>", pad_token="<pad>")
     tokenizer.chat_template = chat_template
     return tokenizer
+
+
+def renderer(tokenizer: PreTrainedTokenizerFast) -> ChatRenderer:
+    """Of messages, by the tokenizer's own chat template, as a server has it that is given none."""
+    return ChatRenderer(tokenizer, ChatSettings(model_path=tokenizer.name_or_path))
 
 
 @contextmanager

@@ -13,10 +13,6 @@ vocabulary size.
 from collections.abc import Callable, Iterable
 
 import torch
-from torch import nn
-from transformers import OPTConfig
-from transformers.activations import ACT2FN
-
 from sglang.srt.layers.linear import (
     ColumnParallelLinear,
     QKVParallelLinear,
@@ -39,6 +35,9 @@ from sglang.srt.model_loader.weight_utils import (
 )
 from sglang.srt.runtime_context import get_parallel
 from sglang.srt.utils import add_prefix, make_pp_layers
+from torch import nn
+from transformers import OPTConfig
+from transformers.activations import ACT2FN
 
 Quant = QuantizationConfig | None
 

@@ -1,8 +1,6 @@
 """Batched attention: through a kernel in C, or on plain PyTorch, a gather of KV and a product per group of rows."""
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
-
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
@@ -10,7 +8,7 @@ from sglang.srt.mezo.cpu import kernel
 from sglang.srt.mezo.cpu.attention_plan import Group, Row, plan
 from sglang.srt.mezo.cpu.linear import rounded_rows
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
-
+from torch.nn.functional import scaled_dot_product_attention
 
 # Up to these sizes two batched products are faster than PyTorch's attention kernel, which is made for long queries.
 FEW_QUERIES, FEW_KEYS = 32, 256

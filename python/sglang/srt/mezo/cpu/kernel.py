@@ -8,7 +8,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-
 from sglang.srt.mezo.cpu.attention_plan import Row, bundle_rows, cut_rows
 from sglang.srt.mezo.cpu.library import load
 

@@ -9,9 +9,8 @@ import os
 from collections.abc import Callable
 
 import torch
-from torch.nn.functional import linear as torch_linear
-
 from sglang.srt.mezo.cpu.library import load
+from torch.nn.functional import linear as torch_linear
 
 
 class _Call(ctypes.Structure):

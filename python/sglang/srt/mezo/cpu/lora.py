@@ -5,8 +5,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-
-from sglang.srt.lora.backend.torch_backend import TorchNativeLoRABackend, TorchNativeLoRABatchInfo
+from sglang.srt.lora.backend.torch_backend import (
+    TorchNativeLoRABackend,
+    TorchNativeLoRABatchInfo,
+)
 from sglang.srt.mezo.cpu.linear import keeps_rows_apart
 
 # Their layers look tokens up by other rows than the ones that a segment names (token ids, pruned rows).

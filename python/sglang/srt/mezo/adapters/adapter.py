@@ -1,0 +1,198 @@
+"""The adapter being trained: one flat float32 vector with named LoRA matrices in it, and its PEFT files."""
+
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, Self
+
+import safetensors.torch
+import torch
+from sglang.srt.mezo.core.errors import ConfigError, DamagedError
+from sglang.srt.mezo.core.integrity import require_sums, write_sums
+from sglang.srt.mezo.core.noise import initial_uniform
+from sglang.srt.mezo.core.optimizer import is_finite
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+FILES = (CONFIG, WEIGHTS)
+"""Of a PEFT folder, those that make an adapter what it is."""
+
+
+class Site(NamedTuple):
+    """A linear layer of the base model that the adapter acts on, by its Hugging Face module path."""
+
+    path: str
+    in_features: int
+    out_features: int
+
+    @property
+    def name(self) -> str:
+        """As ``target_modules`` has it."""
+        return self.path.rpartition(".")[2]
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """What PEFT's adapter_config.json says of an adapter.
+
+    Attributes:
+        base_model: name or path of the base model.
+        invocation: PEFT's ``alora_invocation_tokens``; empty for ordinary LoRA.
+    """
+
+    base_model: str
+    r: int
+    lora_alpha: float
+    target_modules: tuple[str, ...]
+    invocation: tuple[int, ...] = ()
+
+
+class Adapter:
+    """Master weights ``theta``: float32 [numel] on the CPU. For every site come A (r x in), then B (out x r)."""
+
+    def __init__(self, spec: AdapterSpec, sites: Sequence[Site]):
+        self.spec = spec
+        self.sites = tuple(sites)
+        self.theta = torch.zeros(sum(spec.r * (site.in_features + site.out_features) for site in sites))
+
+    @classmethod
+    def initial(cls, spec: AdapterSpec, sites: Sequence[Site], seed: int) -> Self:
+        """PEFT's start: A uniform with bound 1 / sqrt(in) (Kaiming with a = sqrt(5)), B zero."""
+        adapter = cls(spec, sites)
+        for index, (site, a, _) in enumerate(adapter.matrices()):
+            a.copy_(initial_uniform(seed, index, a.numel()).view_as(a)).div_(math.sqrt(site.in_features))
+        return adapter
+
+    @classmethod
+    def holding(cls, spec: AdapterSpec, sites: Sequence[Site], matrices: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> Self:
+        """The adapter with these matrices, (A [r, in], B [out, r]) by the paths of the sites."""
+        adapter = cls(spec, sites)
+        for site, a, b in adapter.matrices():
+            a.copy_(matrices[site.path][0])
+            b.copy_(matrices[site.path][1])
+        return adapter
+
+    @property
+    def numel(self) -> int:
+        return self.theta.numel()
+
+    def matrices(self) -> Iterator[tuple[Site, torch.Tensor, torch.Tensor]]:
+        """Views into ``theta``: (site, A [r, in], B [out, r])."""
+        offset = 0
+        r = self.spec.r
+        for site in self.sites:
+            a = self.theta[offset : offset + r * site.in_features].view(r, site.in_features)
+            offset += a.numel()
+            b = self.theta[offset : offset + r * site.out_features].view(site.out_features, r)
+            offset += b.numel()
+            yield site, a, b
+
+    @property
+    def shapes(self) -> tuple[tuple[int, int], ...]:
+        """(rows, columns) of the matrices in ``theta``."""
+        return tuple(tuple(matrix.shape) for _, a, b in self.matrices() for matrix in (a, b))
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """PEFT's names to views into ``theta``."""
+        state = {}
+        for site, a, b in self.matrices():
+            state[f"base_model.model.{site.path}.lora_A.weight"] = a
+            state[f"base_model.model.{site.path}.lora_B.weight"] = b
+        return state
+
+    def save_pretrained(self, directory: Path) -> None:
+        """Write a folder that ``PeftModel.from_pretrained`` and SGLang load; it appears whole or not at all.
+
+        Raises:
+            OSError: the disk is full or the path cannot be written; an older folder of that name is then untouched.
+        """
+        with atomic_directory(directory) as partial:
+            # A copy, as safetensors refuses tensors that share storage.
+            state = {name: tensor.clone() for name, tensor in self.state_dict().items()}
+            # Not save_file: it reports a full disk with an exception of its own.
+            (partial / WEIGHTS).write_bytes(safetensors.torch.save(state, metadata={"format": "pt"}))
+            self._peft_config().save_pretrained(partial)
+            _sort_targets(partial / CONFIG)
+            (partial / "README.md").write_text(self._model_card(), encoding="utf-8")
+            write_sums(partial, FILES)
+
+    def load_weights(self, directory: Path) -> None:
+        """Fill ``theta`` from a folder that ``save_pretrained`` wrote for the same sites and rank.
+
+        Raises:
+            DamagedError: the folder or a file in it is gone, or not as it was written.
+            ConfigError: it is of other sites, or another rank.
+        """
+        path = Path(directory) / WEIGHTS
+        require_sums(Path(directory), FILES)
+        try:
+            stored = safetensors.torch.load(path.read_bytes())
+        except OSError as error:
+            raise DamagedError(path, f"it cannot be read ({error.strerror})") from error
+        except safetensors.SafetensorError as error:
+            raise DamagedError(path, str(error)) from error
+        own = self.state_dict()
+        if stored.keys() != own.keys() or any(stored[name].shape != own[name].shape for name in own):
+            raise ConfigError("adapter", str(directory), f"matrices of rank {self.spec.r} on {self.spec.target_modules}")
+        for name, tensor in stored.items():
+            if not is_finite(tensor):
+                raise ConfigError("adapter", str(directory), f"finite numbers, and {name} has others")
+        for name, tensor in own.items():
+            tensor.copy_(stored[name])
+
+    def _peft_config(self):
+        import peft
+
+        return peft.LoraConfig(
+            task_type="CAUSAL_LM",
+            base_model_name_or_path=self.spec.base_model,
+            inference_mode=True,
+            r=self.spec.r,
+            lora_alpha=self.spec.lora_alpha,
+            lora_dropout=0.0,
+            target_modules=list(self.spec.target_modules),
+            alora_invocation_tokens=list(self.spec.invocation) or None,
+        )
+
+    def _model_card(self) -> str:
+        kind = "aLoRA" if self.spec.invocation else "LoRA"
+        return (
+            f"---\nbase_model: {self.spec.base_model}\nlibrary_name: peft\npipeline_tag: text-generation\n"
+            f"tags:\n- {kind.lower()}\n- mezo\n---\n\n"
+            f"{kind} adapter of rank {self.spec.r} on {', '.join(self.spec.target_modules)}, "
+            "fitted with forward passes only (MeZO, arXiv 2305.17333) by sglang-mezo.\n"
+        )
+
+
+def _sort_targets(path: Path) -> None:
+    """PEFT writes a set in the order of its hashes, which differs between processes."""
+    config = json.loads(path.read_text())
+    config["target_modules"] = sorted(config["target_modules"])
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+class atomic_directory:
+    """Context manager: a new folder to fill, renamed to ``target`` on success, removed on any error."""
+
+    def __init__(self, target: Path):
+        self.target = Path(target)
+
+    def __enter__(self) -> Path:
+        self.target.parent.mkdir(parents=True, exist_ok=True)
+        self._partial = Path(tempfile.mkdtemp(prefix=f".{self.target.name}.", dir=self.target.parent))
+        return self._partial
+
+    def __exit__(self, error_type, error, traceback) -> None:
+        if error_type is not None:
+            shutil.rmtree(self._partial, ignore_errors=True)
+            return
+        os.chmod(self._partial, 0o755)
+        old = self._partial.with_name(self._partial.name + ".old")
+        if self.target.exists():
+            os.rename(self.target, old)
+        os.rename(self._partial, self.target)
+        shutil.rmtree(old, ignore_errors=True)

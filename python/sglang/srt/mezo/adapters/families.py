@@ -1,0 +1,120 @@
+"""Model families that can be trained, and the linear layers of a checkpoint as Transformers names and shapes them.
+
+Both come from the checkpoint's configuration alone: an engine may fuse layers, or widen them for its parallel ranks, but an adapter's
+files are for the checkpoint.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from sglang.srt.mezo.adapters.adapter import Site
+from sglang.srt.mezo.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+_GATED = ("gate_proj", "up_proj", "down_proj")
+_GATED_IN_ONE = ("gate_up_proj", "down_proj")
+_SILU = {"hidden_act": ("silu",)}
+_GELU = {"hidden_activation": ("gelu_pytorch_tanh",)}
+
+
+@dataclass(frozen=True)
+class Family:
+    """Names of linear layers as Transformers has them.
+
+    Attributes:
+        name: of the family, as people call it.
+        attention: the layers of its attention.
+        mlp: the layers beside it that SGLang's LoRA pool has room for.
+        reads: those that ordinary LoRA adapts by default, as MeZO and PEFT do.
+        takes: values of the configuration's fields without which SGLang does not load the model.
+    """
+
+    name: str
+    attention: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    mlp: tuple[str, ...] = _GATED
+    reads: tuple[str, ...] = ("q_proj", "v_proj")
+    takes: Mapping[str, tuple] = field(default_factory=dict)
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """What ``target_modules`` may name."""
+        return self.attention + self.mlp
+
+    def default_targets(self, tuning: Literal["alora", "lora"]) -> tuple[str, ...]:
+        """``target_modules`` where nobody names any."""
+        return self.attention if tuning == "alora" else self.reads
+
+
+FAMILIES = {
+    "CohereForCausalLM": Family("Cohere"),
+    "Cohere2ForCausalLM": Family("Cohere 2"),
+    "GemmaForCausalLM": Family("Gemma"),
+    "Gemma2ForCausalLM": Family("Gemma 2", takes=_GELU),
+    "Gemma3ForCausalLM": Family("Gemma 3 (text)", takes={**_GELU, "use_bidirectional_attention": (False, None)}),
+    "Glm4ForCausalLM": Family("GLM-4", mlp=_GATED_IN_ONE, takes=_SILU),
+    "GraniteForCausalLM": Family("Granite", takes=_SILU),
+    "LlamaForCausalLM": Family("Llama", takes=_SILU),
+    "MistralForCausalLM": Family("Mistral", takes=_SILU),
+    "MixtralForCausalLM": Family("Mixtral (attention)", mlp=()),
+    "Olmo2ForCausalLM": Family("OLMo 2"),
+    "OPTForCausalLM": Family("OPT", attention=("q_proj", "k_proj", "v_proj", "out_proj"), mlp=("fc1", "fc2")),
+    "Phi3ForCausalLM": Family("Phi-3", attention=("qkv_proj", "o_proj"), mlp=_GATED_IN_ONE, reads=("qkv_proj",), takes=_SILU),
+    "Qwen2ForCausalLM": Family("Qwen2", takes=_SILU),
+    "Qwen3ForCausalLM": Family("Qwen3", takes=_SILU),
+    "Qwen3MoeForCausalLM": Family("Qwen3-MoE (attention)", mlp=()),
+    "StableLmForCausalLM": Family("StableLM", takes={"qk_layernorm": (False,)}),
+    "Starcoder2ForCausalLM": Family("StarCoder2 (attention)", mlp=()),
+}
+"""By the architecture that a checkpoint's configuration names. ``test_families.py`` holds each against Transformers and PEFT."""
+
+_HEADS_FILL_HIDDEN = ("Cohere2ForCausalLM", "MixtralForCausalLM")
+
+
+def family_of(config: "PretrainedConfig") -> Family:
+    """The family of a model.
+
+    Raises:
+        ConfigError: it is not one that can be trained, or has a field that SGLang's model of it does not take.
+    """
+    architecture = (config.architectures or [config.model_type])[0]
+    if architecture not in FAMILIES:
+        known = ", ".join(family.name for family in FAMILIES.values())
+        raise ConfigError("architectures", architecture, f"the families that can be trained are {known}")
+    family = FAMILIES[architecture]
+    for name, values in family.takes.items():
+        if getattr(config, name, values[0]) not in values:
+            raise ConfigError(name, getattr(config, name), f"SGLang loads {architecture} with {' or '.join(map(repr, values))}")
+    heads = config.hidden_size // config.num_attention_heads
+    if architecture in _HEADS_FILL_HIDDEN and getattr(config, "head_dim", None) not in (None, heads):
+        raise ConfigError("head_dim", config.head_dim, f"SGLang loads {architecture} with hidden_size / num_attention_heads, {heads}")
+    return family
+
+
+def require_modules(family: Family, target_modules: Iterable[str]) -> None:
+    """Raise ConfigError where ``target_modules`` names a layer that the family does not have, or that cannot be adapted."""
+    unknown = sorted(set(target_modules) - set(family.modules))
+    if unknown:
+        raise ConfigError("target_modules", unknown, f"{family.name} has {', '.join(family.modules)}")
+
+
+def model_modules(config: "PretrainedConfig") -> tuple[Site, ...]:
+    """The linear layers of every transformer block, in the order of the model; the head is none of them."""
+    import torch
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        AutoConfig,
+        AutoModelForCausalLM,
+    )
+
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:  # of code that came with the checkpoint
+        config = AutoConfig.for_model(**{name: value for name, value in config.to_dict().items() if name != "auto_map"})
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    linear = [(path, module) for path, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    return tuple(
+        Site(path, module.in_features, module.out_features) for path, module in linear if any(part.isdigit() for part in path.split("."))
+    )

@@ -1,0 +1,271 @@
+"""From rows to tokenised examples.
+
+Rows come as a task's columns, or in one of the free forms ``{"prompt", "completion"}``, ``{"messages"}``,
+``{"prompt", "options", "label"}`` and ``{"text"}``. A bad row is reported with its file, line and reason.
+"""
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from sglang.srt.mezo.core.config import Objective
+from sglang.srt.mezo.core.errors import DataError, shown
+from sglang.srt.mezo.data.chat import Renderer
+from sglang.srt.mezo.data.conversation import turns
+from sglang.srt.mezo.data.invocation import invocation_start
+from sglang.srt.mezo.data.rows import SourceRow
+from sglang.srt.mezo.data.tasks import TASKS, Task, TextExample
+from sglang.srt.mezo.data.texts import Encoding, Texts, encode_together
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+OnBadRow = Literal["raise", "skip"]
+
+_ROWS_TOGETHER = 256
+
+
+@dataclass(frozen=True)
+class Example:
+    """A tokenised row: ``options[i]`` continues ``prompt``; ``label`` is the index of the right option."""
+
+    prompt: tuple[int, ...]
+    options: tuple[tuple[int, ...], ...]
+    label: int
+
+
+class Encoder:
+    """Turns rows into examples for one tokenizer.
+
+    Args:
+        tokenizer: the model's; its special tokens are added to prompts as it does by itself.
+        max_length: most tokens of a sequence, prompt and option together.
+        task: renders the rows; without one they must have one of the free forms.
+        invocation: token ids that every prompt must hold; empty where none are needed.
+        chat: renders messages, which are refused without one.
+    """
+
+    def __init__(
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        max_length: int,
+        task: Task | None = None,
+        invocation: Sequence[int] = (),
+        chat: Renderer | None = None,
+    ):
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.task = task
+        self.invocation = tuple(invocation)
+        self._chat = chat
+
+    @property
+    def _renderer(self) -> Renderer:
+        if self._chat is None:
+            raise DataError("messages need a renderer, such as chat=ChatRenderer(tokenizer, ChatSettings(model)) of sglang.srt.mezo.engine.chat")
+        return self._chat
+
+    def generation_prompt(self, rows: Iterable[SourceRow], prompts: Iterable[Sequence[int]]) -> tuple[int, ...]:
+        """What the chat template appends to the rows' messages for the answer to follow, if all ``prompts`` end with it.
+
+        Raises:
+            DataError: it appends nothing or not always the same, or there are no messages.
+        """
+        tokens = next(self._generation_prompts(rows), None)
+        if tokens is None:
+            raise DataError("there are no messages, whose chat template has a generation prompt")
+        if not tokens:
+            raise DataError("the chat template appends no generation prompt to the messages")
+        if any(tuple(prompt[-len(tokens) :]) != tokens for prompt in prompts):
+            raise DataError(f"not every prompt ends with the generation prompt {self.tokenizer.decode(tokens)!r}")
+        return tokens
+
+    def _generation_prompts(self, rows: Iterable[SourceRow]) -> Iterator[tuple[int, ...]]:
+        for row in rows:
+            if self.task is None and "messages" in row.fields:
+                try:
+                    yield self._renderer.generation_prompt(turns(row.fields)[0])
+                except DataError:  # a bad row, which is left out
+                    continue
+
+    def encode_rows(self, rows: Sequence[SourceRow], on_bad_row: OnBadRow = "raise") -> list[Example]:
+        """Tokenise all rows. A bad one raises DataError, or is logged and left out with ``on_bad_row="skip"``."""
+        examples = []
+        for start in range(0, len(rows), _ROWS_TOGETHER):
+            for outcome in self.encode_each(rows[start : start + _ROWS_TOGETHER]):
+                if isinstance(outcome, list):
+                    examples += outcome
+                elif on_bad_row == "raise":
+                    raise outcome
+                else:
+                    logger.warning("skipped %s", outcome)
+        if not examples:
+            source = rows[0].source if rows else "data set"
+            raise DataError("no usable row", source)
+        return examples
+
+    def encode_each(self, rows: Sequence[SourceRow]) -> list[list[Example] | DataError]:
+        """The examples of each row, or why it cannot be used; the rows are tokenised together."""
+        outcomes = encode_together(self.tokenizer, [self._encoding_of(row) for row in rows])
+        return [_problem(outcome, row) if isinstance(outcome, Exception) else outcome for outcome, row in zip(outcomes, rows)]
+
+    def encode(self, fields: Mapping[str, Any]) -> list[Example]:
+        """Tokenise one row; a long text becomes several examples."""
+        [outcome] = encode_together(self.tokenizer, [self._encoding(fields)])
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    def _encoding_of(self, row: SourceRow) -> Encoding[list[Example]]:
+        return (yield from self._encoding(row.whole_fields()))
+
+    def _encoding(self, fields: Mapping[str, Any]) -> Encoding[list[Example]]:
+        if self.task is not None:
+            return [(yield from self._encode_text(self.task.render(fields)))]
+        for needed, encode in self._forms:
+            if needed <= fields.keys():
+                return (yield from encode(self, fields))
+        forms = ", ".join("{" + ", ".join(sorted(needed)) + "}" for needed, _ in self._forms)
+        raise DataError(f"columns {shown(sorted(fields))} have none of the forms {forms}")
+
+    def _encode_options(self, fields: Mapping[str, Any]) -> Encoding[list[Example]]:
+        _require_text("prompt", fields["prompt"])
+        options = fields["options"]
+        if not isinstance(options, list) or not all(isinstance(option, str) for option in options):
+            raise DataError(f"options={shown(options)} must be a list of strings")
+        for option in options:
+            _require_unicode("options", option)
+        return [(yield from self._encode_text(TextExample(fields["prompt"], tuple(options), fields["label"])))]
+
+    def _encode_completion(self, fields: Mapping[str, Any]) -> Encoding[list[Example]]:
+        if fields["prompt"] == "":
+            raise DataError("prompt='' must be a non-empty string: {\"text\"} instead of prompt and completion trains a text from its start")
+        _require_text("prompt", fields["prompt"])
+        _require_text("completion", fields["completion"])
+        return [self._with_end((yield from self._encode_text(TextExample(fields["prompt"], (fields["completion"],), 0))))]
+
+    def _encode_messages(self, fields: Mapping[str, Any]) -> Encoding[list[Example]]:
+        examples = []
+        for turn in turns(fields):
+            prompt, answer = yield from self._renderer.answer(turn)
+            examples.append(self._checked(Example(prompt, (answer,), 0)))
+        return examples
+
+    def _encode_plain_text(self, fields: Mapping[str, Any]) -> Encoding[list[Example]]:
+        _require_text("text", fields["text"])
+        [ids] = yield Texts([fields["text"]])
+        if len(ids) < 2:
+            raise DataError("a text needs two tokens or more, one to start from and one to predict")
+        blocks = [ids[start : start + self.max_length] for start in range(0, len(ids), self.max_length)]
+        return [self._checked(Example(tuple(block[:1]), (tuple(block[1:]),), 0)) for block in blocks if len(block) > 1]
+
+    _forms: Sequence[tuple[set[str], Callable[["Encoder", Mapping[str, Any]], Encoding[list[Example]]]]] = (
+        ({"prompt", "options", "label"}, _encode_options),
+        ({"prompt", "completion"}, _encode_completion),
+        ({"messages"}, _encode_messages),
+        ({"text"}, _encode_plain_text),
+    )
+
+    def _encode_text(self, text: TextExample) -> Encoding[Example]:
+        if not text.options or not all(text.options):
+            raise DataError(f"options={shown(list(text.options))}: at least one is needed, and none may be empty")
+        if not isinstance(text.label, int) or isinstance(text.label, bool) or not 0 <= text.label < len(text.options):
+            raise DataError(f"label={shown(text.label)} must be an index of the {len(text.options)} options")
+        _require_distinct(text.options, text.options)
+        [prompt] = yield Texts([text.prompt])
+        if not prompt:
+            raise DataError("the prompt has no tokens")
+        if len(prompt) >= self.max_length:  # before every option is tokenised together with it
+            raise DataError(f"a prompt of {len(prompt)} tokens and an option are more than the context of {self.max_length}")
+        options = yield from self._continuations(text, prompt)
+        _require_distinct(text.options, options)
+        return self._checked(Example(tuple(prompt), options, text.label))
+
+    def _continuations(self, text: TextExample, prompt: list[int]) -> Encoding[tuple[tuple[int, ...], ...]]:
+        """Tokens of each option as they follow ``prompt``, even where the tokenizer would merge across the border."""
+        joint = yield Texts([text.prompt + option for option in text.options])
+        options = [tuple(ids[len(prompt) :]) if ids[: len(prompt)] == prompt else () for ids in joint]
+        merged = [place for place, option in enumerate(options) if not option]
+        if merged:
+            alone = yield Texts([text.options[place] for place in merged], special_tokens=False)
+            for place, ids in zip(merged, alone):
+                options[place] = tuple(ids)
+        return tuple(options)
+
+    def _with_end(self, example: Example) -> Example:
+        """A completion is learned with its end, as TRL does."""
+        end = self.tokenizer.eos_token_id
+        if end is None or example.options[0][-1] == end:
+            return example
+        return self._checked(Example(example.prompt, (example.options[0] + (end,),), 0))
+
+    def _checked(self, example: Example) -> Example:
+        if not all(example.options):
+            raise DataError(f"option {example.options.index(())} has no tokens")
+        longest = len(example.prompt) + max(map(len, example.options))
+        if longest > self.max_length:
+            raise DataError(f"{longest} tokens are more than the context of {self.max_length}")
+        if self.invocation:
+            invocation_start(example.prompt, self.invocation)
+        return example
+
+
+def _require_distinct(options: Sequence[str], values: Sequence[Any]) -> None:
+    """Between two options that are the same, as text or as tokens, nothing can be chosen or learned."""
+    first: dict[Any, int] = {}
+    for place, value in enumerate(values):
+        if (earlier := first.setdefault(value, place)) != place:
+            told = [shown(options[i]) for i in (earlier, place)]
+            raise DataError(f"options[{earlier}]={told[0]} and options[{place}]={told[1]} are the same tokens: nothing tells one from the other")
+
+
+def _require_text(name: str, value: Any) -> None:
+    if not isinstance(value, str) or not value:
+        raise DataError(f"{name}={shown(value)} must be a non-empty string")
+    _require_unicode(name, value)
+
+
+def _require_unicode(name: str, text: str) -> None:
+    """JSON can spell half of a surrogate pair, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{name} is no Unicode text: {error}") from error
+
+
+def _problem(error: Exception, row: SourceRow) -> DataError:
+    problem = DataError(_reason(error), row.source, row.line)
+    problem.__cause__ = error
+    return problem
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, DataError):
+        return error.reason
+    if isinstance(error, KeyError):
+        return f"column {error.args[0]!r} is missing"
+    return f"{type(error).__name__}: {error}"
+
+
+def count_shared(examples: Iterable[Example], others: Iterable[Example]) -> int:
+    """How many of the examples have the prompt and the options of one of the others, whatever its label."""
+    known = {(other.prompt, other.options) for other in others}
+    return sum((example.prompt, example.options) in known for example in examples)
+
+
+def default_objective(examples: Sequence[Example], rows: Sequence[SourceRow]) -> Objective:
+    """Classification where there is something to choose from; else the likelihood of the completion or the text."""
+    if any(len(example.options) > 1 for example in examples):
+        return "classification"
+    return "language_modeling" if rows and "text" in rows[0].fields else "completion"
+
+
+def get_task(name: str) -> Task:
+    """The task of that name, as SST2, sst-2 and sst2 are one; raises DataError for an unknown one."""
+    task = TASKS.get(name.lower().replace("-", "").replace("_", ""))
+    if task is None:
+        raise DataError(f"unknown task {name!r}; known tasks: {', '.join(sorted(TASKS))}")
+    return task

@@ -1,0 +1,65 @@
+"""From hidden states to the scores of chosen tokens, in float32, only where they are needed."""
+
+import torch
+from sglang.srt.mezo.engine.handle import EngineHandle
+
+# Rows whose logits over the vocabulary exist at once; on CPU so few that they stay in the cache.
+_MOST_ROWS, _MOST_ROWS_ON_CPU = 1024, 64
+
+
+class Head:
+    """The model's own head: its weight, scale, soft cap and vocabulary-parallel gather."""
+
+    def __init__(self, handle: EngineHandle):
+        model = handle.model_runner.model
+        # Some models with tied embeddings have no head beside them.
+        self._lm_head = model.lm_head if hasattr(model, "lm_head") else model.model.embed_tokens
+        self._processor = model.logits_processor
+        self._vocab_size = handle.model_runner.model_config.vocab_size
+        self._reads_single_logits = self._is_plain_linear()
+
+    def log_probs(self, hidden: torch.Tensor, rows: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """Log-probabilities of single tokens.
+
+        Args:
+            hidden: [n, hidden size].
+            rows: int64 [reads], the row of ``hidden`` that each read looks at.
+            tokens: int64 [reads], the token after it.
+
+        Returns:
+            float32 [reads].
+        """
+        out = torch.empty(rows.numel(), dtype=torch.float32, device=hidden.device)
+        needed, row_of_read = rows.unique(return_inverse=True)
+        most = _MOST_ROWS_ON_CPU if hidden.device.type == "cpu" else _MOST_ROWS
+        for start in range(0, needed.numel(), most):
+            logits = self._full_logits(hidden.index_select(0, needed[start : start + most]))
+            log_probs = torch.log_softmax(logits.float(), dim=-1)
+            mine = ((row_of_read >= start) & (row_of_read < start + most)).nonzero().squeeze(1)
+            out[mine] = log_probs[row_of_read[mine] - start, tokens[mine]]
+        return out
+
+    def logits(self, hidden: torch.Tensor, rows: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """Like ``log_probs`` up to one constant per row: enough where tokens of one row are compared."""
+        if not self._reads_single_logits:
+            return self.log_probs(hidden, rows, tokens)
+        weight = self._lm_head.weight
+        logits = torch.linalg.vecdot(hidden.index_select(0, rows).float(), weight.index_select(0, tokens).float())
+        scale = self._processor.logit_scale
+        return logits if scale is None else logits * scale
+
+    def _full_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        # The metadata only serves data-parallel attention and output buffers, which are not in play here.
+        logits = self._processor._get_logits(hidden, self._lm_head, logits_metadata=None, use_logits_buffer=False)
+        return logits[:, : self._vocab_size]
+
+    def _is_plain_linear(self) -> bool:
+        """Whether a logit is a dot product with a row of a weight that this rank holds whole."""
+        from sglang.srt.layers.quantization.unquant import UnquantizedEmbeddingMethod
+
+        return (
+            not self._processor.do_tensor_parallel_all_gather
+            and self._processor.final_logit_softcapping is None
+            and isinstance(getattr(self._lm_head, "quant_method", None), UnquantizedEmbeddingMethod)
+            and getattr(self._lm_head, "bias", None) is None
+        )

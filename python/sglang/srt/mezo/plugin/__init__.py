@@ -1,0 +1,1 @@
+"""What SGLang loads: the entry points, and every hook into its processes."""

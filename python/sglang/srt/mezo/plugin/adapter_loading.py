@@ -1,0 +1,136 @@
+"""Every adapter that SGLang loads is read by us: applied as PEFT applies it, or refused before anything is taken.
+
+SGLang's own loader leaves out or misreads much of what PEFT knows, and notices that tensors do not fit when a request needs them,
+which ends the server. It gets what it takes without a question: all parts of a layer, one rank, one scale, plain fields.
+"""
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from sglang.srt.mezo.adapters.peft_adapter import PeftAdapter, fit_adapter, read_adapter
+from sglang.srt.mezo.core.errors import ConfigError
+from sglang.srt.mezo.engine.peft_layers import (
+    CheckedFields,
+    as_sglang_takes_it,
+    is_known,
+    layers_for_adapters,
+    layers_of_checkpoint,
+)
+from sglang.srt.mezo.plugin import alora_serving
+from sglang.srt.mezo.plugin.hooks import Hook, StartRefused
+
+if TYPE_CHECKING:
+    from sglang.srt.lora.lora_manager import LoRAManager
+    from sglang.srt.lora.lora_registry import LoRARef
+    from sglang.srt.managers.io_struct import LoRAUpdateOutput
+
+logger = logging.getLogger(__name__)
+
+
+def _around_loading(original: Callable, manager: "LoRAManager", lora_ref: "LoRARef") -> "LoRAUpdateOutput":
+    """An adapter in a folder."""
+    if not is_known(manager):
+        return _served(manager, lora_ref, original(manager, lora_ref))
+    return _load(manager, lora_ref, lambda: read_adapter(lora_ref.lora_path, layers_for_adapters(manager)))
+
+
+def _around_loading_from_tensors(
+    original: Callable, manager: "LoRAManager", lora_ref: "LoRARef", tensors: Mapping, config_dict: Mapping, added_tokens_config: Any = None
+) -> "LoRAUpdateOutput":
+    """An adapter in a request, or one that has been checked."""
+    if isinstance(config_dict, CheckedFields) or not is_known(manager):
+        return _served(manager, lora_ref, original(manager, lora_ref, tensors, config_dict, added_tokens_config))
+    if added_tokens_config:
+        return _refused(manager, lora_ref, ConfigError("added_tokens_config", added_tokens_config, "nothing, as the server's tokenizer has its own tokens"))
+    return _load(manager, lora_ref, lambda: fit_adapter(config_dict, tensors, layers_for_adapters(manager)))
+
+
+def _load(manager: "LoRAManager", lora_ref: "LoRARef", make: Callable[[], PeftAdapter]) -> "LoRAUpdateOutput":
+    try:
+        adapter = make()
+        alora_serving.require_servable(manager, adapter.invocation)
+        fields, tensors = as_sglang_takes_it(manager, adapter)
+    except ConfigError as error:
+        return _refused(manager, lora_ref, error)
+    except Exception as error:  # as SGLang's loader has it: an adapter, whatever it is, does not end the server
+        logger.exception("adapter %r was not loaded", lora_ref.lora_name)
+        return _refused(manager, lora_ref, f"{type(error).__name__}: {error}")
+    return manager._load_lora_adapter_from_tensors(lora_ref, tensors, fields)
+
+
+def _served(manager: "LoRAManager", lora_ref: "LoRARef", result: "LoRAUpdateOutput") -> "LoRAUpdateOutput":
+    """Take note of an adapter that SGLang has loaded, or have it forget one that it has not, or that it would serve wrongly."""
+    if not result.success:
+        return _refused(manager, lora_ref, result.error_message)
+    invocation = tuple(manager.configs[lora_ref.lora_id].hf_config.get("alora_invocation_tokens") or ())
+    try:
+        alora_serving.require_servable(manager, invocation)
+    except ConfigError as error:
+        return _refused(manager, lora_ref, error)
+    alora_serving.register(lora_ref.lora_id, invocation)
+    return result
+
+
+def _refused(manager: "LoRAManager", lora_ref: "LoRARef", error: ConfigError | str) -> "LoRAUpdateOutput":
+    """Nothing of it stays; a server that was to start with it does not start."""
+    if lora_ref.lora_id in manager.lora_refs:
+        manager.num_pinned_loras -= int(lora_ref.pinned or False)
+    for known in (manager.configs, manager.loras, manager.lora_refs):
+        known.pop(lora_ref.lora_id, None)
+    if not hasattr(manager, "memory_pool"):
+        raise StartRefused(f"--lora-paths {lora_ref.lora_name}: {error}")
+    return manager.create_lora_update_result(success=False, error_message=str(error))
+
+
+def require_adapters(server_args) -> None:
+    """StartRefused, before a model is loaded for nothing, where an adapter of --lora-paths cannot be applied."""
+    try:
+        layers = layers_of_checkpoint(server_args)
+    except ConfigError:
+        return  # SGLang has more to say about a model that cannot be read
+    for name, path in map(_name_and_path, server_args.lora_paths) if layers is not None else ():
+        try:
+            read_adapter(path, layers)
+        except ConfigError as error:
+            raise StartRefused(f"--lora-paths {name}: {error}") from error
+
+
+def _name_and_path(given: object) -> tuple[str, str]:
+    """Of an adapter as SGLang's argument has it: a text or an object."""
+    if isinstance(given, str):
+        name, _, path = given.partition("=")
+        return name, path or name
+    if isinstance(given, dict):
+        return given.get("lora_name", ""), given.get("lora_path", "")
+    return given.lora_name, given.lora_path
+
+
+def _around_tensors(original: Callable, worker, request) -> "LoRAUpdateOutput":
+    """Tensors that cannot be unpacked are the sender's mistake."""
+    manager = worker.model_runner.lora_manager
+    try:
+        return original(worker, request)
+    except Exception as error:
+        return manager.create_lora_update_result(success=False, error_message=f"serialized_named_tensors: {type(error).__name__}: {error}")
+
+
+_MANAGER = "sglang.srt.lora.lora_manager"
+
+HOOKS = (
+    Hook(_MANAGER, "LoRAManager._load_lora_adapter", "around", _around_loading, "applies adapters as PEFT does, or refuses them"),
+    Hook(
+        _MANAGER,
+        "LoRAManager._load_lora_adapter_from_tensors",
+        "around",
+        _around_loading_from_tensors,
+        "the same for adapters that come as tensors",
+    ),
+    Hook(
+        "sglang.srt.managers.tp_worker",
+        "BaseTpWorker.load_lora_adapter_from_tensors",
+        "around",
+        _around_tensors,
+        "tensors that cannot be unpacked do not end the server",
+    ),
+)

@@ -1,0 +1,252 @@
+"""Scores of a batch of examples under several adapter slots: the one path for training and evaluation."""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from sglang.srt.mezo.core.config import Objective
+from sglang.srt.mezo.core.passes import Passes
+from sglang.srt.mezo.core.tokens import common_length
+from sglang.srt.mezo.engine.forward import Sequenced, extend
+from sglang.srt.mezo.engine.handle import EngineHandle
+from sglang.srt.mezo.engine.head import Head
+from sglang.srt.mezo.engine.kv_pool import erase
+from sglang.srt.mezo.engine.prefix import BasePrefixes, PrefixStats
+from sglang.srt.mezo.scoring.plan import ExamplePlan, PrefixScope, Row, needs_normaliser
+from sglang.srt.mezo.scoring.sharing import Borrowed, share
+
+SlotGroup = tuple[str | None, ...]
+"""Adapter ids that are scored in the same pass: both signs of a direction, or one adapter alone."""
+
+# Of the KV pool that the prefixes of one pass may fill: the first, or as much as may be kept, up to the second.
+_PREFIX_SHARE, _MOST_PREFIX_SHARE = 0.25, 0.5
+_PASS_SHARE = 0.75  # of the KV pool for all tokens of a pass
+_NOTHING = torch.empty(0, dtype=torch.int64)
+
+
+@dataclass(frozen=True)
+class _Item:
+    """A row in one slot; ``first_read`` is the column of its first value."""
+
+    slot: int
+    lora_id: str | None
+    row: Row
+    first_read: int
+
+
+class Scorer:
+    """Scores plans on an engine.
+
+    Args:
+        scope: where the prefixes of the plans hold; see ``plan.PREFIX_SCOPE``.
+        max_tokens: most tokens run in one forward pass; a single example may exceed it. May be set anew between two passes.
+        prefix_reuse: False runs every prefix anew in every row: same losses, no sharing, to check the sharing by.
+        kept_tokens: most tokens of base-model prefixes that stay locked in the tree between passes.
+    """
+
+    def __init__(self, handle: EngineHandle, scope: PrefixScope, max_tokens: int, prefix_reuse: bool = True, kept_tokens: int = 0):
+        self._handle = handle
+        self.scope = scope
+        most = int(_MOST_PREFIX_SHARE * handle.kv_capacity)
+        self._prefix_room = max(int(_PREFIX_SHARE * handle.kv_capacity), min(kept_tokens, most))
+        self._prefix_reuse = prefix_reuse
+        self._head = Head(handle)
+        self.prefix_stats = PrefixStats()
+        self.base_prefixes = BasePrefixes(handle, max_tokens, self.prefix_stats, kept_tokens)
+        self._shares_in_slots = prefix_reuse and handle.writes_kv_first
+        self.max_tokens = max_tokens
+
+    @property
+    def max_tokens(self) -> int:
+        return self._max_tokens
+
+    @max_tokens.setter
+    def max_tokens(self, tokens: int) -> None:
+        self._max_tokens = self.base_prefixes.max_tokens = tokens
+
+    def passes(
+        self, plans: Sequence[ExamplePlan], groups: Sequence[SlotGroup], objective: Objective, keep: bool = True
+    ) -> Passes[torch.Tensor]:
+        """Read every scored token of every plan in every slot, a forward pass of at most ``max_tokens`` at a time.
+
+        Between passes nothing is held but locks on kept prefixes: neither rows nor KV tokens outside of the tree.
+
+        Args:
+            keep: base-model prefixes may stay locked afterwards.
+
+        Returns:
+            float32 [slots, reads] on the CPU: log-probabilities, or logits where the normaliser cancels. Slots are in
+            the order of ``groups``, reads in the order of plans, rows and ``Row.reads``.
+        """
+        normalise = needs_normaliser(plans, objective)
+        num_reads = sum(len(row.reads) for plan in plans for row in plan.rows)
+        values = torch.empty(sum(map(len, groups)), num_reads)
+        for items in self._batches(plans, groups):
+            if self._prefix_reuse and self.scope is PrefixScope.BASE:
+                yield from self.base_prefixes.prepare(item.row.prefix for item in items)
+            read = self._score_items(items, normalise, keep)
+            for item, part in zip(items, read.split([len(item.row.reads) for item in items])):
+                values[item.slot, item.first_read : item.first_read + part.numel()] = part
+            yield
+        return values
+
+    def prefix_passes(self, plans: Sequence[ExamplePlan], groups: Sequence[SlotGroup]) -> Passes[None]:
+        """Compute the base-model prefixes that the tree lacks, in the very batches in which ``passes`` would."""
+        for items in self._batches(plans, groups):
+            yield from self.base_prefixes.prepare(item.row.prefix for item in items)
+            yield
+
+    def _batches(self, plans: Sequence[ExamplePlan], groups: Sequence[SlotGroup]) -> Iterator[list[_Item]]:
+        """Pack (example, slot group) units up to the token budget, the free rows and the room for prefixes, slot after slot."""
+        batch: list[_Item] = []
+        tokens, prefixes, before = 0, _Prefixes(), None
+        for unit in _units(plans, groups, slots_first=self.scope is PrefixScope.SLOT):
+            cost, longer = self._cost(unit, before), prefixes.with_unit(unit)
+            full = tokens + cost > self._max_tokens or len(batch) + len(unit.items) > self._handle.free_rows
+            if batch and (full or not self._has_room(longer.tokens, tokens + cost)):
+                yield sorted(batch, key=lambda item: item.slot)
+                batch, tokens, cost, longer = [], 0, self._cost(unit, None), _Prefixes().with_unit(unit)
+            batch += unit.items
+            tokens, prefixes, before = tokens + cost, longer, unit
+        yield sorted(batch, key=lambda item: item.slot)
+
+    def _has_room(self, prefix_tokens: int, tokens: int) -> bool:
+        return prefix_tokens <= self._prefix_room and prefix_tokens + tokens <= _PASS_SHARE * self._handle.kv_capacity
+
+    def _cost(self, unit: "_Unit", before: "_Unit | None") -> int:
+        """Tokens that the unit runs, after ``before`` in the same pass.
+
+        A base-model prefix is not counted, as it is computed once for many steps, nor what slots share with the unit before.
+        """
+        if not self._prefix_reuse:
+            return sum(len(item.row.prefix) + len(item.row.suffix) for item in unit.items)
+        if not self._shares_in_slots:
+            return sum(len(item.row.suffix) for item in unit.items)
+        shared = 0
+        if before is not None and before.group == unit.group:
+            a, b = before.items[-1].row, unit.items[0].row
+            shared = common_length(a.suffix, b.suffix[:-1]) if a.prefix == b.prefix else 0
+        return len(unit.group) * (unit.plan.slot_tokens - shared)
+
+    def _score_items(self, items: Sequence[_Item], normalise: bool, keep: bool) -> torch.Tensor:
+        borrowed = self._borrowed(items)
+        with self._base(items, keep) as base:
+            hidden, kv_indices = extend(self._handle, self._sequences(items, borrowed, base))
+            try:
+                values = self._read(hidden, items, borrowed, normalise)
+                if not hidden.isfinite().all():  # of a slot that has diverged
+                    erase(self._handle.kv_allocator.get_kvcache(), kv_indices)
+            finally:
+                self._handle.kv_allocator.free(kv_indices)
+        return values
+
+    def _borrowed(self, items: Sequence[_Item]) -> dict[int, Borrowed]:
+        """Item -> the tokens of its suffix that another item runs, in the order in which they run."""
+        if not self._shares_in_slots:
+            return {number: Borrowed(None, 0) for number in range(len(items))}
+        keys = [(item.lora_id, item.row.prefix) for item in items]
+        number_of = {key: number for number, key in enumerate(dict.fromkeys(keys))}
+        borrowed = share([item.row.suffix for item in items], [number_of[key] for key in keys])
+        self._count_shared(borrowed)
+        return borrowed
+
+    def _count_shared(self, borrowed: dict[int, Borrowed]) -> None:
+        """What a row runs and others borrow is computed; it and what is borrowed are read."""
+        lengths = [one.length for one in borrowed.values()]
+        lent = sum(max(0, after - own) for own, after in zip(lengths, lengths[1:]))
+        self.prefix_stats.computed += lent
+        self.prefix_stats.total += lent + sum(lengths)
+
+    @contextmanager
+    def _base(self, items: Sequence[_Item], keep: bool):
+        """Prefix -> KV indices of the base model: none where prefixes are run anew."""
+        prefix_tokens = sum(len(item.row.prefix) for item in items)
+        self.prefix_stats.total += prefix_tokens
+        if not self._prefix_reuse:
+            self.prefix_stats.computed += prefix_tokens
+            yield {item.row.prefix: _NOTHING for item in items}
+            return
+        tokens = sum(len(item.row.suffix) for item in items)
+        with self.base_prefixes.acquire((item.row.prefix for item in items), tokens, keep) as base:
+            yield base
+
+    def _sequences(self, items: Sequence[_Item], borrowed: dict[int, Borrowed], base: dict[tuple[int, ...], torch.Tensor]) -> list[Sequenced]:
+        """In the order of ``borrowed``."""
+        place = {number: place for place, number in enumerate(borrowed)}
+        sequences = []
+        for number, taken in borrowed.items():
+            item, cached = items[number], base[items[number].row.prefix]
+            own = item.row.suffix[taken.length :]
+            on_base = item.row.prefix[len(cached) :]
+            segments = ((item.lora_id, len(own)),)
+            if on_base and self.scope is PrefixScope.BASE:
+                segments = ((None, len(on_base)), *segments)
+            follows = None if taken.row is None else (place[taken.row], len(item.row.prefix) + taken.length)
+            sequences.append(Sequenced(cached, on_base + own, segments, follows))
+        return sequences
+
+    def _read(self, hidden: torch.Tensor, items: Sequence[_Item], borrowed: dict[int, Borrowed], normalise: bool) -> torch.Tensor:
+        """The values of the items, one after the other; a token that was borrowed is read where it ran."""
+        rows_of = self._hidden_rows(items, borrowed)
+        rows = [rows_of[number][position] for number, item in enumerate(items) for position, _ in item.row.reads]
+        tokens = [token for item in items for _, token in item.row.reads]
+        rows, tokens = (torch.tensor(column, device=hidden.device) for column in (rows, tokens))
+        read = self._head.log_probs if normalise else self._head.logits
+        with torch.inference_mode():
+            return read(hidden, rows, tokens).cpu()
+
+    def _hidden_rows(self, items: Sequence[_Item], borrowed: dict[int, Borrowed]) -> dict[int, list[int]]:
+        """Item -> for every token of its suffix the row of the hidden states."""
+        rows_of: dict[int, list[int]] = {}
+        end = 0
+        for number, taken in borrowed.items():
+            row = items[number].row
+            end += (0 if self._prefix_reuse else len(row.prefix)) + len(row.suffix) - taken.length
+            first = rows_of[taken.row][: taken.length] if taken.length else []
+            rows_of[number] = [*first, *range(end - len(row.suffix) + taken.length, end)]
+        return rows_of
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """What must share a pass: all rows of one example in one group of slots."""
+
+    plan: ExamplePlan
+    group: SlotGroup
+    items: list[_Item]
+
+
+@dataclass(frozen=True)
+class _Prefixes:
+    """Base-model prefixes of a batch in the making."""
+
+    texts: frozenset[tuple[int, ...]] = frozenset()
+    tokens: int = 0
+
+    def with_unit(self, unit: _Unit) -> "_Prefixes":
+        new = {item.row.prefix for item in unit.items} - self.texts
+        return _Prefixes(self.texts | new, self.tokens + sum(map(len, new))) if new else self
+
+
+def _units(plans: Sequence[ExamplePlan], groups: Sequence[SlotGroup], slots_first: bool) -> Iterator[_Unit]:
+    """Units that follow each other share what is worth most: a base-model prefix, or with ``slots_first`` the slots."""
+    reads = [sum(len(row.reads) for row in plan.rows) for plan in plans]
+    first_reads = [0, *itertools.accumulate(reads)]
+    first_slots = [0, *itertools.accumulate(map(len, groups))]
+    if slots_first:
+        order = ((plan, group) for group in range(len(groups)) for plan in range(len(plans)))
+    else:
+        order = ((plan, group) for plan in range(len(plans)) for group in range(len(groups)))
+    for plan, group in order:
+        yield _Unit(plans[plan], groups[group], _items(plans[plan], groups[group], first_slots[group], first_reads[plan]))
+
+
+def _items(plan: ExamplePlan, group: SlotGroup, first_slot: int, first_read: int) -> list[_Item]:
+    columns = list(itertools.accumulate((len(row.reads) for row in plan.rows), initial=first_read))
+    return [
+        _Item(slot, lora_id, row, column)
+        for slot, lora_id in enumerate(group, first_slot)
+        for row, column in zip(plan.rows, columns)
+    ]

@@ -1,0 +1,1 @@
+"""The routes: OpenAI's, our own, and the page."""

@@ -1,0 +1,278 @@
+"""From the hyperparameters that a client sends to the settings of a run.
+
+OpenAI's three come beside the settings of ``MezoConfig`` that a job may choose; "auto" stands for the default of each.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple, get_type_hints
+
+from sglang.srt.mezo.core.config import LARGEST, NEW_ADAPTER, MezoConfig, defaults
+from sglang.srt.mezo.core.errors import ConfigError, DataError, shown
+from sglang.srt.mezo.core.estimator import SIGNS, Estimator
+from sglang.srt.mezo.core.kinds import described, fits
+from sglang.srt.mezo.data.invocation import AUTO
+from sglang.srt.mezo.service.jobs.job_data import MAX_PASS_TOKENS
+from sglang.srt.mezo.service.jobs.origins import Origin
+from sglang.srt.mezo.service.wire.errors import RequestError
+from sglang.srt.mezo.service.wire.messages import SPARE_SLOTS, EngineDescription
+from sglang.srt.mezo.training.start import contradiction
+
+_SETTINGS = (
+    "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "clip_projected_grad",
+    "optim", "momentum", "adam_beta1", "adam_beta2", "adam_epsilon",
+    "zo_eps", "num_perturbations", "estimator", "scale_by_loss_std", "perturbation", "perturbation_rank", "perturbation_interval",
+    "tuning", "invocation", "r", "lora_alpha", "target_modules",
+    "max_steps", "objective", "gradient_accumulation_steps", "max_tokens_per_batch", "echoes",
+    "eval_steps", "logging_steps", "save_steps", "load_best_model_at_end", "metric_for_best_model",
+)  # fmt: skip
+"""Fields of ``MezoConfig`` that a job may set; the others name files, or are the server's business."""
+
+_TYPES = get_type_hints(MezoConfig)
+KINDS: dict[str, Any] = {
+    "n_epochs": int,
+    "batch_size": int,
+    "learning_rate_multiplier": float,
+    **{name: _TYPES[name] for name in _SETTINGS},
+    "target_modules": list[str],
+}
+"""Every hyperparameter and its type; where it takes null, that is a value like others, such as no bound. What a server decides takes none."""
+
+_PLACES = ("hyperparameters", "method.supervised.hyperparameters")
+_WIRE_NAMES = {"per_device_train_batch_size": "batch_size", "num_train_epochs": "n_epochs"}
+_UNSTORED = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint")  # where a run lies, and whether it goes on
+_AUTO_STEPS = 250
+
+_MOST_STEPS = 10**9
+_MOST_EXAMPLES = 4096  # of a step, which works on its list of examples in one piece
+_MOST_DIRECTIONS = 64  # which are all in memory during a step
+_MOST_RANK = 64  # of directions, which are drawn in one piece
+_MOST_CHARACTERS = 1000  # of an invocation
+_COUNTS = {"n_epochs": _MOST_STEPS, "max_steps": _MOST_STEPS, "batch_size": _MOST_EXAMPLES, "max_tokens_per_batch": MAX_PASS_TOKENS}
+_MOST = {
+    "learning_rate_multiplier": int(LARGEST),
+    "num_perturbations": _MOST_DIRECTIONS,
+    "perturbation_rank": _MOST_RANK,
+}
+"""Bounds of a server, beside those of ``MezoConfig``: what is counted from 1 on, and the most of others."""
+
+_METRICS = ("eval_loss", "eval_accuracy")
+
+
+class _Given(NamedTuple):
+    """A hyperparameter as it was sent, and where."""
+
+    path: str
+    value: Any
+
+
+def resolve(
+    request: Mapping[str, Any], engine: EngineDescription, num_train: int, seed: int, origin: Origin | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Settle everything that a job leaves open.
+
+    Args:
+        request: body of the job's creation.
+        engine: what the server can train.
+        num_train: training examples, 1 or more.
+        seed: the job's.
+        origin: the adapter of ``request["model"]`` where that is a fine-tuned one.
+
+    Raises:
+        RequestError: 400; ``param`` is the path of the hyperparameter in the body.
+
+    Returns:
+        Fields of ``MezoConfig`` but for those that name the run's folder, and OpenAI's three hyperparameters. What a
+        client gives as n_epochs stays so, as a long text becomes several examples.
+    """
+    given = _given(request)
+    _check_together(given)
+    values = {name: sent.value for name, sent in given.items()}
+    batch_size = values.pop("batch_size", min(16, num_train))
+    most_batches = _MOST_EXAMPLES // batch_size
+    if not 1 <= values.get("gradient_accumulation_steps", 1) <= most_batches:
+        raise _refusal(given["gradient_accumulation_steps"], f"from 1 to {most_batches}, as a step takes {_MOST_EXAMPLES} examples at most")
+    multiplier = values.pop("learning_rate_multiplier", 1)
+    n_epochs = values.pop("n_epochs", None)
+
+    fields = _online_defaults(values, engine) | values
+    if origin is not None:
+        _check_origin(origin, given)
+        fields |= origin.settings
+    fields["per_device_train_batch_size"] = batch_size
+    fields["seed"] = seed
+    if n_epochs is None:
+        fields.setdefault("max_steps", _AUTO_STEPS)
+    else:
+        fields["num_train_epochs"] = n_epochs
+    config = _validated(fields, given)
+    config = _multiplied(config, multiplier, given)
+    _check_against(engine, config, given)
+
+    if "max_steps" in fields:
+        n_epochs = max(1, math.ceil(config.max_steps * config.train_batch_size / num_train))
+    stored = config.to_dict() | {"num_train_epochs": n_epochs}
+    for name in _UNSTORED:
+        del stored[name]
+    return stored, {"n_epochs": n_epochs, "batch_size": batch_size, "learning_rate_multiplier": multiplier}
+
+
+def settle(config: Mapping[str, Any], request: Mapping[str, Any], engine: EngineDescription, found: str | list[int] | DataError) -> dict[str, Any]:
+    """Settle how an adapter acts whose invocation is open.
+
+    Args:
+        config: from ``resolve``.
+        request: body of the job's creation.
+        found: the invocation that the job's rows suggest, or why they suggest none; then the adapter acts on every token.
+
+    Raises:
+        RequestError: they suggest none, and the client wants activated LoRA.
+    """
+    if not isinstance(found, DataError):
+        return {**config, "invocation": found}
+    given = _given(request)
+    if "tuning" in given:
+        raise _refused("invocation", AUTO, f"the text from which activated LoRA acts, such as ' It was', as {found.reason}", given)
+    targets = given["target_modules"].value if "target_modules" in given else _default_targets("lora", engine)
+    return {**config, "tuning": "lora", "invocation": None, "target_modules": targets}
+
+
+def reported(config: Mapping[str, Any], hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``resolve`` returned, under the names that a client uses; max_steps is "auto" where n_epochs decides."""
+    settings = {name: config[name] for name in _SETTINGS}
+    return {**hyperparameters, **settings, "max_steps": settings["max_steps"] if settings["max_steps"] >= 1 else "auto"}
+
+
+def _given(request: Mapping[str, Any]) -> dict[str, _Given]:
+    """Everything that is not "auto", by name, with the right type."""
+    method = (request.get("method") or {}).get("supervised") or {}
+    given: dict[str, _Given] = {}
+    for place, sent in zip(_PLACES, (request.get("hyperparameters"), method.get("hyperparameters"))):
+        for name, value in (sent or {}).items():
+            path = f"{place}.{name[:100]}"
+            if name not in KINDS:
+                raise RequestError(400, f"{path} is not a hyperparameter; there are {', '.join(KINDS)}", path, "unknown_parameter")
+            if name in given:
+                raise _refusal(given[name], f"it is given as {path} as well; one place is enough")
+            if value != "auto":
+                given[name] = _Given(path, value)
+                _require_type(given[name], KINDS[name])
+    return given
+
+
+def _require_type(sent: _Given, kind: Any) -> None:
+    if not fits(sent.value, kind):
+        raise _refusal(sent, f'{described(kind)}, or "auto"')
+
+
+def _check_together(given: Mapping[str, _Given]) -> None:
+    """What ``MezoConfig`` does not know of."""
+    for name, most in _COUNTS.items():
+        if name in given and not 1 <= given[name].value <= most:
+            raise _refusal(given[name], f"from 1 to {most}")
+    for name, most in _MOST.items():
+        if name in given and (given[name].value or 0) > most:
+            raise _refusal(given[name], f"at most {most}")
+    if "invocation" in given and len(given["invocation"].value or "") > _MOST_CHARACTERS:
+        raise _refusal(given["invocation"], f"at most {_MOST_CHARACTERS} characters or tokens")
+    multiplier = given.get("learning_rate_multiplier")
+    if multiplier is not None and not 0 < multiplier.value < math.inf:
+        raise _refusal(multiplier, "a positive number")
+    if multiplier is not None and multiplier.value != 1 and "learning_rate" in given:
+        raise _refusal(multiplier, "1 beside learning_rate, as it multiplies the default learning rate")
+    metric = given.get("metric_for_best_model")
+    if metric is not None and metric.value not in (None, *_METRICS):
+        raise _refusal(metric, f"one of {', '.join(_METRICS)}, null")
+
+
+def _check_origin(origin: Origin, given: Mapping[str, _Given]) -> None:
+    if (wrong := contradiction({name: sent.value for name, sent in given.items()}, origin.adapter, origin.tokenizer)) is not None:
+        name, value = wrong
+        raise _refusal(given[name], f"{value!r}, as the adapter has it that the job goes on from")
+
+
+def _online_defaults(values: Mapping[str, Any], engine: EngineDescription) -> dict[str, Any]:
+    """Where a server has a better answer than ``MezoConfig``. What a job leaves open of its invocation its rows decide (``settle``)."""
+    is_open = "invocation" not in values
+    act_on_all = bool(engine.no_alora) if is_open else values["invocation"] is None
+    tuning = values.get("tuning", "lora" if act_on_all else "alora")
+    return {
+        "tuning": tuning,
+        "invocation": AUTO if is_open and tuning == "alora" else None,
+        "target_modules": _default_targets(tuning, engine),
+        "r": min(NEW_ADAPTER["r"], engine.max_lora_rank),
+        "estimator": _default_estimator(values.get("num_perturbations", MezoConfig.num_perturbations), engine),
+        "max_tokens_per_batch": min(engine.idle_step_tokens, engine.kv_capacity),
+        "save_steps": values.get("eval_steps", MezoConfig.eval_steps),
+    }
+
+
+def _default_targets(tuning: str, engine: EngineDescription) -> list[str]:
+    return engine.default_target_modules.get(tuning) or engine.target_modules
+
+
+def _default_estimator(num_perturbations: int, engine: EngineDescription) -> Estimator:
+    estimator = defaults(num_perturbations, None, 1)["estimator"]
+    return estimator if _slots(estimator) <= engine.max_loras_per_batch else "one_sided"
+
+
+def _slots(estimator: Estimator) -> int:
+    """Of the LoRA pool, that a job needs: theta and one direction, beside the base model and what is served."""
+    return 1 + len(SIGNS[estimator]) + 1 + SPARE_SLOTS
+
+
+def _validated(fields: dict[str, Any], given: Mapping[str, _Given]) -> MezoConfig:
+    try:
+        return MezoConfig(**fields)
+    except ConfigError as error:
+        raise _refused(_WIRE_NAMES.get(error.field, error.field), error.value, error.allowed, given) from error
+
+
+def _multiplied(config: MezoConfig, multiplier: float, given: Mapping[str, _Given]) -> MezoConfig:
+    try:
+        return replace(config, learning_rate=multiplier * config.learning_rate)
+    except ConfigError as error:
+        raise _refusal(given["learning_rate_multiplier"], f"one that leaves the learning rate {error.allowed}") from error
+
+
+def _check_against(engine: EngineDescription, config: MezoConfig, given: Mapping[str, _Given]) -> None:
+    def require(name: str, condition: bool, allowed: str) -> None:
+        if not condition:
+            raise _refused(name, getattr(config, name), allowed, given)
+
+    if config.tuning == "alora":
+        require("invocation", bool(config.invocation), "the text from which activated LoRA acts, such as ' It was'")
+    else:
+        require("invocation", config.invocation is None, "null, as ordinary LoRA acts on every token")
+    targets = config.target_modules or []
+    require("target_modules", len(set(targets)) == len(targets), "each module once")
+    for name, allowed in beyond(engine, config):
+        require(name, False, allowed)
+
+
+def beyond(engine: EngineDescription, config: MezoConfig, to_serve: bool = False) -> Iterator[tuple[str, str]]:
+    """What the engine was not started for: each field of ``config`` that asks for it, and what is allowed.
+
+    to_serve: its finished adapter, which asks for less than its training.
+    """
+    if config.tuning == "alora" and engine.no_alora:
+        yield "tuning", f"lora, as this server cannot serve aLoRA adapters: {engine.no_alora}"
+    if config.r > engine.max_lora_rank:
+        yield "r", f"from 1 to {engine.max_lora_rank}, the server's --max-lora-rank"
+    if not set(config.target_modules or []) <= set(engine.target_modules):
+        yield "target_modules", f"some of {', '.join(engine.target_modules)}, which this server adapts"
+    if to_serve:
+        return
+    if (slots := _slots(config.estimator)) > engine.max_loras_per_batch:
+        yield "estimator", f"one that the server's --max-loras-per-batch={engine.max_loras_per_batch} has room for: this one needs {slots}"
+    if config.max_tokens_per_batch > engine.kv_capacity:
+        yield "max_tokens_per_batch", f"from 1 to {engine.kv_capacity}, the size of the KV pool"
+
+
+def _refused(name: str, value: Any, allowed: str, given: Mapping[str, _Given]) -> RequestError:
+    return _refusal(_Given(given[name].path if name in given else f"{_PLACES[1]}.{name}", value), allowed)
+
+
+def _refusal(sent: _Given, allowed: str) -> RequestError:
+    return RequestError(400, f"{sent.path}={shown(sent.value)} is not allowed: {allowed}", sent.path, "invalid_value")

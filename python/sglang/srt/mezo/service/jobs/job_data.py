@@ -1,0 +1,286 @@
+"""From a job's files, and the rows that it was given later, to examples. The same rows give the same examples every time."""
+
+import copy
+import itertools
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sglang.srt.mezo.core.config import Objective, Tuning
+from sglang.srt.mezo.core.errors import DataError
+from sglang.srt.mezo.core.integrity import require_sums, write_sums
+from sglang.srt.mezo.data.chat import ChatSettings
+from sglang.srt.mezo.data.examples import (
+    Encoder,
+    Example,
+    count_shared,
+    default_objective,
+)
+from sglang.srt.mezo.data.invocation import AUTO, invocation_setting, invocation_tokens
+from sglang.srt.mezo.data.rows import SourceRow, read_jsonl
+from sglang.srt.mezo.engine.chat import ChatRenderer
+from sglang.srt.mezo.scoring.plan import Planner
+from sglang.srt.mezo.service.wire.errors import RequestError
+from sglang.srt.mezo.service.wire.messages import EngineDescription, TokenizedExample
+from sglang.srt.mezo.service.wire.packed import MAX_EXAMPLES, MAX_TOKENS, num_tokens
+from sglang.srt.mezo.service.wire.records import StoredJob
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# All options of an example run in one forward pass, in which a request waits no longer than in one of SGLang's own.
+MAX_PASS_TOKENS = 8192
+MAX_OPTIONS = 128
+MAX_ROW_BYTES = 4 << 20
+
+_ROWS_TOGETHER = 256  # are tokenised at a time
+
+
+def shared_tokenizer(tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedTokenizerBase":
+    """A copy that threads can share. What another user of ``tokenizer`` sets would be an error in the midst of a call."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer("Settles truncation and padding, which no later call changes.")
+    return tokenizer
+
+
+RowExample = tuple[SourceRow, Example]
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """``path``: where its content lies. ``name``: what its user calls it."""
+
+    path: Path
+    name: str
+
+
+@dataclass(frozen=True)
+class JobData:
+    """Tokenised examples of a job's files.
+
+    Attributes:
+        shared: how many of those to evaluate on are in the training file too.
+        invocation: where the job leaves it open, what the rows suggest, or why they suggest none.
+    """
+
+    train: list[Example]
+    evaluation: list[Example]
+    objective: Objective
+    shared: int = 0
+    invocation: str | list[int] | DataError | None = None
+
+
+class JobReader:
+    """Reads and tokenises what jobs train on. Its methods block, for minutes where a file is large. It can be pickled.
+
+    Args:
+        tokenizer: from ``shared_tokenizer``.
+        engine: bounds what an example may take.
+        chat: how the server renders messages.
+    """
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", engine: EngineDescription, chat: ChatSettings):
+        self._made_with = tokenizer, engine, chat
+        self._tokenizer = tokenizer
+        self._chat = ChatRenderer(tokenizer, chat)
+        self._max_length = engine.context_length
+        self._max_pass_tokens = min(engine.kv_capacity, max(MAX_PASS_TOKENS, 2 * engine.context_length))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return JobReader, self._made_with
+
+    def read(self, job: StoredJob, training_file: SourceFile, validation_file: SourceFile | None) -> JobData:
+        """Examples of the training and the validation file.
+
+        Raises:
+            RequestError: naming the file, line and reason of the first row that cannot be used.
+        """
+        is_open = job.config["invocation"] == AUTO
+        tuning, invocation = job.config["tuning"], () if is_open else self.invocation(job)
+        train = self._read_file(training_file, "training_file", invocation)
+        evaluation = self._read_file(validation_file, "validation_file", invocation) if validation_file else []
+        found = None
+        if is_open:
+            tuning, invocation, found = self._suggested([*train, *evaluation])
+        planner = Planner(tuning, invocation)
+        train, objective = self._checked(train, "training_file", planner, job.config["objective"])
+        evaluation, _ = self._checked(evaluation, "validation_file", planner, objective)
+        return JobData(train, evaluation, objective, count_shared(evaluation, train), found)
+
+    def encode(self, job: StoredJob, rows: Sequence[Mapping[str, Any]]) -> list[Example]:
+        """Examples of rows in a request.
+
+        Raises:
+            RequestError: naming the first row that cannot be used, or there are more than go into one request.
+        """
+        sources = [SourceRow(row, "rows", number) for number, row in enumerate(rows)]
+        try:
+            examples = self._encode(job, sources)
+        except DataError as error:
+            raise RequestError(400, f"rows[{error.line}]: {error.reason}", f"rows.{error.line}", "invalid_row") from error
+        tokens = sum(map(num_tokens, examples))
+        if len(examples) > MAX_EXAMPLES or tokens > MAX_TOKENS:
+            raise RequestError(
+                400,
+                f"rows of {len(examples)} examples and {tokens} tokens are too many for one request: "
+                f"at most {MAX_EXAMPLES} examples and {MAX_TOKENS} tokens",
+                "rows",
+                "too_many_rows",
+            )
+        return examples
+
+    def encode_file(self, job: StoredJob, path: Path) -> list[Example]:
+        """Examples of a file that ``AppendedRows`` wrote; DamagedError where it is not as it was written."""
+        require_sums(path.parent, [path.name], _sums(path))
+        return self._encode(job, list(read_jsonl(path, path.name)))
+
+    def invocation(self, job: StoredJob) -> tuple[int, ...]:
+        """Tokens from which the job's adapter acts; none for ordinary LoRA."""
+        if job.config["tuning"] == "lora":
+            return ()
+        return invocation_tokens(job.config["invocation"], self._tokenizer)
+
+    def _read_file(self, file: SourceFile, param: str, invocation: tuple[int, ...]) -> list[RowExample]:
+        with _names(param):
+            rows = list(read_jsonl(file.path, file.name, MAX_ROW_BYTES))
+            if not rows:
+                raise DataError("no row", file.name)
+            return self._tokenised(rows, invocation)
+
+    def _suggested(self, encoded: Sequence[RowExample]) -> tuple[Tuning, tuple[int, ...], str | list[int] | DataError]:
+        """How an adapter acts that leaves it open: from the chat template's generation prompt on, or else on every token."""
+        encoder = Encoder(self._tokenizer, self._max_length, chat=self._chat)
+        try:
+            tokens = encoder.generation_prompt((row for row, _ in encoded), (example.prompt for _, example in encoded))
+        except DataError as error:
+            return "lora", (), error
+        return "alora", tokens, invocation_setting(tokens, self._tokenizer)
+
+    def _encode(self, job: StoredJob, rows: Sequence[SourceRow]) -> list[Example]:
+        """Examples of a job whose files have been read."""
+        invocation = self.invocation(job)
+        encoded = self._tokenised(rows, invocation)
+        examples, _ = self._usable(encoded, Planner(job.config["tuning"], invocation), job.config["objective"])
+        return examples
+
+    def _tokenised(self, rows: Sequence[SourceRow], invocation: tuple[int, ...]) -> list[RowExample]:
+        """Each row with its examples, in order; raises DataError at the first that has none."""
+        encoder = Encoder(self._tokenizer, self._max_length, invocation=invocation, chat=self._chat)
+        encoded = []
+        for start in range(0, len(rows), _ROWS_TOGETHER):
+            together = rows[start : start + _ROWS_TOGETHER]
+            few = list(itertools.takewhile(_has_few_options, together))
+            for row, outcome in zip(few, encoder.encode_each(few)):
+                if isinstance(outcome, DataError):
+                    raise outcome
+                encoded += [(row, example) for example in outcome]
+            if len(few) < len(together):
+                row = together[len(few)]
+                raise DataError(f"{len(row.fields['options'])} options are too many: at most {MAX_OPTIONS}", row.source, row.line)
+        return encoded
+
+    def _checked(
+        self, encoded: Sequence[RowExample], param: str, planner: Planner, objective: Objective | None
+    ) -> tuple[list[Example], Objective]:
+        with _names(param):
+            return self._usable(encoded, planner, objective)
+
+    def _usable(self, encoded: Sequence[RowExample], planner: Planner, objective: Objective | None) -> tuple[list[Example], Objective]:
+        """Examples, and the objective that they suggest where the job names none."""
+        examples = [example for _, example in encoded]
+        objective = objective or default_objective(examples, [row for row, _ in encoded])
+        for row, example in encoded:
+            self._require_one_pass(planner, example, row)
+            if objective == "classification" and len(example.options) < 2:
+                raise DataError("one option leaves nothing to choose from, which classification needs", row.source, row.line)
+        return examples, objective
+
+    def _require_one_pass(self, planner: Planner, example: Example, row: SourceRow) -> None:
+        if 2 * (len(example.options) * len(example.prompt) + num_tokens(example)) <= self._max_pass_tokens:
+            return  # were nothing shared, it would be within it
+        plan = planner.plan(example)
+        tokens = 2 * plan.slot_tokens + sum(map(len, {row.prefix for row in plan.rows}))
+        if tokens > self._max_pass_tokens:
+            taken = f"its {len(example.options)} options take {tokens} tokens in one forward pass"
+            raise DataError(f"{taken}, and at most {self._max_pass_tokens} go into one", row.source, row.line)
+
+
+@contextmanager
+def _names(param: str) -> Iterator[None]:
+    """A bad row is an error of the field that names its file."""
+    try:
+        yield
+    except DataError as error:
+        raise RequestError(400, str(error), param, f"invalid_{param}") from error
+
+
+def _has_few_options(row: SourceRow) -> bool:
+    """To be asked before they are tokenised, each with its prompt."""
+    options = row.fields.get("options")
+    return not isinstance(options, list) or len(options) <= MAX_OPTIONS
+
+
+def to_message(example: Example) -> TokenizedExample:
+    return list(example.prompt), list(map(list, example.options)), example.label
+
+
+class AppendedRows:
+    """Rows that a job was given after its creation: a file for each request, in the order in which they came."""
+
+    def __init__(self, job_directory: Path):
+        self._directory = job_directory
+
+    def files(self) -> list[Path]:
+        return sorted((path for path in self._directory.glob("appended-*.jsonl") if _is_numbered(path)), key=_number)
+
+    def add(self, rows: Sequence[Mapping[str, Any]]) -> Path:
+        """Write a file that is on disk, whole, when this returns; where it raises OSError, there is none."""
+        self._directory.mkdir(parents=True, exist_ok=True)
+        last = _number(files[-1]) if (files := self.files()) else 0
+        path = self._directory / f"appended-{last + 1}.jsonl"
+        partial = path.with_suffix(".partial")
+        try:
+            with open(partial, "w", encoding="utf-8") as file:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
+                file.flush()
+                os.fsync(file.fileno())
+            os.rename(partial, path)
+            write_sums(self._directory, [path.name], _sums(path))
+            for directory in (self._directory, self._directory.parent):
+                _sync(directory)
+        except BaseException:
+            self.drop(path)
+            raise
+        finally:
+            partial.unlink(missing_ok=True)
+        return path
+
+    def drop(self, path: Path) -> None:
+        """Delete a file that was not taken."""
+        (self._directory / _sums(path)).unlink(missing_ok=True)  # first, as it must not meet another file of that name
+        path.unlink(missing_ok=True)
+
+
+def _sums(path: Path) -> str:
+    return f"{path.stem}.sha256"
+
+
+def _is_numbered(path: Path) -> bool:
+    return path.stem.removeprefix("appended-").isdecimal()
+
+
+def _number(path: Path) -> int:
+    return int(path.stem.removeprefix("appended-"))
+
+
+def _sync(directory: Path) -> None:
+    """Bring the names in a folder to the disk."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,175 @@
+"""Single evaluations and updates of a job that does not train: it has the engine while they come, and a little longer."""
+
+import asyncio
+import sqlite3
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from sglang.srt.mezo.service.jobs.client import EngineClient
+from sglang.srt.mezo.service.jobs.fit import Fit
+from sglang.srt.mezo.service.jobs.job_data import JobReader, to_message
+from sglang.srt.mezo.service.jobs.published import PublishedAdapters
+from sglang.srt.mezo.service.jobs.runs import Runs
+from sglang.srt.mezo.service.jobs.session import Session, Sessions
+from sglang.srt.mezo.service.jobs.states import Action, require
+from sglang.srt.mezo.service.jobs.training import Training
+from sglang.srt.mezo.service.store.disk import disk_full
+from sglang.srt.mezo.service.store.store import Store
+from sglang.srt.mezo.service.wire.errors import RequestError
+from sglang.srt.mezo.service.wire.messages import (
+    ApplyUpdate,
+    EvaluatePerturbed,
+    SaveAdapter,
+)
+from sglang.srt.mezo.service.wire.records import StoredEvent, StoredJob, new_id
+
+_IDLE_SECONDS = 30.0
+_TIMEOUT_SECONDS = 600.0  # to begin or to evaluate: requests go first
+
+
+class ManualWork:
+    """Operations on paused and on succeeded jobs, one at a time."""
+
+    def __init__(
+        self,
+        store: Store,
+        client: EngineClient,
+        sessions: Sessions,
+        runs: Runs,
+        reader: JobReader,
+        published: PublishedAdapters,
+        training: Training,
+        fit: Fit,
+        state: asyncio.Lock,
+    ):
+        self._store = store
+        self._client = client
+        self._sessions = sessions
+        self._runs = runs
+        self._reader = reader
+        self._published = published
+        self._training = training
+        self._fit = fit
+        self._state = state
+        self._idle: asyncio.Task | None = None
+
+    def stop(self) -> None:
+        if self._idle is not None:
+            self._idle.cancel()
+
+    async def evaluate(
+        self, job_id: str, rows: Sequence[Mapping[str, Any]], zo_random_seed: int, zo_eps: float
+    ) -> dict[str, Any]:
+        """``loss_plus``, ``loss_minus`` and ``projected_grad``, one number for each direction, and ``step``."""
+        job = self._store.job(job_id)
+        require(job, "evaluate")
+        examples = await asyncio.to_thread(self._reader.encode, job, rows)
+        async with self._session(job_id, "evaluate") as session:
+            command = EvaluatePerturbed(
+                job_id=job_id,
+                operation=new_id("op-"),
+                examples=list(map(to_message, examples)),
+                zo_random_seed=zo_random_seed,
+                zo_eps=zo_eps,
+            )
+            return {"step": session.step, **await self._sessions.evaluate(session, command, _TIMEOUT_SECONDS)}
+
+    async def update(
+        self, job_id: str, zo_random_seed: int, projected_grad: Sequence[float], learning_rate: float, publish: bool
+    ) -> dict[str, Any]:
+        """Take a step; of a succeeded job the adapter is served as it is then, unless ``publish`` is False.
+
+        Returns:
+            ``step``, and the ``model`` that was published, None for none.
+        """
+        async with self._session(job_id, "update") as session:
+            result = await self._client.call(
+                ApplyUpdate(
+                    job_id=job_id, zo_random_seed=zo_random_seed, projected_grad=list(projected_grad), learning_rate=learning_rate
+                )
+            )
+            session.step = result["step"]
+            model = None
+            try:
+                job = self._store.update_job(job_id, step=session.step)
+                if publish and job.status == "succeeded":
+                    async with self._state:
+                        model = await self.publish_current(job_id)
+            except (RequestError, OSError, sqlite3.Error) as error:
+                raise _only_stepped(session.step, error) from error
+            return {"step": session.step, "model": model}
+
+    async def publish_paused(self, job_id: str) -> str:
+        """Serve the adapter of a paused job as it is."""
+        async with self._session(job_id, "publish"):
+            async with self._state:
+                return await self.publish_current(job_id)
+
+    async def publish_current(self, job_id: str) -> str:
+        """Serve the adapter that the engine holds, as it is now. Called with ``state`` held; returns the model's name."""
+        name = self._published.model_name(self._store.job(job_id).adapter_name)
+        step = 0
+
+        async def save(directory: Path) -> None:
+            nonlocal step
+            step = (await self._client.call(SaveAdapter(job_id=job_id, directory=str(directory))))["step"]
+
+        def record(version: int) -> StoredJob:
+            event = StoredEvent(job_id, f"The adapter of step {step} is served as {name}", data={"step": step, "version": version})
+            return self._store.update_job(job_id, event, version=version)
+
+        await self._published.add_version(job_id, save, record)
+        return name
+
+    @asynccontextmanager
+    async def _session(self, job_id: str, action: Action) -> AsyncIterator[Session]:
+        """The engine with the job's adapter on it."""
+        job = self._store.job(job_id)
+        require(job, action)
+        if (reason := self._fit.of_job(job)) is not None:
+            raise reason
+        other = self._training.current
+        if other is not None and self._store.job(other).status in ("queued", "running"):  # others are on their way out
+            raise RequestError(409, f"cannot {action} job {job_id} now: job {other} has the engine", None, "engine_busy")
+        async with self._sessions.lock:
+            job = self._store.job(job_id)
+            require(job, action)
+            self.stop()
+            try:
+                yield await self._open(job)
+            finally:
+                self._idle = asyncio.create_task(self._give_back())
+
+    async def _open(self, job: StoredJob) -> Session:
+        if (session := self._sessions.of(job.id)) is not None:
+            return session
+        if self._sessions.current is not None:
+            await self._sessions.stop(self._sessions.current.job_id)
+        command = await asyncio.to_thread(self._runs.start_command, job, [], manual=True)
+        session = await self._sessions.open(command)
+        try:
+            started = await asyncio.wait_for(session.started(), _TIMEOUT_SECONDS)
+        except TimeoutError as error:
+            await self._sessions.stop(job.id)
+            raise RequestError(503, "the engine did not find the time to take the adapter up", None, "timeout") from error
+        if not started:
+            event = await session.ended()
+            reason = event.message if event else "the job was stopped"
+            raise RequestError(503, f"the engine cannot take the adapter up: {reason}", None, "engine_failed")
+        return session
+
+    async def _give_back(self) -> None:
+        await asyncio.sleep(_IDLE_SECONDS)
+        async with self._sessions.lock:
+            session = self._sessions.current
+            if session is not None and session.manual:
+                await self._sessions.stop(session.job_id)
+
+
+def _only_stepped(step: int, error: Exception) -> RequestError:
+    """Of an update that is in the seed log already: to ask for it again would be another one."""
+    known = error if isinstance(error, RequestError) else disk_full(error)
+    status, reason, code = (known.status, known.message, known.code) if known else (500, str(error), "internal_error")
+    return RequestError(status, f"the step is taken, and the adapter is at step {step}, but not served: {reason}", None, code)

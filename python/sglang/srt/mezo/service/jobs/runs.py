@@ -1,0 +1,123 @@
+"""A job's run as the engine is to take it up: from its folder, its configuration and its examples."""
+
+import itertools
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from sglang.srt.mezo.data.examples import Example
+from sglang.srt.mezo.service.jobs.job_data import AppendedRows, JobReader
+from sglang.srt.mezo.service.jobs.origins import origin_directory
+from sglang.srt.mezo.service.store.example_files import ExampleFiles, Split
+from sglang.srt.mezo.service.store.store import Store
+from sglang.srt.mezo.service.wire.errors import RequestError
+from sglang.srt.mezo.service.wire.messages import EngineDescription, StartJob
+from sglang.srt.mezo.service.wire.packed import pack
+from sglang.srt.mezo.service.wire.records import StoredJob
+from sglang.srt.mezo.training.run_directory import read_segments
+
+
+@dataclass(frozen=True)
+class RunData:
+    """All examples that a run has drawn from so far.
+
+    Attributes:
+        files: those of the job's files.
+        appended: those of its files of appended rows, each packed.
+        segments: (step, number) of each part of those to train on.
+    """
+
+    files: ExampleFiles
+    appended: list[bytes]
+    segments: list[tuple[int, int]]
+
+    def parts(self, split: Split) -> Iterator[bytes]:
+        return itertools.chain(self.files.parts(split), self.appended if split == "train" else ())
+
+
+class Runs:
+    """Where runs lie, and the commands that begin or continue them."""
+
+    def __init__(self, store: Store, reader: JobReader, engine: EngineDescription):
+        self._store = store
+        self._reader = reader
+        self._engine = engine
+
+    def directory(self, job_id: str) -> Path:
+        """The folder that the engine trains in."""
+        return self._store.job_directory(job_id) / "run"
+
+    def appended(self, job_id: str) -> AppendedRows:
+        return AppendedRows(self._store.job_directory(job_id))
+
+    def has_begun(self, job_id: str) -> bool:
+        """Whether there is a run to go on with."""
+        directory = self.directory(job_id)
+        log = directory / "seed_log"
+        return (directory / "config.json").is_file() and log.is_file() and log.stat().st_size > 0
+
+    def checkpoints(self, job_id: str) -> Iterator[tuple[int, Path]]:
+        """Step and folder of every checkpoint that the run has left."""
+        for folder in self.directory(job_id).glob("checkpoint-*"):
+            if (step := folder.name.removeprefix("checkpoint-")).isdecimal():
+                yield int(step), folder
+
+    def prepare(self, job: StoredJob, files: ExampleFiles) -> RunData:
+        """What a run has drawn from so far, of the job's files and of rows that were appended.
+
+        Raises:
+            RequestError, DataError, DamagedError: they cannot be read, or are not those that the run has drawn from.
+        """
+        of_files = count = files.counts["train"]
+        segments = read_segments(self.directory(job.id) / "segments.json") or [(0, of_files)]
+        expected = sum(number for _, number in segments)
+        appended = []
+        for path in self.appended(job.id).files():
+            if count >= expected:
+                break
+            examples = self._reader.encode_file(job, path)
+            appended.append(pack(examples))
+            count += len(examples)
+        if count != expected or segments[0][1] != of_files:
+            message = f"job {job.id} has {count} examples, and its run has drawn from {segments}: a file with examples has changed, or is gone"
+            raise RequestError(500, message, None, "examples_lost")
+        return RunData(files, appended, segments)
+
+    def encode_appended(self, job: StoredJob, path: Path) -> list[Example]:
+        return self._reader.encode_file(job, path)
+
+    def start_command(self, job: StoredJob, segments: list[tuple[int, int]], manual: bool = False) -> StartJob:
+        """Begin the run, or go on with it where there is one. For manual work nothing is drawn, and ``segments`` is empty.
+
+        Raises:
+            RequestError: there is a run, without its configuration or its seed log.
+        """
+        directory = self.directory(job.id)
+        resumes = self.has_begun(job.id)
+        if not resumes:
+            _clear(directory)
+        config = {**job.config, "output_dir": str(directory), "resume_from_checkpoint": resumes, "disable_tqdm": True}
+        return StartJob(
+            job_id=job.id,
+            config=config,
+            base_model=self._engine.model_path,
+            target_modules=job.config["target_modules"],
+            invocation=list(self._reader.invocation(job)),
+            objective=job.config["objective"],
+            segments=segments,
+            start=None if job.config.get("init_from") is None else str(origin_directory(self._store, job.id)),
+            manual=manual,
+        )
+
+
+def _clear(directory: Path) -> None:
+    """Make room for a run where there is none yet: what a server that was stopped in its first moment has left is none."""
+    if not directory.exists():
+        return
+    left = sorted(path.name for path in directory.iterdir() if not path.name.startswith("."))
+    if not {"config.json", "initial_adapter", "seed_log"}.issuperset(left):
+        missing = "config.json" if not (directory / "config.json").is_file() else "seed_log"
+        message = f"the run in {directory} has lost its {missing}: put it back. Beside it lie {', '.join(left)}, which stay as they are"
+        raise RequestError(500, message, None, "run_damaged")
+    shutil.rmtree(directory)

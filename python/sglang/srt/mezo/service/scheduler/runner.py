@@ -1,0 +1,296 @@
+"""Training inside SGLang's scheduler: one bounded piece before a batch is chosen, wherever the pacer allows one.
+
+Every tensor-parallel rank runs the same pieces at the same iterations: what depends on clocks or files is decided by the
+leader and shared.
+"""
+
+import itertools
+import logging
+import threading
+import time
+from contextlib import contextmanager
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from sglang.srt.mezo.core.errors import (
+    BaseModelError,
+    CapacityError,
+    ConfigError,
+    MezoError,
+)
+from sglang.srt.mezo.data.examples import Example
+from sglang.srt.mezo.engine import slot_room
+from sglang.srt.mezo.engine.handle import EngineHandle
+from sglang.srt.mezo.service.scheduler.describe import describe
+from sglang.srt.mezo.service.scheduler.job import Job
+from sglang.srt.mezo.service.scheduler.metrics import TrainingMetrics
+from sglang.srt.mezo.service.scheduler.pacing import Pacer
+from sglang.srt.mezo.service.scheduler.stopwatch import Stopwatch
+from sglang.srt.mezo.service.store.disk import disk_full
+from sglang.srt.mezo.service.wire import messages
+from sglang.srt.mezo.service.wire.messages import (
+    MezoEvent,
+    MezoReqInput,
+    MezoReqOutput,
+    TokenizedExample,
+)
+from sglang.srt.mezo.service.wire.packed import unpack
+from sglang.srt.mezo.service.wire.settings import ServiceSettings
+from sglang.srt.mezo.service.wire.upstream import (
+    HEALTH_CHECK_RID_PREFIX,
+    get_observability,
+)
+
+if TYPE_CHECKING:
+    from sglang.srt.mezo.service.wire.upstream import Req, Scheduler
+
+logger = logging.getLogger(__name__)
+
+_LOW_WATER = 0.2  # share of the KV pool that must be free or evictable, or kept prefixes are given up
+_CAPACITY_PAUSE = 0.5  # seconds until the next try where requests left no room for a piece
+
+
+class MezoRunner:
+    """Takes commands about one job at a time and advances it."""
+
+    def __init__(self, scheduler: "Scheduler", settings: ServiceSettings):
+        self._scheduler = scheduler
+        self._settings = settings
+        self._handle = EngineHandle.from_scheduler(scheduler)
+        self._pacer = Pacer(settings.share)
+        self._metrics = TrainingMetrics() if self._handle.is_leader and _metrics_enabled() else None
+        self._loaded: dict[tuple[str, str], list[Example]] = {}
+        self._job: Job | None = None
+        self._retry_at = 0.0
+        self._failed_alone: tuple[str, int] | None = None
+        self._description: dict[str, Any] | None = None
+        self._base_model = self._handle.base_model
+        self._handlers = {
+            messages.Describe: self._describe,
+            messages.LoadExamples: self._load_examples,
+            messages.StartJob: self._start,
+            messages.StopJob: self._stop,
+            messages.AppendExamples: self._append,
+            messages.SaveAdapter: self._save,
+            messages.EvaluatePerturbed: self._evaluate,
+            messages.ApplyUpdate: self._update,
+        }
+
+    @property
+    def has_work(self) -> bool:
+        return self._job is not None and self._job.has_work
+
+    def handle(self, request: MezoReqInput) -> MezoReqOutput:
+        """Carry out a command; a refusal is an answer, never an exception in the scheduler's loop."""
+        try:
+            return MezoReqOutput(success=True, result=self._handlers[type(request.command)](request.command) or {})
+        except MezoError as error:
+            return MezoReqOutput(success=False, message=str(error), param=getattr(error, "field", None))
+        except Exception as error:
+            if (full := disk_full(error)) is not None:
+                logger.error("a training command failed: %s: %s", type(request.command).__name__, full)
+                return MezoReqOutput(success=False, message=full.message, code=full.code)
+            logger.exception("a training command failed: %s", type(request.command).__name__)
+            return MezoReqOutput(success=False, message=f"{type(error).__name__}: {error}")
+
+    def tick(self) -> None:
+        """Run one piece of the job, if there is one and it may run now."""
+        self._look_at_the_base_model()
+        if self._has_requests():
+            self._pacer.saw_requests()
+        if not self.has_work or self._scheduler.weight_updater.offload_tags:
+            return
+        if not self._job.learner.slots.claimed and not self._claim():
+            return
+        running, waiting = self._load()
+        self._give_way()
+        max_tokens = self._handle.share(self._max_tokens(running, waiting))
+        if not max_tokens:
+            return
+        with self._forward_stream(), Stopwatch(self._handle.device) as watch:
+            self._advance(max_tokens)
+        self._pacer.ran(watch.seconds, running)
+        if self._metrics is not None:
+            self._metrics.piece(watch.seconds, self._pacer)
+
+    def _look_at_the_base_model(self) -> None:
+        """What has been trained on earlier weights does not go on with others."""
+        known, now = self._base_model, self._handle.base_model
+        if now == known:
+            return
+        self._base_model = now
+        self._emit(MezoEvent(job_id="", kind="base_model", step=0, data={"fingerprint": now["fingerprint"]}))
+        if self._job is not None:
+            self._fail(BaseModelError(now["name"], known["name"]))
+
+    def on_flush(self) -> None:
+        """The radix tree has been emptied: its locks and KV are gone."""
+        if self._job is not None:
+            self._job.restart_work()
+
+    # --- commands --------------------------------------------------------------------------------------------------------
+
+    def _describe(self, command: messages.Describe | None = None) -> dict[str, Any]:
+        if self._description is None:
+            with self._forward_stream():
+                self._description = self._handle.share(describe(self._handle, self._settings))
+            # What writes adapters takes a while to import: neither the start nor, at the first adapter, a request waits for it.
+            threading.Thread(target=import_module, args=("peft",), daemon=True).start()
+        return self._description
+
+    def _load_examples(self, command: messages.LoadExamples) -> None:
+        self._loaded.setdefault((command.job_id, command.split), []).extend(unpack(command.examples))
+
+    def _start(self, command: messages.StartJob) -> None:
+        train, evaluation = (self._loaded.pop((command.job_id, split), []) for split in ("train", "eval"))
+        self._loaded.clear()
+        if self._job is not None:
+            raise ConfigError("job", command.job_id, f"one job at a time, and {self._job.job_id} has the engine")
+
+        def emit(kind: str, step: int, message: str = "", **data: Any) -> None:
+            self._emit(MezoEvent(job_id=command.job_id, kind=kind, step=step, message=message, data=data))
+
+        kept_tokens = int(self._settings.kv_share * self._handle.kv_capacity)
+        self._job = Job.start(self._handle, command, train, evaluation, emit, kept_tokens)
+
+    def _stop(self, command: messages.StopJob) -> dict[str, int]:
+        self._loaded.clear()  # of a job that is stopped before it has started
+        if self._job is None or self._job.job_id != command.job_id:
+            return {}
+        step = self._job.learner.global_step
+        self._end_job()
+        return {"step": step}
+
+    def _append(self, command: messages.AppendExamples) -> dict[str, int]:
+        return {"step": self._require(command.job_id).extend([_example(example) for example in command.examples])}
+
+    def _save(self, command: messages.SaveAdapter) -> dict[str, int]:
+        return {"step": self._require(command.job_id).save(command.directory)}
+
+    def _evaluate(self, command: messages.EvaluatePerturbed) -> None:
+        examples = [_example(example) for example in command.examples]
+        self._require(command.job_id).evaluate(command.operation, examples, command.zo_random_seed, command.zo_eps)
+
+    def _update(self, command: messages.ApplyUpdate) -> dict[str, int]:
+        job = self._require(command.job_id)
+        return {"step": job.update(command.zo_random_seed, command.projected_grad, command.learning_rate)}
+
+    def _require(self, job_id: str) -> Job:
+        if self._job is None or self._job.job_id != job_id:
+            raise ConfigError("job", job_id, f"the job that has the engine ({self._job.job_id if self._job else 'none has'})")
+        return self._job
+
+    # --- pieces ----------------------------------------------------------------------------------------------------------
+
+    def _claim(self) -> bool:
+        """Take the job's slots once the adapters of requests in flight leave the room; new ones wait for that."""
+        slots, manager = self._job.learner.slots, self._handle.lora_manager
+        if not slot_room.leave_room(manager, {req.lora_id for req in self._batched()}, slots.count):
+            slot_room.reserve(slots.count)
+            return False
+        slot_room.reserve(0)
+        try:
+            with self._forward_stream():
+                slots.claim()
+        except Exception as error:
+            self._fail(error)
+            return False
+        return True
+
+    def _load(self) -> tuple[int, int]:
+        """Requests in the batch, and requests that wait to be admitted."""
+        return len(self._batched()), len(self._scheduler.waiting_queue) + len(self._scheduler.grammar_manager)
+
+    def _batched(self) -> list["Req"]:
+        """Requests that have their place; after a prefill they are in the last batch only, later in the running one, or both."""
+        last, running = self._scheduler.last_batch, self._scheduler.running_batch
+        return [*running.reqs, *(last.reqs if last is not None and last is not running else ())]
+
+    def _has_requests(self) -> bool:
+        """Whether anybody is served; probes of the server's health are nobody, and come all the time."""
+        requests = itertools.chain(self._batched(), self._scheduler.waiting_queue)
+        return len(self._scheduler.grammar_manager) > 0 or any(not req.rid.startswith(HEALTH_CHECK_RID_PREFIX) for req in requests)
+
+    def _max_tokens(self, running: int, waiting: int) -> int:
+        """Tokens that the next piece may run through the model; 0 where there may be none now."""
+        if time.monotonic() < self._retry_at or not self._pacer.allows(running, waiting):
+            return 0
+        return self._describe()["idle_step_tokens" if self._pacer.quiet else "micro_step_tokens"]
+
+    def _give_way(self) -> None:
+        """Locks on kept prefixes are the first thing to go where requests need the room."""
+        prefixes = self._job.learner.scorer.base_prefixes
+        if prefixes.kept_tokens and self._handle.free_kv_tokens < _LOW_WATER * self._handle.kv_capacity:
+            prefixes.release()
+
+    def _advance(self, max_tokens: int) -> None:
+        job = self._job
+        try:
+            done = job.advance(max_tokens)
+        except CapacityError as error:
+            self._make_room(error)
+        except Exception as error:
+            self._fail(error)
+        else:
+            if self._metrics is not None:
+                self._metrics.progress(job)
+            if done:
+                self._end_job()
+
+    def _make_room(self, error: CapacityError) -> None:
+        """Begin the step anew once requests have made room; where there are none, without kept prefixes, and only once."""
+        job = self._job
+        attempt = (job.job_id, job.learner.global_step)
+        idle = not any(self._load())
+        if idle and self._failed_alone == attempt:
+            self._fail(error)
+            return
+        if idle:
+            self._failed_alone = attempt
+        job.learner.scorer.base_prefixes.release()
+        self._retry_at = time.monotonic() + _CAPACITY_PAUSE
+        job.restart_work()
+
+    def _fail(self, error: Exception) -> None:
+        job, full = self._job, disk_full(error)
+        if full is None and not isinstance(error, MezoError):
+            logger.error("job %s failed", job.job_id, exc_info=error)
+        self._end_job()
+        message, code = (full.message, full.code) if full else (str(error) or type(error).__name__, type(error).__name__)
+        job.emit("failed", job.learner.global_step, message, code=code)
+
+    @contextmanager
+    def _forward_stream(self):
+        """On an accelerator, pieces queue behind the batch in flight, whose buffers they share."""
+        scheduler = self._scheduler
+        if not scheduler.enable_overlap or self._handle.device.type == "cpu":
+            yield
+            return
+        with scheduler.forward_stream_ctx:
+            scheduler.forward_stream.wait_stream(scheduler.schedule_stream)
+            yield
+        scheduler.schedule_stream.wait_stream(scheduler.forward_stream)
+
+    def _end_job(self) -> None:
+        job, self._job = self._job, None
+        slot_room.reserve(0)
+        try:
+            job.stop()
+        except Exception as error:  # of the job's files: requests go on
+            full = disk_full(error)
+            logger.error("job %s did not end cleanly: %s", job.job_id, full or error, exc_info=full is None)
+        if self._metrics is not None:
+            self._metrics.ended()
+
+    def _emit(self, event: MezoEvent) -> None:
+        if self._handle.is_leader:
+            self._scheduler.ipc_channels.send_to_tokenizer.send_output(event)
+
+
+def _metrics_enabled() -> bool:
+    return get_observability().enable_metrics
+
+
+def _example(fields: TokenizedExample) -> Example:
+    prompt, options, label = fields
+    return Example(tuple(prompt), tuple(map(tuple, options)), label)

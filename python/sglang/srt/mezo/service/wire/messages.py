@@ -1,0 +1,157 @@
+"""What the HTTP process and the scheduler say to each other about training.
+
+Commands go to every rank through SGLang's control channel and are answered at once; what takes longer, and what a job
+does by itself, comes back as a `MezoEvent` from rank 0.
+"""
+
+from typing import Any, Literal, Union
+
+from msgspec import Struct
+from sglang.srt.mezo.service.wire.upstream import BaseReq, hook_custom_types
+
+TokenizedExample = tuple[list[int], list[list[int]], int]
+"""prompt, options, index of the right option: the fields of ``data.Example``."""
+
+
+class Describe(Struct, tag=True, kw_only=True):
+    """What the engine can train; answered with the fields of `EngineDescription`."""
+
+
+class LoadExamples(Struct, tag=True, kw_only=True):
+    """A part of a job's data as ``packed`` has it, ahead of its ``StartJob``; parts of a split add up in order."""
+
+    job_id: str
+    split: Literal["train", "eval"]
+    examples: bytes
+
+
+class StartJob(Struct, tag=True, kw_only=True):
+    """Train, from the start or from where the seed log in ``config["output_dir"]`` ends.
+
+    config: fields of ``MezoConfig``. segments: (step, number of examples) from which each part of the training data
+    counts; the first is step 0. start: folder of the adapter that ``config["init_from"]`` names. manual: hold the adapter ready for ``EvaluatePerturbed`` and ``ApplyUpdate`` instead.
+    """
+
+    job_id: str
+    config: dict[str, Any]
+    base_model: str
+    target_modules: list[str]
+    invocation: list[int]
+    objective: Literal["classification", "completion", "language_modeling"]
+    segments: list[tuple[int, int]]
+    start: str | None = None
+    manual: bool = False
+
+
+class StopJob(Struct, tag=True, kw_only=True):
+    """Give the engine back after the last whole step; the seed log holds all that is needed to go on.
+
+    Answered with {"step": steps taken} where the job had the engine.
+    """
+
+    job_id: str
+
+
+class AppendExamples(Struct, tag=True, kw_only=True):
+    """More training data for the running job; answered with {"step": first step that draws from it}."""
+
+    job_id: str
+    examples: list[TokenizedExample]
+
+
+class SaveAdapter(Struct, tag=True, kw_only=True):
+    """Write the adapter as it is now, as a PEFT folder; answered with {"step": steps it has taken}."""
+
+    job_id: str
+    directory: str
+
+
+class EvaluatePerturbed(Struct, tag=True, kw_only=True):
+    """Losses at theta + zo_eps z and theta - zo_eps z for the directions of ``zo_random_seed``.
+
+    Answered at once; the losses follow as a ``MezoEvent`` of kind "evaluated" that carries ``operation``.
+    """
+
+    job_id: str
+    operation: str
+    examples: list[TokenizedExample]
+    zo_random_seed: int
+    zo_eps: float
+
+
+class ApplyUpdate(Struct, tag=True, kw_only=True):
+    """One update along the directions of ``zo_random_seed``, written to the seed log; answered with {"step"}."""
+
+    job_id: str
+    zo_random_seed: int
+    projected_grad: list[float]
+    learning_rate: float
+
+
+SPARE_SLOTS = 1
+"""Of the LoRA pool, that a job leaves to serve adapters beside it."""
+
+
+class EngineDescription(Struct, kw_only=True):
+    """What a job may ask of this engine.
+
+    target_modules: Hugging Face names of the linear layers that the LoRA pool can adapt. default_target_modules: for
+    each tuning, what a job gets that names none. micro_step_tokens, idle_step_tokens: tokens of one forward pass that keep to the
+    server's bounds on a piece, beside requests and while none come. no_alora: why it cannot serve aLoRA adapters, empty where it
+    can. base_model: the fingerprint of the weights, which may be replaced while the server runs. rendering: a digest of the
+    tokenizer and of how messages are rendered; the HTTP process knows it.
+    """
+
+    model_path: str
+    dtype: str
+    context_length: int
+    kv_capacity: int
+    max_lora_rank: int
+    max_loras_per_batch: int
+    target_modules: list[str]
+    default_target_modules: dict[str, list[str]]
+    micro_step_tokens: int
+    idle_step_tokens: int
+    no_alora: str
+    base_model: str = ""
+    rendering: str = ""
+
+
+Command = Union[
+    Describe, LoadExamples, StartJob, StopJob, AppendExamples, SaveAdapter, EvaluatePerturbed, ApplyUpdate
+]
+
+
+class MezoReqInput(BaseReq, kw_only=True):
+    command: Command
+
+
+class MezoReqOutput(BaseReq, kw_only=True):
+    """Where ``success`` is False: param is the field at fault; code is "disk_full" where the disk took no more."""
+
+    success: bool
+    message: str = ""
+    code: str = "engine_refused"
+    param: str | None = None
+    result: dict[str, Any] = {}
+
+
+class MezoEvent(BaseReq, kw_only=True):
+    """Something that a job did.
+
+    kind: "started", "step" (at most a few a second; data as in metrics.jsonl), "evaluated_dev" (eval_loss, ...),
+        "checkpoint" (data["directory"], a PEFT folder), "warning", "succeeded" (data: best_step, metrics),
+        "base_model" (of no job; data["fingerprint"]: the weights have been replaced),
+        "failed" (message; data["code"], "disk_full" where the disk took no more), "evaluated" (data: operation and loss_plus, loss_minus, projected_grad, or error).
+    """
+
+    job_id: str
+    kind: str
+    step: int
+    message: str = ""
+    data: dict[str, Any] = {}
+
+
+def register() -> None:
+    """Make the types known to SGLang's msgpack codec, in every process."""
+    hook_custom_types(MezoReqInput, MezoReqOutput, MezoEvent)

@@ -1,8 +1,0 @@
-"""Tasks: how a row of a data set becomes a prompt, its options and the right one."""
-
-from sglang.srt.mezo.tasks.base import Task, TextExample
-from sglang.srt.mezo.tasks.sst2 import SST2
-
-TASKS: dict[str, Task] = {task.name: task for task in (SST2(),)}
-
-__all__ = ["TASKS", "SST2", "Task", "TextExample"]

@@ -1,0 +1,199 @@
+"""The command line of a run: one flag for every field of some dataclasses, and what other programs call the same things.
+
+Whatever is typed wrong ends in an error of one line, before anything starts.
+"""
+
+import argparse
+import difflib
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, fields
+from types import NoneType, UnionType
+from typing import Any, NoReturn, Optional, Union, get_args, get_origin, get_type_hints
+
+from sglang.srt.mezo.core.errors import ConfigError, MezoError, UsageError
+from sglang.srt.mezo.core.kinds import from_text
+
+SAME = {
+    "model_name": "model", "model_name_or_path": "model", "model_path": "model", "torch_dtype": "dtype",
+    "task_name": "task", "dataset_name": "dataset", "train_file": "dataset", "dataset_test_split": "test_split",
+    "max_train_samples": "num_train", "num_eval": "num_test", "max_eval_samples": "num_dev", "max_predict_samples": "num_test",
+    "adapter_name_or_path": "init_from", "lora_r": "r", "lora_rank": "r", "rank": "r", "lora_target_modules": "target_modules",
+    "lr": "learning_rate", "epochs": "num_train_epochs", "num_epochs": "num_train_epochs", "n_epochs": "num_train_epochs",
+    "lr_scheduler": "lr_scheduler_type", "batch_size": "per_device_train_batch_size", "train_batch_size": "per_device_train_batch_size",
+    "eval_batch_size": "per_device_eval_batch_size", "per_gpu_train_batch_size": "per_device_train_batch_size",
+    "eps": "zo_eps", "optimizer": "optim", "output": "output_dir", "resume": "resume_from_checkpoint", "overwrite": "overwrite_output_dir",
+}  # fmt: skip
+"""Names of MeZO's, Transformers', PEFT's and TRL's programs for fields of ours that mean the same."""
+
+MEANT: dict[str, dict[str, dict[str, str]]] = {
+    "trainer": {"zo": {}},
+    "load_float16": {"true": {"dtype": "float16"}, "false": {}},
+    "load_bfloat16": {"true": {"dtype": "bfloat16"}, "false": {}},
+    "fp16": {"true": {"dtype": "float16"}, "false": {}},
+    "bf16": {"true": {"dtype": "bfloat16"}, "false": {}},
+    "lora": {"true": {"tuning": "lora"}},
+    "use_peft": {"true": {}},
+    "peft_type": {"lora": {}},
+    "lora_task_type": {"causal_lm": {}},
+    "task_type": {"causal_lm": {}},
+    "lora_dropout": {"0": {}, "0.0": {}},
+    "lora_bias": {"none": {}, "false": {}},
+    "bias": {"none": {}},
+    "use_rslora": {"false": {}},
+    "train_as_classification": {"true": {"objective": "classification"}, "false": {}},
+    "only_train_option": {"true": {}},
+    "non_diff": {"false": {}},
+    "eval_strategy": {"steps": {}},
+    "evaluation_strategy": {"steps": {}},
+    "logging_strategy": {"steps": {}},
+    "save_strategy": {"steps": {}, "no": {"save_steps": "0"}},
+    "do_train": {"true": {}},
+    "do_eval": {"true": {}},
+}
+"""Flags of theirs whose meaning here depends on the value: what it sets of ours; any other value is refused."""
+
+INSTEAD = {
+    "max_length": "no row is cut: one longer than the model's context is an error, or left out with --on_bad_row skip",
+    "max_seq_length": "no row is cut: one longer than the model's context is an error, or left out with --on_bad_row skip",
+    "validation_file": "put the files into one folder as train.jsonl and validation.jsonl: --dataset FOLDER --dev_split validation",
+    "test_file": "put the files into one folder as train.jsonl and test.jsonl: --dataset FOLDER --test_split test",
+    "train_split": "a run trains on the split named train of --dataset, or on a file",
+    "dataset_train_split": "a run trains on the split named train of --dataset, or on a file",
+    "train_set_seed": "the same rows are drawn in every run; --seed is that of the adapter, the order and the directions",
+    "num_train_sets": "the same rows are drawn in every run; --seed is that of the adapter, the order and the directions",
+    "prefix_tuning": "an adapter is what is trained: --tuning alora or lora",
+    "load_in_8bit": "--dtype is the type of the weights",
+    "load_in_4bit": "--dtype is the type of the weights",
+    "load_int8": "--dtype is the type of the weights",
+}  # fmt: skip
+"""Flags of theirs that have no meaning here, and what there is instead."""
+
+
+def read(arguments: Sequence[str], kinds: Sequence[type], description: str | None = None) -> dict[str, Any]:
+    """The fields of the dataclasses ``kinds`` that a command line gives, each with its type. ``--help`` prints and exits.
+
+    Raises:
+        UsageError: an unknown flag, or one without its value.
+        ConfigError: a value is not of its field's type.
+    """
+    types = {name: kind for one in kinds for name, kind in get_type_hints(one).items()}
+    given, rest = _parser(kinds, types, description).parse_known_args(_joined(arguments, types))
+    if rest:
+        raise UsageError(_unknown(rest[0].partition("=")[0], types))
+    texts: dict[str, str] = {}
+    for name, value in vars(given).items():
+        texts |= _meant(name, _text(value))
+    return {name: from_text(name, text, types[name]) for name, text in texts.items()}
+
+
+def build(kinds: Sequence[type], given: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The dataclasses, from their fields' values; ConfigError where a value is missing or not allowed."""
+    built = []
+    for kind in kinds:
+        own = {field.name: given[field.name] for field in fields(kind) if field.name in given}
+        for field in fields(kind):
+            if field.name not in own and field.default is MISSING and field.default_factory is MISSING:
+                raise ConfigError(field.name, None, f"--{field.name} is needed. {field.metadata.get('help', '')}")
+        built.append(kind(**own))
+    return tuple(built)
+
+
+def status_of(work: Callable[[], None]) -> int:
+    """Exit status of a program that does ``work``: 2 where a user's mistake ends it, which is told in one line."""
+    try:
+        work()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except (MezoError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _joined(arguments: Sequence[str], types: Mapping[str, Any]) -> list[str]:
+    """With ``--flag=value`` for a flag that takes one value: argparse has no value that begins with a dash, such as -1e-3."""
+    named = {**types, **{name: types.get(ours) for name, ours in SAME.items()}, **dict.fromkeys([*MEANT, *INSTEAD])}
+    flags = {spelling for name in named for spelling in _spellings(name)}
+    single = {spelling for name, kind in named.items() for spelling in _spellings(name) if kind not in (None, bool) and not _is_list(kind)}
+    joined: list[str] = []
+    for argument in arguments:
+        if joined and joined[-1] in single and argument.startswith("-") and argument not in flags:
+            joined[-1] += f"={argument}"
+        else:
+            joined.append(argument)
+    return joined
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Instead of a screenful of usage."""
+        raise UsageError(message)
+
+
+def _parser(kinds: Sequence[type], types: Mapping[str, Any], description: str | None) -> _Parser:
+    parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    for kind in kinds:
+        group = parser.add_argument_group(kind.__name__)
+        for field in fields(kind):
+            _add(group, field.name, types[field.name], _help(field))
+            if field.default is True:
+                group.add_argument(*_spellings(f"no_{field.name}"), dest=field.name, action="store_const", const="false",
+                                   default=argparse.SUPPRESS, help=argparse.SUPPRESS)  # fmt: skip
+    for name, ours in SAME.items():
+        if ours in types and name not in types:
+            _add(parser, name, types[ours], argparse.SUPPRESS, dest=ours)
+    for name in {**MEANT, **INSTEAD}:
+        if name not in types:
+            _add(parser, name, bool, argparse.SUPPRESS)
+    return parser
+
+
+def _add(parser: Any, name: str, kind: Any, help: str, dest: str | None = None) -> None:
+    """A flag that keeps its value as text; that of a boolean may be left out, a list may have several."""
+    several = {"nargs": "*"} if _is_list(kind) else {"nargs": "?", "const": "true"} if kind is bool else {}
+    parser.add_argument(*_spellings(name), dest=dest or name, default=argparse.SUPPRESS, help=help, metavar=_METAVARS.get(kind), **several)
+
+
+_METAVARS = {int: "N", Optional[int]: "N", float: "X", Optional[float]: "X", bool: "true|false", str: "TEXT", Optional[str]: "TEXT", Optional[Union[str, list[int]]]: "TEXT"}
+
+
+def _is_list(kind: Any) -> bool:
+    choices = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    return all(get_origin(choice) is list for choice in choices if choice is not NoneType)
+
+
+def _spellings(name: str) -> list[str]:
+    return sorted({f"--{name}", f"--{name.replace('_', '-')}"}, reverse=True)
+
+
+def _help(field: Any) -> str:
+    text = field.metadata.get("help", "")
+    default = field.default_factory() if field.default_factory is not MISSING else field.default
+    return (text if default in (None, MISSING) else f"{text} [{default}]").replace("%", "%%")
+
+
+def _text(value: str | list[str]) -> str:
+    return value if isinstance(value, str) else ",".join(value)
+
+
+def _meant(name: str, text: str) -> dict[str, str]:
+    """Fields of ours, as text, that a flag stands for."""
+    if name in INSTEAD:
+        raise UsageError(f"--{name} is not a flag here: {INSTEAD[name]}")
+    if name not in MEANT:
+        return {name: text}
+    meaning = MEANT[name]
+    if text.lower() not in meaning:
+        raise ConfigError(name, text, f"{' or '.join(meaning)}, as other programs have it")
+    return meaning[text.lower()]
+
+
+def _unknown(flag: str, types: Mapping[str, Any]) -> str:
+    if not flag.startswith("-"):
+        return f"{flag!r} is not a flag, and no flag before it takes it as a value"
+    name = flag.lstrip("-").replace("-", "_")
+    known = {**{known: known for known in types}, **SAME}
+    close = [known[match] for match in difflib.get_close_matches(name, known, n=1)]
+    return f"unknown flag {flag}" + (f": did you mean --{close[0]}?" if close else "; --help lists all")

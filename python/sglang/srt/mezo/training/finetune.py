@@ -1,0 +1,171 @@
+"""A whole run, from a model's name and a data set's to an adapter and its accuracy: what the examples call."""
+
+import json
+import resource
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal, Optional
+
+import torch
+from sglang.srt.mezo.adapters.adapter import AdapterSpec
+from sglang.srt.mezo.adapters.families import family_of, model_modules, require_modules
+from sglang.srt.mezo.adapters.peft_adapter import ModelLayers
+from sglang.srt.mezo.core.config import MezoConfig
+from sglang.srt.mezo.core.errors import ConfigError
+from sglang.srt.mezo.core.integrity import write_json
+from sglang.srt.mezo.core.kinds import require_types
+from sglang.srt.mezo.core.passes import drain
+from sglang.srt.mezo.data.chat import ChatSettings
+from sglang.srt.mezo.data.examples import Example, get_task
+from sglang.srt.mezo.data.invocation import AUTO, invocation_tokens
+from sglang.srt.mezo.data.splits import DataArguments, Splits, load_splits
+from sglang.srt.mezo.engine.chat import ChatRenderer
+from sglang.srt.mezo.engine.handle import MezoEngine
+from sglang.srt.mezo.scoring.evaluation import evaluation_passes
+from sglang.srt.mezo.training.checkpoint import read_checkpoint
+from sglang.srt.mezo.training.plots import plot_run
+from sglang.srt.mezo.training.results import TrainResult
+from sglang.srt.mezo.training.run_directory import RunDirectory
+from sglang.srt.mezo.training.start import read_start, settled
+from sglang.srt.mezo.training.trainer import MezoTrainer
+from sglang.srt.mezo.training.usable import require_objective
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+ALL_LINEAR = "all-linear"  # PEFT's word for every linear layer but the head
+Dtype = Literal["auto", "half", "float16", "bfloat16", "float", "float32"]
+
+
+@dataclass(frozen=True)
+class ModelArguments:
+    """The base model and the engine that runs it; ConfigError names the field at fault."""
+
+    model: str = field(metadata={"help": "Hub name or folder of the base model."})
+    dtype: Dtype = field(default="auto", metadata={"help": "Weights and activations; float32 for the smallest zo_eps."})
+    max_total_tokens: Optional[int] = field(default=None, metadata={"help": "KV tokens to keep; the machine's default if absent."})
+    chat_template: Optional[str] = field(default=None, metadata={"help": "As the server's: a .jinja file, or a name that SGLang knows."})
+    default_chat_template_kwargs: Optional[str] = field(default=None, metadata={"help": "As the server's: JSON for the chat template."})
+
+    def __post_init__(self):
+        require_types(self)
+        if self.max_total_tokens is not None and self.max_total_tokens < 1:
+            raise ConfigError("max_total_tokens", self.max_total_tokens, "at least 1")
+
+
+def finetune(model: ModelArguments, data: DataArguments, config: MezoConfig) -> dict[str, Any]:
+    """Run ``config`` and write ``summary.json`` beside the adapter.
+
+    Raises:
+        ConfigError, DataError, CapacityError: bad input is found before training, and before the engine starts but for what only
+            an engine can tell: whether its pools have room.
+
+    Returns:
+        The content of ``summary.json``.
+    """
+    trainer, splits = open_trainer(model, data, config)
+    with closing(trainer):
+        zero_shot = _zero_shot(trainer, splits.test)
+        result = trainer.train()
+        summary = _summary(trainer, result, zero_shot, trainer.evaluate(splits.test) if splits.test else {}) | {"shared_examples": splits.shared}
+    write_json(RunDirectory(config).path / "summary.json", summary)
+    return summary
+
+
+def open_trainer(model: ModelArguments, data: DataArguments, config: MezoConfig) -> tuple[MezoTrainer, Splits]:
+    """Read and check everything, then start an engine; raises what ``finetune`` does."""
+    model_config, tokenizer = read_checkpoint(model.model)
+    origin = None if config.init_from is None else read_start(config, _layers(model_config))
+    config, target_modules = _with_targets(model_config, settled(config, origin, tokenizer))
+    RunDirectory(config).check()
+    invocation = _invocation_tokens(tokenizer, data, config)
+    splits = load_splits(tokenizer, model_config.max_position_embeddings, invocation, data, ChatRenderer(tokenizer, _chat_settings(model)))
+    require_objective(config, config.objective or splits.objective, (len(example.options) for example in splits.train + splits.dev + splits.test))
+    longest = max(len(example.prompt) + max(map(len, example.options)) for example in splits.train + splits.dev + splits.test)
+    if model.max_total_tokens is not None and model.max_total_tokens < longest:
+        raise ConfigError("max_total_tokens", model.max_total_tokens, f"at least {longest}, the tokens of the longest example")
+    engine = MezoEngine(
+        model.model,
+        r=config.r,
+        target_modules=target_modules,
+        num_slots=config.num_slots,
+        dtype=model.dtype,
+        max_total_tokens=model.max_total_tokens,
+        log_level="error",
+    )
+    spec = AdapterSpec(model.model, config.r, config.lora_alpha, target_modules, splits.invocation)
+    return MezoTrainer(engine.handle, config, spec, splits.train, splits.dev, splits.objective, start=origin), splits
+
+
+def _with_targets(model_config: "PretrainedConfig", config: MezoConfig) -> tuple[MezoConfig, tuple[str, ...]]:
+    """``config`` with PEFT's "all-linear" spelt out, and the modules to adapt."""
+    family = family_of(model_config)
+    targets = config.target_modules or list(family.default_targets(config.tuning))
+    if targets == [ALL_LINEAR]:
+        targets = sorted({site.path.rpartition(".")[2] for site in model_modules(model_config)})
+        config = replace(config, target_modules=targets)
+    require_modules(family, targets)
+    if config.r > model_config.hidden_size:
+        raise ConfigError("r", config.r, f"at most {model_config.hidden_size}, the width of the model")
+    return config, tuple(targets)
+
+
+def _layers(model_config: "PretrainedConfig") -> ModelLayers:
+    """What an adapter of the model can act on, before there is an engine."""
+    sites = {site.path: site for site in model_modules(model_config)}
+    return ModelLayers(sites, sites.keys(), None, torch.float32, model_config.get_text_config().vocab_size)
+
+
+def _chat_settings(model: ModelArguments) -> ChatSettings:
+    """What a server of the model with these flags would render by."""
+    given = model.default_chat_template_kwargs
+    try:
+        kwargs = None if given is None else json.loads(given)
+    except ValueError as error:
+        raise ConfigError("default_chat_template_kwargs", given, f"a JSON object ({error})") from error
+    if not isinstance(kwargs, dict | None):
+        raise ConfigError("default_chat_template_kwargs", given, "a JSON object")
+    return ChatSettings(model.model, chat_template=model.chat_template, default_chat_template_kwargs=kwargs)
+
+
+def _invocation_tokens(tokenizer: "PreTrainedTokenizerBase", data: DataArguments, config: MezoConfig) -> tuple[int, ...] | None:
+    """Token ids from which an aLoRA adapter acts; none for ordinary LoRA, and None where the chat template has them."""
+    given = None if config.invocation == AUTO else config.invocation
+    if config.tuning == "lora":
+        if given is not None:
+            raise ConfigError("invocation", given, "nothing, as ordinary LoRA acts on every token")
+        return ()
+    if given is None and not data.task:
+        return None
+    given = get_task(data.task).invocation if given is None else given
+    if not given:
+        raise ConfigError("invocation", given, "the text from which activated LoRA acts, such as ' It was'")
+    return invocation_tokens(given, tokenizer)
+
+
+def _zero_shot(trainer: MezoTrainer, tests: Sequence[Example]) -> dict[str, float]:
+    """Loss and accuracy of the base model; nothing without examples."""
+    if not tests:
+        return {}
+    return drain(evaluation_passes(trainer.scorer, trainer.plan(tests), None, trainer.objective, trainer.config.per_device_eval_batch_size))
+
+
+def _summary(trainer: MezoTrainer, result: TrainResult, zero_shot: dict[str, float], trained: dict[str, float]) -> dict[str, Any]:
+    stats = trainer.scorer.prefix_stats
+    directory = RunDirectory(trainer.config)
+    return {
+        "zero_shot_accuracy": zero_shot.get("accuracy"),
+        "accuracy": trained.get("eval_accuracy"),
+        "zero_shot_loss": zero_shot.get("loss"),
+        "loss": trained.get("eval_loss"),
+        "steps": result.global_step,
+        "best_step": result.best_step,
+        "train_seconds": result.train_seconds,
+        "steps_per_second": result.steps_per_second,
+        "prefix_tokens_reused": stats.reused,
+        "prefix_tokens_total": stats.total,
+        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "adapter_dir": str(directory.adapter),
+        "plot": plot_run(directory.path),
+    }

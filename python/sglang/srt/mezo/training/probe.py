@@ -1,0 +1,68 @@
+"""Losses beside the adapter as it is: what a step of MeZO looks at."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from sglang.srt.mezo.core.config import MezoConfig, Objective
+from sglang.srt.mezo.core.estimator import paired, projected_grads
+from sglang.srt.mezo.core.optimizer import Optimizer
+from sglang.srt.mezo.core.passes import Passes
+from sglang.srt.mezo.engine.handle import EngineHandle
+from sglang.srt.mezo.engine.slots import PerturbedSlots
+from sglang.srt.mezo.scoring.plan import ExamplePlan
+from sglang.srt.mezo.scoring.readout import batch_loss
+from sglang.srt.mezo.scoring.scorer import Scorer
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Scores batches at theta + zo_eps z; theta stays as it is."""
+
+    handle: EngineHandle
+    config: MezoConfig
+    objective: Objective
+    optimizer: Optimizer
+    slots: PerturbedSlots
+    scorer: Scorer
+
+    def directions(self, zo_random_seed: int) -> Passes[list[torch.Tensor]]:
+        """z_k, float32 [numel], for each direction of a step's seed."""
+        z = []
+        for k in range(self.config.num_perturbations):
+            z.append(self.optimizer.direction(zo_random_seed, k))
+            yield
+        return z
+
+    def paired_passes(
+        self, batch: Sequence[ExamplePlan], z: Sequence[torch.Tensor], zo_eps: float
+    ) -> Passes[tuple[list[float], list[float]]]:
+        """Losses at theta + zo_eps z_k and what they are compared with, of as many directions in the same packed passes as there are slots for.
+
+        Args:
+            z: float32 [numel] for each direction.
+
+        Returns:
+            loss_plus and loss_minus, one number per direction, as ``paired`` gives them.
+        """
+        if self.config.estimator == "one_sided":
+            self.slots.write_current()
+        losses = []
+        for first in range(0, len(z), self.slots.width):
+            end = min(first + self.slots.width, len(z))
+            for place in range(end - first):
+                self.slots.write_direction(place, z[first + place], zo_eps)
+                yield
+            values = yield from self.scorer.passes(batch, self.slots.groups(first, end), self.objective)
+            losses += batch_loss(batch, values, self.objective).mean.tolist()
+        return paired(self.handle.share(losses), self.config.estimator)
+
+    def passes(self, batch: Sequence[ExamplePlan], zo_random_seed: int, zo_eps: float) -> Passes[dict[str, list[float]]]:
+        """``loss_plus``, ``loss_minus`` and ``projected_grad`` along the directions of a seed."""
+        z = yield from self.directions(zo_random_seed)
+        loss_plus, loss_minus = yield from self.paired_passes(batch, z, zo_eps)
+        return {"loss_plus": loss_plus, "loss_minus": loss_minus, "projected_grad": self.estimate(loss_plus, loss_minus, zo_eps)}
+
+    def estimate(self, loss_plus: Sequence[float], loss_minus: Sequence[float], zo_eps: float) -> list[float]:
+        """One projected gradient for each direction, from what ``paired_passes`` returns."""
+        return projected_grads(loss_plus, loss_minus, zo_eps, self.config.estimator, self.config.scale_by_loss_std)

@@ -1,0 +1,252 @@
+"""What a run keeps on disk and shows while it goes: seed log, metrics, evaluations, checkpoints, the best adapter.
+
+Of several tensor-parallel ranks the leader alone has a record.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from sglang.srt.mezo.core.config import MezoConfig
+from sglang.srt.mezo.core.errors import DamagedError, DataError
+from sglang.srt.mezo.core.seed_log import LogRecord, SeedLog
+from sglang.srt.mezo.scoring.plan import digest_of_plans
+from sglang.srt.mezo.training.learner import Learner
+from sglang.srt.mezo.training.pass_sizes import PassSizes
+from sglang.srt.mezo.training.results import StepResult
+from sglang.srt.mezo.training.run_directory import RunDirectory
+from sglang.srt.mezo.training.tracking import Tracker
+
+_MAX_LOST_SHARE = 0.1  # of elements whose perturbation vanishes in the slot's dtype, before a warning
+_SMOOTHED_STEPS = 20  # what is shown as the loss is the mean of so many steps
+
+MakeTracker = Callable[[MezoConfig, Path, int, int], Tracker]
+"""Called as ``Tracker`` is: configuration, metrics.jsonl, first step, last step."""
+
+
+class RunRecord:
+    """``open`` makes one; its methods are called in the order in which the run does what they record."""
+
+    def __init__(
+        self, learner: Learner, directory: RunDirectory, log: SeedLog, state: dict[str, Any], warnings: Sequence[str], make_tracker: MakeTracker, first_step: int
+    ):
+        self._learner = learner
+        self._config = learner.config
+        self._directory = directory
+        self._log = log
+        self._state = state
+        self._warnings = warnings
+        self._recent: list[float] = []
+        self._pass_sizes = PassSizes(directory.pass_sizes, learner.config.max_tokens_per_batch, resumes=first_step > 0)
+        self._tracker = make_tracker(learner.config, directory.metrics, first_step, learner.max_steps)
+
+    @classmethod
+    def open(cls, learner: Learner, make_tracker: MakeTracker, served_only: bool) -> tuple[Self, list[LogRecord]]:
+        """Start the run directory, or take up the earlier run in it.
+
+        Returns:
+            The record, and what leads from ``learner.adapter``, now the initial one, to where the run goes on.
+
+        Raises:
+            As ``TrainingRun.open``.
+        """
+        directory = RunDirectory(learner.config, learner.handle.base_model)
+        log = directory.open(learner.adapter)
+        try:
+            state, warnings = _take_up(learner, directory, log, served_only)
+            records = log.records()
+            if served_only and len(records) >= learner.max_steps and learner.config.load_best_model_at_end:
+                records = records[: state["best_global_step"]]
+            return cls(learner, directory, log, state, warnings, make_tracker, len(records)), records
+        except BaseException:
+            log.close()
+            raise
+
+    @property
+    def window(self) -> int | None:
+        """That of the run's first start, by which its batches are drawn."""
+        return self._state["window"]
+
+    @property
+    def evaluated_at(self) -> int | None:
+        """The step of the last evaluation."""
+        return self._state["evaluated_at"]
+
+    def greet(self) -> None:
+        """Say what there is to know before the first step."""
+        if self.window is not None:
+            self._tracker.say(f"the KV pool has room for the prefixes of {self.window} examples at a time: each part is gone over {self._config.echoes} times")
+        for warning in self._warnings:
+            self._tracker.warn(warning, self._learner.global_step)
+
+    def close(self) -> None:
+        with ExitStack() as stack:  # the log even if the metrics cannot be closed, as their last line finds a full disk
+            stack.callback(self._log.close)
+            self._tracker.close()
+
+    def report_step(self, result: StepResult, pieces: Sequence[int], train_seconds: float) -> None:
+        """First the log: a step that anybody hears of is on disk.
+
+        Args:
+            pieces: what each piece of the step's work may have run through the model, in tokens.
+            train_seconds: of the run so far.
+        """
+        self._pass_sizes.record(result.step, pieces)
+        self._log.append(LogRecord(result.zo_random_seed, result.learning_rate, result.projected_grad))
+        learner, stats = self._learner, self._learner.scorer.prefix_stats
+        step = learner.global_step
+        self._recent = [*self._recent[1 - _SMOOTHED_STEPS :], result.loss]
+        shown = {"loss": f"{self._loss:.4f}", "lr": f"{result.learning_rate:.1e}"}
+        if stats.total:
+            shown["reused"] = f"{stats.reused / stats.total:.1%}"
+        self._tracker.advance(**shown)
+        if step == 1:
+            self._warn_of_lost_perturbations(result)
+        if step % self._config.logging_steps == 0 or step == learner.max_steps:
+            self._tracker.record(step, self._step_metrics(result) | {"train_seconds": train_seconds})
+
+    @property
+    def _loss(self) -> float:
+        return sum(self._recent) / len(self._recent)
+
+    def _step_metrics(self, result: StepResult) -> dict[str, Any]:
+        learner, stats = self._learner, self._learner.scorer.prefix_stats
+        return {
+            "loss": self._loss,
+            "loss_plus": result.loss_plus,
+            "loss_minus": result.loss_minus,
+            "projected_grad": result.projected_grad,
+            "learning_rate": result.learning_rate,
+            "epoch": learner.stream.epoch(learner.global_step),
+            "forward_passes": self._config.forward_passes * learner.global_step,
+            "prefix_tokens_reused": stats.reused,
+            "prefix_tokens_computed": stats.computed,
+        }
+
+    def _warn_of_lost_perturbations(self, result: StepResult) -> None:
+        share = self._learner.lost_perturbations(self._learner.optimizer.direction(result.zo_random_seed, 0))
+        if share > _MAX_LOST_SHARE:
+            self._tracker.warn(
+                f"zo_eps={self._config.zo_eps:g} is lost in {self._learner.slot_dtype} for {share:.0%} of the parameters: "
+                "raise zo_eps or serve the model in float32",
+                self._learner.global_step,
+            )
+
+    def save_segments(self) -> None:
+        """From which step on which training examples count, for a run that resumes."""
+        self._directory.save_segments(self._learner.stream.parts)
+        _note_examples(self._learner, self._state)
+
+    def append_update(self, record: LogRecord) -> None:
+        """What the run did after the adapter that was taken up is dropped: the log is the way to this adapter."""
+        self._log.truncate(self._learner.global_step)
+        self._log.append(record)
+        try:
+            self._directory.save_state(self._current_state() | {"best_metric": None, "best_global_step": None})
+        except OSError:  # a step is in the log or it has not been taken
+            self._log.truncate(self._learner.global_step)
+            raise
+        self._state.update(best_metric=None, best_global_step=None)
+
+    def report_evaluation(self, metrics: dict[str, float]) -> None:
+        step = self._learner.global_step
+        metrics_with_cost = {**metrics, "forward_passes": self._config.forward_passes * step}
+        self._tracker.record(step, metrics_with_cost)
+        self._state["log_history"].append({"step": step, **metrics_with_cost})
+        self._tracker.say(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+        earlier = self._state["best_global_step"]
+        keeps = self._is_best(metrics) and self._config.load_best_model_at_end
+        if keeps:
+            self._learner.adapter.save_pretrained(self._directory.best(step))
+        self._state["evaluated_at"] = step
+        self._directory.save_state(self._current_state())
+        if keeps and earlier not in (None, step):
+            self._directory.drop_best(earlier)
+
+    def _is_best(self, metrics: dict[str, float]) -> bool:
+        name = self._config.metric_for_best_model or "eval_loss"
+        best = self._state["best_metric"]
+        better = best is None or (metrics[name] < best if name.endswith("loss") else metrics[name] > best)
+        if better:
+            self._state.update(best_metric=metrics[name], best_global_step=self._learner.global_step)
+        return better
+
+    def save_checkpoint(self) -> None:
+        """Unless the process ended between this and the next step the last time."""
+        if self._directory.checkpoint(self._learner.global_step).exists():
+            return
+        folder = self._directory.save_checkpoint(self._learner.adapter, self._current_state())
+        self._tracker.checkpoint(self._learner.global_step, folder)
+
+    def best(self) -> tuple[int, torch.Tensor, list[LogRecord]]:
+        """The step whose adapter is kept, an adapter, and the records that lead from there to it: none, unless its files are damaged."""
+        adapter, step = self._learner.adapter, self._state["best_global_step"]
+        if not self._config.load_best_model_at_end or step is None:
+            return self._learner.global_step, adapter.theta, []
+        try:
+            adapter.load_weights(self._directory.best(step))
+            return step, adapter.theta, []
+        except DamagedError as error:
+            self._tracker.warn(f"{error}; the adapter of step {step} is made anew from the seed log", self._learner.global_step)
+        adapter.load_weights(self._directory.initial_adapter)
+        return step, adapter.theta, self._log.records(step)
+
+    def keep_adapter(self) -> None:
+        self._learner.adapter.save_pretrained(self._directory.adapter)
+        self._directory.save_state(self._current_state())
+
+    def _current_state(self) -> dict[str, Any]:
+        self._state["global_step"] = self._learner.global_step
+        return self._state
+
+
+def _take_up(learner: Learner, directory: RunDirectory, log: SeedLog, served_only: bool) -> tuple[dict[str, Any], list[str]]:
+    """The state of the run so far, in agreement with its log, and what the user should be told of it."""
+    state = {"global_step": 0, "evaluated_at": None, "best_global_step": None, "best_metric": None, "log_history": []}
+    stored, warnings = directory.load_state(), []
+    state |= stored or {}
+    if stored is None and len(log):
+        warnings.append(f"{directory.path} has no trainer_state.json: what was evaluated before step {len(log)} does not count")
+    if not served_only:
+        _require_same_examples(learner, directory, state)
+        warnings += _recover(log, state)
+    if "window" not in state:
+        state["window"] = learner.stream.window
+        directory.save_state(state)
+    return state, warnings
+
+
+def _require_same_examples(learner: Learner, directory: RunDirectory, state: dict[str, Any]) -> None:
+    """Those that the run has drawn from, part by part; what has been added since is new. Of earlier versions there is no record."""
+    plans, first = learner.train_plans, 0
+    for count, digest in state.setdefault("examples", []):
+        if digest_of_plans(plans[first : first + count]) != digest:
+            raise DataError(
+                f"the training examples are not those that the run in {directory.path} has been trained on: "
+                "its rows, or how they are rendered or tokenised, have changed"
+            )
+        first += count
+    _note_examples(learner, state)
+
+
+def _note_examples(learner: Learner, state: dict[str, Any]) -> None:
+    """Record those that there is no record of yet."""
+    new = learner.train_plans[sum(count for count, _ in state["examples"]) :]
+    if new:
+        state["examples"] = [*state["examples"], [len(new), digest_of_plans(new)]]
+
+
+def _recover(log: SeedLog, state: dict[str, Any]) -> list[str]:
+    """Go on from the records that are whole, with what the run knew at that step; what the user should be told."""
+    damage, step, known = log.recover(), len(log), state["global_step"]
+    if damage is None and step < known:
+        damage = f"{log.path} ends at step {step}, and the run had come to step {known}"
+    if step < known:
+        state["global_step"] = step
+        state["log_history"] = [entry for entry in state["log_history"] if entry["step"] <= step]
+        state["evaluated_at"] = state["log_history"][-1]["step"] if state["log_history"] else None
+        if (state["best_global_step"] or 0) > step:
+            state.update(best_global_step=None, best_metric=None)
+    return [] if damage is None else [f"{damage}; the run goes on from step {step}"]

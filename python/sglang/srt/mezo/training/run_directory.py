@@ -1,0 +1,188 @@
+"""Files of one run: config.json, the initial adapter, the seed log, metrics.jsonl, checkpoints, trainer_state.json."""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from sglang.srt.mezo.adapters.adapter import Adapter, atomic_directory
+from sglang.srt.mezo.core.config import MezoConfig
+from sglang.srt.mezo.core.errors import BaseModelError, ConfigError, DamagedError
+from sglang.srt.mezo.core.integrity import (
+    read_checked_json,
+    write_checked_json,
+    write_json,
+)
+from sglang.srt.mezo.core.seed_log import LogHeader, SeedLog, digest_of
+
+_MAY_DIFFER_ON_RESUME = {
+    "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "max_steps", "num_train_epochs", "logging_steps", "save_steps",
+    "report_to", "disable_tqdm", "per_device_eval_batch_size",
+}  # fmt: skip
+
+
+class RunDirectory:
+    """Creates a run's folder or takes up an earlier run in it.
+
+    Args:
+        base_model: ``EngineHandle.base_model``, where a run is to be made or taken up.
+    """
+
+    def __init__(self, config: MezoConfig, base_model: Mapping[str, str] | None = None):
+        self.path = Path(config.output_dir)
+        self._config = config
+        self._base_model = base_model
+
+    def best(self, step: int) -> Path:
+        """The adapter of the best step so far; the step is in the name, so that a new one never replaces what is needed."""
+        return self.path / f"best-{step}"
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
+
+    @property
+    def initial_adapter(self) -> Path:
+        """What the first record of the seed log moves."""
+        return self.path / "initial_adapter"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def pass_sizes(self) -> Path:
+        return self.path / "passes.jsonl"
+
+    @property
+    def segments(self) -> Path:
+        return self.path / "segments.json"
+
+    def open(self, adapter: Adapter) -> SeedLog:
+        """Make the folder of a new run, or take up the log and the initial ``adapter`` of the earlier run in it.
+
+        Raises:
+            ConfigError: the folder holds a run and the configuration does not say what to do with it, or the earlier
+                run's settings differ.
+            BaseModelError: it was trained on another base model.
+            LogError: another process runs in the folder, the log's header is damaged, or the initial adapter is not the one
+                that it starts from.
+            DamagedError: the initial adapter is not as it was written.
+        """
+        self.check()
+        if self._config.resume_from_checkpoint:
+            return self._resume(adapter)
+        if self.path.exists() and any(self.path.iterdir()):
+            with closing(SeedLog.open(self.path / "seed_log")) as earlier:
+                earlier.claim()  # a run that is still going is not deleted
+                shutil.rmtree(self.path)
+        return self._create(adapter)
+
+    def check(self) -> None:
+        """Raise ConfigError for what can be told of the folder before there is an adapter."""
+        there = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK):
+            reason = "may not be written to" if there.is_dir() else "is a file"
+            raise ConfigError("output_dir", str(self.path), f"a folder that can be made: {there} {reason}")
+        if self._config.resume_from_checkpoint:
+            self._require_run()
+            self._require_same_settings()
+        elif self.path.exists() and any(self.path.iterdir()):
+            if not self._config.overwrite_output_dir:
+                raise ConfigError("output_dir", str(self.path), "a new or empty folder; or set overwrite_output_dir or resume_from_checkpoint")
+            self._require_run()
+
+    def _create(self, adapter: Adapter) -> SeedLog:
+        self.path.mkdir(parents=True, exist_ok=True)
+        header = LogHeader(adapter.shapes, self._config.num_perturbations, self._config.update_rule, digest_of(adapter.theta))
+        try:
+            log = SeedLog.create(self.path / "seed_log", header)
+            log.claim()
+            base_model = {} if self._base_model is None else {"base_model": self._base_model}
+            write_json(self.path / "config.json", self._config.to_dict() | base_model)
+            adapter.save_pretrained(self.initial_adapter)
+            return log
+        except FileExistsError as error:  # which nobody's file is deleted for
+            raise ConfigError("output_dir", str(self.path), "a folder that no other run begins in at the same moment") from error
+        except BaseException:  # half a run could neither be resumed nor overwritten
+            shutil.rmtree(self.path, ignore_errors=True)
+            raise
+
+    def _require_run(self) -> None:
+        """Only a folder that a run made is ever deleted or resumed."""
+        if not (self.path / "config.json").is_file() or not (self.path / "seed_log").is_file():
+            raise ConfigError("output_dir", str(self.path), "a folder that an earlier run made (config.json and seed_log)")
+
+    def _require_same_settings(self) -> None:
+        try:
+            earlier = dict(json.loads((self.path / "config.json").read_text()))
+        except (TypeError, ValueError) as error:
+            raise ConfigError("output_dir", str(self.path), f"a run whose config.json can be read ({error})") from error
+        for name, value in json.loads(json.dumps(self._config.to_dict())).items():
+            if name not in _MAY_DIFFER_ON_RESUME and earlier.get(name) != value:
+                raise ConfigError(name, value, f"the run to resume has {earlier.get(name)!r}")
+        self._require_base_model(earlier.get("base_model"))
+
+    def _resume(self, adapter: Adapter) -> SeedLog:
+        log = SeedLog.open(self.path / "seed_log")
+        log.claim()
+        try:
+            adapter.load_weights(self.initial_adapter)
+            log.require_initial(adapter.theta)
+        except BaseException:
+            log.close()
+            raise
+        return log
+
+    def _require_base_model(self, earlier: Any) -> None:
+        """A run of a version that kept no record of it is taken for one of this base model."""
+        if not isinstance(earlier, dict) or self._base_model is None:
+            return
+        if earlier.get("fingerprint") != self._base_model["fingerprint"]:
+            raise BaseModelError(self._base_model["name"], earlier.get("name"))
+        if earlier.get("precision") != self._base_model["precision"]:
+            raise ConfigError("dtype", self._base_model["precision"], f"the run to resume has {earlier.get('precision')!r}")
+
+    def checkpoint(self, step: int) -> Path:
+        return self.path / f"checkpoint-{step}"
+
+    def drop_best(self, step: int) -> None:
+        shutil.rmtree(self.best(step), ignore_errors=True)
+
+    def save_segments(self, parts: Sequence[tuple[int, int]]) -> None:
+        write_checked_json(self.segments, {"parts": parts})
+
+    def save_checkpoint(self, adapter: Adapter, state: dict[str, Any]) -> Path:
+        folder = self.checkpoint(state["global_step"])
+        with atomic_directory(folder) as checkpoint:
+            adapter.save_pretrained(checkpoint)
+            write_checked_json(checkpoint / "trainer_state.json", state)
+        return folder
+
+    def save_state(self, state: dict[str, Any]) -> None:
+        write_checked_json(self.path / "trainer_state.json", state)
+
+    def load_state(self) -> dict[str, Any] | None:
+        """None where there is none; raises DamagedError where it is not as ``save_state`` wrote it."""
+        path = self.path / "trainer_state.json"
+        return read_checked_json(path) if path.is_file() else None
+
+
+def read_segments(path: Path) -> list[tuple[int, int]]:
+    """(step from which they count, number) of the parts of a run's training examples; none before some were added.
+
+    Raises:
+        DamagedError: the file is not as ``save_segments`` wrote it.
+    """
+    try:
+        earlier_format = path.read_bytes().startswith(b"[")
+    except FileNotFoundError:
+        return []
+    try:
+        parts = json.loads(path.read_bytes()) if earlier_format else read_checked_json(path)["parts"]
+        return [(step, count) for step, count in parts]
+    except (KeyError, TypeError, ValueError) as error:
+        raise error if isinstance(error, DamagedError) else DamagedError(path, str(error)) from error

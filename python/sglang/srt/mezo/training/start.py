@@ -1,0 +1,89 @@
+"""Runs that go on from an adapter: it says what is trained, and what is given besides must agree with it."""
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from sglang.srt.mezo.adapters.adapter import Site
+from sglang.srt.mezo.adapters.peft_adapter import ModelLayers, PeftAdapter, read_adapter
+from sglang.srt.mezo.core.config import MezoConfig
+from sglang.srt.mezo.core.errors import ConfigError
+from sglang.srt.mezo.data.invocation import AUTO, invocation_setting, invocation_tokens
+from sglang.srt.mezo.training.run_directory import RunDirectory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def read_start(config: MezoConfig, layers: ModelLayers, folder: str | None = None) -> PeftAdapter | None:
+    """The adapter that a run begins with, None where it makes one. A run that is resumed has a copy of its own.
+
+    Args:
+        folder: where the adapter lies, if ``init_from`` does not say it.
+
+    Raises:
+        ConfigError: it cannot be read, does not fit the model, or leaves out layers that a run would train.
+    """
+    if config.init_from is None:
+        return None
+    kept = RunDirectory(config).initial_adapter
+    if config.resume_from_checkpoint and kept.is_dir():
+        folder = str(kept)
+    try:
+        adapter = read_adapter(folder or config.init_from, layers)
+    except ConfigError as error:
+        raise ConfigError("init_from", config.init_from, f"an adapter of this model ({error})") from error
+    require_whole(adapter, layers.sites.values(), config.init_from)
+    return adapter
+
+
+def require_whole(adapter: PeftAdapter, sites: Collection[Site], name: str) -> None:
+    """A run trains its modules in all layers: an adapter of some of them would become another."""
+    absent = [site.path for site in sites if site.name in adapter.target_modules and site.path not in adapter.matrices]
+    if absent:
+        raise ConfigError("init_from", name, f"an adapter of {', '.join(adapter.target_modules)} in all layers, and it has nothing for {absent[0]}")
+
+
+def of_adapter(adapter: PeftAdapter) -> dict[str, Any]:
+    """The settings that an adapter decides, but for its invocation."""
+    return {
+        "tuning": "alora" if adapter.invocation else "lora",
+        "r": adapter.r,
+        "lora_alpha": adapter.lora_alpha,
+        "target_modules": adapter.target_modules,
+    }
+
+
+def contradiction(given: Mapping[str, Any], adapter: PeftAdapter, tokenizer: "PreTrainedTokenizerBase | None") -> tuple[str, Any] | None:
+    """A setting that was given otherwise than the adapter has it, and what that is; None where all agree.
+
+    Args:
+        given: settings by their names; "auto" and what is missing agrees.
+        tokenizer: tells what an invocation stands for; None where none is among the settings.
+    """
+    for name, value in of_adapter(adapter).items():
+        sent = given.get(name, value)
+        same = math.isclose(sent, value, rel_tol=1e-6) if name == "lora_alpha" else sorted(sent) == value if name == "target_modules" else sent == value
+        if not same:
+            return name, value
+    sent = given.get("invocation", AUTO)
+    if sent == AUTO or invocation_tokens(sent or (), tokenizer) == adapter.invocation:
+        return None
+    return "invocation", invocation_setting(adapter.invocation, tokenizer) if adapter.invocation else None
+
+
+def settled(config: MezoConfig, adapter: PeftAdapter | None, tokenizer: "PreTrainedTokenizerBase") -> MezoConfig:
+    """The configuration with what the adapter decides.
+
+    Raises:
+        ConfigError: a field contradicts the adapter.
+    """
+    if adapter is None:
+        return config
+    names = [*of_adapter(adapter), "invocation"]
+    given = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
+    if (wrong := contradiction(given, adapter, tokenizer)) is not None:
+        name, value = wrong
+        raise ConfigError(name, given[name], f"{value!r}, as the adapter of init_from has it")
+    return replace(config, **of_adapter(adapter), invocation=invocation_setting(adapter.invocation, tokenizer) if adapter.invocation else None)

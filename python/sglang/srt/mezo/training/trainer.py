@@ -1,0 +1,28 @@
+"""The trainer, as Transformers' users know one."""
+
+from collections.abc import Sequence
+
+from sglang.srt.mezo.core.passes import drain
+from sglang.srt.mezo.data.examples import Example
+from sglang.srt.mezo.training.learner import Learner
+from sglang.srt.mezo.training.results import TrainResult
+from sglang.srt.mezo.training.run import train
+
+
+class MezoTrainer(Learner):
+    """Fits a LoRA or aLoRA adapter of the engine's model; what it takes, ``Learner`` says."""
+
+    def train(self) -> TrainResult:
+        """Run to ``max_steps``, write the run directory, keep the best adapter in ``<output_dir>/adapter``.
+
+        The time of evaluations is not counted as training time.
+        """
+        return train(self)
+
+    def evaluate(self, eval_dataset: Sequence[Example] | None = None) -> dict[str, float]:
+        """``eval_loss``, and ``eval_accuracy`` where there are options to choose from, of the adapter as it is.
+
+        Args:
+            eval_dataset: by default that of the trainer.
+        """
+        return drain(self.evaluation_passes(None if eval_dataset is None else self.plan(eval_dataset)))

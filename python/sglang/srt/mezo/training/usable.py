@@ -1,0 +1,29 @@
+"""What makes an example one that a run can score."""
+
+from collections.abc import Iterable, Sequence
+
+from sglang.srt.mezo.core.config import MezoConfig, Objective
+from sglang.srt.mezo.core.errors import ConfigError, DataError
+from sglang.srt.mezo.scoring.plan import ExamplePlan
+
+
+def require_usable(plans: Sequence[ExamplePlan], config: MezoConfig, objective: Objective, context_length: int) -> None:
+    """Raise ConfigError or DataError for an example that a run of these settings cannot score.
+
+    Args:
+        context_length: most tokens of a sequence.
+    """
+    require_objective(config, objective, (len(plan.option_lengths) for plan in plans))
+    for plan in plans:
+        longest = max(len(row.prefix) + len(row.suffix) for row in plan.rows)
+        if longest > context_length:
+            raise DataError(f"a sequence of {longest} tokens is longer than the engine's context of {context_length}")
+
+
+def require_objective(config: MezoConfig, objective: Objective, option_counts: Iterable[int]) -> None:
+    """Raise ConfigError where ``objective`` is not one for examples of so many options, or has no such metric."""
+    if objective == "classification" and any(count < 2 for count in option_counts):
+        raise ConfigError("objective", objective, "completion, as an example has one option only: its loss would be 0")
+    metrics = ["eval_loss", "eval_accuracy"] if objective == "classification" else ["eval_loss"]
+    if config.metric_for_best_model not in (None, *metrics):
+        raise ConfigError("metric_for_best_model", config.metric_for_best_model, f"one of {', '.join(metrics)} for {objective}")

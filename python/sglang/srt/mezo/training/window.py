@@ -1,0 +1,63 @@
+"""Prefixes of the base model over a run: which examples' are in the KV pool at a time, and how they come back after a restart."""
+
+from collections.abc import Sequence
+
+from sglang.srt.mezo.core.config import MezoConfig
+from sglang.srt.mezo.core.passes import Passes
+from sglang.srt.mezo.core.tokens import distinct_tokens
+from sglang.srt.mezo.data.batches import BatchStream
+from sglang.srt.mezo.engine.handle import EngineHandle
+from sglang.srt.mezo.engine.slots import PerturbedSlots
+from sglang.srt.mezo.scoring.plan import ExamplePlan, PrefixScope
+from sglang.srt.mezo.scoring.scorer import Scorer
+
+_POOL_SHARE = 0.75  # of the KV pool that prefixes of all examples may fill; a batch and other prefixes need the rest
+
+
+def window_of(handle: EngineHandle, config: MezoConfig, plans: Sequence[ExamplePlan], kept_tokens: int) -> int | None:
+    """Examples whose prefixes are kept at a time; None where the pool has room for all.
+
+    Args:
+        kept_tokens: most KV tokens that stay locked between steps.
+    """
+    prefixes = {row.prefix for plan in plans for row in plan.rows}
+    room = _POOL_SHARE * handle.kv_capacity
+    if not config.prefix_reuse or sum(map(len, prefixes)) <= room or (tokens := distinct_tokens(prefixes)) <= room:
+        return None
+    return max(1, int(kept_tokens / tokens * len(plans)))
+
+
+class PrefixWindow:
+    """Gives up the prefixes of one part of the examples when the steps come to the next."""
+
+    def __init__(self, handle: EngineHandle, config: MezoConfig, scorer: Scorer, stream: BatchStream):
+        self._handle = handle
+        self._config = config
+        self._scorer = scorer
+        self._stream = stream
+        self._in_pool: tuple[int, int, int] | None = None
+
+    def enter(self, step: int) -> None:
+        """Give up the prefixes of the window before, if ``step`` is in another."""
+        window = self._stream.window_of(step)
+        if window != self._in_pool:
+            self._in_pool = window
+            self._scorer.base_prefixes.release()
+
+    def restore(self, steps: int, train: Sequence[ExamplePlan], dev: Sequence[ExamplePlan], slots: PerturbedSlots) -> Passes[None]:
+        """Compute base-model prefixes in the batches in which the first ``steps`` steps met them.
+
+        KV differs in its last bits between batches, and a long run magnifies that: with this a run that goes on in a new
+        engine ends as the whole run would have. Nothing to do where the pool cannot hold them all.
+        """
+        if not self._config.prefix_reuse or self._scorer.scope is not PrefixScope.BASE:
+            return
+        tokens = sum(map(len, {row.prefix for plan in [*dev, *train] for row in plan.rows}))
+        if not self._handle.share(tokens <= self._handle.free_kv_tokens):
+            return
+        size = self._config.per_device_eval_batch_size
+        for start in range(0, len(dev), size):
+            yield from self._scorer.prefix_passes(dev[start : start + size], [(slots.current.lora_id,)])
+        for step in self._stream.first_epochs(steps):
+            batch = [train[place] for place in self._stream.batch(step)]
+            yield from self._scorer.prefix_passes(batch, slots.groups(0, slots.width))
