@@ -49,8 +49,10 @@ class Server:
         self.scheduler = Scheduler(msgspec.structs.replace(ENGINE, **engine))
         self.tokenizer_manager = TokenizerManager(self.scheduler, tokenizer)
         self.store = Store(directory)
-        settings = ServiceSettings(enabled=True, dir=str(directory), on_restart=on_restart)
-        self.manager = JobManager(settings, self.store, EngineClient(self.tokenizer_manager), Forks())
+        self.settings = ServiceSettings(enabled=True, dir=str(directory), on_restart=on_restart)
+
+    async def start(self) -> None:
+        self.manager = await JobManager.start(self.settings, self.store, EngineClient(self.tokenizer_manager), Forks())
         self.scheduler.on_event = self.manager.on_event
 
     def upload(self, *rows, filename: str = "train.jsonl") -> str:
@@ -106,7 +108,7 @@ class Server:
 async def serving(directory: Path, tokenizer, **settings):
     """A server that ends as a killed one does: without a word to its store or its scheduler."""
     server = Server(directory, tokenizer, **settings)
-    await server.manager.start()
+    await server.start()
     try:
         yield server
     finally:

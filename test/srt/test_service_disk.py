@@ -251,7 +251,7 @@ async def test_a_server_starts_on_a_full_disk_and_takes_up_its_job_later(tmp_pat
         job = await server.running()
     server = Server(tmp_path, tokenizer)
     take_writes(server, False)
-    await server.manager.start()
+    await server.start()
     await asyncio.sleep(0.1)
     assert server.store.job(job.id).status == "running" and server.scheduler.job is None
     await goes_on(server, job)

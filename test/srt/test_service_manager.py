@@ -621,5 +621,5 @@ async def test_what_a_run_has_drawn_from_is_named_where_it_is_damaged(tmp_path, 
 async def test_a_server_without_tokenizer_does_not_train(tmp_path):
     server = Server(tmp_path, None)
     with pytest.raises(ValueError, match="skip-tokenizer-init"):
-        await server.manager.start()
+        await server.start()
     server.store.close()

@@ -61,8 +61,7 @@ class Service:
         self._job_metrics = JobMetrics(self.store) if tokenizer_manager.enable_metrics else None
         self.store.listener = self._on_job_change
         await self.threads.call(self._on_job_change)
-        self.manager = JobManager(self.settings, self.store, self.client, self._forks)
-        await self.threads.run(self.manager.start())
+        self.manager = await self.threads.run(JobManager.start(self.settings, self.store, self.client, self._forks))
         self.engine = self.manager.engine
         self.ready = True
         sizes = self.engine.micro_step_tokens, self.engine.idle_step_tokens

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import sqlite3
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
 import msgspec
 from sglang.srt.mezo.core.errors import ConfigError, DataError, MezoError
@@ -41,6 +41,9 @@ from sglang.srt.mezo.service.wire.messages import Describe, EngineDescription, M
 from sglang.srt.mezo.service.wire.records import LIVE, JobStatus, StoredEvent, StoredJob
 from sglang.srt.mezo.service.wire.settings import ServiceSettings
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 logger = logging.getLogger(__name__)
 
 _EXPIRY_SECONDS = 60.0  # between two looks for files that have expired
@@ -52,44 +55,52 @@ class JobManager:
     """Runs in one event loop, that of the service. One job trains at a time, the others wait in the order they came.
 
     Attributes:
-        engine: what the engine can train; known after ``start``.
+        engine: what the engine can train.
     """
 
-    engine: EngineDescription
-
-    def __init__(self, settings: ServiceSettings, store: Store, client: EngineClient, forks: Forks):
+    def __init__(
+        self,
+        settings: ServiceSettings,
+        store: Store,
+        client: EngineClient,
+        forks: Forks,
+        engine: EngineDescription,
+        tokenizer: "PreTrainedTokenizerBase",
+    ):
         self.settings = settings
         self.store = store
-        self.client = client
-        self._forks = forks
-        self._sessions = Sessions(client)
+        self.engine = engine
+        self.origins = Origins(store, client, engine, tokenizer)
         self._state = asyncio.Lock()
         self._work = asyncio.Event()
         self._tasks: list[asyncio.Task] = []
+        self._sessions = Sessions(client)
+        self._fit = Fit(engine)
+        self._published = PublishedAdapters(store, client, self._fit)
+        self._reader = JobReader(tokenizer, engine, client.chat_settings)
+        self._tokenising = Tokenising(store, self._reader, forks)
+        self._runs = Runs(store, self._reader, engine)
+        self._training = Training(store, client, self._sessions, self._tokenising, self._runs, self._published, self._state)
+        self._manual = ManualWork(
+            store, client, self._sessions, self._runs, self._reader, self._published, self._training, self._fit, self._state
+        )
 
-    async def start(self) -> None:
+    @classmethod
+    async def start(cls, settings: ServiceSettings, store: Store, client: EngineClient, forks: Forks) -> Self:
         """Take up what an earlier server has left, and begin to work.
 
         Raises:
             ConfigError: the server runs without a tokenizer.
         """
-        if self.client.tokenizer is None:
+        if client.tokenizer is None:
             raise ConfigError("--skip-tokenizer-init", True, "a tokenizer is needed to train on text")
-        self.engine = msgspec.convert(await self.client.call(Describe()), EngineDescription)
-        self._fit = Fit(self.engine)
-        self._published = PublishedAdapters(self.store, self.client, self._fit)
-        tokenizer = await asyncio.to_thread(shared_tokenizer, self.client.tokenizer)
-        self.engine.rendering = rendering(tokenizer, self.client.chat_settings)
-        self._reader = JobReader(tokenizer, self.engine, self.client.chat_settings)
-        self._tokenising = Tokenising(self.store, self._reader, self._forks)
-        self.origins = Origins(self.store, self.client, self.engine, tokenizer)
-        self._runs = Runs(self.store, self._reader, self.engine)
-        self._training = Training(self.store, self.client, self._sessions, self._tokenising, self._runs, self._published, self._state)
-        self._manual = ManualWork(
-            self.store, self.client, self._sessions, self._runs, self._reader, self._published, self._training, self._fit, self._state
-        )
-        await self._published.refresh()
-        self._tasks = [asyncio.create_task(self._begin())]
+        engine = msgspec.convert(await client.call(Describe()), EngineDescription)
+        tokenizer = await asyncio.to_thread(shared_tokenizer, client.tokenizer)
+        engine.rendering = rendering(tokenizer, client.chat_settings)
+        manager = cls(settings, store, client, forks, engine, tokenizer)
+        await manager._published.refresh()
+        manager._tasks = [asyncio.create_task(manager._begin())]
+        return manager
 
     async def stop(self) -> None:
         """End the work of this process. A job that is running stays so, and is taken up by the next server."""
