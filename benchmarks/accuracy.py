@@ -3,9 +3,9 @@
     python benchmarks/accuracy.py --model models/smollm2-135m --dtype float32 --task sst2 --dataset data/sst2 \\
         --json benchmarks/results/sst2-alora.json --seeds 0 1 2 --max_steps 2000
 
-Takes every flag of the main example. Resumable: a seed whose row is in the results file is skipped, and one that was cut
-short goes on from its seed log. Accuracies are those of the test split; the adapter to keep is chosen on rows held out of
-the training split.
+Takes every flag of the main example. Resumable: a seed whose row is in the results file is skipped, and one that was
+cut short goes on from its seed log. Accuracies are those of the test split; the adapter to keep is chosen on rows held
+out of the training split.
 """
 
 import json
@@ -23,8 +23,19 @@ from sglang.srt.mezo.core.integrity import write_json
 from sglang.srt.mezo.training.arguments import build, read, status_of
 from sglang.srt.mezo.training.finetune import DataArguments, ModelArguments, finetune
 
-_MEASURED = ("steps", "best_step", "zero_shot_accuracy", "accuracy", "zero_shot_loss", "loss", "steps_per_second",
-             "train_seconds", "prefix_tokens_reused", "prefix_tokens_total", "peak_rss_bytes")  # fmt: skip
+_MEASURED = (
+    "steps",
+    "best_step",
+    "zero_shot_accuracy",
+    "accuracy",
+    "zero_shot_loss",
+    "loss",
+    "steps_per_second",
+    "train_seconds",
+    "prefix_tokens_reused",
+    "prefix_tokens_total",
+    "peak_rss_bytes",
+)
 
 
 @dataclass(frozen=True)
@@ -67,7 +78,12 @@ def run_seed(model: ModelArguments, data: DataArguments, config: MezoConfig, pat
             "tuning": config.tuning,
             "seed": config.seed,
             **{name: summary[name] for name in _MEASURED},
-            "settings": {**config.to_dict(), "dtype": model.dtype, "num_train": data.num_train, "num_dev": data.num_dev},
+            "settings": {
+                **config.to_dict(),
+                "dtype": model.dtype,
+                "num_train": data.num_train,
+                "num_dev": data.num_dev,
+            },
             "versions": {name: version(name) for name in ("sglang", "sglang-mezo", "torch", "transformers", "peft")},
             "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         }
@@ -84,9 +100,15 @@ def load(path: Path) -> dict:
 def show(rows: list[dict]) -> None:
     print(f"{'seed':>6} {'zero-shot':>10} {'accuracy':>10} {'best step':>10} {'steps/s':>8}")
     for row in rows:
-        print(f"{row['seed']:>6} {row['zero_shot_accuracy']:>10.4f} {row['accuracy']:>10.4f} {row['best_step']:>10} {row['steps_per_second']:>8.2f}")
+        print(
+            f"{row['seed']:>6} {row['zero_shot_accuracy']:>10.4f} {row['accuracy']:>10.4f} {row['best_step']:>10} "
+            f"{row['steps_per_second']:>8.2f}"
+        )
     accuracies = [row["accuracy"] for row in rows]
-    print(f"mean of {len(rows)} seeds: {statistics.mean(accuracies):.4f} (min {min(accuracies):.4f}, max {max(accuracies):.4f})")
+    print(
+        f"mean of {len(rows)} seeds: {statistics.mean(accuracies):.4f} (min {min(accuracies):.4f}, max "
+        f"{max(accuracies):.4f})"
+    )
 
 
 if __name__ == "__main__":

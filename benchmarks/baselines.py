@@ -67,13 +67,7 @@ class _MezoLoop:
     """
 
     def __init__(
-        self,
-        model: PeftModel,
-        *,
-        zo_eps: float,
-        learning_rate: float,
-        seed: int,
-        pad_token_id: int = 0,
+        self, model: PeftModel, *, zo_eps: float, learning_rate: float, seed: int, pad_token_id: int = 0
     ) -> None:
         self.model = model.eval()
         self.zo_eps = zo_eps
@@ -93,12 +87,8 @@ class _MezoLoop:
     def _generator(self, zo_random_seed: int) -> torch.Generator:
         return torch.Generator(self.device).manual_seed(zo_random_seed)
 
-    def _normal_like(
-        self, param: torch.Tensor, generator: torch.Generator
-    ) -> torch.Tensor:
-        return torch.randn(
-            param.shape, generator=generator, dtype=param.dtype, device=self.device
-        )
+    def _normal_like(self, param: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        return torch.randn(param.shape, generator=generator, dtype=param.dtype, device=self.device)
 
 
 class OfficialStyleMezo(_MezoLoop):
@@ -137,9 +127,7 @@ class OfficialStyleMezo(_MezoLoop):
             z = self._normal_like(param, generator)
             param.sub_(z, alpha=self.learning_rate * projected_grad)
 
-    def _collate(
-        self, batch: Sequence[Example]
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _collate(self, batch: Sequence[Example]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Left-padded [R, T] ids, their mask, and the [R, T] mask of the options."""
         pairs = [(e.prompt, option) for e in batch for option in e.options]
         longest = max(len(prompt) + len(option) for prompt, option in pairs)
@@ -162,9 +150,7 @@ class OfficialStyleMezo(_MezoLoop):
         scores = (taken * scored).sum(-1) / scored.sum(-1)
         losses = [
             F.cross_entropy(options, torch.tensor(example.label, device=self.device))
-            for example, options in zip(
-                batch, scores.split([len(e.options) for e in batch]), strict=True
-            )
+            for example, options in zip(batch, scores.split([len(e.options) for e in batch]), strict=True)
         ]
         return torch.stack(losses).mean().item()
 
@@ -252,8 +238,7 @@ class StrongMezo(_MezoLoop):
         width = max(map(len, rows))
         padded = [row + [self.pad_token_id] * (width - len(row)) for row in rows]
         row, position, state, token, option = (
-            torch.tensor(column, device=self.device)
-            for column in (*zip(*states), *zip(*reads))
+            torch.tensor(column, device=self.device) for column in (*zip(*states), *zip(*reads))
         )
         return _Plan(
             ids=torch.tensor(padded, device=self.device),
@@ -267,9 +252,7 @@ class StrongMezo(_MezoLoop):
             labels=torch.tensor([e.label for e in batch], device=self.device),
         )
 
-    def _alora_offsets(
-        self, rows: list[list[int]], width: int
-    ) -> list[int | None] | None:
+    def _alora_offsets(self, rows: list[list[int]], width: int) -> list[int | None] | None:
         """Positions from the invocation to the padded end, searched for in the
         row itself: padding must not pass for an invocation."""
         if self.invocation is None:

@@ -2,16 +2,19 @@
 
 The work of a step is counted from its plans, whatever the implementation does:
 
-- every token that must be computed goes through every linear layer once, in every slot; a token that rows of one slot have
+- every token that must be computed goes through every linear layer once, in every slot; a token that rows of one slot
+have
   in common counts once, and a base-model prefix not at all, as its KV is kept;
 - every computed token attends to all tokens before it; a base-model prefix is read from the KV pool once;
 - scores need the head at the rows that are read: single words where the normaliser cancels, the vocabulary where not;
-- the adapter is read for the points and again for the update, which writes it; the directions are read; a slot for each adapter
+- the adapter is read for the points and again for the update, which writes it; the directions are read; a slot for each
+adapter
   that is evaluated is written, and read by the products.
 
-The ceiling is measured side by side with the steps: the time of the bare matrix products at these shapes over the model's
-own weights, which come from memory as in a step, by the fastest of PyTorch's choice, oneDNN and linear.c, and the bandwidth of a copy.
-Attention and LoRA products are small; they are taken to run at the rate of the large ones.
+The ceiling is measured side by side with the steps: the time of the bare matrix products at these shapes over the
+    model's
+own weights, which come from memory as in a step, by the fastest of PyTorch's choice, oneDNN and linear.c, and the
+bandwidth of a copy. Attention and LoRA products are small; they are taken to run at the rate of the large ones.
 """
 
 import statistics
@@ -20,6 +23,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
+
 from sglang.srt.mezo.cpu.linear import HAS_C, HAS_ONEDNN, c_linear, onednn_linear
 from sglang.srt.mezo.scoring.plan import ExamplePlan, needs_normaliser
 from sglang.srt.mezo.scoring.sharing import distinct_tokens
@@ -58,19 +62,27 @@ def work(trainer: MezoTrainer, batch: Sequence[ExamplePlan]) -> Work:
     base_tokens = distinct_tokens(prefixes)
     texts = {row.prefix + (_END_OF_PREFIX,) + row.suffix for row in rows}
     tokens = slots * (distinct_tokens(texts) - base_tokens - len(prefixes))
-    mean_context = statistics.mean(len(row.prefix) + position + 1 for row in rows for position in range(len(row.suffix)))
+    mean_context = statistics.mean(
+        len(row.prefix) + position + 1 for row in rows for position in range(len(row.suffix))
+    )
     attention = 4 * model.num_hidden_layers * model.num_attention_heads * model.head_dim * tokens * round(mean_context)
     head = _head_weight(trainer)
     normalise = needs_normaliser(batch, trainer.objective)
-    head_rows = slots * len({(row.prefix, row.suffix[: position + 1]) for row in rows for position, _ in row.reads}) if normalise else 0
+    head_rows = (
+        slots * len({(row.prefix, row.suffix[: position + 1]) for row in rows for position, _ in row.reads})
+        if normalise
+        else 0
+    )
     single_reads = 0 if normalise else slots * sum(len(row.reads) for row in rows)
     kv_width = 2 * model.num_hidden_layers * model.get_total_num_kv_heads() * model.head_dim
     return Work(
         tokens=tokens,
-        gemm_flops=2 * tokens * sum(weight.numel() for weight in linear_weights(trainer)) + 2 * head_rows * head.numel(),
+        gemm_flops=2 * tokens * sum(weight.numel() for weight in linear_weights(trainer))
+        + 2 * head_rows * head.numel(),
         head_rows=head_rows,
         small_flops=attention + 2 * tokens * trainer.adapter.numel + 2 * single_reads * head.shape[1],
-        bytes=base_tokens * kv_width * itemsize + trainer.adapter.numel * (4 * (3 + config.num_perturbations) + 2 * slots * itemsize),
+        bytes=base_tokens * kv_width * itemsize
+        + trainer.adapter.numel * (4 * (3 + config.num_perturbations) + 2 * slots * itemsize),
     )
 
 
@@ -149,7 +161,9 @@ class CeilingMeter:
 
 def meter_of_next_steps(trainer: MezoTrainer, steps: int = 16) -> CeilingMeter:
     """For the mean work of the trainer's next steps."""
-    return CeilingMeter(trainer, mean_work([work(trainer, trainer.batch(trainer.global_step + i)) for i in range(steps)]))
+    return CeilingMeter(
+        trainer, mean_work([work(trainer, trainer.batch(trainer.global_step + i)) for i in range(steps)])
+    )
 
 
 def linears(weight: torch.Tensor) -> list[Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]:
@@ -176,4 +190,3 @@ def linear_weights(trainer: MezoTrainer) -> list[torch.Tensor]:
 
 def _head_weight(trainer: MezoTrainer) -> torch.Tensor:
     return trainer.handle.model_runner.model.lm_head.weight
-

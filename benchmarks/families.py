@@ -1,6 +1,7 @@
-"""Every model family that can be trained, against Transformers + PEFT: runs its test and writes the table in docs/models.md.
+"""Every model family that can be trained, against Transformers + PEFT: runs its test and writes the table in
+docs/models.md.
 
-    python benchmarks/families.py
+python benchmarks/families.py
 """
 
 import json
@@ -46,11 +47,15 @@ def table(families: dict[str, dict[str, dict[str, float]]]) -> list[str]:
     from sglang.srt.mezo.adapters.families import FAMILIES
 
     lines = [
-        "| family | architecture | `target_modules` | losses differ by (LoRA, aLoRA) | served log-probabilities differ by (LoRA, aLoRA) |",
+        "| family | architecture | `target_modules` | losses differ by (LoRA, aLoRA) | served log-probabilities "
+        "differ by (LoRA, aLoRA) |",
         "|---|---|---|---|---|",
     ]
     for architecture, family in sorted(FAMILIES.items(), key=lambda item: item[1].name.lower()):
-        losses, served = (", ".join(f"{families[architecture][tuning][kind]:.0e}" for tuning in ("lora", "alora")) for kind in ("losses", "served"))
+        losses, served = (
+            ", ".join(f"{families[architecture][tuning][kind]:.0e}" for tuning in ("lora", "alora"))
+            for kind in ("losses", "served")
+        )
         lines.append(f"| {family.name} | `{architecture}` | {', '.join(family.modules)} | {losses} | {served} |")
     return lines
 

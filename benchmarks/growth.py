@@ -3,10 +3,11 @@
     python benchmarks/growth.py --tuning alora --repeats 15 --json benchmarks/results/growth.json
     python benchmarks/growth.py --tuning lora --repeats 5 --json benchmarks/results/growth.json
 
-One quantity changes at a time; the others stay at a batch of 16, one direction, rank 8, OPT-125m's 12 layers and prompts of
-64 tokens, with ordinary LoRA of 16, as it runs them all. All values of a quantity take turns, each in a process of its own. The
-last column is the growth of the measured time over the growth of the limit, from the smallest value on: above 1 something grows
-faster than the work does.
+One quantity changes at a time; the others stay at a batch of 16, one direction, rank 8, OPT-125m's 12 layers and
+prompts of
+64 tokens, with ordinary LoRA of 16, as it runs them all. All values of a quantity take turns, each in a process of its
+own. The last column is the growth of the measured time over the growth of the limit, from the smallest value on: above
+1 something grows faster than the work does.
 """
 
 import argparse
@@ -28,7 +29,13 @@ VALUES = {  # "workload" is the prompt length
 }
 EPOCH_STEPS = 4  # as several engines keep the prefixes of an epoch at the same time
 PROMPTS = {"alora": "64", "lora": "16"}
-NAMES = {"batch_size": "batch", "workload": "prompt length", "num_perturbations": "directions", "r": "rank", "layers": "layers"}
+NAMES = {
+    "batch_size": "batch",
+    "workload": "prompt length",
+    "num_perturbations": "directions",
+    "r": "rank",
+    "layers": "layers",
+}
 
 
 def main() -> None:
@@ -72,13 +79,20 @@ def open_measurement(case: Case) -> Operations:
 
 def table(series: Sequence[dict[str, Any]]) -> list[str]:
     """A row for each quantity and value."""
-    lines = ["| tuning | grows | step, median (min to max) | limit, share reached | growth, measured and limit | one over the other |",
-             "|---|---|---|---|---|---|"]  # fmt: skip
+    lines = [
+        "| tuning | grows | step, median (min to max) | limit, share reached | growth, measured and limit | one over "
+        "the other |",
+        "|---|---|---|---|---|---|",
+    ]
     for one in series:
         for row, (ours, limit) in zip(one["rows"], growth(one["rows"])):
             step, *ends = (1000 * pick(row["ours_s"]) for pick in (statistics.median, min, max))
-            lines.append(f"| {one['tuning']} | {NAMES[one['quantity']]} {row[one['quantity']]} | {step:.0f} ms ({ends[0]:.0f} to {ends[1]:.0f}) "
-                         f"| {1000 * row['limit_s']:.0f} ms, {row['limit_share']:.0%} | {ours:.1f}x and {limit:.1f}x | {ours / limit:.2f} |")  # fmt: skip
+            lines.append(
+                f"| {one['tuning']} | {NAMES[one['quantity']]} {row[one['quantity']]} | {step:.0f} ms ({ends[0]:.0f} "
+                f"to {ends[1]:.0f}) "
+                f"| {1000 * row['limit_s']:.0f} ms, {row['limit_share']:.0%} | {ours:.1f}x and {limit:.1f}x | "
+                f"{ours / limit:.2f} |"
+            )
     return lines
 
 
@@ -100,8 +114,17 @@ def plot(series: Sequence[dict[str, Any]], path: Path) -> None:
     for one in series:
         panel = panels[tunings.index(one["tuning"])][list(NAMES).index(one["quantity"])]
         values = [float(row[one["quantity"]]) for row in one["rows"]]
-        panel.loglog(values, [1000 * statistics.median(row["ours_s"]) for row in one["rows"]], marker="o", label="measured")
-        panel.loglog(values, [1000 * row["limit_s"] for row in one["rows"]], marker=".", linestyle="--", color="grey", label="limit")
+        panel.loglog(
+            values, [1000 * statistics.median(row["ours_s"]) for row in one["rows"]], marker="o", label="measured"
+        )
+        panel.loglog(
+            values,
+            [1000 * row["limit_s"] for row in one["rows"]],
+            marker=".",
+            linestyle="--",
+            color="grey",
+            label="limit",
+        )
         panel.set(xlabel=NAMES[one["quantity"]], ylabel=f"{one['tuning']} step, ms")
     panels[0][0].legend()
     figure.savefig(path, dpi=110)

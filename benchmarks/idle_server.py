@@ -3,9 +3,10 @@
     python benchmarks/smollm2.py models/smollm2-135m
     python benchmarks/idle_server.py --model models/smollm2-135m --json benchmarks/results/idle_server.json
 
-Both make the same steps of the same rows: a job of a server is resumed and paused, an engine in a process of its own goes on
-and waits. What is compared is wall time of a step once the KV of all prompts is there, on the server with all that lies between
-two pieces. For comparison, also on a server whose pieces never grow.
+Both make the same steps of the same rows: a job of a server is resumed and paused, an engine in a process of its own
+    goes on
+and waits. What is compared is wall time of a step once the KV of all prompts is there, on the server with all that lies
+between two pieces. For comparison, also on a server whose pieces never grow.
 """
 
 import argparse
@@ -20,15 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from serve_while_train import DATA, data_name, read_sentences
 from server import Server, machine, running_server
 from sglang.srt.mezo.core.config import MezoConfig
 from sglang.srt.mezo.core.passes import drain
-from sglang.srt.mezo.training.finetune import (
-    DataArguments,
-    ModelArguments,
-    open_trainer,
-)
+from sglang.srt.mezo.training.finetune import DataArguments, ModelArguments, open_trainer
 from turns import Operations, Worker
 
 NUM_ROWS = 160
@@ -65,8 +63,15 @@ def main() -> None:
         rows.append({"workload": workload, **measure(arguments, workload)})
         print("\n".join(table(rows[-1:])), flush=True)
         if arguments.json:
-            settings = {"model": arguments.model.name, "steps": arguments.steps, "turns": arguments.turns, "examples": NUM_ROWS}
-            arguments.json.write_text(json.dumps({"rows": rows, "settings": settings, "machine": machine()}, indent=2) + "\n")
+            settings = {
+                "model": arguments.model.name,
+                "steps": arguments.steps,
+                "turns": arguments.turns,
+                "examples": NUM_ROWS,
+            }
+            arguments.json.write_text(
+                json.dumps({"rows": rows, "settings": settings, "machine": machine()}, indent=2) + "\n"
+            )
 
 
 def measure(arguments: argparse.Namespace, workload: str) -> dict[str, Any]:
@@ -89,7 +94,9 @@ def measure(arguments: argparse.Namespace, workload: str) -> dict[str, Any]:
     return servers
 
 
-def compare(command_line: Callable[[int], float], server: Callable[[int], float], arguments: argparse.Namespace) -> dict[str, Any]:
+def compare(
+    command_line: Callable[[int], float], server: Callable[[int], float], arguments: argparse.Namespace
+) -> dict[str, Any]:
     """Seconds of a step, turn after turn: each goes first in every other one."""
     server(EPOCH)
     seconds = {"command_line": [], "server": []}
@@ -97,10 +104,17 @@ def compare(command_line: Callable[[int], float], server: Callable[[int], float]
         runs = [("command_line", command_line), ("server", server)]
         for name, run in runs if turn % 2 == 0 else reversed(runs):
             seconds[name].append(run(arguments.steps))
-        print(f"turn {turn}: command line {seconds['command_line'][-1]:.3f}, server {seconds['server'][-1]:.3f} s a step", flush=True)
+        print(
+            f"turn {turn}: command line {seconds['command_line'][-1]:.3f}, server {seconds['server'][-1]:.3f} s a step",
+            flush=True,
+        )
     times = np.array([seconds["command_line"], seconds["server"]])
     draws = np.random.default_rng(SEED).integers(arguments.turns, size=(RESAMPLES, arguments.turns))
-    return {"step_s": seconds, "speed": speed(times), "speed_interval": np.percentile([speed(times[:, draw]) for draw in draws], (5, 95)).tolist()}
+    return {
+        "step_s": seconds,
+        "speed": speed(times),
+        "speed_interval": np.percentile([speed(times[:, draw]) for draw in draws], (5, 95)).tolist(),
+    }
 
 
 def speed(times: np.ndarray) -> float:
@@ -111,7 +125,9 @@ def speed(times: np.ndarray) -> float:
 
 def open_offline(model: str, file: str, invocation: str, output_dir: str) -> Operations:
     config = MezoConfig(output_dir=output_dir, invocation=invocation, max_steps=1_000_000, seed=SEED, disable_tqdm=True)
-    trainer, _ = open_trainer(ModelArguments(model=model, dtype="float32"), DataArguments(dataset=file, num_dev=0, num_test=0), config)
+    trainer, _ = open_trainer(
+        ModelArguments(model=model, dtype="float32"), DataArguments(dataset=file, num_dev=0, num_test=0), config
+    )
 
     def steps(count: int) -> float:
         drain(trainer.step_passes(trainer.batch(trainer.global_step)))
@@ -124,7 +140,8 @@ def open_offline(model: str, file: str, invocation: str, output_dir: str) -> Ope
 
 
 class ServedJob:
-    """A job that trains in its turns only. What it has done is read from its folder: to ask the server would take of its time."""
+    """A job that trains in its turns only. What it has done is read from its folder: to ask the server would take of
+    its time."""
 
     def __init__(self, server: Server, job_id: str, folder: Path):
         self.server = server
@@ -157,11 +174,16 @@ class ServedJob:
 
 
 @contextmanager
-def job_on_server(model: Path, folder: Path, rows: list[dict], invocation: str, flags: tuple[str, ...]) -> Iterator[ServedJob]:
+def job_on_server(
+    model: Path, folder: Path, rows: list[dict], invocation: str, flags: tuple[str, ...]
+) -> Iterator[ServedJob]:
     folder.mkdir()
     with running_server(model, folder, "--dtype", "float32", *flags) as server:
         file = server.upload(rows)
-        method = {"type": "supervised", "supervised": {"hyperparameters": {"invocation": invocation, "max_steps": 1_000_000, "logging_steps": 1}}}
+        method = {
+            "type": "supervised",
+            "supervised": {"hyperparameters": {"invocation": invocation, "max_steps": 1_000_000, "logging_steps": 1}},
+        }
         job = server.openai.fine_tuning.jobs.create(model=server.model, training_file=file, seed=SEED, method=method)
         server.wait_for_job(job.id, "running")
         server.http.post(f"/v1/fine_tuning/jobs/{job.id}/pause").raise_for_status()
@@ -169,10 +191,17 @@ def job_on_server(model: Path, folder: Path, rows: list[dict], invocation: str, 
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
-    lines = ["| smollm2-135m, 16 examples, 8 directions | command line | idle server | its speed | with short pieces only |", "|---|---|---|---|---|"]
+    lines = [
+        "| smollm2-135m, 16 examples, 8 directions | command line | idle server | its speed | with short pieces only |",
+        "|---|---|---|---|---|",
+    ]
     for row in rows:
         times = [f"{1000 * statistics.median(seconds):.0f} ms" for seconds in row["idle"]["step_s"].values()]
-        idle, short = (f"{row[name]['speed']:.0%} ({low:.0%} to {high:.0%})" for name in ("idle", "short") for low, high in [row[name]["speed_interval"]])
+        idle, short = (
+            f"{row[name]['speed']:.0%} ({low:.0%} to {high:.0%})"
+            for name in ("idle", "short")
+            for low, high in [row[name]["speed_interval"]]
+        )
         lines.append(f"| {row['workload']} | {times[0]} | {times[1]} | {idle} | {short} |")
     return lines
 

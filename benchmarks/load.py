@@ -65,12 +65,21 @@ def run(url: str, model: str, requests: Sequence[Request], in_flight: int = 0, s
     """Send the requests from another process.
 
     Args:
-        in_flight: 0 for the open loop; else the number of requests in flight for ``seconds``, taken in order, and over again.
+        in_flight: 0 for the open loop; else the number of requests in flight for ``seconds``, taken in order, and over
+            again.
     """
-    plan = {"url": url, "model": model, "requests": list(map(asdict, requests)), "in_flight": in_flight, "seconds": seconds}
+    plan = {
+        "url": url,
+        "model": model,
+        "requests": list(map(asdict, requests)),
+        "in_flight": in_flight,
+        "seconds": seconds,
+    }
     limit = max(seconds, requests[-1].at) + 2 * _REQUEST_SECONDS
     command = [sys.executable, __file__]
-    process = subprocess.run(command, input=json.dumps(plan), stdout=subprocess.PIPE, text=True, timeout=limit, check=True)
+    process = subprocess.run(
+        command, input=json.dumps(plan), stdout=subprocess.PIPE, text=True, timeout=limit, check=True
+    )
     result = json.loads(process.stdout)
     outcomes = [Outcome(**{**fields, "tokens": tuple(fields["tokens"])}) for fields in result.pop("outcomes")]
     return Load(outcomes, **result)
@@ -88,7 +97,12 @@ async def generate(plan: dict) -> dict:
         else:
             outcomes = await asyncio.gather(*map(sender.send_at, requests))
         seconds = sender.now()
-        return {"outcomes": list(map(asdict, outcomes)), "seconds": seconds, "before": before, "after": await _metrics(session)}
+        return {
+            "outcomes": list(map(asdict, outcomes)),
+            "seconds": seconds,
+            "before": before,
+            "after": await _metrics(session),
+        }
 
 
 class _Sender:
@@ -119,8 +133,15 @@ class _Sender:
 
     async def _send(self, request: Request, at: float) -> Outcome:
         """``ignore_eos``: an answer has ``max_tokens`` tokens, whatever they are."""
-        body = {"model": self._model, "prompt": request.prompt, "max_tokens": request.max_tokens, "temperature": 0,
-                "ignore_eos": True, "stream": True, "return_token_ids": True}  # fmt: skip
+        body = {
+            "model": self._model,
+            "prompt": request.prompt,
+            "max_tokens": request.max_tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+            "stream": True,
+            "return_token_ids": True,
+        }
         sent = first = self.now()
         tokens: list[int] = []
         error = ""

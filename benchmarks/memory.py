@@ -2,9 +2,11 @@
 
     python benchmarks/memory.py --json benchmarks/results/memory.json
 
-Serving: an ``sgl.Engine`` answers the training prompts under a LoRA adapter, one token each; its scheduler process, which
-holds weights, KV and adapters, is measured. Training: the trainer's only process, with the same engine settings, steps over
-the same prompts. Both see every prompt ``--epochs`` times. Figures are the kernel's high-water marks of resident memory.
+Serving: an ``sgl.Engine`` answers the training prompts under a LoRA adapter, one token each; its scheduler process,
+    which
+holds weights, KV and adapters, is measured. Training: the trainer's only process, with the same engine settings, steps
+over the same prompts. Both see every prompt ``--epochs`` times. Figures are the kernel's high-water marks of resident
+memory.
 """
 
 import argparse
@@ -19,7 +21,13 @@ from workloads import WORKLOADS
 
 NUM_EXAMPLES = 160
 TUNING = "lora"
-ENGINE = {"max_total_tokens": 8192, "dtype": "float32", "skip_tokenizer_init": True, "log_level": "error", "page_size": 1}
+ENGINE = {
+    "max_total_tokens": 8192,
+    "dtype": "float32",
+    "skip_tokenizer_init": True,
+    "log_level": "error",
+    "page_size": 1,
+}
 
 
 def main() -> None:
@@ -32,11 +40,26 @@ def main() -> None:
         model = save_model(folder)
         peaks = {kind.__name__: in_new_process(kind, model, arguments.epochs) for kind in (serve, train)}
     report = {
-        "rows": [{"tuning": TUNING, "serving_bytes": peaks["serve"], "training_bytes": peaks["train"], "ratio": peaks["train"] / peaks["serve"]}],
-        "settings": {"epochs": arguments.epochs, "num_examples": NUM_EXAMPLES, "batch_size": BATCH_SIZE, "engine": ENGINE},
+        "rows": [
+            {
+                "tuning": TUNING,
+                "serving_bytes": peaks["serve"],
+                "training_bytes": peaks["train"],
+                "ratio": peaks["train"] / peaks["serve"],
+            }
+        ],
+        "settings": {
+            "epochs": arguments.epochs,
+            "num_examples": NUM_EXAMPLES,
+            "batch_size": BATCH_SIZE,
+            "engine": ENGINE,
+        },
         "machine": machine(os.cpu_count()),
-    }  # fmt: skip
-    print(f"serving {peaks['serve'] / 2**20:.0f} MiB, training {peaks['train'] / 2**20:.0f} MiB, ratio {report['rows'][0]['ratio']:.3f}")
+    }
+    print(
+        f"serving {peaks['serve'] / 2**20:.0f} MiB, training {peaks['train'] / 2**20:.0f} MiB, ratio "
+        f"{report['rows'][0]['ratio']:.3f}"
+    )
     if arguments.json:
         arguments.json.write_text(json.dumps(report, indent=2) + "\n")
 
@@ -69,14 +92,19 @@ def _report(sender, function, arguments) -> None:
 def serve(model: str, epochs: int) -> int:
     """Peak resident bytes of the scheduler of an engine that serves an adapter."""
     import psutil
-    import sglang
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
+    import sglang
+
     adapter = f"{model}-adapter"
     base = AutoModelForCausalLM.from_pretrained(model)
-    get_peft_model(base, LoraConfig(r=R, lora_alpha=ALPHA, target_modules=list(TARGETS[TUNING]), task_type="CAUSAL_LM")).save_pretrained(adapter)
-    engine = sglang.Engine(model_path=model, enable_lora=True, lora_paths={"adapter": adapter}, max_loras_per_batch=4, **ENGINE)
+    get_peft_model(
+        base, LoraConfig(r=R, lora_alpha=ALPHA, target_modules=list(TARGETS[TUNING]), task_type="CAUSAL_LM")
+    ).save_pretrained(adapter)
+    engine = sglang.Engine(
+        model_path=model, enable_lora=True, lora_paths={"adapter": adapter}, max_loras_per_batch=4, **ENGINE
+    )
     prompts = [list(example.prompt) for example in WORKLOADS["sst2"].examples(NUM_EXAMPLES, vocab_size=50_000)]
     for _ in range(epochs):
         for start in range(0, NUM_EXAMPLES, BATCH_SIZE):

@@ -1,10 +1,12 @@
-"""How much of the gradient estimate survives lower precision: projected_grad of the same directions, in bfloat16 and in float32.
+"""How much of the gradient estimate survives lower precision: projected_grad of the same directions, in bfloat16 and in
+float32.
 
     python benchmarks/precision.py --model models/smollm2-135m --json benchmarks/results/precision.json
 
-The model's weights and activations are of the type, master weights and losses always of float32. Both the two-sided estimate and
-the default one, which compares directions with each other, are held against the float32 one of their kind at the smallest zo_eps. A
-correlation of 1 means that nothing is lost; of c, that the estimate's signal is worth c squared as many directions.
+The model's weights and activations are of the type, master weights and losses always of float32. Both the two-sided
+estimate and the default one, which compares directions with each other, are held against the float32 one of their kind
+at the smallest zo_eps. A correlation of 1 means that nothing is lost; of c, that the estimate's signal is worth c
+squared as many directions.
 """
 
 import argparse
@@ -15,6 +17,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+
 from sglang.srt.mezo.core.config import MezoConfig
 from sglang.srt.mezo.core.estimator import Estimator, paired, projected_grads
 from sglang.srt.mezo.core.passes import drain
@@ -40,19 +43,34 @@ def main() -> None:
     write_rows(arguments.task, arguments.runs / "data" / arguments.task)
     workers = {dtype: Worker(open_losses, arguments.model, dtype, arguments.task, arguments.runs) for dtype in DTYPES}
     theta = workers["float32"].call("train")
-    losses = {(dtype, zo_eps): worker.call("losses", theta, arguments.steps, zo_eps) for dtype, worker in workers.items() for zo_eps in EPSILONS}
+    losses = {
+        (dtype, zo_eps): worker.call("losses", theta, arguments.steps, zo_eps)
+        for dtype, worker in workers.items()
+        for zo_eps in EPSILONS
+    }
     rows = []
     for estimator in ESTIMATORS:
         reference = estimates(losses["float32", EPSILONS[0]], EPSILONS[0], estimator)
         for (dtype, zo_eps), steps in losses.items():
             values = estimates(steps, zo_eps, estimator)
-            rows.append({
-                "estimator": estimator, "dtype": dtype, "zo_eps": zo_eps, "correlation": float(np.corrcoef(values, reference)[0, 1]),
-                "relative_rms_error": float(np.sqrt(np.mean((values - reference) ** 2)) / np.std(reference)),
-            })  # fmt: skip
+            rows.append(
+                {
+                    "estimator": estimator,
+                    "dtype": dtype,
+                    "zo_eps": zo_eps,
+                    "correlation": float(np.corrcoef(values, reference)[0, 1]),
+                    "relative_rms_error": float(np.sqrt(np.mean((values - reference) ** 2)) / np.std(reference)),
+                }
+            )
     print("\n".join(table(rows)))
     if arguments.json:
-        report = {"model": Path(arguments.model).name, "task": arguments.task, "steps": arguments.steps, "rows": rows, "machine": machine(os.cpu_count())}
+        report = {
+            "model": Path(arguments.model).name,
+            "task": arguments.task,
+            "steps": arguments.steps,
+            "rows": rows,
+            "machine": machine(os.cpu_count()),
+        }
         arguments.json.write_text(json.dumps(report, indent=2) + "\n")
 
 
@@ -63,9 +81,15 @@ def estimates(steps: list[tuple[list[float], list[float]]], zo_eps: float, estim
 
 
 def table(rows: list[dict]) -> list[str]:
-    lines = ["| estimator | dtype | zo_eps | correlation with float32 at 1e-3 | error, of the spread |", "|---|---|---|---|---|"]
+    lines = [
+        "| estimator | dtype | zo_eps | correlation with float32 at 1e-3 | error, of the spread |",
+        "|---|---|---|---|---|",
+    ]
     for row in rows:
-        lines.append(f"| {row['estimator']} | {row['dtype']} | {row['zo_eps']:g} | {row['correlation']:.4f} | {row['relative_rms_error']:.1%} |")
+        lines.append(
+            f"| {row['estimator']} | {row['dtype']} | {row['zo_eps']:g} | {row['correlation']:.4f} | "
+            f"{row['relative_rms_error']:.1%} |"
+        )
     return lines
 
 
@@ -81,7 +105,10 @@ def open_losses(model: str, dtype: str, task: str, runs: Path) -> Operations:
 
     def losses(theta: list[float], steps: int, zo_eps: float) -> list[tuple[list[float], list[float]]]:
         trainer.adapter.theta.copy_(torch.tensor(theta))
-        return [drain(trainer.probe.paired_passes(batch, drain(trainer.probe.directions(seed)), zo_eps)) for seed in range(steps)]
+        return [
+            drain(trainer.probe.paired_passes(batch, drain(trainer.probe.directions(seed)), zo_eps))
+            for seed in range(steps)
+        ]
 
     return {"train": train, "losses": losses}
 

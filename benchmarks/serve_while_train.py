@@ -1,13 +1,14 @@
 """Latency and throughput of serving, with training off and on in turns on the same server.
 
     python benchmarks/serve_while_train.py --model models/smollm2-135m --json benchmarks/results/serve_while_train.json
-    python benchmarks/serve_while_train.py --model models/smollm2-135m --curve --json benchmarks/results/serve_while_train_curve.json
+    python benchmarks/serve_while_train.py --model models/smollm2-135m --curve --json
+    benchmarks/results/serve_while_train_curve.json
 
 First the server's saturation throughput is measured, in a closed loop. Busy is 70 % of it, light 20 %: Poisson arrivals
-of streamed greedy completions from a process of its own. Phases come in pairs, without training and with it, with the same
-times, prompts and lengths; every other pair begins with training, so that what the machine does by itself falls on both.
-A phase begins with an empty cache; one with training begins after an epoch of the job, as the later ones are all alike.
-Time to first token counts from the arrival, time per output token from the first token of a request to its last.
+of streamed greedy completions from a process of its own. Phases come in pairs, without training and with it, with the
+same times, prompts and lengths; every other pair begins with training, so that what the machine does by itself falls on
+both. A phase begins with an empty cache; one with training begins after an epoch of the job, as the later ones are all
+alike. Time to first token counts from the arrival, time per output token from the first token of a request to its last.
 
 Training is one aLoRA job under the server's default policy. With --curve there is the busy load only, at one rate, on a
 server for each of several values of --mezo-share.
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from load import Load, Outcome, Request, run
 from server import ROOT, Server, machine, running_server, samples
 
@@ -39,9 +41,15 @@ PROMPT_SENTENCES, OUTPUT_TOKENS = (1, 4), (8, 32)
 DATA = {"reviews": (ROOT / "examples/assets/reviews", "test"), "sst2": (ROOT.parent / "shared/data/sst2", "validation")}
 NUM_TRAIN, NUM_DEV, BATCH_SIZE = 160, 32, 16
 JOB = {
-    "max_steps": 1_000_000, "learning_rate": 1e-4, "num_perturbations": 1, "estimator": "two_sided", "scale_by_loss_std": False, "zo_eps": 3e-3, "batch_size": BATCH_SIZE,
+    "max_steps": 1_000_000,
+    "learning_rate": 1e-4,
+    "num_perturbations": 1,
+    "estimator": "two_sided",
+    "scale_by_loss_std": False,
+    "zo_eps": 3e-3,
+    "batch_size": BATCH_SIZE,
     "invocation": " It was",
-}  # fmt: skip
+}
 EPOCH_STEPS = NUM_TRAIN // BATCH_SIZE
 EPOCH_SECONDS = 900  # at most, without other load
 
@@ -66,7 +74,13 @@ def main() -> None:
                 show(rows[-1])
                 phases += [{name: value for name, value in phase.items() if name != "outcomes"} for phase in done]
     if arguments.json:
-        report = {"rows": rows, "phases": phases, "capacity": capacity, "settings": settings(arguments), "machine": machine()}
+        report = {
+            "rows": rows,
+            "phases": phases,
+            "capacity": capacity,
+            "settings": settings(arguments),
+            "machine": machine(),
+        }
         arguments.json.write_text(json.dumps(report, indent=2) + "\n")
         if arguments.curve:
             plot(rows, arguments.json.with_suffix(".png"))
@@ -75,7 +89,9 @@ def main() -> None:
 @contextmanager
 def benchmark(arguments: argparse.Namespace, flags: Sequence[str]) -> Iterator["Benchmark"]:
     with tempfile.TemporaryDirectory() as folder:
-        with running_server(arguments.model, Path(folder), "--dtype", arguments.dtype, "--enable-metrics", *flags) as server:
+        with running_server(
+            arguments.model, Path(folder), "--dtype", arguments.dtype, "--enable-metrics", *flags
+        ) as server:
             yield Benchmark(server, arguments)
 
 
@@ -89,7 +105,9 @@ class Benchmark:
         train = read_sentences(folder / "train.jsonl")[: NUM_TRAIN + NUM_DEV]
         self._sentences = [row["sentence"] for row in read_sentences(folder / f"{held_out}.jsonl")]
         self._share = server.http.get("/mezo/status").json()["settings"]["share"]
-        self._job = server.create_job(server.upload(as_rows(train[:NUM_TRAIN])), server.upload(as_rows(train[NUM_TRAIN:])), SEED, **JOB)
+        self._job = server.create_job(
+            server.upload(as_rows(train[:NUM_TRAIN])), server.upload(as_rows(train[NUM_TRAIN:])), SEED, **JOB
+        )
         server.wait_for_job(self._job, "running")
         self._pause()
 
@@ -105,7 +123,11 @@ class Benchmark:
             "requests_per_s": len(done) / (0.8 * seconds),
             "output_tokens_per_s": sum(len(outcome.tokens) for outcome in done) / (0.8 * seconds),
         }
-        print(f"saturation: {capacity['requests_per_s']:.2f} requests/s, {capacity['output_tokens_per_s']:.0f} output tokens/s", flush=True)
+        print(
+            f"saturation: {capacity['requests_per_s']:.2f} requests/s, {capacity['output_tokens_per_s']:.0f} output "
+            "tokens/s",
+            flush=True,
+        )
         return capacity
 
     def phases(self, load: str, rate: float) -> list[dict[str, Any]]:
@@ -116,7 +138,9 @@ class Benchmark:
             requests = self._requests(f"{load} {pair}", rate, count)
             for training in (False, True) if pair % 2 == 0 else (True, False):
                 outcomes = self._run(requests, training)
-                phases.append({"load": load, "share": self._share, "pair": pair, "training": training, **measured(outcomes)})
+                phases.append(
+                    {"load": load, "share": self._share, "pair": pair, "training": training, **measured(outcomes)}
+                )
                 show_phase(phases[-1])
             phases[-1]["answers_differ"] = differing(phases[-2]["outcomes"], phases[-1]["outcomes"])
         return phases
@@ -165,10 +189,13 @@ def read_sentences(path: Path) -> list[dict[str, Any]]:
 
 
 def as_rows(sentences: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{"prompt": f"{row['sentence']} It was", "options": [" terrible", " great"], "label": row["label"]} for row in sentences]
+    return [
+        {"prompt": f"{row['sentence']} It was", "options": [" terrible", " great"], "label": row["label"]}
+        for row in sentences
+    ]
 
 
-# --- figures -------------------------------------------------------------------------------------------------------------
+# --- figures ----------------------------------------------------------------------------------------------------------
 
 
 def measured(load: Load) -> dict[str, Any]:
@@ -187,7 +214,9 @@ def measured(load: Load) -> dict[str, Any]:
         "send_lag_p99": float(np.percentile([outcome.sent - outcome.at for outcome in load.outcomes], 99)),
         "seconds": load.seconds,
         "steps": change.get("sglang:mezo_steps_total", 0.0),
-        "prompt_tokens_trained": sum(change.get(f"sglang:mezo_prefix_tokens_{kind}_total", 0.0) for kind in ("computed", "reused")),
+        "prompt_tokens_trained": sum(
+            change.get(f"sglang:mezo_prefix_tokens_{kind}_total", 0.0) for kind in ("computed", "reused")
+        ),
         "pieces": pieces,
         "pieces_seconds": change["sglang:mezo_piece_seconds_sum"],
         "piece_p99_at_most": bucket_bound(change, pieces, 0.99),
@@ -204,7 +233,10 @@ def latencies(outcomes: Sequence[Outcome]) -> dict[str, float]:
 def throughput(outcomes: Sequence[Outcome]) -> dict[str, float]:
     """From the start of the load to the last token."""
     seconds = max(outcome.done for outcome in outcomes)
-    return {"requests_per_s": len(outcomes) / seconds, "output_tokens_per_s": sum(len(outcome.tokens) for outcome in outcomes) / seconds}
+    return {
+        "requests_per_s": len(outcomes) / seconds,
+        "output_tokens_per_s": sum(len(outcome.tokens) for outcome in outcomes) / seconds,
+    }
 
 
 def bucket_bound(change: dict[str, float], count: float, quantile: float) -> float | None:
@@ -269,13 +301,23 @@ def pooled(phases: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def settings(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
-        "model": arguments.model.name, "dtype": arguments.dtype, "data": data_name(arguments.model), "load_seconds": arguments.load_seconds,
-        "pairs": arguments.pairs, "loads": LOADS, "in_flight": IN_FLIGHT, "seed": SEED,
-        "prompt_sentences": PROMPT_SENTENCES, "output_tokens": OUTPUT_TOKENS, "num_train": NUM_TRAIN, "num_dev": NUM_DEV, "job": JOB,
-    }  # fmt: skip
+        "model": arguments.model.name,
+        "dtype": arguments.dtype,
+        "data": data_name(arguments.model),
+        "load_seconds": arguments.load_seconds,
+        "pairs": arguments.pairs,
+        "loads": LOADS,
+        "in_flight": IN_FLIGHT,
+        "seed": SEED,
+        "prompt_sentences": PROMPT_SENTENCES,
+        "output_tokens": OUTPUT_TOKENS,
+        "num_train": NUM_TRAIN,
+        "num_dev": NUM_DEV,
+        "job": JOB,
+    }
 
 
-# --- for people ----------------------------------------------------------------------------------------------------------
+# --- for people -------------------------------------------------------------------------------------------------------
 
 
 def show_phase(phase: dict[str, Any]) -> None:
@@ -294,7 +336,10 @@ def show(row: dict[str, Any]) -> None:
         verdict = "pass" if row["targets_met"][name] else "FAIL"
         bound = f"at least {low}" if low else f"at most {high}"
         interval = " to ".join(f"{end:.2f}" for end in row["intervals"][name])
-        print(f"{verdict}  {row['load']}, share {row['share']}: {name} {row[name]:.3f} ({bound}; 90 % interval {interval})")
+        print(
+            f"{verdict}  {row['load']}, share {row['share']}: {name} {row[name]:.3f} ({bound}; 90 % interval "
+            f"{interval})"
+        )
     training = f"{row['on']['steps_per_s']:.2f} steps/s, {row['on']['training_time_share']:.1%} of the time"
     print(f"      {training}; {row['answers_differ']} of {row['on']['requests']:.0f} answers differ", flush=True)
 
@@ -308,7 +353,11 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     latency, steps = figure.subplots(1, 2)
     shares = [row["share"] for row in rows]
-    labels = {"ttft_p99_ratio": "p99 time to first token", "tpot_p99_ratio": "p99 time per output token", "throughput_ratio": "throughput"}
+    labels = {
+        "ttft_p99_ratio": "p99 time to first token",
+        "tpot_p99_ratio": "p99 time per output token",
+        "throughput_ratio": "throughput",
+    }
     for name, label in labels.items():
         latency.plot(shares, [row[name] for row in rows], marker="o", label=label)
     latency.axhline(1, color="grey", linewidth=0.5)

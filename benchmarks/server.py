@@ -72,7 +72,7 @@ class Server:
     def log_tail(self) -> str:
         return self.log.read_text(errors="replace")[-3000:]
 
-    # --- jobs ------------------------------------------------------------------------------------------------------------
+    # --- jobs ---------------------------------------------------------------------------------------------------------
 
     def upload(self, rows: Sequence[dict[str, Any]], name: str = "rows.jsonl") -> str:
         content = "".join(json.dumps(row) + "\n" for row in rows).encode()
@@ -100,8 +100,19 @@ class Server:
 def running_server(model: str | Path, folder: Path, *flags: str) -> Iterator[Server]:
     """``sglang-mezo serve`` until the end of the block. ``folder`` gets its log, and ``mezo/`` with files and jobs."""
     port = free_port()
-    command = [sys.executable, "-m", "sglang.srt.mezo.cli", "serve", "--model-path", str(model), "--port", str(port),
-               "--mezo-dir", str(folder / "mezo"), *flags]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "sglang.srt.mezo.cli",
+        "serve",
+        "--model-path",
+        str(model),
+        "--port",
+        str(port),
+        "--mezo-dir",
+        str(folder / "mezo"),
+        *flags,
+    ]
     log = folder / "server.log"
     with open(log, "wb") as output, _sigterm_as_exit():
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
@@ -156,7 +167,7 @@ def end(process: subprocess.Popen) -> None:
     process.wait()
 
 
-# --- what results say beside their rows ----------------------------------------------------------------------------------
+# --- what results say beside their rows -------------------------------------------------------------------------------
 
 
 def samples(text: str) -> dict[str, float]:
@@ -176,7 +187,8 @@ def machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": int(os.environ.get("OMP_NUM_THREADS", os.cpu_count())),
         "versions": {name: version(name) for name in ("sglang", "sglang-mezo", "torch", "transformers")},
-        "commit": _git("rev-parse", "HEAD") + ("-dirty" if _git("status", "--porcelain", "--untracked-files=no") else ""),
+        "commit": _git("rev-parse", "HEAD")
+        + ("-dirty" if _git("status", "--porcelain", "--untracked-files=no") else ""),
     }
 
 
@@ -188,4 +200,6 @@ def _processor() -> str:
 
 
 def _git(*arguments: str) -> str:
-    return subprocess.run(["git", "-C", str(ROOT), *arguments], stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
+    return subprocess.run(
+        ["git", "-C", str(ROOT), *arguments], stdout=subprocess.PIPE, text=True, check=True
+    ).stdout.strip()

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import OPTConfig, OPTForCausalLM
+
 from cost_model import meter_of_next_steps
 from sglang.srt.mezo.adapters.adapter import AdapterSpec
 from sglang.srt.mezo.core.config import MezoConfig
@@ -26,7 +28,6 @@ from sglang.srt.mezo.engine.handle import MezoEngine
 from sglang.srt.mezo.scoring.scorer import Scorer
 from sglang.srt.mezo.training.trainer import MezoTrainer
 from step_time import ALPHA, LEARNING_RATE, TARGETS, ZO_EPS, machine
-from transformers import OPTConfig, OPTForCausalLM
 from turns import Operations, Worker
 from workloads import WORKLOADS
 
@@ -47,7 +48,12 @@ def main() -> None:
         OPTForCausalLM(OPTConfig()).save_pretrained(model)  # the default is OPT-125m
         trainers = {pool: Worker(open_trainer, model, share, arguments.examples) for pool, share in POOLS.items()}
         report = {"rows": compare(trainers, arguments.turns), "machine": machine(int(os.environ["OMP_NUM_THREADS"]))}
-        report["settings"] = {"examples": arguments.examples, "batch_size": BATCH_SIZE, "r": RANK, "echoes": MezoConfig.echoes}
+        report["settings"] = {
+            "examples": arguments.examples,
+            "batch_size": BATCH_SIZE,
+            "r": RANK,
+            "echoes": MezoConfig.echoes,
+        }
     show(report["rows"])
     if arguments.json:
         arguments.json.write_text(json.dumps(report, indent=2) + "\n")
@@ -66,8 +72,15 @@ def compare(trainers: dict[str, Worker], turns: int) -> dict[str, Any]:
     differences = {pool: trainer.call("difference") for pool, trainer in trainers.items()}
     limits = {pool: trainer.call("limit") for pool, trainer in trainers.items()}
     medians = {pool: statistics.median(values) for pool, values in times.items()}
-    return {"pools": described, "window": window, "steps_a_turn": steps, "step_s": times, "limit_s": limits, "slowdown": medians["tenth"] / medians["all"],
-            "loss_difference_without_reuse": differences}  # fmt: skip
+    return {
+        "pools": described,
+        "window": window,
+        "steps_a_turn": steps,
+        "step_s": times,
+        "limit_s": limits,
+        "slowdown": medians["tenth"] / medians["all"],
+        "loss_difference_without_reuse": differences,
+    }
 
 
 def open_trainer(model: str, share: float, count: int) -> Operations:
@@ -76,19 +89,35 @@ def open_trainer(model: str, share: float, count: int) -> Operations:
     cut = len(WORKLOAD.invocation_tokens)
     tokens = distinct_tokens({example.prompt[:-cut] for example in examples})
     config = MezoConfig(
-        per_device_train_batch_size=BATCH_SIZE, num_perturbations=1, estimator="two_sided", scale_by_loss_std=False, zo_eps=ZO_EPS,
-        learning_rate=LEARNING_RATE, max_steps=10_000,
-    )  # fmt: skip
+        per_device_train_batch_size=BATCH_SIZE,
+        num_perturbations=1,
+        estimator="two_sided",
+        scale_by_loss_std=False,
+        zo_eps=ZO_EPS,
+        learning_rate=LEARNING_RATE,
+        max_steps=10_000,
+    )
     engine = MezoEngine(
-        model, r=RANK, target_modules=TARGETS["alora"], num_slots=config.num_slots, dtype="float32", skip_tokenizer_init=True,
-        log_level="error", max_total_tokens=int(share * tokens),
-    )  # fmt: skip
+        model,
+        r=RANK,
+        target_modules=TARGETS["alora"],
+        num_slots=config.num_slots,
+        dtype="float32",
+        skip_tokenizer_init=True,
+        log_level="error",
+        max_total_tokens=int(share * tokens),
+    )
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     spec = AdapterSpec(model, RANK, ALPHA, TARGETS["alora"], WORKLOAD.invocation_tokens)
     trainer = MezoTrainer(engine.handle, config, spec, examples)
     meter = meter_of_next_steps(trainer)
     return {
-        "describe": lambda: {"kv_tokens": engine.handle.kv_capacity, "prefix_tokens": tokens, "examples": count, "window": trainer.stream.window},
+        "describe": lambda: {
+            "kv_tokens": engine.handle.kv_capacity,
+            "prefix_tokens": tokens,
+            "examples": count,
+            "window": trainer.stream.window,
+        },
         "steps": lambda number: run(trainer, number),
         "difference": lambda: difference(trainer),
         "sweep": meter.sweep,
@@ -108,7 +137,10 @@ def difference(trainer: MezoTrainer) -> float:
     batch = trainer.batch(trainer.global_step)
     z = [trainer.optimizer.direction(1, 0)]
     reused = drain(trainer.probe.paired_passes(batch, z, ZO_EPS))
-    kept, trainer.scorer = trainer.scorer, Scorer(trainer.handle, trainer.planner.scope, trainer.config.max_tokens_per_batch, prefix_reuse=False)
+    kept, trainer.scorer = (
+        trainer.scorer,
+        Scorer(trainer.handle, trainer.planner.scope, trainer.config.max_tokens_per_batch, prefix_reuse=False),
+    )
     computed = drain(trainer.probe.paired_passes(batch, z, ZO_EPS))
     trainer.scorer = kept
     return max(abs(a[0] - b[0]) for a, b in zip(reused, computed))
@@ -117,8 +149,12 @@ def difference(trainer: MezoTrainer) -> float:
 def show(row: dict[str, Any]) -> None:
     for pool, described in row["pools"].items():
         values = [1000 * value for value in row["step_s"][pool]]
-        print(f"pool of {described['kv_tokens']} tokens for {described['prefix_tokens']}: {statistics.median(values):.0f} ms a step "
-              f"({min(values):.0f} to {max(values):.0f}; limit without prefixes {1000 * row['limit_s'][pool]:.0f} ms), losses without reuse differ by {row['loss_difference_without_reuse'][pool]:.1e}")  # fmt: skip
+        print(
+            f"pool of {described['kv_tokens']} tokens for {described['prefix_tokens']}: "
+            f"{statistics.median(values):.0f} ms a step "
+            f"({min(values):.0f} to {max(values):.0f}; limit without prefixes {1000 * row['limit_s'][pool]:.0f} ms), "
+            f"losses without reuse differ by {row['loss_difference_without_reuse'][pool]:.1e}"
+        )
     print(f"{'pass' if row['slowdown'] <= TARGET else 'FAIL'}  {row['slowdown']:.2f}x, at most {TARGET}")
 
 

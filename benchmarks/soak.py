@@ -6,9 +6,9 @@ Requests to the base model and to adapters, whole, streamed and given up in the 
 resumed, fed, published, evaluated, updated, cancelled and deleted; uploads, of which some break off; flushes and pauses
 of generation. The embedded model, a small KV pool, seeds fixed, all on loopback.
 
-Before and after the traffic the same job and the same requests run on the quiet server, and must come to the same. Resident
-memory, threads and descriptors of each process are compared between the second and the last fifth of the time. SGLang
-itself ends a server that is idle with KV or rows missing. Exit status 1 where a check fails.
+Before and after the traffic the same job and the same requests run on the quiet server, and must come to the same.
+Resident memory, threads and descriptors of each process are compared between the second and the last fifth of the time.
+SGLang itself ends a server that is idle with KV or rows missing. Exit status 1 where a check fails.
 """
 
 import argparse
@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
 from server import ROOT, Server, machine, running_server
 from soak_traffic import Models, Tally, actors
 
@@ -32,15 +33,40 @@ MODEL = ROOT / "examples/assets/opt-reviews"
 REVIEWS = ROOT / "examples/assets/reviews/train.jsonl"
 KV_TOKENS = 16384  # few enough that requests and training take them from each other
 SLOTS = 7  # two for each of the job's two directions, its adapter, the base model, a served adapter: none to lose
-FLAGS = ("--dtype", "float32", "--max-total-tokens", str(KV_TOKENS), "--max-loras-per-batch", str(SLOTS), "--enable-metrics")
-JOB = {"max_steps": 60, "num_perturbations": 2, "estimator": "two_sided", "invocation": " It was", "logging_steps": 1, "learning_rate": 1e-4}
+FLAGS = (
+    "--dtype",
+    "float32",
+    "--max-total-tokens",
+    str(KV_TOKENS),
+    "--max-loras-per-batch",
+    str(SLOTS),
+    "--enable-metrics",
+)
+JOB = {
+    "max_steps": 60,
+    "num_perturbations": 2,
+    "estimator": "two_sided",
+    "invocation": " It was",
+    "logging_steps": 1,
+    "learning_rate": 1e-4,
+}
 
 SAMPLE_SECONDS = 10
 GROWTH = {"rss_mib": (0.05, 64), "threads": (0.0, 4), "descriptors": (0.0, 8)}  # the larger of a share and a number
-GAUGES = ("kv_available_tokens", "kv_evictable_tokens", "kv_used_tokens", "num_running_reqs", "num_queue_reqs",
-          "mezo_steps_total", "mezo_backoffs_total", "mezo_kept_prefix_tokens")  # fmt: skip
+GAUGES = (
+    "kv_available_tokens",
+    "kv_evictable_tokens",
+    "kv_used_tokens",
+    "num_running_reqs",
+    "num_queue_reqs",
+    "mezo_steps_total",
+    "mezo_backoffs_total",
+    "mezo_kept_prefix_tokens",
+)
 QUIET_SECONDS = 120  # for jobs and sessions to end, and for SGLang's idle metrics
-UPSTREAM_NOISE = "lora_id must be either a string or a list of strings"  # a request for an adapter that is gone, answered with 400
+UPSTREAM_NOISE = (
+    "lora_id must be either a string or a list of strings"  # a request for an adapter that is gone, answered with 400
+)
 _BAD_LOG = re.compile(r"memory leak|\bERROR\b|CRITICAL|was never awaited|failed to|did not")
 _ADAPTER = re.compile(r"LoRA adapter (?P<verb>\w+)( from tensors)? completes: LoRARef\(lora_id=(?P<id>\w+)")
 
@@ -70,9 +96,16 @@ def main() -> None:
     verdict = "no leak" if passed else f"FAILED, see {folder},"
     print(f"{verdict} after {arguments.minutes:g} minutes and {sum(tally.answers.values())} requests")
     if arguments.json:
-        report = {"passed": passed, "checks": checks, "answers": dict(sorted(tally.answers.items())), "unexpected": tally.unexpected,
-                  "log": found[:100], "samples": columns(samples), "machine": machine(),
-                  "settings": {"minutes": arguments.minutes, "flags": FLAGS, "growth": GROWTH, "job": JOB}}  # fmt: skip
+        report = {
+            "passed": passed,
+            "checks": checks,
+            "answers": dict(sorted(tally.answers.items())),
+            "unexpected": tally.unexpected,
+            "log": found[:100],
+            "samples": columns(samples),
+            "machine": machine(),
+            "settings": {"minutes": arguments.minutes, "flags": FLAGS, "growth": GROWTH, "job": JOB},
+        }
         arguments.json.write_text(json.dumps(report) + "\n")
     raise SystemExit(0 if passed else 1)
 
@@ -109,11 +142,15 @@ def soak(server: Server, seconds: float, tally: Tally, samples: list[dict[str, f
 
 def training_rows() -> list[dict[str, Any]]:
     sentences = map(json.loads, REVIEWS.read_text().splitlines())
-    return [{"prompt": f"{row['sentence']} It was", "options": [" terrible", " great"], "label": row["label"]} for row in sentences]
+    return [
+        {"prompt": f"{row['sentence']} It was", "options": [" terrible", " great"], "label": row["label"]}
+        for row in sentences
+    ]
 
 
 def canary(server: Server, rows: Sequence[dict[str, Any]]) -> list[Any]:
-    """A job's losses and the answers of the base model and of what it trained, on a quiet server with an empty cache."""
+    """A job's losses and the answers of the base model and of what it trained, on a quiet server with an empty
+    cache."""
     server.flush_cache()
     files = [server.upload(part) for part in (rows[:64], rows[64:80])]
     job = server.create_job(*files, seed=1, **JOB)
@@ -127,7 +164,10 @@ def canary(server: Server, rows: Sequence[dict[str, Any]]) -> list[Any]:
     ]
     for file in files:
         server.openai.files.delete(file)
-    return [[(line["loss_plus"], line["loss_minus"], line["projected_grad"]) for line in lines if "loss_plus" in line], answers]
+    return [
+        [(line["loss_plus"], line["loss_minus"], line["projected_grad"]) for line in lines if "loss_plus" in line],
+        answers,
+    ]
 
 
 def clear(server: Server) -> None:
@@ -158,13 +198,17 @@ def becomes_true(server: Server, condition: Callable[[], bool]) -> bool:
     return True
 
 
-# --- samples -------------------------------------------------------------------------------------------------------------
+# --- samples ----------------------------------------------------------------------------------------------------------
 
 
 def sample(server: Server) -> dict[str, float]:
     metrics = server.metrics()
     return {
-        **{f"{figure} of {name}": value for name, process in processes(server).items() for figure, value in figures(process).items()},
+        **{
+            f"{figure} of {name}": value
+            for name, process in processes(server).items()
+            for figure, value in figures(process).items()
+        },
         "adapters_listed": len(server.http.get("/v1/models").json()["data"]) - 1,
         **{name: metrics.get(f"sglang:{name}", 0.0) for name in GAUGES},
     }
@@ -188,7 +232,11 @@ def process_name(process: psutil.Process) -> str:
 
 def figures(process: psutil.Process) -> dict[str, int]:
     with process.oneshot():
-        return {"rss_mib": process.memory_info().rss >> 20, "threads": process.num_threads(), "descriptors": process.num_fds()}
+        return {
+            "rss_mib": process.memory_info().rss >> 20,
+            "threads": process.num_threads(),
+            "descriptors": process.num_fds(),
+        }
 
 
 def growth(samples: Sequence[dict[str, float]]) -> dict[str, bool]:

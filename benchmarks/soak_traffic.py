@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import httpx
+
 from server import Server
 
 MOST_ACTIONS = 100_000  # of one actor
@@ -40,7 +41,15 @@ class Tally:
 class Actor(threading.Thread):
     """Does one thing after the other until it is told to stop."""
 
-    def __init__(self, name: str, server: Server, tally: Tally, models: "Models", rows: Sequence[dict[str, Any]], stop: threading.Event):
+    def __init__(
+        self,
+        name: str,
+        server: Server,
+        tally: Tally,
+        models: "Models",
+        rows: Sequence[dict[str, Any]],
+        stop: threading.Event,
+    ):
         super().__init__(name=name, daemon=True)
         self.draw = random.Random(name)
         self.server = server
@@ -66,7 +75,9 @@ class Actor(threading.Thread):
     def rest(self, most: float) -> None:
         self.stop.wait(self.draw.uniform(0, most))
 
-    def call(self, action: str, method: str, path: str, allowed: Sequence[int] = (200,), **arguments: Any) -> httpx.Response:
+    def call(
+        self, action: str, method: str, path: str, allowed: Sequence[int] = (200,), **arguments: Any
+    ) -> httpx.Response:
         response = self.http.request(method, path, **arguments)
         self.tally.add(action, response.status_code)
         if response.status_code not in allowed:
@@ -118,7 +129,12 @@ class ServingActor(Actor):
         self.rest(0.3)
 
     def _body(self, **fields: Any) -> dict[str, Any]:
-        return {"model": self.server.model, "max_tokens": self.draw.randint(1, 48), "temperature": self.draw.choice((0, 1)), **fields}
+        return {
+            "model": self.server.model,
+            "max_tokens": self.draw.randint(1, 48),
+            "temperature": self.draw.choice((0, 1)),
+            **fields,
+        }
 
     def _complete(self) -> None:
         body = self._body(prompt=self.text(), n=self.draw.choice((1, 2, 8)))
@@ -192,7 +208,9 @@ class JobActor(Actor):
         while time.monotonic() < deadline and not self.stop.is_set():
             status = self.call("retrieve job", "GET", self._route).json()["status"]
             if status in ("failed", "cancelled"):
-                self.tally.add_unexpected("job", f"{self._job} is {status}: {self.call('retrieve job', 'GET', self._route).text}")
+                self.tally.add_unexpected(
+                    "job", f"{self._job} is {status}: {self.call('retrieve job', 'GET', self._route).text}"
+                )
                 return
             if status == "succeeded":
                 if operations == 0:
@@ -200,13 +218,19 @@ class JobActor(Actor):
                 operations -= 1
                 self._use()
             elif status == "paused":
-                self.one_of([(3, self._resume), (2, self._evaluate), (2, self._update), (1, self._append), (1, self._publish)])
+                self.one_of(
+                    [(3, self._resume), (2, self._evaluate), (2, self._update), (1, self._append), (1, self._publish)]
+                )
             else:
-                self.one_of([(2, self._pause), (2, self._append), (2, self._publish), (3, self._read), (1, self._evaluate)])
+                self.one_of(
+                    [(2, self._pause), (2, self._append), (2, self._publish), (3, self._read), (1, self._evaluate)]
+                )
             self.rest(1.0)
 
     def _use(self) -> None:
-        self.one_of([(2, self._evaluate), (2, self._update), (2, self._publish), (2, self._publish_checkpoint), (2, self._read)])
+        self.one_of(
+            [(2, self._evaluate), (2, self._update), (2, self._publish), (2, self._publish_checkpoint), (2, self._read)]
+        )
 
     def _pause(self) -> None:
         self._change("pause")
@@ -218,10 +242,18 @@ class JobActor(Actor):
         self.call(f"{verb} job", "POST", f"{self._route}/{verb}", _REFUSED)
 
     def _append(self) -> None:
-        self.call("append", "POST", f"/mezo/jobs/{self._job}/examples", _REFUSED, json={"rows": self.draw.sample(self.rows, 3)})
+        self.call(
+            "append",
+            "POST",
+            f"/mezo/jobs/{self._job}/examples",
+            _REFUSED,
+            json={"rows": self.draw.sample(self.rows, 3)},
+        )
 
     def _publish(self, checkpoint: str | None = None) -> None:
-        response = self.call("publish", "POST", f"/mezo/jobs/{self._job}/publish", _REFUSED, json={"checkpoint": checkpoint})
+        response = self.call(
+            "publish", "POST", f"/mezo/jobs/{self._job}/publish", _REFUSED, json={"checkpoint": checkpoint}
+        )
         if response.status_code == 200:
             self._names.append(response.json()["model"])
             self.models.add(self._names[-1])
@@ -236,7 +268,11 @@ class JobActor(Actor):
         self.call("evaluate", "POST", f"/mezo/jobs/{self._job}/evaluate", _REFUSED, json=body)
 
     def _update(self) -> None:
-        body = {"zo_random_seed": self.draw.getrandbits(64), "projected_grad": [0.5] * self._directions, "learning_rate": 1e-4}
+        body = {
+            "zo_random_seed": self.draw.getrandbits(64),
+            "projected_grad": [0.5] * self._directions,
+            "learning_rate": 1e-4,
+        }
         self.call("update", "POST", f"/mezo/jobs/{self._job}/update", _REFUSED, json=body)
 
     def _read(self) -> None:

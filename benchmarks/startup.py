@@ -2,9 +2,10 @@
 
     python benchmarks/startup.py --json benchmarks/results/startup.json
 
-`with` us and `without` take turns, each in processes of its own: imports with the plugin loaded or skipped, a server with training
-on or off until it answers. A start takes tens of seconds and varies by more than what is looked for, so what is compared is the
-median of the differences between neighbours.
+`with` us and `without` take turns, each in processes of its own: imports with the plugin loaded or skipped, a server
+    with training
+on or off until it answers. A start takes tens of seconds and varies by more than what is looked for, so what is
+compared is the median of the differences between neighbours.
 """
 
 import argparse
@@ -20,10 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+
 from server import end, free_port
 from step_time import machine
 
-IMPORT = "import sglang.srt.plugins as plugins; plugins.load_plugins(); import sglang.srt.server_args, sglang.srt.managers.scheduler"
+IMPORT = (
+    "import sglang.srt.plugins as plugins; plugins.load_plugins(); "
+    "import sglang.srt.server_args, sglang.srt.managers.scheduler"
+)
 MODEL = Path(__file__).parents[1] / "examples/assets/opt-reviews"
 MOST_SECONDS = 1.0
 
@@ -49,8 +54,11 @@ def compare(what: str, measure: Callable[[bool], float], turns: int) -> dict[str
         for ours in (True, False) if turn % 2 else (False, True):
             times[ours].append(measure(ours))
     added = statistics.median(ours - theirs for ours, theirs in zip(times[True], times[False]))
-    print(f"{'pass' if added <= MOST_SECONDS else 'FAIL'}  {what}: {statistics.median(times[True]):.2f} s with us, "
-          f"{statistics.median(times[False]):.2f} s without, {added:+.2f} s (medians of {turns})", flush=True)  # fmt: skip
+    print(
+        f"{'pass' if added <= MOST_SECONDS else 'FAIL'}  {what}: {statistics.median(times[True]):.2f} s with us, "
+        f"{statistics.median(times[False]):.2f} s without, {added:+.2f} s (medians of {turns})",
+        flush=True,
+    )
     return {"what": what, "with_s": times[True], "without_s": times[False], "added_s": added}
 
 
@@ -66,13 +74,26 @@ def seconds_to_serve(model: str, ours: bool) -> float:
     port = free_port()
     with tempfile.TemporaryDirectory() as folder, open(Path(folder, "log"), "wb") as log:
         training = ["--enable-mezo", "--mezo-dir", str(Path(folder, "mezo"))] if ours else []
-        command = [sys.executable, "-m", "sglang.launch_server", "--model-path", model, "--port", str(port), "--max-total-tokens", "20000", *training]
+        command = [
+            sys.executable,
+            "-m",
+            "sglang.launch_server",
+            "--model-path",
+            model,
+            "--port",
+            str(port),
+            "--max-total-tokens",
+            "20000",
+            *training,
+        ]
         started = time.perf_counter()
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
         try:
             while not answers(port):
                 if process.poll() is not None:
-                    raise RuntimeError(f"the server ended with {process.returncode}:\n{Path(folder, 'log').read_text()[-3000:]}")
+                    raise RuntimeError(
+                        f"the server ended with {process.returncode}:\n{Path(folder, 'log').read_text()[-3000:]}"
+                    )
                 time.sleep(0.02)
             return time.perf_counter() - started
         finally:

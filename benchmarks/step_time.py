@@ -1,11 +1,13 @@
 """Time of one MeZO step, side by side: this engine against two Transformers + PEFT loops (see baselines.py) and against
 the limit of the arithmetic (see cost_model.py).
 
-    python benchmarks/step_time.py --workload sst2 boolq multirc copa icl16 --tuning alora lora --json benchmarks/results/step_time.json
+    python benchmarks/step_time.py --workload sst2 boolq multirc copa icl16 --tuning alora lora --json
+    benchmarks/results/step_time.json
 
-Same model shape (random weights), data, dtype, device and threads in one process. All take turns, one step each, so that
-a drift of the machine hits all of them; ratios are of medians. Our steps are those after the first epoch, where prefixes are
-kept; each comes after one that is not counted, as a loop before it may have run for a minute and ours takes a tenth of a second.
+Same model shape (random weights), data, dtype, device and threads in one process. All take turns, one step each, so
+that a drift of the machine hits all of them; ratios are of medians. Our steps are those after the first epoch, where
+prefixes are kept; each comes after one that is not counted, as a loop before it may have run for a minute and ours
+takes a tenth of a second.
 """
 
 import argparse
@@ -25,6 +27,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
+
 from baselines import OfficialStyleMezo, StrongMezo, build_peft_model
 from cost_model import CeilingMeter, mean_work, synchronize, work
 from sglang.srt.mezo.adapters.adapter import AdapterSpec
@@ -34,7 +38,6 @@ from sglang.srt.mezo.core.passes import drain
 from sglang.srt.mezo.data.examples import Example
 from sglang.srt.mezo.engine.handle import MezoEngine
 from sglang.srt.mezo.training.trainer import MezoTrainer
-from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
 from workloads import WORKLOADS, Workload
 
 LOOPS = {"strong": StrongMezo, "official": OfficialStyleMezo}
@@ -42,8 +45,20 @@ IN_BFLOAT16 = "_bfloat16"  # after a loop's name: in that type, whatever ours is
 STEPS_OF_A_TURN = 2  # the last is timed
 MODELS: dict[str, dict[str, int]] = {
     "opt-125m": {},
-    "opt-1.3b": {"hidden_size": 2048, "word_embed_proj_dim": 2048, "num_hidden_layers": 24, "num_attention_heads": 32, "ffn_dim": 8192},
-    "opt-13b": {"hidden_size": 5120, "word_embed_proj_dim": 5120, "num_hidden_layers": 40, "num_attention_heads": 40, "ffn_dim": 20480},
+    "opt-1.3b": {
+        "hidden_size": 2048,
+        "word_embed_proj_dim": 2048,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 32,
+        "ffn_dim": 8192,
+    },
+    "opt-13b": {
+        "hidden_size": 5120,
+        "word_embed_proj_dim": 5120,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 40,
+        "ffn_dim": 20480,
+    },
 }
 TARGETS = {"alora": ("q_proj", "k_proj", "v_proj", "out_proj"), "lora": ("q_proj", "v_proj")}
 ALPHA, ZO_EPS, LEARNING_RATE = 16, 1e-3, 1e-6
@@ -94,15 +109,26 @@ def main() -> None:
         print("ROW " + json.dumps(measure(Case(**json.loads(arguments.case)))), flush=True)
         os._exit(0)  # the engine's threads are of no further use
     cases = [
-        Case(workload, tuning, model=arguments.model, dtype=arguments.dtype, loops=tuple(arguments.loops), repeats=arguments.repeats,
-             threads=arguments.threads)
+        Case(
+            workload,
+            tuning,
+            model=arguments.model,
+            dtype=arguments.dtype,
+            loops=tuple(arguments.loops),
+            repeats=arguments.repeats,
+            threads=arguments.threads,
+        )
         for workload, tuning in itertools.product(arguments.workload, arguments.tuning)
-    ]  # fmt: skip
+    ]
     rows = []
     for case in cases:
         rows += run_cases([case])
         if arguments.json:
-            report = {"rows": add_rows(arguments.json, rows), "machine": machine(arguments.threads), "settings": settings()}
+            report = {
+                "rows": add_rows(arguments.json, rows),
+                "machine": machine(arguments.threads),
+                "settings": settings(),
+            }
             arguments.json.write_text(json.dumps(report, indent=2) + "\n")
     print()
     show(rows)
@@ -199,14 +225,26 @@ class Plain:
 
 def our_trainer(case: Case, model: str, examples: list[Example]) -> MezoTrainer:
     config = MezoConfig(
-        tuning=case.tuning, per_device_train_batch_size=case.batch_size, num_perturbations=case.num_perturbations,
-        estimator=case.estimator, scale_by_loss_std=case.num_perturbations > 1, zo_eps=ZO_EPS, learning_rate=LEARNING_RATE, max_steps=10_000,
-    )  # fmt: skip
+        tuning=case.tuning,
+        per_device_train_batch_size=case.batch_size,
+        num_perturbations=case.num_perturbations,
+        estimator=case.estimator,
+        scale_by_loss_std=case.num_perturbations > 1,
+        zo_eps=ZO_EPS,
+        learning_rate=LEARNING_RATE,
+        max_steps=10_000,
+    )
     engine = MezoEngine(
-        model, r=case.r, target_modules=TARGETS[case.tuning], num_slots=config.num_slots, dtype=case.dtype, skip_tokenizer_init=True,
-        log_level="error", max_running_requests=4 * case.batch_size * case.num_perturbations,
+        model,
+        r=case.r,
+        target_modules=TARGETS[case.tuning],
+        num_slots=config.num_slots,
+        dtype=case.dtype,
+        skip_tokenizer_init=True,
+        log_level="error",
+        max_running_requests=4 * case.batch_size * case.num_perturbations,
         max_total_tokens=3 * sum(len(example.prompt) for example in examples) // 2 + 2 * config.max_tokens_per_batch,
-    )  # fmt: skip
+    )
     invocation = case.shape.invocation_tokens if case.tuning == "alora" else ()
     spec = AdapterSpec(model, case.r, ALPHA, TARGETS[case.tuning], invocation)
     return MezoTrainer(engine.handle, config, spec, examples)
@@ -217,7 +255,9 @@ def peft_loop(name: str, case: Case, model: str, device: torch.device):
     base = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)).to(device)
     invocation = case.shape.invocation_tokens if case.tuning == "alora" else ()
     adapted = build_peft_model(base, case.tuning, case.r, ALPHA, TARGETS[case.tuning], invocation)
-    return LOOPS[name.removesuffix(IN_BFLOAT16)](adapted, zo_eps=ZO_EPS, learning_rate=LEARNING_RATE, seed=0, pad_token_id=1)
+    return LOOPS[name.removesuffix(IN_BFLOAT16)](
+        adapted, zo_eps=ZO_EPS, learning_rate=LEARNING_RATE, seed=0, pad_token_id=1
+    )
 
 
 def seconds(step) -> float:
@@ -229,8 +269,13 @@ def seconds(step) -> float:
 
 def machine(threads: int) -> dict[str, Any]:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    return {"processor": platform.processor() or platform.machine(), "device": device, "cores": os.cpu_count(), "threads": threads,
-            "versions": {name: version(name) for name in ("sglang", "sglang-mezo", "torch", "transformers", "peft")}}  # fmt: skip
+    return {
+        "processor": platform.processor() or platform.machine(),
+        "device": device,
+        "cores": os.cpu_count(),
+        "threads": threads,
+        "versions": {name: version(name) for name in ("sglang", "sglang-mezo", "torch", "transformers", "peft")},
+    }
 
 
 def settings() -> dict[str, Any]:
@@ -238,8 +283,11 @@ def settings() -> dict[str, Any]:
 
 
 def show(rows: Sequence[dict[str, Any]]) -> None:
-    print(f"{'workload':<10}{'tuning':<8}{'dtype':<10}{'n':>3} {'tokens':>7} {'ours ms':>22} {'limit ms':>9} {'share':>6} "
-          f"{'strong ms':>10} {'official ms':>12} {'/strong':>8} {'/official':>10} {'reused':>8}")  # fmt: skip
+    print(
+        f"{'workload':<10}{'tuning':<8}{'dtype':<10}{'n':>3} {'tokens':>7} {'ours ms':>22} {'limit ms':>9} "
+        f"{'share':>6} "
+        f"{'strong ms':>10} {'official ms':>12} {'/strong':>8} {'/official':>10} {'reused':>8}"
+    )
     for row in rows:
         ours = [1000 * value for value in row["ours_s"]]
         spread = f"{statistics.median(ours):.0f} ({min(ours):.0f} to {max(ours):.0f})"
@@ -247,12 +295,19 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
         ratios = [f"{row[f'ratio_{kind}']:.1f}x" if f"{kind}_s" in row else "-" for kind in LOOPS]
         total = row["prefix_tokens_total"]
         reused = f"{row['prefix_tokens_reused'] / total:.1%}" if total else "-"
-        print(f"{row['workload']:<10}{row['tuning']:<8}{row['dtype']:<10}{row['num_perturbations']:>3} {row['work']['tokens']:>7} {spread:>22} "
-              f"{1000 * row['limit_s']:>9.1f} {row['limit_share']:>6.1%} {times[0]:>10} {times[1]:>12} {ratios[0]:>8} {ratios[1]:>10} {reused:>8}",
-              flush=True)  # fmt: skip
+        print(
+            f"{row['workload']:<10}{row['tuning']:<8}{row['dtype']:<10}{row['num_perturbations']:>3} "
+            f"{row['work']['tokens']:>7} {spread:>22} "
+            f"{1000 * row['limit_s']:>9.1f} {row['limit_share']:>6.1%} {times[0]:>10} {times[1]:>12} {ratios[0]:>8} "
+            f"{ratios[1]:>10} {reused:>8}",
+            flush=True,
+        )
         for name in row["loops"]:
             if name.endswith(IN_BFLOAT16):
-                print(f"{name}: {1000 * statistics.median(row[f'{name}_s']):.0f} ms, {row[f'ratio_{name}']:.1f}x", flush=True)
+                print(
+                    f"{name}: {1000 * statistics.median(row[f'{name}_s']):.0f} ms, {row[f'ratio_{name}']:.1f}x",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

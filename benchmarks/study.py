@@ -4,9 +4,10 @@
     python benchmarks/study.py run --model models/smollm2-135m --json benchmarks/results/study.json
     python benchmarks/study.py time --model models/smollm2-135m --json benchmarks/results/study.json
 
-`tune` chooses every variant's learning rate, on a seed of its own, by the accuracy on development rows; `run` trains all seeds
-with it. Rows are added to the results one by one, and what is there is not run again; a run that was cut short goes on. `time`
-measures one step of every variant, in turns, and makes wall time of passes: a run of its own would measure the machine's day. Curves are those of the development rows.
+`tune` chooses every variant's learning rate, on a seed of its own, by the accuracy on development rows; `run` trains
+all seeds with it. Rows are added to the results one by one, and what is there is not run again; a run that was cut
+short goes on. `time` measures one step of every variant, in turns, and makes wall time of passes: a run of its own
+would measure the machine's day. Curves are those of the development rows.
 """
 
 import argparse
@@ -24,12 +25,7 @@ from cost_model import meter_of_next_steps
 from sglang.srt.mezo.core.config import MezoConfig
 from sglang.srt.mezo.core.integrity import write_json
 from sglang.srt.mezo.core.passes import drain
-from sglang.srt.mezo.training.finetune import (
-    DataArguments,
-    ModelArguments,
-    finetune,
-    open_trainer,
-)
+from sglang.srt.mezo.training.finetune import DataArguments, ModelArguments, finetune, open_trainer
 from turns import Operations, Worker
 
 DATA = Path(__file__).resolve().parents[2] / "shared/data"
@@ -48,7 +44,13 @@ class Variant:
     steps: int
 
 
-TWO_POINT = {"estimator": "two_sided", "num_perturbations": 1, "perturbation": "gaussian", "scale_by_loss_std": False, "zo_eps": 3e-3}
+TWO_POINT = {
+    "estimator": "two_sided",
+    "num_perturbations": 1,
+    "perturbation": "gaussian",
+    "scale_by_loss_std": False,
+    "zo_eps": 3e-3,
+}
 TWO_SIDED = {"estimator": "two_sided"}
 ONE_SIDED = {"estimator": "one_sided", "zo_eps": 5e-4}  # beside theta a long step sees the curvature
 UNSCALED = {"scale_by_loss_std": False}
@@ -65,8 +67,18 @@ VARIANTS = {
 }
 """``default`` is what ``MezoConfig`` does by itself, its learning rate included; the others say what they change."""
 
-SETTINGS = ("estimator", "num_perturbations", "perturbation", "perturbation_rank", "scale_by_loss_std", "zo_eps", "optim", "momentum",
-            "lr_scheduler_type", "per_device_train_batch_size")  # fmt: skip
+SETTINGS = (
+    "estimator",
+    "num_perturbations",
+    "perturbation",
+    "perturbation_rank",
+    "scale_by_loss_std",
+    "zo_eps",
+    "optim",
+    "momentum",
+    "lr_scheduler_type",
+    "per_device_train_batch_size",
+)
 """Of a run, that are kept with its results."""
 COMMON = {"logging_steps": 50, "disable_tqdm": True}
 LABELS = {
@@ -138,9 +150,17 @@ def run_one(arguments: argparse.Namespace, run: Run) -> None:
     summary = finetune(*settings(arguments, run))
     config = settings(arguments, run)[2]
     curve = curve_of(Path(config.output_dir))
-    row = {**run, "dtype": arguments.dtype, "settings": {name: getattr(config, name) for name in SETTINGS}, "steps": config.max_steps,
-           "passes_a_step": config.forward_passes, "zero_shot_accuracy": summary["zero_shot_accuracy"], "accuracy": summary["accuracy"],
-           "dev_accuracy": max(point["eval_accuracy"] for point in curve), "curve": curve}  # fmt: skip
+    row = {
+        **run,
+        "dtype": arguments.dtype,
+        "settings": {name: getattr(config, name) for name in SETTINGS},
+        "steps": config.max_steps,
+        "passes_a_step": config.forward_passes,
+        "zero_shot_accuracy": summary["zero_shot_accuracy"],
+        "accuracy": summary["accuracy"],
+        "dev_accuracy": max(point["eval_accuracy"] for point in curve),
+        "curve": curve,
+    }
     add(arguments.json, row=row)
     os._exit(0)  # the engine's threads are of no further use
 
@@ -148,22 +168,40 @@ def run_one(arguments: argparse.Namespace, run: Run) -> None:
 def settings(arguments: argparse.Namespace, run: Run) -> tuple[ModelArguments, DataArguments, MezoConfig]:
     name = "-".join(str(value).replace(" ", "_").replace(",", "") for value in run.values())
     folder = arguments.runs / name
-    variant = {**COMMON, **VARIANTS[run["variant"]].settings, "learning_rate": run["learning_rate"], "seed": run["seed"]}
+    variant = {
+        **COMMON,
+        **VARIANTS[run["variant"]].settings,
+        "learning_rate": run["learning_rate"],
+        "seed": run["seed"],
+    }
     max_steps = VARIANTS[run["variant"]].steps
     config = MezoConfig(
-        **variant, max_steps=max_steps, eval_steps=max_steps // 20, invocation=INVOCATIONS[run["task"]], output_dir=str(folder),
-        metric_for_best_model="eval_accuracy", resume_from_checkpoint=(folder / "seed_log").is_file(),
-    )  # fmt: skip
+        **variant,
+        max_steps=max_steps,
+        eval_steps=max_steps // 20,
+        invocation=INVOCATIONS[run["task"]],
+        output_dir=str(folder),
+        metric_for_best_model="eval_accuracy",
+        resume_from_checkpoint=(folder / "seed_log").is_file(),
+    )
     data = DataArguments(
-        dataset=str(arguments.runs / "data" / run["task"]), dev_split="dev", test_split="test", num_train=NUM_TRAIN, num_dev=NUM_DEV,
+        dataset=str(arguments.runs / "data" / run["task"]),
+        dev_split="dev",
+        test_split="test",
+        num_train=NUM_TRAIN,
+        num_dev=NUM_DEV,
         num_test=NUM_TEST if run["seed"] != TUNING_SEED else 1,
-    )  # fmt: skip
+    )
     return ModelArguments(arguments.model, arguments.dtype, KV_TOKENS), data, config
 
 
 def curve_of(folder: Path) -> list[dict[str, float]]:
     points = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return [{name: point[name] for name in ("step", "forward_passes", "eval_accuracy", "eval_loss")} for point in points if "eval_accuracy" in point]
+    return [
+        {name: point[name] for name in ("step", "forward_passes", "eval_accuracy", "eval_loss")}
+        for point in points
+        if "eval_accuracy" in point
+    ]
 
 
 def measure_steps(arguments: argparse.Namespace) -> None:
@@ -182,7 +220,10 @@ def measure_steps(arguments: argparse.Namespace) -> None:
         limits = {variant: worker.call("limit") for variant, worker in workers.items()}
         for worker in workers.values():
             worker.stop()
-        measured = {variant: {"step_s": times[variant], "limit_s": limits[variant], "prefixes_s": prefixes[variant]} for variant in workers}
+        measured = {
+            variant: {"step_s": times[variant], "limit_s": limits[variant], "prefixes_s": prefixes[variant]}
+            for variant in workers
+        }
         add(arguments.json, times={task: measured})
 
 
@@ -196,7 +237,11 @@ def open_timed(arguments: argparse.Namespace, run: Run) -> Operations:
         return time.perf_counter() - started
 
     return {
-        "prefixes": lambda: timed(lambda: drain(trainer.scorer.prefix_passes(trainer.train_plans, trainer.slots.groups(0, trainer.slots.width)))),
+        "prefixes": lambda: timed(
+            lambda: drain(
+                trainer.scorer.prefix_passes(trainer.train_plans, trainer.slots.groups(0, trainer.slots.width))
+            )
+        ),
         "step": lambda: timed(lambda: drain(trainer.step_passes(trainer.batch(trainer.global_step)))),
         "sweep": meter.sweep,
         "limit": lambda: meter.limit,
@@ -214,11 +259,25 @@ def prompt(task: str, row: dict[str, Any]) -> str:
 def write_rows(task: str, folder: Path) -> None:
     """Rows of prompts and options; training and development rows are parts of the training split."""
     folder.mkdir(parents=True, exist_ok=True)
-    splits = {split: [json.loads(line) for line in (DATA / task / f"{split}.jsonl").read_text().splitlines()] for split in ("train", "validation")}
-    parts = {"train": splits["train"][:NUM_TRAIN], "dev": splits["train"][NUM_TRAIN : NUM_TRAIN + NUM_DEV], "test": splits["validation"]}
+    splits = {
+        split: [json.loads(line) for line in (DATA / task / f"{split}.jsonl").read_text().splitlines()]
+        for split in ("train", "validation")
+    }
+    parts = {
+        "train": splits["train"][:NUM_TRAIN],
+        "dev": splits["train"][NUM_TRAIN : NUM_TRAIN + NUM_DEV],
+        "test": splits["validation"],
+    }
     for part, rows in parts.items():
         lines = (
-            json.dumps({"prompt": prompt(task, row), "options": LABELS[task], "label": row["coarse_label" if task == "trec" else "label"]}) for row in rows
+            json.dumps(
+                {
+                    "prompt": prompt(task, row),
+                    "options": LABELS[task],
+                    "label": row["coarse_label" if task == "trec" else "label"],
+                }
+            )
+            for row in rows
         )
         (folder / f"{part}.jsonl").write_text("".join(f"{line}\n" for line in lines))
 
@@ -234,16 +293,27 @@ def add(path: Path, row: dict[str, Any] | None = None, times: dict[str, Any] | N
 
 
 def table(report: dict[str, Any]) -> list[str]:
-    """A row for each variant that seeds were run of. Times are of the steps that `time` has measured, prefixes included."""
-    lines = ["| task | variant | learning rate | seeds | accuracy, mean (min to max) | one step, median, and its share of the limit | a run | to the development accuracy that plain ends with |",
-             "|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    """A row for each variant that seeds were run of. Times are of the steps that `time` has measured, prefixes
+    included."""
+    lines = [
+        "| task | variant | learning rate | seeds | accuracy, mean (min to max) | one step, median, and its share of "
+        "the limit | a run | to the development accuracy that plain ends with |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     measured = [row for row in report["rows"] if row["seed"] != TUNING_SEED]
     for task in dict.fromkeys(row["task"] for row in measured):
         for variant in dict.fromkeys(row["variant"] for row in measured if row["task"] == task):
             own = rows_of(report, task, variant)
             accuracies = [row["accuracy"] for row in own]
             accuracy = f"{statistics.mean(accuracies):.1%} ({min(accuracies):.1%} to {max(accuracies):.1%})"
-            cells = [task, variant, f"{own[0]['learning_rate']:g}", str(len(own)), accuracy, *times_of(report, task, variant)]
+            cells = [
+                task,
+                variant,
+                f"{own[0]['learning_rate']:g}",
+                str(len(own)),
+                accuracy,
+                *times_of(report, task, variant),
+            ]
             lines.append(f"| {' | '.join(cells)} |")
     return lines
 
@@ -263,23 +333,32 @@ def times_of(report: dict[str, Any], task: str, variant: str) -> tuple[str, str,
 
 
 def rows_of(report: dict[str, Any], task: str, variant: str) -> list[dict[str, Any]]:
-    return [row for row in report["rows"] if (row["task"], row["variant"]) == (task, variant) and row["seed"] != TUNING_SEED]
+    return [
+        row for row in report["rows"] if (row["task"], row["variant"]) == (task, variant) and row["seed"] != TUNING_SEED
+    ]
 
 
 def mean_curve(report: dict[str, Any], task: str, variant: str) -> list[tuple[float, float]]:
     """(forward passes, mean accuracy on development rows) over the seeds."""
     curves = [row["curve"] for row in rows_of(report, task, variant)]
-    return [(points[0]["forward_passes"], statistics.mean(point["eval_accuracy"] for point in points)) for points in zip(*curves)]
+    return [
+        (points[0]["forward_passes"], statistics.mean(point["eval_accuracy"] for point in points))
+        for points in zip(*curves)
+    ]
 
 
 def passes_to_plain(report: dict[str, Any], task: str, variant: str) -> float | None:
-    """Forward passes after which the variant's mean accuracy is that of the plain variant at its end; None if it never is."""
+    """Forward passes after which the variant's mean accuracy is that of the plain variant at its end; None if it
+    never is."""
     plain = mean_curve(report, task, PLAIN)
-    return next((passes for passes, accuracy in mean_curve(report, task, variant) if plain and accuracy >= plain[-1][1]), None)
+    return next(
+        (passes for passes, accuracy in mean_curve(report, task, variant) if plain and accuracy >= plain[-1][1]), None
+    )
 
 
 def seconds_of(report: dict[str, Any], task: str, variant: str, passes: float | None = None) -> float:
-    """Wall time of that many forward passes, of a whole run's if not given, with the computation of all prefixes before."""
+    """Wall time of that many forward passes, of a whole run's if not given, with the computation of all prefixes
+    before."""
     times, row = report["times"][task][variant], rows_of(report, task, variant)[0]
     steps = row["steps"] if passes is None else passes / row["passes_a_step"]
     return times["prefixes_s"] + statistics.median(times["step_s"]) * steps
@@ -295,7 +374,9 @@ def plot(report: dict[str, Any], path: Path) -> None:
 
     figure = Figure(figsize=(9, 3.2 * len(tasks)), layout="constrained")
     for task, panels in zip(tasks, figure.subplots(len(tasks), 2, squeeze=False, sharey="row")):
-        for variant in dict.fromkeys(row["variant"] for row in measured if row["task"] == task and row["variant"] in report["times"][task]):
+        for variant in dict.fromkeys(
+            row["variant"] for row in measured if row["task"] == task and row["variant"] in report["times"][task]
+        ):
             curve = mean_curve(report, task, variant)
             accuracy = [100 * value for _, value in curve]
             panels[0].plot([passes for passes, _ in curve], accuracy, label=variant)

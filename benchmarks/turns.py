@@ -1,4 +1,5 @@
-"""Engines that are measured side by side: each in a process of its own, as a process holds one engine; they take turns."""
+"""Engines that are measured side by side: each in a process of its own, as a process holds one engine; they take
+turns."""
 
 import multiprocessing
 from collections.abc import Callable

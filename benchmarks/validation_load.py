@@ -2,9 +2,10 @@
 
     python benchmarks/validation_load.py --json benchmarks/results/validation_load.json
 
-Clients stream greedy completions in a closed loop, from a process of their own. In every other phase files of 100,000 rows
-are validated meanwhile, one after the other; the last row of each is bad, so that its job ends when all others have been tokenised and
-nothing trains. At the end of such a phase a validation is cancelled under load, and timed until its process is gone.
+Clients stream greedy completions in a closed loop, from a process of their own. In every other phase files of 100,000
+rows are validated meanwhile, one after the other; the last row of each is bad, so that its job ends when all others
+have been tokenised and nothing trains. At the end of such a phase a validation is cancelled under load, and timed until
+its process is gone.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import psutil
+
 from load import Load, Request, run
 from serve_while_train import DATA, data_name, latencies, read_sentences, throughput
 from server import ROOT, Server, machine, running_server
@@ -44,13 +46,28 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
-    with tempfile.TemporaryDirectory() as folder, running_server(arguments.model, Path(folder), "--dtype", "float32", "--enable-metrics") as server:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        running_server(arguments.model, Path(folder), "--dtype", "float32", "--enable-metrics") as server,
+    ):
         row = measure(Benchmark(server, arguments), arguments.pairs)
     show(row)
     if arguments.json:
-        settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(arguments).items() if name != "json"}
-        settings |= {"model": arguments.model.name, "row_bytes": ROW_BYTES, "output_tokens": OUTPUT_TOKENS, "prompt_sentences": PROMPT_SENTENCES, "seed": SEED}
-        arguments.json.write_text(json.dumps({"rows": [row], "settings": settings, "machine": machine()}, indent=2) + "\n")
+        settings = {
+            name: str(value) if isinstance(value, Path) else value
+            for name, value in vars(arguments).items()
+            if name != "json"
+        }
+        settings |= {
+            "model": arguments.model.name,
+            "row_bytes": ROW_BYTES,
+            "output_tokens": OUTPUT_TOKENS,
+            "prompt_sentences": PROMPT_SENTENCES,
+            "seed": SEED,
+        }
+        arguments.json.write_text(
+            json.dumps({"rows": [row], "settings": settings, "machine": machine()}, indent=2) + "\n"
+        )
 
 
 class Benchmark:
@@ -70,20 +87,28 @@ class Benchmark:
             prompt = f"{number}"
             while len(prompt) < ROW_BYTES - 70:  # the rest of a row's bytes are names, options and the label
                 prompt += f" {draw.choice(self._sentences)}"
-            rows.append({"prompt": f"{prompt[: ROW_BYTES - 70]} It was", "options": OPTIONS, "label": number % len(OPTIONS)})
+            rows.append(
+                {"prompt": f"{prompt[: ROW_BYTES - 70]} It was", "options": OPTIONS, "label": number % len(OPTIONS)}
+            )
         return rows
 
     def load(self, phase: str, seconds: float) -> Load:
         draw = random.Random(f"{SEED} {phase}")
         requests = [
-            Request(0.0, " ".join(draw.choices(self._sentences, k=draw.randint(*PROMPT_SENTENCES))), draw.randint(*OUTPUT_TOKENS))
+            Request(
+                0.0,
+                " ".join(draw.choices(self._sentences, k=draw.randint(*PROMPT_SENTENCES))),
+                draw.randint(*OUTPUT_TOKENS),
+            )
             for _ in range(1000)
         ]
         return run(self._server.url, self._server.model, requests, in_flight=self._arguments.clients, seconds=seconds)
 
     def validation(self) -> str:
         method = {"type": "supervised", "supervised": {"hyperparameters": {"invocation": " It was"}}}
-        return self._server.openai.fine_tuning.jobs.create(model=self._server.model, training_file=self._file, method=method).id
+        return self._server.openai.fine_tuning.jobs.create(
+            model=self._server.model, training_file=self._file, method=method
+        ).id
 
     def validated(self, job_id: str) -> bool:
         job = self._server.openai.fine_tuning.jobs.retrieve(job_id)
@@ -119,8 +144,16 @@ class Benchmark:
         if validates and cancel_seconds is None:
             raise RuntimeError("there was no validation to cancel at the end of the phase: make it longer")
         done = loads[0].completed
-        return {"validates": validates, "outcomes": done, "failed": len(loads[0].outcomes) - len(done), "requests": len(done), **latencies(done), **throughput(done),
-                "rows_per_s": rates, "cancel_seconds": cancel_seconds}  # fmt: skip
+        return {
+            "validates": validates,
+            "outcomes": done,
+            "failed": len(loads[0].outcomes) - len(done),
+            "requests": len(done),
+            **latencies(done),
+            **throughput(done),
+            "rows_per_s": rates,
+            "cancel_seconds": cancel_seconds,
+        }
 
     def _cancelled(self, job: str) -> float:
         """Seconds until the job is cancelled and its process is gone."""
@@ -149,35 +182,57 @@ def measure(bench: Benchmark, pairs: int) -> dict[str, Any]:
         for validates in (False, True) if pair % 2 == 0 else (True, False):
             phases.append(bench.phase(f"phase {pair}", validates))
             one = phases[-1]
-            print(f"{'validation' if validates else 'without   '} {one['requests']} requests, {one['failed']} failed, "
-                  f"tpot {1000 * one['tpot_p50']:.1f}/{1000 * one['tpot_p99']:.1f} ms (p50/99), ttft {1000 * one['ttft_p99']:.0f} ms (p99), "
-                  f"{one['output_tokens_per_s']:.0f} tokens/s, rows/s {[round(rate) for rate in one['rows_per_s']]}, cancel {one['cancel_seconds']}", flush=True)  # fmt: skip
+            print(
+                f"{'validation' if validates else 'without   '} {one['requests']} requests, {one['failed']} failed, "
+                f"tpot {1000 * one['tpot_p50']:.1f}/{1000 * one['tpot_p99']:.1f} ms (p50/99), ttft "
+                f"{1000 * one['ttft_p99']:.0f} ms (p99), "
+                f"{one['output_tokens_per_s']:.0f} tokens/s, rows/s {[round(rate) for rate in one['rows_per_s']]}, "
+                f"cancel {one['cancel_seconds']}",
+                flush=True,
+            )
     off, on = ([phase for phase in phases if phase["validates"] == validates] for validates in (False, True))
     draws = np.random.default_rng(SEED).integers(pairs, size=(RESAMPLES, pairs))
     resampled = [ratio([off[i] for i in drawn], [on[i] for i in drawn]) for drawn in draws]
     return {
-        "file_bytes": bench.file_bytes, "off": pooled(off), "on": pooled(on), "tpot_p99_ratio": ratio(off, on),
-        "tpot_p99_interval": np.percentile(resampled, (5, 95)).tolist(), "rows_per_s_alone": alone,
-        "rows_per_s_beside": [rate for phase in on for rate in phase["rows_per_s"]], "cancel_seconds": [phase["cancel_seconds"] for phase in on],
-    }  # fmt: skip
+        "file_bytes": bench.file_bytes,
+        "off": pooled(off),
+        "on": pooled(on),
+        "tpot_p99_ratio": ratio(off, on),
+        "tpot_p99_interval": np.percentile(resampled, (5, 95)).tolist(),
+        "rows_per_s_alone": alone,
+        "rows_per_s_beside": [rate for phase in on for rate in phase["rows_per_s"]],
+        "cancel_seconds": [phase["cancel_seconds"] for phase in on],
+    }
 
 
 def ratio(off: Sequence[dict[str, Any]], on: Sequence[dict[str, Any]]) -> float:
     """Of the p99 of the time per output token, with validation over without it."""
-    values = [latencies([outcome for phase in phases for outcome in phase["outcomes"]])["tpot_p99"] for phases in (on, off)]
+    values = [
+        latencies([outcome for phase in phases for outcome in phase["outcomes"]])["tpot_p99"] for phases in (on, off)
+    ]
     return values[0] / values[1]
 
 
 def pooled(phases: Sequence[dict[str, Any]]) -> dict[str, Any]:
     outcomes = [outcome for phase in phases for outcome in phase["outcomes"]]
     tokens = sum(phase["output_tokens_per_s"] for phase in phases) / len(phases)
-    return {"requests": len(outcomes), "failed": sum(phase["failed"] for phase in phases), **latencies(outcomes), "output_tokens_per_s": tokens}
+    return {
+        "requests": len(outcomes),
+        "failed": sum(phase["failed"] for phase in phases),
+        **latencies(outcomes),
+        "output_tokens_per_s": tokens,
+    }
 
 
 def show(row: dict[str, Any]) -> None:
     low, high = row["tpot_p99_interval"]
-    print(f"{verdict(row['tpot_p99_ratio'], 'tpot_p99_ratio')}  p99 time per output token {row['tpot_p99_ratio']:.2f}x (90 % interval {low:.2f} to {high:.2f})")
-    print(f"{verdict(max(row['cancel_seconds']), 'cancel_seconds')}  cancelled within {max(row['cancel_seconds']):.2f} s")
+    print(
+        f"{verdict(row['tpot_p99_ratio'], 'tpot_p99_ratio')}  p99 time per output token {row['tpot_p99_ratio']:.2f}x "
+        f"(90 % interval {low:.2f} to {high:.2f})"
+    )
+    print(
+        f"{verdict(max(row['cancel_seconds']), 'cancel_seconds')}  cancelled within {max(row['cancel_seconds']):.2f} s"
+    )
 
 
 def verdict(value: float, name: str) -> str:

@@ -59,9 +59,11 @@ def finetune(client: OpenAI, arguments: argparse.Namespace) -> int:
     if validation:
         files["validation_file"] = client.files.create(file=validation, purpose="fine-tune").id
     job = client.fine_tuning.jobs.create(
-        model=model, suffix=arguments.suffix, **files,
+        model=model,
+        suffix=arguments.suffix,
+        **files,
         method={"type": "supervised", "supervised": {"hyperparameters": hyperparameters}},
-    )  # fmt: skip
+    )
     job = follow(client, job.id)
     if job.status != "succeeded":
         print(f"{job.id} {job.status}: {job.error.message if job.error else ''}", file=sys.stderr)
@@ -93,7 +95,10 @@ def embedded_file(split: str) -> tuple[str, io.BytesIO]:
     """The embedded task's rows as prompts with two options."""
     with open(REVIEWS / f"{split}.jsonl") as file:
         rows = [json.loads(line) for line in file]
-    lines = [{"prompt": f"{row['sentence']} It was", "options": [" terrible", " great"], "label": row["label"]} for row in rows]
+    lines = [
+        {"prompt": f"{row['sentence']} It was", "options": [" terrible", " great"], "label": row["label"]}
+        for row in rows
+    ]
     return f"{split}.jsonl", io.BytesIO("".join(json.dumps(line) + "\n" for line in lines).encode())
 
 

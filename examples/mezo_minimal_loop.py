@@ -2,14 +2,17 @@
 
     python examples/mezo_minimal_loop.py [--steps 600] [--learning_rate 3e-3] [--zo_eps 1e-2]
 
-Algorithm 1 of arXiv 2305.17333 with an activated LoRA adapter: it acts from " It was" on, so the KV of every sentence is
-computed once, by the base model, and stays right for both signs and all steps.
+Algorithm 1 of arXiv 2305.17333 with an activated LoRA adapter: it acts from " It was" on, so the KV of every sentence
+is computed once, by the base model, and stays right for both signs and all steps.
 """
 
 import argparse
 import os
 import random
 from pathlib import Path
+
+from tqdm import trange
+from transformers import AutoTokenizer
 
 from sglang.srt.mezo.adapters.adapter import Adapter, AdapterSpec
 from sglang.srt.mezo.core.noise import direction, step_seed
@@ -23,8 +26,6 @@ from sglang.srt.mezo.engine.slots import Slot, SlotLayout
 from sglang.srt.mezo.scoring.plan import Planner
 from sglang.srt.mezo.scoring.readout import batch_loss, predictions
 from sglang.srt.mezo.scoring.scorer import Scorer
-from tqdm import trange
-from transformers import AutoTokenizer
 
 ASSETS = Path(__file__).parent / "assets"
 MODEL = str(ASSETS / "opt-reviews")

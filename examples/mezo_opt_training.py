@@ -4,8 +4,8 @@
     python examples/mezo_opt_training.py --model facebook/opt-125m --task sst2      # the real thing
     python examples/mezo_opt_training.py --model facebook/opt-125m --task sst2 --tuning lora --learning_rate 1e-4
 
-Every field of ModelArguments, DataArguments and MezoConfig is a flag, and MeZO's, PEFT's and TRL's names for the same things are
-too. The run directory receives the adapter (PEFT format), the seed log, metrics.jsonl, the
+Every field of ModelArguments, DataArguments and MezoConfig is a flag, and MeZO's, PEFT's and TRL's names for the same
+things are too. The run directory receives the adapter (PEFT format), the seed log, metrics.jsonl, the
 plot and summary.json.
 """
 
@@ -54,15 +54,17 @@ def report(model: ModelArguments, config: MezoConfig, summary: dict) -> None:
     print(
         f"""
 zero-shot accuracy     {percent(summary["zero_shot_accuracy"])}
-trained accuracy       {percent(summary["accuracy"])}   (adapter of step {summary["best_step"]} of {summary["steps"]}){shared}
-speed                  {summary["steps_per_second"]:.1f} steps/s, {summary["train_seconds"]:.0f} s of training
-prefix tokens reused   {percent(summary["prefix_tokens_reused"] / total if total else None)} of {total}
-peak memory            {summary["peak_rss_bytes"] / 2**20:.0f} MiB
+trained accuracy       {percent(summary["accuracy"])}   (adapter of step {summary["best_step"]} of
+{summary["steps"]}){shared} speed                  {summary["steps_per_second"]:.1f} steps/s,
+{summary["train_seconds"]:.0f} s of training prefix tokens reused   {
+            percent(summary["prefix_tokens_reused"] / total if total else None)
+        } of {total} peak memory            {summary["peak_rss_bytes"] / 2**20:.0f} MiB
 adapter                {summary["adapter_dir"]}
 plot                   {summary["plot"] or "not drawn: pip install 'sglang-mezo[plots]'"}
 
 Serve it:
-  python -m sglang.launch_server --model-path {model.model} --dtype {model.dtype} --enable-lora --lora-paths {name}={summary["adapter_dir"]}{flags}
+  python -m sglang.launch_server --model-path {model.model} --dtype {model.dtype} --enable-lora --lora-paths
+  {name}={summary["adapter_dir"]}{flags}
 """
     )
 

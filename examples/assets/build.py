@@ -16,24 +16,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from generate import (
-    CORPUS_SEED,
-    HERE,
-    PROMPT,
-    TASK_SEED,
-    corpus,
-    held_out_sentences,
-    task_rows,
-    write_task,
-)
+from generate import CORPUS_SEED, HERE, PROMPT, TASK_SEED, corpus, held_out_sentences, task_rows, write_task
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import (
-    AutoTokenizer,
-    GenerationConfig,
-    OPTConfig,
-    OPTForCausalLM,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoTokenizer, GenerationConfig, OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 
 BOS, PAD, EOS, UNK = "<s>", "<pad>", "</s>", "<unk>"  # ids 0 to 3, as in facebook/opt-125m
 VERBALIZERS = (" terrible", " great")
@@ -85,9 +70,7 @@ def train_tokenizer(documents: list[str], recipe: Recipe, folder: Path) -> None:
     )
     tokenizer.train_from_iterator(documents, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{EOS} $A",
-        pair=f"{EOS} $A {EOS} $B",
-        special_tokens=[(EOS, tokenizer.token_to_id(EOS))],
+        single=f"{EOS} $A", pair=f"{EOS} $A {EOS} $B", special_tokens=[(EOS, tokenizer.token_to_id(EOS))]
     )
     # The model continues a text, so a conversation is its messages, one after the other.
     chat_template = "{{ bos_token }}{% for message in messages %}{{ message['content'] }}{% endfor %}"

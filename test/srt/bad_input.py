@@ -12,17 +12,25 @@ Expected = tuple[int, str | None, str, str]
 MIB = 1 << 20
 ROW = {"prompt": "the plot is thin. It was", "options": [" terrible", " great"], "label": 0}
 JOB = {
-    "invocation": " It was", "learning_rate": 1e-3, "num_perturbations": 1, "estimator": "two_sided", "scale_by_loss_std": False,
-    "zo_eps": 3e-3, "clip_projected_grad": 1.0, "max_tokens_per_batch": 32,
-}  # fmt: skip
+    "invocation": " It was",
+    "learning_rate": 1e-3,
+    "num_perturbations": 1,
+    "estimator": "two_sided",
+    "scale_by_loss_std": False,
+    "zo_eps": 3e-3,
+    "clip_projected_grad": 1.0,
+    "max_tokens_per_batch": 32,
+}
 
 REFUSED_FLAGS = {
     "--dp-size 2": "--enable-mezo needs dp_size=1, not 2",
     "--page-size 16": "--enable-mezo needs page_size=1, not 16",
     "--mezo-share 2": "--mezo-share=2.0 is not allowed: from 0 to below 1",
-    "--mezo-dir /dev/null/mezo": "--mezo-dir='/dev/null/mezo' is not allowed: a folder that can be made (Not a directory)",
+    "--mezo-dir /dev/null/mezo": "--mezo-dir='/dev/null/mezo' is not allowed: a folder that can be made (Not a "
+    "directory)",
     "--mezo-on-restart maybe": "--mezo-on-restart='maybe' is not allowed: resume or fail",
-    "--model-path gpt2": "architectures='GPT2LMHeadModel' is not allowed: the families that can be trained are Cohere, ",
+    "--model-path gpt2": "architectures='GPT2LMHeadModel' is not allowed: the families that can be trained are "
+    "Cohere, ",
 }
 """What ends a start; ``gpt2`` is a folder with a model of that family."""
 
@@ -46,21 +54,50 @@ PURPOSE, FILE = ("purpose", None, b"fine-tune"), ("file", "rows.jsonl", json.dum
 FORM = "multipart/form-data; boundary=edge"
 UPLOADS: dict[str, tuple[bytes, str, Expected]] = {
     "another purpose": (
-        form(("purpose", None, b"batch"), FILE), FORM,
+        form(("purpose", None, b"batch"), FILE),
+        FORM,
         (400, "purpose", "invalid_value", "purpose='batch' is not allowed: fine-tune"),
     ),
     "two files": (form(PURPOSE, FILE, FILE), FORM, (400, "file", "invalid_form", "more than one file")),
     "no file": (form(PURPOSE), FORM, (400, "file", "invalid_form", "has no file")),
     "no purpose": (form(FILE), FORM, (400, "purpose", "invalid_form", "has no purpose")),
-    "an empty file": (form(PURPOSE, ("file", "a.jsonl", b"")), FORM, (400, "file", "invalid_form", "'a.jsonl' is empty")),
-    "a file without a name": (form(PURPOSE, ("file", None, b"x")), FORM, (400, "file", "invalid_form", "without a filename")),
-    "a name of 256 characters": (form(PURPOSE, ("file", "n" * 256, b"x")), FORM, (400, "file", "invalid_form", "has 256 characters")),
-    "another field": (form(PURPOSE, ("path", None, b"/etc"), FILE), FORM, (400, "path", "invalid_form", "not supported")),
+    "an empty file": (
+        form(PURPOSE, ("file", "a.jsonl", b"")),
+        FORM,
+        (400, "file", "invalid_form", "'a.jsonl' is empty"),
+    ),
+    "a file without a name": (
+        form(PURPOSE, ("file", None, b"x")),
+        FORM,
+        (400, "file", "invalid_form", "without a filename"),
+    ),
+    "a name of 256 characters": (
+        form(PURPOSE, ("file", "n" * 256, b"x")),
+        FORM,
+        (400, "file", "invalid_form", "has 256 characters"),
+    ),
+    "another field": (
+        form(PURPOSE, ("path", None, b"/etc"), FILE),
+        FORM,
+        (400, "path", "invalid_form", "not supported"),
+    ),
     "cut short": (form(PURPOSE, FILE, end=b""), FORM, (400, None, "invalid_form", "ends before its last boundary")),
     "no form": (b"{}", "application/json", (400, "Content-Type", "invalid_form", "multipart/form-data")),
-    "no boundary": (form(PURPOSE, FILE), "multipart/form-data", (400, "Content-Type", "invalid_form", "multipart/form-data")),
-    "one byte too many": (form(PURPOSE, ("file", "a", b"x" * (MIB + 1))), FORM, (413, "file", "file_too_large", f"at most {MIB} bytes")),
-    "far too many bytes": (form(PURPOSE, ("file", "a", b"x" * 3 * MIB)), FORM, (413, "file", "file_too_large", f"at most {MIB} bytes")),
+    "no boundary": (
+        form(PURPOSE, FILE),
+        "multipart/form-data",
+        (400, "Content-Type", "invalid_form", "multipart/form-data"),
+    ),
+    "one byte too many": (
+        form(PURPOSE, ("file", "a", b"x" * (MIB + 1))),
+        FORM,
+        (413, "file", "file_too_large", f"at most {MIB} bytes"),
+    ),
+    "far too many bytes": (
+        form(PURPOSE, ("file", "a", b"x" * 3 * MIB)),
+        FORM,
+        (413, "file", "file_too_large", f"at most {MIB} bytes"),
+    ),
 }
 
 # --- rows of files ---------------------------------------------------------------------------------------------------
@@ -80,7 +117,10 @@ ROWS: dict[str, tuple[bytes | dict[str, Any], str]] = {
     "deeply nested": (b'{"text": ' + b"[" * 100_000, "not JSON: maximum recursion depth exceeded"),
     "unknown form": ({"question": "?", "answer": "!"}, "columns ['answer', 'question'] have none of the forms"),
     "a column of ours": ({"__broken__": 5}, "columns ['__broken__'] have none of the forms"),
-    "another form in the midst": ({"prompt": "all right. It was", "completion": " great"}, "one option leaves nothing to choose from"),
+    "another form in the midst": (
+        {"prompt": "all right. It was", "completion": " great"},
+        "one option leaves nothing to choose from",
+    ),
     "one option": (ROW | {"options": [" great"]}, "one option leaves nothing to choose from"),
     "no options": (ROW | {"options": []}, "options=[]: at least one is needed"),
     "an empty option": (ROW | {"options": [" great", ""]}, "none may be empty"),
@@ -91,18 +131,30 @@ ROWS: dict[str, tuple[bytes | dict[str, Any], str]] = {
         ROW | {"prompt": "all right. It was", "options": [f" {i}" + " good film" * 25 for i in range(100)]},
         "its 100 options take 10011 tokens in one forward pass, and at most 8192 go into one",
     ),
-    "two options the same": (ROW | {"options": [" great", " great"]}, "options[0]=' great' and options[1]=' great' are the same tokens"),
+    "two options the same": (
+        ROW | {"options": [" great", " great"]},
+        "options[0]=' great' and options[1]=' great' are the same tokens",
+    ),
     "label out of range": (ROW | {"label": 2}, "label=2 must be an index of the 2 options"),
     "label negative": (ROW | {"label": -1}, "label=-1 must be an index"),
     "label a boolean": (ROW | {"label": True}, "label=True must be an index"),
     "label a long text": (ROW | {"label": "x" * 500_000}, "label='xxx"),
     "label missing": ({"prompt": "a", "options": [" a", " b"]}, "columns ['options', 'prompt'] have none of the forms"),
-    "prompt longer than the context": (ROW | {"prompt": "good " * 600 + "It was"}, "tokens and an option are more than the context of 512"),
-    "option longer than the context": (ROW | {"options": [" good" * 600, " bad"]}, "tokens are more than the context of 512"),
+    "prompt longer than the context": (
+        ROW | {"prompt": "good " * 600 + "It was"},
+        "tokens and an option are more than the context of 512",
+    ),
+    "option longer than the context": (
+        ROW | {"options": [" good" * 600, " bad"]},
+        "tokens are more than the context of 512",
+    ),
     "invocation missing": (ROW | {"prompt": "the plot is thin."}, "the prompt does not hold the invocation tokens"),
     "messages no list": ({"messages": "hello"}, "messages must be a list"),
     "message no object": (chat("hello"), "messages[0]='hello' must be an object with a role and a content"),
-    "message without a role": (chat({"content": "hello"}), "messages[0]={'content': 'hello'} must be an object with a role"),
+    "message without a role": (
+        chat({"content": "hello"}),
+        "messages[0]={'content': 'hello'} must be an object with a role",
+    ),
     "message with a number": (chat({"role": "user", "content": 5}), "messages[0].content=5 must be a string"),
     "no answer": ({"messages": [{"role": "user", "content": "a"}] * 2}, "ends with an assistant message"),
 }
@@ -122,20 +174,38 @@ def suffix(value: str, allowed: str, status: int = 400, code: str = "invalid_val
 
 LETTERS = "1 to 64 letters, digits, '.', '_' or '-', a letter or digit first"
 JOBS: dict[str, tuple[dict[str, Any], Expected]] = {
-    "unknown model": ({"model": "gpt-4"}, (404, "model", "model_not_found", "'gpt-4' does not exist: this server trains 'reviews-model'")),
+    "unknown model": (
+        {"model": "gpt-4"},
+        (404, "model", "model_not_found", "'gpt-4' does not exist: this server trains 'reviews-model'"),
+    ),
     "no fine-tuned model": ({"model": "reviews-model:nobody"}, (404, "model", "model_not_found", "does not exist")),
     "model of 500,000 characters": ({"model": "m" * 500_000}, (404, "model", "model_not_found", "does not exist")),
     "model a number": ({"model": 5}, (400, "model", "invalid_value", "model=5 is not allowed: a valid string")),
-    "unknown training file": ({"training_file": "file-0"}, (404, "training_file", "not_found", "no such file: 'file-0'")),
-    "unknown validation file": ({"validation_file": "file-0"}, (404, "validation_file", "not_found", "no such file: 'file-0'")),
-    "a path for a file": ({"training_file": "../mezo.sqlite"}, (404, "training_file", "not_found", "no such file: '../mezo.sqlite'")),
+    "unknown training file": (
+        {"training_file": "file-0"},
+        (404, "training_file", "not_found", "no such file: 'file-0'"),
+    ),
+    "unknown validation file": (
+        {"validation_file": "file-0"},
+        (404, "validation_file", "not_found", "no such file: 'file-0'"),
+    ),
+    "a path for a file": (
+        {"training_file": "../mezo.sqlite"},
+        (404, "training_file", "not_found", "no such file: '../mezo.sqlite'"),
+    ),
     "an unknown field": ({"epochs": 3}, (400, "epochs", "unknown_parameter", "not supported here: epochs")),
     "many unknown fields": ({f"x{i}": i for i in range(20_000)}, (400, "x0", "unknown_parameter", "x9, ...")),
     "seed negative": ({"seed": -1}, (400, "seed", "invalid_value", "seed=-1 is not allowed")),
     "seed beyond 63 bits": ({"seed": 2**63}, (400, "seed", "invalid_value", "is not allowed")),
     "metadata a list": ({"metadata": []}, (400, "metadata", "invalid_value", "a valid dictionary")),
-    "metadata of 17 pairs": ({"metadata": {str(i): "v" for i in range(17)}}, (400, "metadata", "invalid_value", "at most 16 items")),
-    "metadata value too long": ({"metadata": {"k": "v" * 513}}, (400, "metadata.k", "invalid_value", "at most 512 characters")),
+    "metadata of 17 pairs": (
+        {"metadata": {str(i): "v" for i in range(17)}},
+        (400, "metadata", "invalid_value", "at most 16 items"),
+    ),
+    "metadata value too long": (
+        {"metadata": {"k": "v" * 513}},
+        (400, "metadata.k", "invalid_value", "at most 512 characters"),
+    ),
     "metadata value a number": ({"metadata": {"k": 1}}, (400, "metadata.k", "invalid_value", "a valid string")),
     "another method": ({"method": {"type": "dpo"}}, (400, "method.type", "invalid_value", "'supervised'")),
     "method without type": ({"method": {}}, (400, "method.type", "missing_parameter", "method.type is missing")),
@@ -150,25 +220,38 @@ JOBS: dict[str, tuple[dict[str, Any], Expected]] = {
     "n_epochs beyond 63 bits": hyperparameter("n_epochs", 2**63, "from 1 to 1000000000"),
     "eval_steps beyond 64 bits": hyperparameter("eval_steps", 2**64, "a whole number"),
     "batch_size huge": hyperparameter("batch_size", 4097, "from 1 to 4096"),
-    "a step of 16,000 examples": hyperparameter("gradient_accumulation_steps", 1000, "from 1 to 256, as a step takes 4096 examples"),
+    "a step of 16,000 examples": hyperparameter(
+        "gradient_accumulation_steps", 1000, "from 1 to 256, as a step takes 4096 examples"
+    ),
     "a pass of all tokens": hyperparameter("max_tokens_per_batch", 20000, "from 1 to 8192"),
-    "r above --max-lora-rank": hyperparameter("r", 17, "r=17 is not allowed: from 1 to 16, the server's --max-lora-rank"),
+    "r above --max-lora-rank": hyperparameter(
+        "r", 17, "r=17 is not allowed: from 1 to 16, the server's --max-lora-rank"
+    ),
     "unknown module": hyperparameter("target_modules", ["fc1"], "some of k_proj, out_proj, q_proj, v_proj"),
     "too many directions": hyperparameter("num_perturbations", 65, "at most 64"),
-    "invocation for ordinary LoRA": ({"method": supervised(**JOB, tuning="lora")}, (400, f"{PLACE}.invocation", "invalid_value", "null")),
-    "no modules": hyperparameter("target_modules", None, 'target_modules=None is not allowed: a list of strings, or "auto"'),
+    "invocation for ordinary LoRA": (
+        {"method": supervised(**JOB, tuning="lora")},
+        (400, f"{PLACE}.invocation", "invalid_value", "null"),
+    ),
+    "no modules": hyperparameter(
+        "target_modules", None, 'target_modules=None is not allowed: a list of strings, or "auto"'
+    ),
     "another rank than the adapter's": (
-        {"model": "reviews-model:done", "method": supervised(**JOB, r=2)}, (400, f"{PLACE}.r", "invalid_value", "8, as the adapter has it"),
+        {"model": "reviews-model:done", "method": supervised(**JOB, r=2)},
+        (400, f"{PLACE}.r", "invalid_value", "8, as the adapter has it"),
     ),
     "another invocation than the adapter's": (
         {"model": "reviews-model:done", "method": supervised(**JOB | {"invocation": " good"})},
         (400, f"{PLACE}.invocation", "invalid_value", "' It was', as the adapter has it"),
     ),
     "a deep list": hyperparameter("target_modules", json.loads("[" * 200 + "]" * 200), "a list of strings"),
-    "unknown hyperparameter": hyperparameter("epsilon", 1, "is not a hyperparameter; there are n_epochs, ", "unknown_parameter"),
-    **{name: hyperparameter(name, "/tmp/x", "is not a hyperparameter", "unknown_parameter") for name in (
-        "output_dir", "resume_from_checkpoint", "base_model", "report_to", "../x",
-    )},
+    "unknown hyperparameter": hyperparameter(
+        "epsilon", 1, "is not a hyperparameter; there are n_epochs, ", "unknown_parameter"
+    ),
+    **{
+        name: hyperparameter(name, "/tmp/x", "is not a hyperparameter", "unknown_parameter")
+        for name in ("output_dir", "resume_from_checkpoint", "base_model", "report_to", "../x")
+    },
     "suffix with a slash": suffix("a/b", LETTERS),
     "suffix a path": suffix("../../x", LETTERS),
     "suffix of dots": suffix("..", LETTERS),
@@ -179,8 +262,10 @@ JOBS: dict[str, tuple[dict[str, Any], Expected]] = {
     "suffix of 65 characters": suffix("a" * 65, "at most 64 characters"),
     "suffix of a running job": suffix("running", "suffix='running' is not allowed: job ftjob-", 409, "name_taken"),
     "suffix of a finished job": suffix("done", "suffix='done' is not allowed: job ftjob-", 409, "name_taken"),
-    "suffix of a loaded adapter": suffix("foreign", "suffix='foreign' is not allowed: an adapter that is served", 409, "name_taken"),
-}  # fmt: skip
+    "suffix of a loaded adapter": suffix(
+        "foreign", "suffix='foreign' is not allowed: an adapter that is served", 409, "name_taken"
+    ),
+}
 
 BODIES: dict[str, tuple[bytes, int, str]] = {
     "nothing": (b"", 400, "the body is not JSON"),
@@ -192,7 +277,11 @@ BODIES: dict[str, tuple[bytes, int, str]] = {
     "Infinity": (b'{"hyperparameters": {"learning_rate": Infinity}}', 400, "the body is not JSON"),
     "beyond float64": (b'{"hyperparameters": {"learning_rate": 1e400}}', 400, "the body is not JSON"),
     "100,000 brackets": (b"[" * 100_000, 400, "the body is not JSON"),
-    "nested 1000 times": (b'{"rows": [{"text": ' + b"[" * 1000 + b"]" * 1000 + b"}]}", 400, "the body is nested too deeply"),
+    "nested 1000 times": (
+        b'{"rows": [{"text": ' + b"[" * 1000 + b"]" * 1000 + b"}]}",
+        400,
+        "the body is nested too deeply",
+    ),
     "longer than a body may be": (b'{"model": "' + b"x" * 5 * MIB + b'"}', 413, f"at most {MIB} bytes are taken"),
 }
 
@@ -201,93 +290,240 @@ BODIES: dict[str, tuple[bytes, int, str]] = {
 STEP = {"zo_random_seed": 1, "projected_grad": [1.0], "learning_rate": 1e-3}
 BATCH = {"rows": [ROW], "zo_random_seed": 1}
 REQUESTS: list[tuple[str, str, Any, Expected]] = [
-    ("POST", "/v1/fine_tuning/jobs/{cancelled}/cancel", None, (400, None, "invalid_state", "cannot cancel a job that is cancelled")),
-    ("POST", "/v1/fine_tuning/jobs/{done}/cancel", None, (400, None, "invalid_state", "cannot cancel a job that is succeeded")),
-    ("POST", "/v1/fine_tuning/jobs/{done}/pause", None, (400, None, "invalid_state", "cannot pause a job that is succeeded")),
-    ("POST", "/v1/fine_tuning/jobs/{paused}/pause", None, (400, None, "invalid_state", "cannot pause a job that is paused")),
     (
-        "POST", "/v1/fine_tuning/jobs/{running}/resume", None,
+        "POST",
+        "/v1/fine_tuning/jobs/{cancelled}/cancel",
+        None,
+        (400, None, "invalid_state", "cannot cancel a job that is cancelled"),
+    ),
+    (
+        "POST",
+        "/v1/fine_tuning/jobs/{done}/cancel",
+        None,
+        (400, None, "invalid_state", "cannot cancel a job that is succeeded"),
+    ),
+    (
+        "POST",
+        "/v1/fine_tuning/jobs/{done}/pause",
+        None,
+        (400, None, "invalid_state", "cannot pause a job that is succeeded"),
+    ),
+    (
+        "POST",
+        "/v1/fine_tuning/jobs/{paused}/pause",
+        None,
+        (400, None, "invalid_state", "cannot pause a job that is paused"),
+    ),
+    (
+        "POST",
+        "/v1/fine_tuning/jobs/{running}/resume",
+        None,
         (400, None, "invalid_state", "cannot resume a job that is running, only one that is paused"),
     ),
-    ("POST", "/v1/fine_tuning/jobs/ftjob-0/cancel", None, (404, None, "not_found", "no such fine-tuning job: 'ftjob-0'")),
+    (
+        "POST",
+        "/v1/fine_tuning/jobs/ftjob-0/cancel",
+        None,
+        (404, None, "not_found", "no such fine-tuning job: 'ftjob-0'"),
+    ),
     ("GET", "/v1/fine_tuning/jobs/ftjob-0", None, (404, None, "not_found", "no such fine-tuning job: 'ftjob-0'")),
     ("GET", "/v1/fine_tuning/jobs/ftjob-0/events", None, (404, None, "not_found", "no such fine-tuning job")),
     ("GET", "/v1/fine_tuning/jobs/ftjob-0/checkpoints", None, (404, None, "not_found", "no such fine-tuning job")),
-    ("GET", "/v1/fine_tuning/jobs?after=ftjob-0", None, (404, "after", "not_found", "no such fine-tuning job: 'ftjob-0'")),
+    (
+        "GET",
+        "/v1/fine_tuning/jobs?after=ftjob-0",
+        None,
+        (404, "after", "not_found", "no such fine-tuning job: 'ftjob-0'"),
+    ),
     ("GET", "/v1/fine_tuning/jobs/{done}/events?after={running}", None, (404, "after", "not_found", "no such event")),
     ("GET", "/v1/fine_tuning/jobs?after=%ff%00", None, (404, "after", "not_found", "no such fine-tuning job")),
-    ("GET", "/v1/fine_tuning/jobs?limit=0", None, (400, "limit", "invalid_value", "limit='0' is not allowed: greater than or equal to 1")),
+    (
+        "GET",
+        "/v1/fine_tuning/jobs?limit=0",
+        None,
+        (400, "limit", "invalid_value", "limit='0' is not allowed: greater than or equal to 1"),
+    ),
     ("GET", "/v1/fine_tuning/jobs?limit=101", None, (400, "limit", "invalid_value", "less than or equal to 100")),
-    ("GET", "/v1/fine_tuning/jobs?limit=ten", None, (400, "limit", "invalid_value", "limit='ten' is not allowed: a valid integer")),
+    (
+        "GET",
+        "/v1/fine_tuning/jobs?limit=ten",
+        None,
+        (400, "limit", "invalid_value", "limit='ten' is not allowed: a valid integer"),
+    ),
     ("GET", f"/v1/fine_tuning/jobs?limit={10**30}", None, (400, "limit", "invalid_value", "less than or equal to 100")),
     ("GET", "/v1/fine_tuning/jobs?metadata=x", None, (400, "metadata", "invalid_value", "metadata='x' is not allowed")),
     (
-        "GET", "/v1/fine_tuning/jobs?" + "&".join(f"metadata[{i}]=v" for i in range(1200)), None,
+        "GET",
+        "/v1/fine_tuning/jobs?" + "&".join(f"metadata[{i}]=v" for i in range(1200)),
+        None,
         (400, "metadata", "invalid_value", "at most 16"),
     ),
     ("GET", "/v1/files?order=up", None, (400, "order", "invalid_value", "'asc' or 'desc'")),
     ("GET", "/v1/files/file-0/content", None, (404, None, "not_found", "no such file: 'file-0'")),
     ("DELETE", "/v1/files/{file}", None, (409, "file_id", "file_in_use", "is in use by job")),
-    ("DELETE", "/v1/models/reviews-model", None, (404, "model", "model_not_found", "there is no fine-tuned model 'reviews-model'")),
-    ("DELETE", "/v1/models/reviews-model:deleted", None, (404, "model", "model_not_found", "there is no fine-tuned model")),
-    ("DELETE", "/v1/models/reviews-model:foreign", None, (404, "model", "model_not_found", "there is no fine-tuned model")),
-    ("DELETE", "/v1/models/reviews-model:done:ckpt-step-1", None, (400, "model", "invalid_value", "a checkpoint goes with its model")),
+    (
+        "DELETE",
+        "/v1/models/reviews-model",
+        None,
+        (404, "model", "model_not_found", "there is no fine-tuned model 'reviews-model'"),
+    ),
+    (
+        "DELETE",
+        "/v1/models/reviews-model:deleted",
+        None,
+        (404, "model", "model_not_found", "there is no fine-tuned model"),
+    ),
+    (
+        "DELETE",
+        "/v1/models/reviews-model:foreign",
+        None,
+        (404, "model", "model_not_found", "there is no fine-tuned model"),
+    ),
+    (
+        "DELETE",
+        "/v1/models/reviews-model:done:ckpt-step-1",
+        None,
+        (400, "model", "invalid_value", "a checkpoint goes with its model"),
+    ),
     ("GET", "/v1/models/reviews-model:deleted", None, (404, "model", "model_not_found", "does not exist")),
-    ("GET", f"/mezo/jobs/{{running}}/metrics?after={10**19}", None, (400, "after", "invalid_value", "less than 2147483648")),
+    (
+        "GET",
+        f"/mezo/jobs/{{running}}/metrics?after={10**19}",
+        None,
+        (400, "after", "invalid_value", "less than 2147483648"),
+    ),
     ("GET", "/mezo/jobs/ftjob-0/metrics", None, (404, None, "not_found", "no such fine-tuning job")),
-    ("POST", "/mezo/jobs/{done}/examples", {"rows": [ROW]}, (400, None, "invalid_state", "cannot append rows to a job that is succeeded")),
+    (
+        "POST",
+        "/mezo/jobs/{done}/examples",
+        {"rows": [ROW]},
+        (400, None, "invalid_state", "cannot append rows to a job that is succeeded"),
+    ),
     ("POST", "/mezo/jobs/{running}/examples", {"rows": []}, (400, "rows", "invalid_value", "at least 1 item")),
-    ("POST", "/mezo/jobs/{running}/examples", {"rows": [ROW] * 257}, (400, "rows", "invalid_value", "at most 256 items")),
-    ("POST", "/mezo/jobs/{running}/examples", {"rows": [1] * 300_000}, (400, "rows", "invalid_value", "at most 256 items")),
+    (
+        "POST",
+        "/mezo/jobs/{running}/examples",
+        {"rows": [ROW] * 257},
+        (400, "rows", "invalid_value", "at most 256 items"),
+    ),
+    (
+        "POST",
+        "/mezo/jobs/{running}/examples",
+        {"rows": [1] * 300_000},
+        (400, "rows", "invalid_value", "at most 256 items"),
+    ),
     ("POST", "/mezo/jobs/{done}/evaluate", BATCH, (409, None, "engine_busy", "job {running} has the engine")),
     ("POST", "/mezo/jobs/{done}/update", STEP, (409, None, "engine_busy", "job {running} has the engine")),
-    ("POST", "/mezo/jobs/{running}/evaluate", BATCH, (400, None, "invalid_state", "cannot evaluate a job that is running")),
-    ("POST", "/mezo/jobs/{running}/update", STEP, (400, None, "invalid_state", "cannot update a job that is running")),
-    ("POST", "/mezo/jobs/{done}/evaluate", BATCH | {"zo_eps": 1e300}, (400, "zo_eps", "invalid_value", "zo_eps=1e+300 is not allowed")),
     (
-        "POST", "/mezo/jobs/{done}/evaluate", BATCH | {"zo_random_seed": -1},
+        "POST",
+        "/mezo/jobs/{running}/evaluate",
+        BATCH,
+        (400, None, "invalid_state", "cannot evaluate a job that is running"),
+    ),
+    ("POST", "/mezo/jobs/{running}/update", STEP, (400, None, "invalid_state", "cannot update a job that is running")),
+    (
+        "POST",
+        "/mezo/jobs/{done}/evaluate",
+        BATCH | {"zo_eps": 1e300},
+        (400, "zo_eps", "invalid_value", "zo_eps=1e+300 is not allowed"),
+    ),
+    (
+        "POST",
+        "/mezo/jobs/{done}/evaluate",
+        BATCH | {"zo_random_seed": -1},
         (400, "zo_random_seed", "invalid_value", "greater than or equal to 0"),
     ),
     (
-        "POST", "/mezo/jobs/{done}/update", STEP | {"projected_grad": [1.0, 2.0]},
+        "POST",
+        "/mezo/jobs/{done}/update",
+        STEP | {"projected_grad": [1.0, 2.0]},
         (400, "projected_grad", "invalid_value", "num_perturbations=1 needs as many"),
     ),
     (
-        "POST", "/mezo/jobs/{done}/update", STEP | {"projected_grad": [1e308]},
+        "POST",
+        "/mezo/jobs/{done}/update",
+        STEP | {"projected_grad": [1e308]},
         (400, "projected_grad.0", "invalid_value", "1e+308 is not allowed"),
     ),
     (
-        "POST", "/mezo/jobs/{done}/update", b'{"zo_random_seed": 1, "projected_grad": [NaN], "learning_rate": 1}',
+        "POST",
+        "/mezo/jobs/{done}/update",
+        b'{"zo_random_seed": 1, "projected_grad": [NaN], "learning_rate": 1}',
         (400, None, "invalid_json", "not JSON"),
     ),
     (
-        "POST", "/mezo/jobs/{done}/update", STEP | {"learning_rate": 0},
+        "POST",
+        "/mezo/jobs/{done}/update",
+        STEP | {"learning_rate": 0},
         (400, "learning_rate", "invalid_value", "learning_rate=0 is not allowed: greater than 0"),
     ),
-    ("POST", "/mezo/jobs/{done}/update", STEP | {"learning_rate": 1e30}, (400, "learning_rate", "invalid_value", "less than or equal to")),
-    ("POST", "/mezo/jobs/{deleted}/publish", {}, (409, None, "model_deleted", "the model of job {deleted} has been deleted")),
-    ("POST", "/mezo/jobs/{cancelled}/publish", {}, (400, None, "invalid_state", "cannot publish a job that is cancelled")),
-    ("POST", "/mezo/jobs/{paused}/publish", {"checkpoint": "ftckpt_0"}, (404, "checkpoint", "not_found", "no such checkpoint: 'ftckpt_0'")),
     (
-        "POST", "/mezo/jobs/{running}/publish", {"directory": "/etc"},
+        "POST",
+        "/mezo/jobs/{done}/update",
+        STEP | {"learning_rate": 1e30},
+        (400, "learning_rate", "invalid_value", "less than or equal to"),
+    ),
+    (
+        "POST",
+        "/mezo/jobs/{deleted}/publish",
+        {},
+        (409, None, "model_deleted", "the model of job {deleted} has been deleted"),
+    ),
+    (
+        "POST",
+        "/mezo/jobs/{cancelled}/publish",
+        {},
+        (400, None, "invalid_state", "cannot publish a job that is cancelled"),
+    ),
+    (
+        "POST",
+        "/mezo/jobs/{paused}/publish",
+        {"checkpoint": "ftckpt_0"},
+        (404, "checkpoint", "not_found", "no such checkpoint: 'ftckpt_0'"),
+    ),
+    (
+        "POST",
+        "/mezo/jobs/{running}/publish",
+        {"directory": "/etc"},
         (400, "directory", "unknown_parameter", "not supported here: directory"),
     ),
-]  # fmt: skip
+]
 
 PATHS = [
-    "/v1/files/%2e%2e%2fmezo.sqlite", "/v1/files/..%2f..%2fetc%2fpasswd/content", "/v1/files/../mezo.sqlite",
-    "/v1/files/..", "/v1/files/%00",
-    "/v1/files/%2e%2e/content", "/v1/fine_tuning/jobs/%2e%2e%2f%2e%2e/events", "/v1/fine_tuning/jobs/..", "/mezo/jobs/%2e%2e/metrics",
-    "/mezo/jobs/..%2f..%2f/metrics", "/mezo/page.py", "/mezo/../mezo.sqlite", "/mezo//etc/passwd", "/v1/models/..%2f..%2fetc%2fpasswd",
-]  # fmt: skip
+    "/v1/files/%2e%2e%2fmezo.sqlite",
+    "/v1/files/..%2f..%2fetc%2fpasswd/content",
+    "/v1/files/../mezo.sqlite",
+    "/v1/files/..",
+    "/v1/files/%00",
+    "/v1/files/%2e%2e/content",
+    "/v1/fine_tuning/jobs/%2e%2e%2f%2e%2e/events",
+    "/v1/fine_tuning/jobs/..",
+    "/mezo/jobs/%2e%2e/metrics",
+    "/mezo/jobs/..%2f..%2f/metrics",
+    "/mezo/page.py",
+    "/mezo/../mezo.sqlite",
+    "/mezo//etc/passwd",
+    "/v1/models/..%2f..%2fetc%2fpasswd",
+]
 
 READS = [
-    "/v1/files", "/v1/files/{file}", "/v1/files/{file}/content", "/v1/fine_tuning/jobs", "/v1/fine_tuning/jobs/{running}", "/v1/models",
-    "/v1/fine_tuning/jobs/{running}/events", "/v1/fine_tuning/jobs/{done}/checkpoints", "/v1/models/reviews-model:done", "/mezo/status",
+    "/v1/files",
+    "/v1/files/{file}",
+    "/v1/files/{file}/content",
+    "/v1/fine_tuning/jobs",
+    "/v1/fine_tuning/jobs/{running}",
+    "/v1/models",
+    "/v1/fine_tuning/jobs/{running}/events",
+    "/v1/fine_tuning/jobs/{done}/checkpoints",
+    "/v1/models/reviews-model:done",
+    "/mezo/status",
     "/mezo/jobs/{running}/metrics",
-]  # fmt: skip
+]
 CHANGES = [
-    ("POST", "/v1/files"), ("DELETE", "/v1/files/{file}"), ("POST", "/v1/fine_tuning/jobs"), ("DELETE", "/v1/models/reviews-model:done"),
+    ("POST", "/v1/files"),
+    ("DELETE", "/v1/files/{file}"),
+    ("POST", "/v1/fine_tuning/jobs"),
+    ("DELETE", "/v1/models/reviews-model:done"),
     *(("POST", f"/v1/fine_tuning/jobs/{{running}}/{action}") for action in ("cancel", "pause", "resume")),
     *(("POST", f"/mezo/jobs/{{running}}/{action}") for action in ("examples", "publish", "evaluate", "update")),
-]  # fmt: skip
+]

@@ -1,6 +1,7 @@
 import os
 
 import pytest
+
 from quick import is_quick, nothing_starts
 
 # Spin barriers of several threads on shared cores make a test a hundred times slower.

@@ -14,6 +14,7 @@ from unittest.mock import patch
 import psutil
 import pytest
 import torch
+
 from sglang.srt.mezo.plugin.platform import has_accelerator
 
 
@@ -38,7 +39,9 @@ class EngineProcess:
         arguments = theirs, dict(os.environ), self._make, engine_arguments
         self._process = context.Process(target=_serve, args=arguments, daemon=not self._has_children)
         context.set_forkserver_preload(["engine_imports"])
-        with patch.dict(os.environ, PYTHONPATH=str(Path(__file__).parent)):  # where the fork server, if it is to start, finds that
+        with patch.dict(
+            os.environ, PYTHONPATH=str(Path(__file__).parent)
+        ):  # where the fork server, if it is to start, finds that
             self._process.start()
         theirs.close()
         self._receive()
@@ -73,7 +76,8 @@ class EngineProcess:
 class ServingEngine(EngineProcess):
     """Starts an ``sglang.Engine`` in a new process, whose methods can be called here.
 
-    SGLang ends the whole process that an engine lives in when one of its schedulers fails, so that of the tests must not be it.
+    SGLang ends the whole process that an engine lives in when one of its schedulers fails, so that of the tests must
+    not be it.
 
     Args:
         engine_arguments: keyword arguments of ``sglang.Engine``.

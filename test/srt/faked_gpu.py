@@ -1,4 +1,5 @@
-"""What SGLang makes of server arguments on a GPU that is not there: facts about it are told to PyTorch before SGLang asks.
+"""What SGLang makes of server arguments on a GPU that is not there: facts about it are told to PyTorch before SGLang
+asks.
 
     python faked_gpu.py h100 '[{"dtype": "float32"}]'
 
@@ -18,18 +19,32 @@ import torch
 
 CAPABILITY = {"a100": (8, 0), "h100": (9, 0), "b200": (10, 0)}
 GIB = {"a100": 80, "h100": 80, "b200": 180}
-FIELDS = ("attention_backend", "prefill_attention_backend", "decode_attention_backend", "lora_backend", "page_size", "max_loras_per_batch")
+FIELDS = (
+    "attention_backend",
+    "prefill_attention_backend",
+    "decode_attention_backend",
+    "lora_backend",
+    "page_size",
+    "max_loras_per_batch",
+)
 
 
 def pretend(kind: str) -> None:
     """Have PyTorch report one GPU of that kind."""
     major, minor = CAPABILITY[kind]
     memory = GIB[kind] << 30
-    properties = SimpleNamespace(name=kind, major=major, minor=minor, total_memory=memory, multi_processor_count=132, gcnArchName="")
+    properties = SimpleNamespace(
+        name=kind, major=major, minor=minor, total_memory=memory, multi_processor_count=132, gcnArchName=""
+    )
     answers = {
-        "is_available": True, "device_count": 1, "current_device": 0, "get_device_capability": (major, minor),
-        "get_device_properties": properties, "get_device_name": kind, "mem_get_info": (memory, memory),
-    }  # fmt: skip
+        "is_available": True,
+        "device_count": 1,
+        "current_device": 0,
+        "get_device_capability": (major, minor),
+        "get_device_properties": properties,
+        "get_device_name": kind,
+        "mem_get_info": (memory, memory),
+    }
     for name, value in answers.items():
         setattr(torch.cuda, name, lambda *args, _value=value, **kwargs: _value)
     torch.accelerator.is_available = lambda: True
@@ -40,7 +55,11 @@ class _WithoutKernels(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """SGLang's compiled kernels load the driver when they are imported."""
 
     def find_spec(self, name, path=None, target=None):
-        return importlib.util.spec_from_loader(name, self, is_package=True) if name.partition(".")[0] == "sgl_kernel" else None
+        return (
+            importlib.util.spec_from_loader(name, self, is_package=True)
+            if name.partition(".")[0] == "sgl_kernel"
+            else None
+        )
 
     def create_module(self, spec: importlib.machinery.ModuleSpec):
         module = MagicMock(name=spec.name, __path__=[], __spec__=spec, __version__="0")
@@ -57,7 +76,17 @@ def served(model: str, dtype: str) -> dict:
     from sglang.srt.server_args import prepare_server_args
 
     os.environ["SGLANG_ENABLE_MEZO"] = "0"
-    flags = ["--model-path", model, "--dtype", dtype, "--enable-lora", "--max-lora-rank", "8", "--lora-target-modules", "q_proj"]
+    flags = [
+        "--model-path",
+        model,
+        "--dtype",
+        dtype,
+        "--enable-lora",
+        "--max-lora-rank",
+        "8",
+        "--lora-target-modules",
+        "q_proj",
+    ]
     return described(prepare_server_args([*flags, *serving_flags(True, dtype)]))
 
 
@@ -80,9 +109,12 @@ def described(record) -> dict:
     view = resolved_view(record)
     backend = get_backend_from_name(view.lora_backend)
     manager = SimpleNamespace(
-        lora_backend=object.__new__(backend), max_loras_per_batch=view.max_loras_per_batch, attn_dp_enabled=False, speculative_algorithm=None,
+        lora_backend=object.__new__(backend),
+        max_loras_per_batch=view.max_loras_per_batch,
+        attn_dp_enabled=False,
+        speculative_algorithm=None,
         enable_lora_overlap_loading=False,
-    )  # fmt: skip
+    )
     manager.lora_backend.is_moe_lora = False
     fields = {name: getattr(view, name) for name in FIELDS}
     return {**fields, "prefill_graph": view.cuda_graph_config.prefill.backend, "no_alora": why_no_alora(manager)}

@@ -1,4 +1,5 @@
-"""Requests and adapters through the scheduler of an engine in this process: what a server does, without its other processes."""
+"""Requests and adapters through the scheduler of an engine in this process: what a server does, without its other
+processes."""
 
 from array import array
 from collections.abc import Sequence
@@ -27,7 +28,9 @@ def load_adapter(engine, name: str, path: str) -> str:
     return request.lora_id
 
 
-def answers(engine, prompts: Sequence[Sequence[int]], lora_ids: Sequence[str | None], max_new_tokens: int) -> list[Answer]:
+def answers(
+    engine, prompts: Sequence[Sequence[int]], lora_ids: Sequence[str | None], max_new_tokens: int
+) -> list[Answer]:
     """Greedy answers to requests that come together."""
     scheduler, outputs = engine.scheduler, _Outputs()
     streamer, sender = scheduler.output_streamer, scheduler.output_streamer.send_to_detokenizer
@@ -51,9 +54,20 @@ def _request(scheduler, name: str, prompt: Sequence[int], lora_id: str | None, m
     sampling = SamplingParams(max_new_tokens=max_new_tokens, temperature=0, ignore_eos=True)
     sampling.normalize(None)
     return TokenizedGenerateReqInput(
-        rid=name, input_text=None, input_ids=array("q", prompt), input_embeds=None, mm_inputs=None, token_type_ids=None, sampling_params=sampling,
-        return_logprob=True, logprob_start_len=0, top_logprobs_num=0, token_ids_logprob=None, stream=False, lora_id=lora_id,
-    )  # fmt: skip
+        rid=name,
+        input_text=None,
+        input_ids=array("q", prompt),
+        input_embeds=None,
+        mm_inputs=None,
+        token_type_ids=None,
+        sampling_params=sampling,
+        return_logprob=True,
+        logprob_start_len=0,
+        top_logprobs_num=0,
+        token_ids_logprob=None,
+        stream=False,
+        lora_id=lora_id,
+    )
 
 
 def _run_once(scheduler) -> None:
@@ -76,5 +90,7 @@ class _Outputs:
             if output.finished_reasons[i] is not None:
                 assert output.finished_reasons[i]["type"] == "length", output.finished_reasons[i]
                 self.finished[name] = Answer(
-                    list(output.input_token_logprobs_val[i][1:]), list(output.output_ids[i]), list(output.output_token_logprobs_val[i])
+                    list(output.input_token_logprobs_val[i][1:]),
+                    list(output.output_ids[i]),
+                    list(output.output_token_logprobs_val[i]),
                 )

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from live_server import MODEL, LiveServer, reviews
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from live_server import MODEL, LiveServer, reviews
 
 TOLERANCE = 1e-4
 TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
@@ -19,15 +20,21 @@ ACTIONS = 7
 """Of a sequence, before its last requests."""
 
 PROMPTS = [
-    "the plot is thin, but the acting is superb. It was", "never again will i eat here. It was", "the staff is friendly and the food fresh. It was",
-    "It was so. the room is small, the bed hard. It was", "the plot is thin, but the acting is superb. so", "no such words in here",
-    "the staff is friendly and the food fresh, and then it began to rain. It was a great evening", "never again will i eat here",
-]  # fmt: skip
+    "the plot is thin, but the acting is superb. It was",
+    "never again will i eat here. It was",
+    "the staff is friendly and the food fresh. It was",
+    "It was so. the room is small, the bed hard. It was",
+    "the plot is thin, but the acting is superb. so",
+    "no such words in here",
+    "the staff is friendly and the food fresh, and then it began to rain. It was a great evening",
+    "never again will i eat here",
+]
 
 
 @dataclass
 class Tenant:
-    """An adapter that is served: ``folder`` has its weights, and None says that they overflow. ``activated``: as aLoRA."""
+    """An adapter that is served: ``folder`` has its weights, and None says that they overflow. ``activated``: as
+    aLoRA."""
 
     name: str
     folder: Path | None
@@ -36,7 +43,8 @@ class Tenant:
 
 
 class Oracle:
-    """The base model and adapters in PEFT, one at a time. Keeps the adapters' folders for loading: good, huge, infinite, none."""
+    """The base model and adapters in PEFT, one at a time. Keeps the adapters' folders for loading: good, huge,
+    infinite, none."""
 
     def __init__(self, root: Path):
         self.tokenizer = AutoTokenizer.from_pretrained(MODEL)
@@ -55,7 +63,8 @@ class Oracle:
         return self._base if folder is None else PeftModel.from_pretrained(copy.deepcopy(self._base), folder).eval()
 
     def wrong(self, model, prompt: list[int], answer: dict) -> str | None:
-        """What is wrong with an answer; None for nothing. It must hold the likeliest tokens, with the model's log-probabilities."""
+        """What is wrong with an answer; None for nothing. It must hold the likeliest tokens, with the model's
+        log-probabilities."""
         tokens = answer["output_ids"]
         with torch.no_grad():
             log_probs = torch.log_softmax(model(input_ids=torch.tensor([prompt + tokens])).logits[0].double(), -1)
@@ -74,7 +83,9 @@ class Oracle:
 
     def _save(self, folder: Path, kind: str, settings: dict) -> Path:
         torch.manual_seed(len(kind))
-        config = LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS, init_lora_weights=False, task_type="CAUSAL_LM", **settings)
+        config = LoraConfig(
+            r=4, lora_alpha=8, target_modules=TARGETS, init_lora_weights=False, task_type="CAUSAL_LM", **settings
+        )
         model = get_peft_model(copy.deepcopy(self._base), config)
         with torch.no_grad():
             for name, weight in model.named_parameters():
@@ -106,13 +117,26 @@ class Sequence:
         self.jobs = 0
         try:
             for _ in range(ACTIONS):
-                self.draw.choice([self.train, self.update_to_overflow, self.update_huge, self.update, self.publish, self.load, self.load_bad, self.cancel, self.flush, self.ask])()
+                self.draw.choice(
+                    [
+                        self.train,
+                        self.update_to_overflow,
+                        self.update_huge,
+                        self.update,
+                        self.publish,
+                        self.load,
+                        self.load_bad,
+                        self.cancel,
+                        self.flush,
+                        self.ask,
+                    ]
+                )()
             self.ask()
             self.leave()
         except Exception as error:
             raise AssertionError(f"seed {self.seed}: {' / '.join(self.done)}: {error}") from error
 
-    # --- what tenants do -------------------------------------------------------------------------------------------------
+    # --- what tenants do ----------------------------------------------------------------------------------------------
 
     def train(self) -> Tenant:
         activated = self.draw.random() < 0.7
@@ -169,7 +193,10 @@ class Sequence:
     def ask(self) -> None:
         """A mixed batch of the base model and all adapters."""
         who: list[Tenant | None] = [None, None, *self.tenants]
-        requests = [(self.draw.choice(who), self.draw.choice(PROMPTS), self.draw.random() < 0.3) for _ in range(3 + 2 * len(who))]
+        requests = [
+            (self.draw.choice(who), self.draw.choice(PROMPTS), self.draw.random() < 0.3)
+            for _ in range(3 + 2 * len(who))
+        ]
         self.done.append(f"ask {len(requests)}")
         with ThreadPoolExecutor(8) as pool:
             answers = list(pool.map(lambda request: self._generate(*request), requests))
@@ -185,14 +212,25 @@ class Sequence:
             else:
                 self.server.http.post("/unload_lora_adapter", json={"lora_name": tenant.name}).raise_for_status()
 
-    # --- parts -----------------------------------------------------------------------------------------------------------
+    # --- parts --------------------------------------------------------------------------------------------------------
 
     def _create(self, activated: bool, max_steps: int):
         self.jobs += 1
         return self.server.create_job(
-            self.file, suffix=self._job_name(), seed=self.seed, invocation=" It was" if activated else None, tuning="alora" if activated else "lora", max_steps=max_steps,
-            num_perturbations=1, estimator="two_sided", learning_rate=1e-3, logging_steps=1, r=4, batch_size=2, scale_by_loss_std=False,
-        )  # fmt: skip
+            self.file,
+            suffix=self._job_name(),
+            seed=self.seed,
+            invocation=" It was" if activated else None,
+            tuning="alora" if activated else "lora",
+            max_steps=max_steps,
+            num_perturbations=1,
+            estimator="two_sided",
+            learning_rate=1e-3,
+            logging_steps=1,
+            r=4,
+            batch_size=2,
+            scale_by_loss_std=False,
+        )
 
     def _job_name(self) -> str:
         return f"job-{self.seed}-{self.jobs}"
@@ -224,14 +262,23 @@ class Sequence:
 
     def _generate(self, tenant: Tenant | None, text: str, whole: bool):
         sampling = {"temperature": 0, "max_new_tokens": NEW_TOKENS, "ignore_eos": True}
-        body = {"input_ids": self.oracle.ids(text), "sampling_params": sampling, "return_logprob": True, "logprob_start_len": 0 if whole else -1}
+        body = {
+            "input_ids": self.oracle.ids(text),
+            "sampling_params": sampling,
+            "return_logprob": True,
+            "logprob_start_len": 0 if whole else -1,
+        }
         return self.server.http.post("/generate", json=body | ({} if tenant is None else {"lora_path": tenant.name}))
 
     def _check(self, tenant: Tenant | None, text: str, response, models: dict) -> None:
         self.answers += 1
         acts = tenant is not None and (not tenant.activated or " It was" in text)
         if acts and tenant.folder is None:
-            assert response.status_code == 400 and f"adapter '{tenant.name}'" in response.text, (tenant, text, response.text)
+            assert response.status_code == 400 and f"adapter '{tenant.name}'" in response.text, (
+                tenant,
+                text,
+                response.text,
+            )
             return
         folder = tenant.folder if acts else None
         if folder not in models:
@@ -241,7 +288,9 @@ class Sequence:
         assert wrong is None, (tenant, text, wrong)
 
 
-def run_sequences(server: LiveServer, root: Path, seeds, after: Callable[[Sequence], None] = lambda sequence: None) -> int:
+def run_sequences(
+    server: LiveServer, root: Path, seeds, after: Callable[[Sequence], None] = lambda sequence: None
+) -> int:
     """The number of answers that were held against PEFT."""
     oracle, file = Oracle(root), server.upload(reviews("train", 12))
     answers = 0

@@ -52,12 +52,30 @@ class LiveServer:
         """Returns when the server answers."""
         self.port = _free_port()
         command = [
-            Path(sys.executable).with_name("sglang-mezo"), "serve", "--model-path", str(MODEL), "--served-model-name", "reviews-model",
-            "--dtype", "float32", "--port", str(self.port), "--mezo-dir", str(self.directory), "--max-total-tokens", "20000", *self._flags,
-        ]  # fmt: skip
+            Path(sys.executable).with_name("sglang-mezo"),
+            "serve",
+            "--model-path",
+            str(MODEL),
+            "--served-model-name",
+            "reviews-model",
+            "--dtype",
+            "float32",
+            "--port",
+            str(self.port),
+            "--mezo-dir",
+            str(self.directory),
+            "--max-total-tokens",
+            "20000",
+            *self._flags,
+        ]
         with open(self.log, "ab") as log:
             self._process = subprocess.Popen(
-                command, stdout=log, stderr=subprocess.STDOUT, env=self._environment, start_new_session=True, cwd=self.directory.parent
+                command,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=self._environment,
+                start_new_session=True,
+                cwd=self.directory.parent,
             )
         self.url = f"http://127.0.0.1:{self.port}"
         self.http = httpx.Client(base_url=self.url, headers={"Authorization": f"Bearer {self._key}"}, timeout=300)
@@ -119,13 +137,23 @@ class LiveServer:
         content = "".join(json.dumps(row) + "\n" for row in rows).encode()
         return self.client.files.create(file=(name, content), purpose="fine-tune").id
 
-    def create_job(self, training_file: str, validation_file: str | None = None, suffix: str | None = None, seed: int = 42, model: str | None = None, **hyperparameters):
+    def create_job(
+        self,
+        training_file: str,
+        validation_file: str | None = None,
+        suffix: str | None = None,
+        seed: int = 42,
+        model: str | None = None,
+        **hyperparameters,
+    ):
         fields: dict[str, Any] = {"validation_file": validation_file, "suffix": suffix}
         return self.client.fine_tuning.jobs.create(
-            model=model or self.model, training_file=training_file, seed=seed,
+            model=model or self.model,
+            training_file=training_file,
+            seed=seed,
             method={"type": "supervised", "supervised": {"hyperparameters": hyperparameters}},
             **{name: value for name, value in fields.items() if value is not None},
-        )  # fmt: skip
+        )
 
     def job(self, job_id: str):
         return self.client.fine_tuning.jobs.retrieve(job_id)
@@ -157,12 +185,17 @@ def reviews(split: str, count: int) -> list[dict]:
     """Prompt/options rows of the embedded task."""
     with open(REVIEWS / f"{split}.jsonl") as file:
         rows = [json.loads(line) for line in file][:count]
-    return [{"prompt": f"{row['sentence']} It was", "options": [" terrible", " great"], "label": row["label"]} for row in rows]
+    return [
+        {"prompt": f"{row['sentence']} It was", "options": [" terrible", " great"], "label": row["label"]}
+        for row in rows
+    ]
 
 
 def prompt_log_probs(server: LiveServer, model: str, prompts: list[str]) -> list[list[float]]:
     """Log-probability of every token of the prompts but the first, as the server gives them."""
-    answer = server.client.completions.create(model=model, prompt=prompts, max_tokens=1, echo=True, logprobs=1, temperature=0)
+    answer = server.client.completions.create(
+        model=model, prompt=prompts, max_tokens=1, echo=True, logprobs=1, temperature=0
+    )
     choices = sorted(answer.choices, key=lambda choice: choice.index)
     return [choice.logprobs.token_logprobs[1:-1] for choice in choices]
 

@@ -6,15 +6,10 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+
 from sglang.srt.mezo.adapters.adapter import Adapter
 from sglang.srt.mezo.data.examples import Example
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    OPTConfig,
-    OPTForCausalLM,
-)
 
 VOCAB = 211
 INVOCATION = (7, 8)
@@ -23,17 +18,30 @@ OPT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 LLAMA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 _OPT = dict(
-    vocab_size=VOCAB, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, ffn_dim=96, max_position_embeddings=128,
-    word_embed_proj_dim=64, dropout=0.0, init_std=0.15,
-)  # fmt: skip
+    vocab_size=VOCAB,
+    hidden_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    ffn_dim=96,
+    max_position_embeddings=128,
+    word_embed_proj_dim=64,
+    dropout=0.0,
+    init_std=0.15,
+)
 CONFIGS = {
     "opt-125m": OPTConfig(**_OPT),
     "opt-350m": OPTConfig(**{**_OPT, "do_layer_norm_before": False, "word_embed_proj_dim": 32}),
     "galactica": OPTConfig(**_OPT, enable_bias=False, activation_function="gelu", _remove_final_layer_norm=False),
     "llama": LlamaConfig(
-        vocab_size=VOCAB, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        intermediate_size=96, max_position_embeddings=128, initializer_range=0.15,
-    ),  # fmt: skip
+        vocab_size=VOCAB,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=96,
+        max_position_embeddings=128,
+        initializer_range=0.15,
+    ),
 }
 TARGETS = {kind: LLAMA_TARGETS if kind == "llama" else OPT_TARGETS for kind in CONFIGS}
 
@@ -41,8 +49,8 @@ TARGETS = {kind: LLAMA_TARGETS if kind == "llama" else OPT_TARGETS for kind in C
 def save_model(kind: str, folder: Path) -> str:
     """A random model of that kind, with biases and norms that are not at their trivial start.
 
-    The biases before OPT's ReLU keep its units well on or well off: the loss is then smooth around the adapter, so that a
-    finite difference can be held against the gradient to a per cent.
+    The biases before OPT's ReLU keep its units well on or well off: the loss is then smooth around the adapter, so that
+    a finite difference can be held against the gradient to a per cent.
     """
     torch.manual_seed(1)
     config = CONFIGS[kind]
@@ -117,11 +125,15 @@ class Reference:
 
     def token_loss(self, batch: Sequence[Example]) -> torch.Tensor:
         """Mean negative log-probability of all tokens of the right options."""
-        return -torch.cat([self.token_log_probs(example.prompt, example.options[example.label]) for example in batch]).mean()
+        return -torch.cat(
+            [self.token_log_probs(example.prompt, example.options[example.label]) for example in batch]
+        ).mean()
 
     def gradient(self, loss: torch.Tensor) -> torch.Tensor:
         """Gradient of ``loss`` in the adapter's flat order: float64 [numel]."""
         self.model.zero_grad()
         loss.backward()
-        grads = {name.replace(".default", ""): p.grad for name, p in self.model.named_parameters() if p.grad is not None}
+        grads = {
+            name.replace(".default", ""): p.grad for name, p in self.model.named_parameters() if p.grad is not None
+        }
         return torch.cat([grads[name].flatten().double() for name in self._adapter.state_dict()])

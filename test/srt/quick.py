@@ -1,4 +1,5 @@
-"""``--quick``: the tests that start no engine and no server. What each of them reaches decides, and it is held to that as it runs."""
+"""``--quick``: the tests that start no engine and no server. What each of them reaches decides, and it is held to
+that as it runs."""
 
 import multiprocessing.context
 import subprocess
@@ -12,14 +13,26 @@ from typing import Any
 import pytest
 
 HERE = Path(__file__).parent
-STARTERS = {"LiveServer", "EngineProcess", "ServingEngine", "MezoEngine", "Engine", "subprocess", "spawn", "fork_tasks", "selenium.webdriver"}
-"""Names in code that starts an engine, a server, a browser, or a fresh interpreter, which takes seconds to import SGLang; with
-``fork_tasks``, of tests that have tasks done in forks of one."""
+STARTERS = {
+    "LiveServer",
+    "EngineProcess",
+    "ServingEngine",
+    "MezoEngine",
+    "Engine",
+    "subprocess",
+    "spawn",
+    "fork_tasks",
+    "selenium.webdriver",
+}
+"""Names in code that starts an engine, a server, a browser, or a fresh interpreter, which takes seconds to import
+SGLang; with ``fork_tasks``, of tests that have tasks done in forks of one."""
 
 
 def is_quick(item: pytest.Function) -> bool:
     """Whether the test is not marked as slow, and neither it nor a fixture of its reaches a starter."""
-    fixtures = [definition.func for definitions in item._fixtureinfo.name2fixturedefs.values() for definition in definitions]
+    fixtures = [
+        definition.func for definitions in item._fixtureinfo.name2fixturedefs.values() for definition in definitions
+    ]
     return item.get_closest_marker("slow") is None and not reaches_a_starter(item.function, *fixtures)
 
 
@@ -41,9 +54,12 @@ def reaches_a_starter(*functions: Any) -> bool:
 
 
 def _codes(value: Any) -> Iterator[tuple[types.CodeType, dict[str, Any]]]:
-    """Code of a function, or of a class's methods, with the globals that it sees; nothing where it is not the tests' own."""
+    """Code of a function, or of a class's methods, with the globals that it sees; nothing where it is not the tests'
+    own."""
     if isinstance(value, type):
-        for member in [*vars(value).values(), *value.__bases__] if hasattr(sys.modules.get(value.__module__), "__file__") else []:
+        for member in (
+            [*vars(value).values(), *value.__bases__] if hasattr(sys.modules.get(value.__module__), "__file__") else []
+        ):
             for part in ("fget", "func", "__func__"):  # properties, cached properties, class methods
                 member = getattr(member, part, member)
             if value.__module__ == getattr(member, "__module__", None):

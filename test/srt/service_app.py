@@ -12,6 +12,8 @@ from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
+
 from sglang.srt.entrypoints import http_server
 from sglang.srt.lora.lora_registry import LoRARegistry
 from sglang.srt.mezo.service.http import native, routes
@@ -23,11 +25,8 @@ from sglang.srt.mezo.service.wire.errors import RequestError
 from sglang.srt.mezo.service.wire.messages import EngineDescription
 from sglang.srt.mezo.service.wire.records import StoredEvent, StoredJob
 from sglang.srt.mezo.service.wire.settings import ServiceSettings
-from sglang.srt.observability.http_request_metrics import (
-    add_http_request_metrics_middleware,
-)
+from sglang.srt.observability.http_request_metrics import add_http_request_metrics_middleware
 from sglang.srt.utils.auth import add_api_key_middleware
-from starlette.middleware.cors import CORSMiddleware
 
 API_KEY = "user-key"
 ADMIN_KEY = "admin-key"
@@ -54,7 +53,9 @@ class RecordingManager:
     def __init__(self, store: Store):
         self.store = store
         nothing_loaded = SimpleNamespace(lora_ref_cache={}, lora_registry=LoRARegistry())
-        self.origins = Origins(store, SimpleNamespace(served_model_name="tiny", tokenizer_manager=nothing_loaded), ENGINE, None)
+        self.origins = Origins(
+            store, SimpleNamespace(served_model_name="tiny", tokenizer_manager=nothing_loaded), ENGINE, None
+        )
         self.calls: list[tuple[Any, ...]] = []
 
     def adapter_name_for(self, job_id: str, suffix: str | None) -> str:
@@ -133,7 +134,9 @@ def make_app(service: FakeService, api_key: str | None = None, admin_api_key: st
     app = FastAPI(exception_handlers=http_server.app.exception_handlers)
     app.router.route_class = http_server.ORJSONRoute
     app.router.routes[:] = UPSTREAM
-    app.add_middleware(CORSMiddleware, allow_origins=["*"], allow_credentials=True, allow_methods=["*"], allow_headers=["*"])
+    app.add_middleware(
+        CORSMiddleware, allow_origins=["*"], allow_credentials=True, allow_methods=["*"], allow_headers=["*"]
+    )
     add_http_request_metrics_middleware(app)
     for module in (routes, native):
         module.install(app, service)

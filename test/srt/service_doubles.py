@@ -7,22 +7,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import msgspec
+
 from sglang.srt.lora.lora_registry import LoRARegistry
 from sglang.srt.managers import tokenizer_control_mixin, tokenizer_manager
-from sglang.srt.managers.io_struct import (
-    GenerateReqInput,
-    LoadLoRAAdapterReqInput,
-    LoRAUpdateOutput,
-)
+from sglang.srt.managers.io_struct import GenerateReqInput, LoadLoRAAdapterReqInput, LoRAUpdateOutput
 from sglang.srt.mezo.core.integrity import write_checked_json
 from sglang.srt.mezo.service.jobs.job_data import to_message
 from sglang.srt.mezo.service.wire import messages
-from sglang.srt.mezo.service.wire.messages import (
-    EngineDescription,
-    MezoEvent,
-    MezoReqInput,
-    MezoReqOutput,
-)
+from sglang.srt.mezo.service.wire.messages import EngineDescription, MezoEvent, MezoReqInput, MezoReqOutput
 from sglang.srt.mezo.service.wire.packed import unpack
 
 ENGINE = EngineDescription(
@@ -106,7 +98,7 @@ class Scheduler:
         write_adapter(Path(self.job.config["output_dir"]) / "adapter", weights)
         self.report("succeeded", step, best_step=step, metrics={}, trained_tokens=123, train_seconds=1.0)
 
-    # --- commands ------------------------------------------------------------------------------------------------------
+    # --- commands -----------------------------------------------------------------------------------------------------
 
     def _load(self, command) -> None:
         self.loaded.setdefault((command.job_id, command.split), []).extend(map(to_message, unpack(command.examples)))

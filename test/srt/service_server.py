@@ -9,6 +9,8 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from transformers import AutoTokenizer
+
 from service_doubles import ENGINE, Scheduler, TokenizerManager, without_runtime_context
 from sglang.srt.mezo.core.config import MezoConfig
 from sglang.srt.mezo.service.jobs.client import EngineClient
@@ -18,13 +20,18 @@ from sglang.srt.mezo.service.jobs.manager import JobManager
 from sglang.srt.mezo.service.store.store import Store
 from sglang.srt.mezo.service.wire.records import StoredFile, StoredJob, new_id, now
 from sglang.srt.mezo.service.wire.settings import ServiceSettings
-from transformers import AutoTokenizer
 
 MODEL = Path(__file__).parents[2] / "examples" / "assets" / "opt-reviews"
 ROW = {"prompt": "the movie is great. It was", "options": [" terrible", " great"], "label": 1}
 ROWS = [ROW, {**ROW, "prompt": "the staff is terrible. It was", "label": 0}, ROW]
-CONFIG = MezoConfig(invocation=" It was", target_modules=["q_proj", "v_proj"], max_steps=10, max_tokens_per_batch=256).to_dict()
-CONFIG = {name: value for name, value in CONFIG.items() if name not in ("output_dir", "overwrite_output_dir", "resume_from_checkpoint")}
+CONFIG = MezoConfig(
+    invocation=" It was", target_modules=["q_proj", "v_proj"], max_steps=10, max_tokens_per_batch=256
+).to_dict()
+CONFIG = {
+    name: value
+    for name, value in CONFIG.items()
+    if name not in ("output_dir", "overwrite_output_dir", "resume_from_checkpoint")
+}
 
 
 @pytest.fixture
@@ -66,13 +73,28 @@ class Server:
         job_id = new_id("ftjob-")
         return await self.manager.create_job(
             StoredJob(
-                id=job_id, created_at=now(), finished_at=None, status="validating_files", model="opt",
-                training_file=self.upload(*(rows or ROWS)), validation_file=validation, seed=42, suffix=suffix,
-                adapter_name=self.manager.adapter_name_for(job_id, suffix), metadata={}, request={}, hyperparameters={},
-                config={**CONFIG, **config}, fine_tuned_model=None, trained_tokens=None, error=None, step=0, version=0,
+                id=job_id,
+                created_at=now(),
+                finished_at=None,
+                status="validating_files",
+                model="opt",
+                training_file=self.upload(*(rows or ROWS)),
+                validation_file=validation,
+                seed=42,
+                suffix=suffix,
+                adapter_name=self.manager.adapter_name_for(job_id, suffix),
+                metadata={},
+                request={},
+                hyperparameters={},
+                config={**CONFIG, **config},
+                fine_tuned_model=None,
+                trained_tokens=None,
+                error=None,
+                step=0,
+                version=0,
                 engine=limits(self.manager.engine),
             )
-        )  # fmt: skip
+        )
 
     async def until(self, job: StoredJob, *statuses: str) -> StoredJob:
         await eventually(lambda: self.store.job(job.id).status in statuses)

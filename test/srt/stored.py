@@ -10,7 +10,9 @@ def make_file(content: bytes, filename: str = "train.jsonl", purpose: str = "fin
     return StoredFile(new_id("file-"), filename, purpose, len(content), now(), "processed")
 
 
-def add_file(store: Store, filename: str = "train.jsonl", content: bytes = b"{}\n", purpose: str = "fine-tune") -> StoredFile:
+def add_file(
+    store: Store, filename: str = "train.jsonl", content: bytes = b"{}\n", purpose: str = "fine-tune"
+) -> StoredFile:
     file = make_file(content, filename, purpose)
     store.partial_path(file.id).write_bytes(content)
     return store.add_file(file)

@@ -1,4 +1,5 @@
-"""Server arguments on GPUs that are pretended to be there: what a default server gets accepts its own default job's adapter."""
+"""Server arguments on GPUs that are pretended to be there: what a default server gets accepts its own default job's
+adapter."""
 
 import json
 import os
@@ -7,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from faked_gpu import CAPABILITY
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,17 +27,28 @@ ASKED = {
 def resolved(request, tmp_path_factory):
     """Name of the GPU, and what each of ASKED becomes in a server that trains."""
     environment = {**os.environ, "SGLANG_ENABLE_MEZO": "1", "SGLANG_MEZO_DIR": str(tmp_path_factory.mktemp("mezo"))}
-    command = [sys.executable, str(Path(__file__).parent / "faked_gpu.py"), request.param, json.dumps([MODEL | asked for asked in ASKED.values()])]
+    command = [
+        sys.executable,
+        str(Path(__file__).parent / "faked_gpu.py"),
+        request.param,
+        json.dumps([MODEL | asked for asked in ASKED.values()]),
+    ]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    return request.param, dict(zip([*ASKED, "served", "served in float32"], json.loads(done.stdout.splitlines()[-1]), strict=True))
+    return request.param, dict(
+        zip([*ASKED, "served", "served in float32"], json.loads(done.stdout.splitlines()[-1]), strict=True)
+    )
 
 
 def test_a_default_server_can_serve_what_its_default_job_makes(resolved):
     gpu, records = resolved
     for name in ("nothing", "float32"):
         assert records[name]["no_alora"] is None
-        assert (records[name]["lora_backend"], records[name]["page_size"], records[name]["prefill_graph"]) == ("triton", 1, "disabled")
+        assert (records[name]["lora_backend"], records[name]["page_size"], records[name]["prefill_graph"]) == (
+            "triton",
+            1,
+            "disabled",
+        )
 
 
 def test_attention_takes_the_type_and_the_page_size(resolved):
@@ -70,4 +83,6 @@ def test_a_lora_backend_without_token_segments_is_known_by_what_it_defines():
         name = "csgmv"
 
     backend = object.__new__(Plain)
-    assert "'csgmv' cannot route single tokens, start with --lora-backend triton" in why_no_alora(SimpleNamespace(lora_backend=backend))
+    assert "'csgmv' cannot route single tokens, start with --lora-backend triton" in why_no_alora(
+        SimpleNamespace(lora_backend=backend)
+    )

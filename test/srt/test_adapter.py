@@ -5,19 +5,15 @@ import math
 import os
 from pathlib import Path
 
-import oracle
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from sglang.srt.mezo.adapters.adapter import (
-    Adapter,
-    AdapterSpec,
-    Site,
-    atomic_directory,
-)
+from transformers import AutoModelForCausalLM
+
+import oracle
+from sglang.srt.mezo.adapters.adapter import Adapter, AdapterSpec, Site, atomic_directory
 from sglang.srt.mezo.core.errors import ConfigError
 from tiny import file_size_limit, small_disk
-from transformers import AutoModelForCausalLM
 
 FILES = {"adapter_config.json", "adapter_model.safetensors", "README.md", "SHA256SUMS"}
 SITES = [Site("model.layers.0.self_attn.q_proj", 64, 96), Site("model.layers.1.mlp.up_proj", 96, 32)]
@@ -33,7 +29,7 @@ def random_adapter(r: int = 4, seed: int = 0, sites: list[Site] = SITES) -> Adap
     return adapter
 
 
-# --- numbers -----------------------------------------------------------------------------------------------------------
+# --- numbers ----------------------------------------------------------------------------------------------------------
 
 
 def test_theta_holds_a_then_b_of_every_site_in_order():
@@ -63,7 +59,7 @@ def test_start_is_that_of_peft_with_numbers_of_our_own():
     assert not Adapter.initial(spec(r=8), sites, seed=6).theta.equal(adapter.theta)
 
 
-# --- files -------------------------------------------------------------------------------------------------------------
+# --- files ------------------------------------------------------------------------------------------------------------
 
 
 def sites_of(model: torch.nn.Module, targets: tuple[str, ...]) -> list[Site]:
@@ -99,9 +95,17 @@ def test_config_file_has_the_fields_that_peft_and_sglang_read(tmp_path):
     assert {path.name for path in (tmp_path / "adapter").iterdir()} == FILES
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     expected = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": "base-model", "bias": "none", "r": 4,
-        "lora_alpha": 12, "lora_dropout": 0.0, "inference_mode": True, "use_rslora": False, "alora_invocation_tokens": [7, 8],
-    }  # fmt: skip
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": "base-model",
+        "bias": "none",
+        "r": 4,
+        "lora_alpha": 12,
+        "lora_dropout": 0.0,
+        "inference_mode": True,
+        "use_rslora": False,
+        "alora_invocation_tokens": [7, 8],
+    }
     assert {name: config[name] for name in expected} == expected
     assert sorted(config["target_modules"]) == ["q_proj", "up_proj"]
 
@@ -169,7 +173,7 @@ def test_others_may_read_a_saved_folder(tmp_path):
     assert (tmp_path / "adapter").stat().st_mode & 0o777 == 0o755
 
 
-# --- full disks --------------------------------------------------------------------------------------------------------
+# --- full disks -------------------------------------------------------------------------------------------------------
 
 
 def assert_holds(folder: Path, expected: Adapter) -> None:
@@ -178,7 +182,9 @@ def assert_holds(folder: Path, expected: Adapter) -> None:
     assert loaded.theta.equal(expected.theta)
 
 
-@pytest.mark.parametrize("room", [0, 100, 4096], ids=["no byte fits", "part of the header fits", "part of the weights fits"])
+@pytest.mark.parametrize(
+    "room", [0, 100, 4096], ids=["no byte fits", "part of the header fits", "part of the weights fits"]
+)
 def test_a_write_that_fails_leaves_the_older_folder_and_nothing_else(tmp_path, room):
     old = random_adapter(seed=0)
     old.save_pretrained(tmp_path / "adapter")

@@ -24,6 +24,12 @@ print((before - memory()) >> 20)
 @pytest.mark.parametrize("environment, given_back", [({}, False), ({"MALLOC_MMAP_THRESHOLD_": "131072"}, True)])
 def test_freed_memory_is_kept(environment, given_back):
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", FREED], capture_output=True, text=True, check=True, env=inherited | environment)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", FREED],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=inherited | environment,
+    )
     mebibytes = int(done.stdout.split()[-1])
     assert (mebibytes > 200) if given_back else (mebibytes < 50)

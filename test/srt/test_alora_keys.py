@@ -4,6 +4,7 @@ from array import array
 from types import SimpleNamespace
 
 import pytest
+
 from sglang.srt.lora.backend.base_backend import BaseLoRABackend
 from sglang.srt.mezo.core.errors import ConfigError
 from sglang.srt.mezo.data.invocation import find_invocation

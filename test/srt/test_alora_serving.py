@@ -5,11 +5,12 @@ import json
 import pytest
 import safetensors.torch
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+
 from engine_process import ServingEngine
 from foreign_adapters import APPLIED, FILES, TENSORS, edit, saved
 from foreign_adapters import change_tensors as changed
-from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
 
 INVOCATION = [7, 8, 9]
 DOCUMENT = list(range(100, 164))
@@ -176,17 +177,28 @@ def peft_answer_at(root, folder, prompt) -> list[int]:
     return peft_answer(root, prompt, folder)[0]
 
 
-# --- adapters from outside ---------------------------------------------------------------------------------------------
+# --- adapters from outside --------------------------------------------------------------------------------------------
 
-# Of ``APPLIED``, whose matrices are held against PEFT's without an engine, one for each way in which SGLang takes an adapter.
-_TAKEN = ("alpha with a fraction", "patterns, rank-stabilised", "one layer", "modules left out", "an expression", "one of a fused layer")
+# Of ``APPLIED``, whose matrices are held against PEFT's without an engine, one for each way in which SGLang takes an
+# adapter.
+_TAKEN = (
+    "alpha with a fraction",
+    "patterns, rank-stabilised",
+    "one layer",
+    "modules left out",
+    "an expression",
+    "one of a fused layer",
+)
 SERVED = {
     **{name: APPLIED[name] for name in _TAKEN},
     **{f"{name}, activated": APPLIED[name] | {"alora_invocation_tokens": INVOCATION} for name in _TAKEN},
-    "layers without q": {"target_modules": ["q_proj", "v_proj", "up_proj"], "exclude_modules": [r"model.layers.0.self_attn.q_proj"]},
+    "layers without q": {
+        "target_modules": ["q_proj", "v_proj", "up_proj"],
+        "exclude_modules": [r"model.layers.0.self_attn.q_proj"],
+    },
     "gate alone in one layer": {"target_modules": ["model.layers.1.mlp.gate_proj", "down_proj"]},
     "all linear layers": {"target_modules": "all-linear"},
-}  # fmt: skip
+}
 
 
 def log_probs(engine, prompt, adapter) -> torch.Tensor:
@@ -197,7 +209,9 @@ def log_probs(engine, prompt, adapter) -> torch.Tensor:
 
 def load_from_tensors(engine, name, folder):
     tensors = safetensors.torch.load_file(folder / "adapter_model.safetensors")
-    return engine.load_lora_adapter_from_tensors(name, tensors, json.loads((folder / "adapter_config.json").read_text()))
+    return engine.load_lora_adapter_from_tensors(
+        name, tensors, json.loads((folder / "adapter_config.json").read_text())
+    )
 
 
 @pytest.fixture(scope="module")
@@ -218,7 +232,15 @@ def test_an_adapter_of_any_kind_answers_as_in_peft(engine, models, base, tmp_pat
     assert engine.unload_lora_adapter(name).success
 
 
-BAD_FIELDS = {"use_dora": True, "r": 2, "bias": "all", "target_modules": None, "lora_alpha": "x", "use_something_new": True, "peft_type": "IA3"}
+BAD_FIELDS = {
+    "use_dora": True,
+    "r": 2,
+    "bias": "all",
+    "target_modules": None,
+    "lora_alpha": "x",
+    "use_something_new": True,
+    "peft_type": "IA3",
+}
 
 
 def test_adapters_that_cannot_be_served_are_refused_and_leave_nothing(engine, models, base, tmp_path):
@@ -249,10 +271,15 @@ def test_adapters_that_cannot_be_served_are_refused_and_leave_nothing(engine, mo
         result = engine.load_lora_adapter_from_tensors("bad", tensors, fields)
         assert not result.success and field in result.error_message
     fields = json.loads((whole / "adapter_config.json").read_text())
-    for sent, load_format, message in (([b"no pickle"], "flattened_bucket", "serialized_named_tensors"), ([1, 2], None, "tensors='list' is not allowed")):
+    for sent, load_format, message in (
+        ([b"no pickle"], "flattened_bucket", "serialized_named_tensors"),
+        ([1, 2], None, "tensors='list' is not allowed"),
+    ):
         result = engine.load_lora_adapter_from_tensors("bad", sent, fields, load_format)
         assert not result.success and message in result.error_message
     assert engine.load_lora_adapter("bad", str(whole)).success, "the name is free"
-    torch.testing.assert_close(log_probs(engine, prompt, "bad"), peft_answer(models, prompt, whole)[1], atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        log_probs(engine, prompt, "bad"), peft_answer(models, prompt, whole)[1], atol=1e-4, rtol=0
+    )
     assert engine.unload_lora_adapter("bad").success
     assert torch.equal(log_probs(engine, prompt, "alora"), before)

@@ -1,4 +1,5 @@
-"""The command line of the main job: what users of other programs type works or is told in one line, and nothing has started then."""
+"""The command line of the main job: what users of other programs type works or is told in one line, and nothing has
+started then."""
 
 import subprocess
 import sys
@@ -6,16 +7,10 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import pytest
+
 from sglang.srt.mezo.core.config import MezoConfig
 from sglang.srt.mezo.core.errors import ConfigError, UsageError
-from sglang.srt.mezo.training.arguments import (
-    INSTEAD,
-    MEANT,
-    SAME,
-    build,
-    read,
-    status_of,
-)
+from sglang.srt.mezo.training.arguments import INSTEAD, MEANT, SAME, build, read, status_of
 from sglang.srt.mezo.training.finetune import DataArguments, ModelArguments
 
 ROOT = Path(__file__).parents[2]
@@ -26,7 +21,7 @@ def given(line: str) -> dict:
     return read(line.split(), KINDS)
 
 
-# --- what works --------------------------------------------------------------------------------------------------------
+# --- what works -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -47,16 +42,38 @@ def given(line: str) -> dict:
         ("--num_train none --perturbation_rank none", {"num_train": None, "perturbation_rank": None}),
         ("--scale_by_loss_std false --estimator TWO_SIDED", {"scale_by_loss_std": False, "estimator": "two_sided"}),
         (
-            "--task_name SST2 --trainer zo --load_float16 --model_name facebook/opt-125m --num_train 1000 --num_dev 500 --num_eval 100",
-            {"task": "SST2", "dtype": "float16", "model": "facebook/opt-125m", "num_train": 1000, "num_dev": 500, "num_test": 100},
+            "--task_name SST2 --trainer zo --load_float16 --model_name facebook/opt-125m --num_train 1000 --num_dev "
+            "500 --num_eval 100",
+            {
+                "task": "SST2",
+                "dtype": "float16",
+                "model": "facebook/opt-125m",
+                "num_train": 1000,
+                "num_dev": 500,
+                "num_test": 100,
+            },
         ),
-        ("--load_bfloat16 --load_float16 False --lora --zo_eps 1e-3", {"dtype": "bfloat16", "tuning": "lora", "zo_eps": 1e-3}),
+        (
+            "--load_bfloat16 --load_float16 False --lora --zo_eps 1e-3",
+            {"dtype": "bfloat16", "tuning": "lora", "zo_eps": 1e-3},
+        ),
         ("--train_as_classification --only_train_option True --non_diff False", {"objective": "classification"}),
         (
-            "--model_name_or_path gpt --dataset_name rows.csv --use_peft --lora_r 4 --lora_alpha 8 --lora_target_modules q_proj v_proj --lr 1e-2",
-            {"model": "gpt", "dataset": "rows.csv", "r": 4, "lora_alpha": 8.0, "target_modules": ["q_proj", "v_proj"], "learning_rate": 1e-2},
+            "--model_name_or_path gpt --dataset_name rows.csv --use_peft --lora_r 4 --lora_alpha 8 "
+            "--lora_target_modules q_proj v_proj --lr 1e-2",
+            {
+                "model": "gpt",
+                "dataset": "rows.csv",
+                "r": 4,
+                "lora_alpha": 8.0,
+                "target_modules": ["q_proj", "v_proj"],
+                "learning_rate": 1e-2,
+            },
         ),
-        ("--bf16 --lora_dropout 0 --eval_strategy steps --eval_steps 20 --save_strategy no", {"dtype": "bfloat16", "eval_steps": 20, "save_steps": 0}),
+        (
+            "--bf16 --lora_dropout 0 --eval_strategy steps --eval_steps 20 --save_strategy no",
+            {"dtype": "bfloat16", "eval_steps": 20, "save_steps": 0},
+        ),
     ],
 )
 def test_what_is_typed_reaches_its_field(line, expected):
@@ -91,7 +108,7 @@ def test_fields_of_other_dataclasses_are_flags_too():
         build([More], {})
 
 
-# --- what does not -----------------------------------------------------------------------------------------------------
+# --- what does not ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -163,7 +180,14 @@ def fails_with(error):
     return work
 
 
-@pytest.mark.parametrize("error", [ConfigError("r", 0, "at\nleast 1"), UsageError("r=0 is not allowed: at least 1"), OSError("r=0 is not allowed:\n at least 1")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConfigError("r", 0, "at\nleast 1"),
+        UsageError("r=0 is not allowed: at least 1"),
+        OSError("r=0 is not allowed:\n at least 1"),
+    ],
+)
 def test_a_mistake_is_told_in_one_line(capsys, error):
     assert status_of(fails_with(error)) == 2
     assert capsys.readouterr() == ("", "error: r=0 is not allowed: at least 1\n")
@@ -188,7 +212,7 @@ def test_help_explains_every_flag(capsys):
     assert "--task_name" not in shown  # one name a field is enough to read
 
 
-# --- the programs ------------------------------------------------------------------------------------------------------
+# --- the programs -----------------------------------------------------------------------------------------------------
 
 
 def run(*command: str) -> subprocess.CompletedProcess:
@@ -199,8 +223,14 @@ def run(*command: str) -> subprocess.CompletedProcess:
     ("command", "message"),
     [
         (("benchmarks/accuracy.py", "--jsn", "x"), "error: unknown flag --jsn: did you mean --json?"),
-        (("examples/finetune_in_server.py", "--hyperparameters", "{"), "error: argument --hyperparameters: invalid json_object value: '{'"),
-        (("examples/finetune_in_server.py", "--train", "nowhere.jsonl"), "error: [Errno 2] No such file or directory: 'nowhere.jsonl'"),
+        (
+            ("examples/finetune_in_server.py", "--hyperparameters", "{"),
+            "error: argument --hyperparameters: invalid json_object value: '{'",
+        ),
+        (
+            ("examples/finetune_in_server.py", "--train", "nowhere.jsonl"),
+            "error: [Errno 2] No such file or directory: 'nowhere.jsonl'",
+        ),
     ],
 )
 def test_a_program_ends_with_one_line(command, message):

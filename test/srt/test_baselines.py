@@ -18,7 +18,7 @@ from peft import PeftModel
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-from baselines import OfficialStyleMezo, StrongMezo, build_peft_model  # noqa: E402
+from baselines import OfficialStyleMezo, StrongMezo, build_peft_model
 
 EPS, LEARNING_RATE, SEED = 1e-3, 1e-2, 7
 LOSS_TOLERANCE = 1e-5
@@ -155,13 +155,7 @@ def loop_class(request) -> type:
 
 
 def make(loop_class: type, model: PeftModel):
-    return loop_class(
-        copy.deepcopy(model),
-        zo_eps=EPS,
-        learning_rate=LEARNING_RATE,
-        seed=SEED,
-        pad_token_id=PAD,
-    )
+    return loop_class(copy.deepcopy(model), zo_eps=EPS, learning_rate=LEARNING_RATE, seed=SEED, pad_token_id=PAD)
 
 
 def test_step_equals_oracle(case, loop_class, record_property):
@@ -174,8 +168,7 @@ def test_step_equals_oracle(case, loop_class, record_property):
     loop = make(loop_class, model)
     loss_plus, loss_minus, projected_grad = loop.step(batch)
     loss_error = max(
-        abs(loss_plus - shifted_loss(model, batch, z, EPS)),
-        abs(loss_minus - shifted_loss(model, batch, z, -EPS)),
+        abs(loss_plus - shifted_loss(model, batch, z, EPS)), abs(loss_minus - shifted_loss(model, batch, z, -EPS))
     )
     grad_error = abs(projected_grad - slope)
     record_property("loss_error", loss_error)
@@ -208,10 +201,7 @@ def test_prompt_without_invocation_runs_the_base_model(family):
     """Padding that looks like the invocation must not switch the adapter on."""
     model = random_adapter_model(family, "alora")
     model.active_peft_config.alora_invocation_tokens = [PAD]
-    batch = [
-        Row([25, 26, 27], [[33], [44]], 0),
-        Row([31, 32, 33, 34, 35, 36], [[33, 40], [44]], 1),
-    ]
+    batch = [Row([25, 26, 27], [[33], [44]], 0), Row([31, 32, 33, 34, 35, 36], [[33, 40], [44]], 1)]
     loss_plus, loss_minus, projected_grad = make(StrongMezo, model).step(batch)
     assert projected_grad == 0.0
     with model.disable_adapter(), torch.no_grad():

@@ -3,6 +3,7 @@
 from collections import Counter
 
 import pytest
+
 from sglang.srt.mezo.data.batches import BatchStream
 
 
@@ -75,10 +76,12 @@ def test_a_stream_with_additions_is_a_pure_function_of_the_step():
     assert [other.batch(step) for step in reversed(range(30))] == forwards[::-1]
 
 
-# --- windows -----------------------------------------------------------------------------------------------------------
+# --- windows ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("num_examples", "batch_size", "window", "echoes"), [(20, 4, 5, 3), (23, 4, 5, 3), (10, 3, 9, 2), (7, 5, 1, 4)])
+@pytest.mark.parametrize(
+    ("num_examples", "batch_size", "window", "echoes"), [(20, 4, 5, 3), (23, 4, 5, 3), (10, 3, 9, 2), (7, 5, 1, 4)]
+)
 def test_a_window_is_echoed_before_the_next(num_examples, batch_size, window, echoes):
     stream = BatchStream(num_examples, batch_size, seed=3, window=window, echoes=echoes)
     cycle = num_examples * echoes
@@ -111,7 +114,9 @@ def test_draws_from_windows_are_those_of_the_batches(step):
 
 def test_a_step_names_the_window_that_it_begins_in():
     stream = BatchStream(20, 4, seed=3, window=8, echoes=2)
-    assert [stream.window_of(step) for step in range(11)] == [(0, 0, 0)] * 4 + [(0, 0, 1)] * 4 + [(0, 0, 2)] * 2 + [(0, 1, 0)]
+    assert [stream.window_of(step) for step in range(11)] == [(0, 0, 0)] * 4 + [(0, 0, 1)] * 4 + [(0, 0, 2)] * 2 + [
+        (0, 1, 0)
+    ]
     assert BatchStream(20, 4, seed=3).window_of(3) is None
 
 

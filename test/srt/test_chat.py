@@ -1,18 +1,13 @@
-"""Training asks as requests do: the prompts of rows are those of SGLang's own handler, for every kind of row and template."""
+"""Training asks as requests do: the prompts of rows are those of SGLang's own handler, for every kind of row and
+template."""
 
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from conversations import (
-    ANSWERS_THAT_CALL,
-    MODEL,
-    REFUSED,
-    ROWS,
-    TEMPLATES,
-    SGLangsOwn,
-    request_for,
-)
+from transformers import AutoTokenizer
+
+from conversations import ANSWERS_THAT_CALL, MODEL, REFUSED, ROWS, TEMPLATES, SGLangsOwn, request_for
 from sglang.srt.mezo.core.errors import ConfigError, DataError
 from sglang.srt.mezo.data.chat import ChatSettings
 from sglang.srt.mezo.data.conversation import turns
@@ -21,7 +16,6 @@ from sglang.srt.mezo.data.invocation import find_invocation
 from sglang.srt.mezo.data.rows import SourceRow
 from sglang.srt.mezo.engine.chat import ChatRenderer
 from tiny import renderer
-from transformers import AutoTokenizer
 
 CONTEXT = 4096
 NAMES = (*TEMPLATES, "chatml", "llama-2")
@@ -94,14 +88,19 @@ def test_at_least_two_thirds_of_the_rows_are_rendered_by_each_template(sides):
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
-@pytest.mark.parametrize("kind", ["one question", "a system message", "three rounds", "blanks", "no ASCII", "a question that ends with a line"])
+@pytest.mark.parametrize(
+    "kind",
+    ["one question", "a system message", "three rounds", "blanks", "no ASCII", "a question that ends with a line"],
+)
 def test_prompt_and_answer_are_what_transformers_renders(template, kind):
     encoder, tokenizer = encoder_for(template)
     [example] = encoder.encode(ROWS[kind])
     whole = tokenizer.apply_chat_template(ROWS[kind]["messages"], tokenize=False)
     assert tokenizer.decode(example.prompt + example.options[0]) == whole
     answer = ROWS[kind]["messages"][-1]["content"]
-    assert tokenizer.decode(example.options[0]).startswith(answer) or tokenizer.decode(example.options[0]).startswith(" " + answer)
+    assert tokenizer.decode(example.options[0]).startswith(answer) or tokenizer.decode(example.options[0]).startswith(
+        " " + answer
+    )
 
 
 @pytest.mark.parametrize("kind", ANSWERS_THAT_CALL)
@@ -117,7 +116,9 @@ def test_an_answer_that_is_a_tool_call_is_learned_as_the_template_writes_it(kind
 @pytest.mark.parametrize("kind", ANSWERS_THAT_CALL)
 def test_a_template_that_writes_no_tool_calls_has_none_to_learn(template, kind):
     encoder, _ = encoder_for(template)
-    with pytest.raises(DataError, match=r"messages\[1\].tool_calls cannot be learned: the chat template does not write them"):
+    with pytest.raises(
+        DataError, match=r"messages\[1\].tool_calls cannot be learned: the chat template does not write them"
+    ):
         encoder.encode(ANSWERS_THAT_CALL[kind])
 
 
@@ -126,7 +127,10 @@ def test_the_servers_settings_count(tmp_path):
     settings = {"default_chat_template_kwargs": {"enable_thinking": False}}
     encoder, tokenizer = encoder_for("reasoning", **settings)
     [example] = encoder.encode(row)
-    assert tokenizer.decode(example.prompt).endswith("<think>\n\n</think>\n") and tokenizer.decode(example.options[0]) == " great<|im_end|>\n"
+    assert (
+        tokenizer.decode(example.prompt).endswith("<think>\n\n</think>\n")
+        and tokenizer.decode(example.options[0]) == " great<|im_end|>\n"
+    )
     assert example.prompt == SGLangsOwn(TEMPLATES["reasoning"], **settings).prompt(request_for(row, 1))
     encoder, tokenizer = encoder_for("chatml", reasoning_parser="deepseek-r1")
     asked = SGLangsOwn("chatml", reasoning_parser="deepseek-r1").prompt(request_for(row, 1))
@@ -137,7 +141,10 @@ def test_the_servers_settings_count(tmp_path):
 
 def test_a_template_in_a_file_of_sglangs_json_format_is_read(tmp_path):
     path = tmp_path / "mine.json"
-    path.write_text('{"name": "mine", "system": "S:", "user": "U", "assistant": "A", "sep_style": "CHATML", "sep": "</s>", "stop_str": "</s>"}')
+    path.write_text(
+        '{"name": "mine", "system": "S:", "user": "U", "assistant": "A", "sep_style": "CHATML", "sep": "</s>", '
+        '"stop_str": "</s>"}'
+    )
     encoder, _ = encoder_for(str(path))
     [example] = encoder.encode(ROWS["three rounds"])
     assert example.prompt == SGLangsOwn(str(path)).prompt(request_for(ROWS["three rounds"], 5))
@@ -171,7 +178,7 @@ def test_settings_can_be_sent_to_another_process():
     assert pickle.loads(pickle.dumps(settings)) == settings
 
 
-# --- the border between prompt and answer ------------------------------------------------------------------------------
+# --- the border between prompt and answer -----------------------------------------------------------------------------
 
 
 def test_an_answer_that_would_merge_with_the_prompt_leaves_the_prompt_as_it_is_served(tmp_path):
@@ -179,17 +186,25 @@ def test_an_answer_that_would_merge_with_the_prompt_leaves_the_prompt_as_it_is_s
     path.write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
     encoder, tokenizer = encoder_for(str(path))
     begun, rest = "gre", "at"
-    assert tokenizer.encode(begun + rest, add_special_tokens=False)[: len(tokenizer.encode(begun, add_special_tokens=False))] != tokenizer.encode(
-        begun, add_special_tokens=False
+    assert tokenizer.encode(begun + rest, add_special_tokens=False)[
+        : len(tokenizer.encode(begun, add_special_tokens=False))
+    ] != tokenizer.encode(begun, add_special_tokens=False)
+    [example] = encoder.encode(
+        {"messages": [{"role": "user", "content": begun}, {"role": "assistant", "content": rest}]}
     )
-    [example] = encoder.encode({"messages": [{"role": "user", "content": begun}, {"role": "assistant", "content": rest}]})
     assert list(example.prompt) == tokenizer.encode(begun, add_special_tokens=False)
     assert list(example.options[0]) == tokenizer.encode(rest, add_special_tokens=False)
 
 
 @pytest.mark.parametrize(
     ("template", "tail"),
-    [("strings", "[assistant]"), ("parts", "<assistant>"), ("tools", "<|im_start|>assistant\n"), ("reasoning", "<|im_start|>assistant\n"), ("chatml", "<|im_start|>assistant\n")],
+    [
+        ("strings", "[assistant]"),
+        ("parts", "<assistant>"),
+        ("tools", "<|im_start|>assistant\n"),
+        ("reasoning", "<|im_start|>assistant\n"),
+        ("chatml", "<|im_start|>assistant\n"),
+    ],
 )
 def test_the_generation_prompt_is_what_the_template_appends(template, tail):
     encoder, tokenizer = encoder_for(template)
@@ -201,7 +216,10 @@ def test_the_generation_prompt_is_what_the_template_appends(template, tail):
 @pytest.mark.parametrize("template", ["tools", "chatml", "llama-2", "reasoning"])
 def test_rows_of_chats_have_the_generation_prompt_as_invocation(template):
     encoder, _ = encoder_for(template)
-    rows = [SourceRow(ROWS[kind], "rows", 1) for kind in ("one question", "three rounds", "a system message", "a question that ends with a line", "no ASCII")]
+    rows = [
+        SourceRow(ROWS[kind], "rows", 1)
+        for kind in ("one question", "three rounds", "a system message", "a question that ends with a line", "no ASCII")
+    ]
     examples = encoder.encode_rows(rows)
     tokens = encoder.generation_prompt(rows, (example.prompt for example in examples))
     assert tokens

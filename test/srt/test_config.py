@@ -4,6 +4,7 @@ import pickle
 from dataclasses import FrozenInstanceError, fields
 
 import pytest
+
 from sglang.srt.mezo.core.config import MezoConfig
 from sglang.srt.mezo.core.errors import ConfigError, DataError, MezoError
 
@@ -11,19 +12,41 @@ from sglang.srt.mezo.core.errors import ConfigError, DataError, MezoError
 @pytest.mark.parametrize(
     ("field", "value", "allowed"),
     [
-        *((name, value, "at least 1") for value in (0, -3) for name in (
-            "r", "num_perturbations", "perturbation_interval", "echoes", "per_device_train_batch_size", "gradient_accumulation_steps",
-            "per_device_eval_batch_size", "max_tokens_per_batch", "eval_steps", "logging_steps",
-        )),
-        *((name, value, "a positive number") for value in (0.0, -1.0, float("nan")) for name in (
-            "lora_alpha", "learning_rate", "zo_eps", "num_train_epochs", "clip_projected_grad", "adam_epsilon",
-        )),
+        *(
+            (name, value, "at least 1")
+            for value in (0, -3)
+            for name in (
+                "r",
+                "num_perturbations",
+                "perturbation_interval",
+                "echoes",
+                "per_device_train_batch_size",
+                "gradient_accumulation_steps",
+                "per_device_eval_batch_size",
+                "max_tokens_per_batch",
+                "eval_steps",
+                "logging_steps",
+            )
+        ),
+        *(
+            (name, value, "a positive number")
+            for value in (0.0, -1.0, float("nan"))
+            for name in (
+                "lora_alpha",
+                "learning_rate",
+                "zo_eps",
+                "num_train_epochs",
+                "clip_projected_grad",
+                "adam_epsilon",
+            )
+        ),
         *((name, -1, "zero or more") for name in ("weight_decay", "warmup_steps", "save_steps")),
         ("max_steps", 10**9 + 1, "at most 1000000000"),
         ("num_train_epochs", 1e308, "at most 1000000000"),
-        *((name, 1e308, "at most 1000000") for name in (
-            "learning_rate", "weight_decay", "clip_projected_grad", "zo_eps", "lora_alpha", "adam_epsilon",
-        )),
+        *(
+            (name, 1e308, "at most 1000000")
+            for name in ("learning_rate", "weight_decay", "clip_projected_grad", "zo_eps", "lora_alpha", "adam_epsilon")
+        ),
         ("zo_eps", 1e-320, "at least 1e-12"),
         ("tuning", "prefix", "one of alora, lora"),
         ("objective", "f1", "one of classification, completion, language_modeling, null"),
@@ -32,7 +55,11 @@ from sglang.srt.mezo.core.errors import ConfigError, DataError, MezoError
         ("perturbation_rank", 0, "at least 1, or none for full rank"),
         ("estimator", "forward", "one of two_sided, one_sided, leave_one_out"),
         ("optim", "adam", "one of sgd, adamw"),
-        *((name, value, "at least 0 and below 1") for value in (-0.1, 1.0) for name in ("momentum", "adam_beta1", "adam_beta2")),
+        *(
+            (name, value, "at least 0 and below 1")
+            for value in (-0.1, 1.0)
+            for name in ("momentum", "adam_beta1", "adam_beta2")
+        ),
         ("report_to", "wandb", "one of none, tensorboard"),
         ("target_modules", [], "at least one module"),
         ("target_modules", "q_proj", "a list of strings, null"),
@@ -45,7 +72,7 @@ from sglang.srt.mezo.core.errors import ConfigError, DataError, MezoError
         ("seed", -1, "an unsigned 64-bit number"),
         ("seed", 2**64, "an unsigned 64-bit number"),
     ],
-)  # fmt: skip
+)
 def test_a_bad_value_is_an_error_with_field_value_and_range(field, value, allowed):
     with pytest.raises(ConfigError) as caught:
         MezoConfig(**{field: value})
@@ -54,7 +81,9 @@ def test_a_bad_value_is_an_error_with_field_value_and_range(field, value, allowe
     assert isinstance(caught.value, MezoError) and isinstance(caught.value, ValueError)
 
 
-@pytest.mark.parametrize("error", [ConfigError("r", 0, "at least 1"), DataError("no tokens", "rows.jsonl", 3), DataError("no tokens")])
+@pytest.mark.parametrize(
+    "error", [ConfigError("r", 0, "at least 1"), DataError("no tokens", "rows.jsonl", 3), DataError("no tokens")]
+)
 def test_an_error_says_the_same_after_travelling_between_processes(error):
     copy = pickle.loads(pickle.dumps(error))
     assert type(copy) is type(error)
@@ -98,7 +127,11 @@ def test_settings_that_do_not_go_together_are_refused(settings, field):
 )
 def test_defaults_follow_what_is_given(settings, estimator, scale_by_loss_std, learning_rate):
     config = MezoConfig(**settings)
-    assert (config.estimator, config.scale_by_loss_std, config.learning_rate) == (estimator, scale_by_loss_std, learning_rate)
+    assert (config.estimator, config.scale_by_loss_std, config.learning_rate) == (
+        estimator,
+        scale_by_loss_std,
+        learning_rate,
+    )
     assert MezoConfig(**config.to_dict()) == config  # what config.json says makes the same run
 
 
@@ -108,7 +141,9 @@ def test_directions_that_share_factors_have_a_rank():
     assert MezoConfig().perturbation_rank is None
 
 
-@pytest.mark.parametrize(("estimator", "slots", "passes"), [("two_sided", 9, 8), ("one_sided", 5, 5), ("leave_one_out", 5, 4)])
+@pytest.mark.parametrize(
+    ("estimator", "slots", "passes"), [("two_sided", 9, 8), ("one_sided", 5, 5), ("leave_one_out", 5, 4)]
+)
 def test_slots_and_forward_passes_follow_from_the_estimator(estimator, slots, passes):
     config = MezoConfig(num_perturbations=4, estimator=estimator)
     assert (config.num_slots, config.forward_passes) == (slots, passes)

@@ -1,6 +1,7 @@
 """Which messages of a row are learned, and the fields that a row may have."""
 
 import pytest
+
 from sglang.srt.mezo.core.errors import DataError
 from sglang.srt.mezo.data.conversation import turns
 
@@ -52,7 +53,10 @@ def test_an_answer_may_be_a_tool_call_alone():
 
 
 def test_what_says_nothing_may_be_there():
-    messages = [{**USER, "refusal": None}, {**ANSWER, "refusal": None, "audio": None, "function_call": None, "annotations": []}]
+    messages = [
+        {**USER, "refusal": None},
+        {**ANSWER, "refusal": None, "audio": None, "function_call": None, "annotations": []},
+    ]
     assert learned({"messages": messages, "functions": None, "tools": None, "score": None}) == [1]
 
 
@@ -66,15 +70,36 @@ def test_what_says_nothing_may_be_there():
         (row(True), "messages[1].weight=True must be 0 or 1"),
         (row("1"), "messages[1].weight='1' must be 0 or 1"),
         (row([1]), "messages[1].weight=[1] must be 0 or 1"),
-        ({"messages": [{**USER, "weight": 1}, ANSWER]}, "messages[0].weight=1 is not allowed: only assistant messages have a weight"),
-        ({"messages": [ANSWER, USER, {**ANSWER, "weight": 1}]}, "messages[0] is an assistant message that nothing asks for"),
-        ({"messages": [USER, {**ANSWER, "content": ""}, USER, {**ANSWER, "weight": 1}]}, "messages[1].content='' must be a non-empty string"),
-        (row(1, functions=[{"name": "rate"}]), "functions=[{'name': 'rate'}] is not supported in a row of messages: use tools"),
-        (row(1, weight=1), "weight=1 is not supported in a row of messages: there are messages, tools, parallel_tool_calls"),
+        (
+            {"messages": [{**USER, "weight": 1}, ANSWER]},
+            "messages[0].weight=1 is not allowed: only assistant messages have a weight",
+        ),
+        (
+            {"messages": [ANSWER, USER, {**ANSWER, "weight": 1}]},
+            "messages[0] is an assistant message that nothing asks for",
+        ),
+        (
+            {"messages": [USER, {**ANSWER, "content": ""}, USER, {**ANSWER, "weight": 1}]},
+            "messages[1].content='' must be a non-empty string",
+        ),
+        (
+            row(1, functions=[{"name": "rate"}]),
+            "functions=[{'name': 'rate'}] is not supported in a row of messages: use tools",
+        ),
+        (
+            row(1, weight=1),
+            "weight=1 is not supported in a row of messages: there are messages, tools, parallel_tool_calls",
+        ),
         (row(1, temperature=0), "temperature=0 is not supported"),
-        ({"messages": [USER, {**ANSWER, "function_call": {"name": "rate", "arguments": "{}"}}]}, "messages[1].function_call="),
+        (
+            {"messages": [USER, {**ANSWER, "function_call": {"name": "rate", "arguments": "{}"}}]},
+            "messages[1].function_call=",
+        ),
         ({"messages": [USER, {**ANSWER, "refusal": "no"}]}, "messages[1].refusal='no' is not supported"),
-        ({"messages": [{**USER, "weigth": 0}, ANSWER]}, "messages[0].weigth=0 is not supported in a row of messages: there are role, content,"),
+        (
+            {"messages": [{**USER, "weigth": 0}, ANSWER]},
+            "messages[0].weigth=0 is not supported in a row of messages: there are role, content,",
+        ),
     ],
 )
 def test_every_other_field_and_value_is_refused_by_name(fields, reason):

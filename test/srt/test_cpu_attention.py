@@ -6,18 +6,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 from sglang.srt.layers.radix_attention import AttentionType
 from sglang.srt.mezo.cpu import kernel
 from sglang.srt.mezo.cpu.attention import CpuAttentionBackend
-from sglang.srt.mezo.cpu.attention_plan import (
-    GROUP_COST,
-    MAX_FRESH,
-    PADDING_LIMIT,
-    Row,
-    pairs,
-    plan,
-)
+from sglang.srt.mezo.cpu.attention_plan import GROUP_COST, MAX_FRESH, PADDING_LIMIT, Row, pairs, plan
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 POOL_TOKENS, CONTEXT = 20000, 700
@@ -152,8 +146,12 @@ CASES = {
     "heads of 128, grouped": dict(rows=random_rows((0, 40), (1, 9)), heads=6, kv_heads=2, dim=128),
     "many rows over one prefix": dict(rows=[(21, 3)] * 100, shared=[0] * 100),
     "some long, some short": dict(rows=random_rows((0, 60), (1, 2)) + random_rows((0, 60), (33, 60), count=4)),
-    "rows that do not fill tiles": dict(rows=[(0, 130), (33, 65), (31, 9), (160, 64), (5, 8), (0, 7)], heads=6, kv_heads=2, dim=80),
-    "long rows over one prefix": dict(rows=[(40, 30), (40, 66), (40, 7), (40, 9)], shared=[0, 0, 0, 0], heads=6, kv_heads=2, dim=64),
+    "rows that do not fill tiles": dict(
+        rows=[(0, 130), (33, 65), (31, 9), (160, 64), (5, 8), (0, 7)], heads=6, kv_heads=2, dim=80
+    ),
+    "long rows over one prefix": dict(
+        rows=[(40, 30), (40, 66), (40, 7), (40, 9)], shared=[0, 0, 0, 0], heads=6, kv_heads=2, dim=64
+    ),
     "longer than one piece": dict(rows=[(3, MAX_FRESH + 90), (0, MAX_FRESH + 1), (4, 2)]),
 }
 
@@ -281,7 +279,8 @@ def test_what_is_not_a_number_stays_so():
 
 
 def spoil(case: Case, value: float, seed: int = 0) -> torch.Tensor:
-    """Put `value` into the keys and values of some fresh tokens of every second row; returns bool (tokens,), who sees one of them."""
+    """Put `value` into the keys and values of some fresh tokens of every second row; returns bool (tokens,), who
+    sees one of them."""
     rng = random.Random(seed)
     sees, start = torch.zeros(len(case.q), dtype=torch.bool), 0
     for number, (prefix, fresh) in enumerate(case.rows):

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+
 from sglang.srt.mezo.cpu import linear as module
 from sglang.srt.mezo.cpu.linear import c_linear, linear
 
@@ -22,7 +23,9 @@ def by(request, monkeypatch) -> str:
 @pytest.mark.parametrize("columns, outputs", [(96, 50), (1, 1), (1000, 96), (1537, 7)])
 def test_equals_float64(by, rows, columns, outputs, bias):
     generator = torch.Generator().manual_seed(rows)
-    x, weight, b = (torch.randn(*shape, generator=generator) for shape in ((rows, columns), (outputs, columns), (outputs,)))
+    x, weight, b = (
+        torch.randn(*shape, generator=generator) for shape in ((rows, columns), (outputs, columns), (outputs,))
+    )
     result = linear(x, weight, b if bias else None)
     expected = x.double() @ weight.double().T + (b if bias else 0)
     assert result.shape == (rows, outputs) and result.dtype == torch.float32
@@ -34,7 +37,14 @@ def test_takes_inputs_and_weights_that_lie_in_larger_tensors(by):
     wide, tall, deep = (torch.randn(*shape, generator=generator) for shape in ((10, 200), (120, 64), (4, 5, 64)))
     weight, bias = tall[20:100], torch.randn(160, generator=generator)[::2]
     transposed = torch.randn(64, 30, generator=generator).T
-    for x, w in ((wide[:, 30:94], weight), (wide[::2, :64], weight), (wide[:, 10:138:2], weight), (deep, weight), (wide[:, :64], transposed), (wide[:, :64], tall[::2])):
+    for x, w in (
+        (wide[:, 30:94], weight),
+        (wide[::2, :64], weight),
+        (wide[:, 10:138:2], weight),
+        (deep, weight),
+        (wide[:, :64], transposed),
+        (wide[:, :64], tall[::2]),
+    ):
         torch.testing.assert_close(linear(x, w), x @ w.T, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(linear(deep, weight, bias), deep @ weight.T + bias, atol=1e-4, rtol=1e-4)
 
@@ -53,7 +63,9 @@ def test_rows_that_happen_to_lie_behind_an_input_do_not_matter(by):
 def test_numbers_that_are_not_finite_stay_in_their_row(columns, dtype):
     """As layers and the head call it; in bfloat16 oneDNN may read behind the end of a row."""
     generator = torch.Generator().manual_seed(0)
-    weight, x, bias = (torch.randn(*shape, generator=generator).to(dtype) for shape in ((96, columns), (70, columns), (96,)))
+    weight, x, bias = (
+        torch.randn(*shape, generator=generator).to(dtype) for shape in ((96, columns), (70, columns), (96,))
+    )
     layer = SimpleNamespace(weight=weight)
 
     def original(method, layer, x, bias):

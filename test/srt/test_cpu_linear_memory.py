@@ -29,7 +29,11 @@ def compiled(calls: str, environment: dict[str, str]) -> list[bool]:
 
 @pytest.mark.parametrize(
     "environment, first_was_kept",
-    [({}, False), ({"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "1024"}, True), ({"DNNL_PRIMITIVE_CACHE_CAPACITY": "1024"}, True)],
+    [
+        ({}, False),
+        ({"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "1024"}, True),
+        ({"DNNL_PRIMITIVE_CACHE_CAPACITY": "1024"}, True),
+    ],
 )
 def test_the_latest_kernels_are_kept(environment, first_was_kept):
     misses = compiled("[(1, width) for width in [*range(1, 301), 300, 1]]", environment)

@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+
 from sglang.srt.mezo.cpu.lora import CpuLoRABackend, merge_segments, plan_blocks
 
 SLOTS, MAX_RANK, IN = 6, 8, 24
@@ -46,9 +47,7 @@ class Layer:
 
 def backend_for(lengths, slots) -> CpuLoRABackend:
     backend = CpuLoRABackend(max_loras_per_batch=SLOTS, device=torch.device("cpu"))
-    backend.prepare_lora_token_segments(
-        segment_lens=lengths, weight_indices=slots, lora_ranks=RANKS, scalings=SCALINGS
-    )
+    backend.prepare_lora_token_segments(segment_lens=lengths, weight_indices=slots, lora_ranks=RANKS, scalings=SCALINGS)
     return backend
 
 
@@ -120,19 +119,24 @@ def test_bfloat16():
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
 @pytest.mark.parametrize(("width", "rank"), [(24, 4), (64, 8), (41, 3), (100, 5), (80, 34)])
 def test_what_an_adapter_or_a_token_holds_stays_in_its_rows(dtype, value, width, rank):
-    """Adapters 1 to 4 in turn, several times, and in one batched product; slot 2's numbers are none, as is a token of slot 4."""
+    """Adapters 1 to 4 in turn, several times, and in one batched product; slot 2's numbers are none, as is a token
+    of slot 4."""
     torch.manual_seed(0)
     x = torch.randn(68, width).to(dtype)
     lora_a, lora_b = torch.randn(5, rank, width).to(dtype), torch.randn(5, 48, rank).to(dtype)
     for slots in ([0, 1, 2, 3, 4, 2, 1, 2, 4, 1], [1, 2, 3, 4]):
         backend = CpuLoRABackend(max_loras_per_batch=5, device=torch.device("cpu"))
         lengths = [len(x) // len(slots)] * len(slots)
-        backend.prepare_lora_token_segments(segment_lens=lengths, weight_indices=slots, lora_ranks=[0, *[rank] * 4], scalings=[2.0] * 5)
+        backend.prepare_lora_token_segments(
+            segment_lens=lengths, weight_indices=slots, lora_ranks=[0, *[rank] * 4], scalings=[2.0] * 5
+        )
         slot_of = torch.tensor(slots).repeat_interleave(lengths[0])
         tokens, bad_a, bad_b = x[: len(slot_of)].clone(), lora_a.clone(), lora_b.clone()
 
         def run(a, b):
-            return backend.forward_with_base(None, tokens, lambda: torch.zeros(len(tokens), 48, dtype=dtype), a, b, None, [0, 48])
+            return backend.forward_with_base(
+                None, tokens, lambda: torch.zeros(len(tokens), 48, dtype=dtype), a, b, None, [0, 48]
+            )
 
         expected = run(lora_a, lora_b)
         bad_a[2], bad_b[2, ::2] = value, value

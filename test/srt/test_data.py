@@ -5,13 +5,9 @@ import logging
 from pathlib import Path
 
 import pytest
+
 from sglang.srt.mezo.core.errors import DataError
-from sglang.srt.mezo.data.examples import (
-    Encoder,
-    Example,
-    default_objective,
-    get_task,
-)
+from sglang.srt.mezo.data.examples import Encoder, Example, default_objective, get_task
 from sglang.srt.mezo.data.rows import SourceRow, read_rows
 from sglang.srt.mezo.data.tasks import TASKS
 from tiny import CHAT_TEMPLATE, renderer, tiny_tokenizer
@@ -42,7 +38,7 @@ def write_lines(path: Path, *lines: object) -> str:
     return str(path)
 
 
-# --- forms of rows -----------------------------------------------------------------------------------------------------
+# --- forms of rows ----------------------------------------------------------------------------------------------------
 
 
 def test_options_continue_the_prompt_and_keep_their_label(encoder, tokenizer):
@@ -63,9 +59,11 @@ def test_a_completion_that_has_its_end_gets_no_second_one(encoder, tokenizer):
 
 def test_messages_go_through_the_chat_template_and_train_the_last_answer(encoder, tokenizer):
     messages = [
-        {"role": "user", "content": "yes"}, {"role": "assistant", "content": "no"},
-        {"role": "user", "content": "maybe"}, {"role": "assistant", "content": "great"},
-    ]  # fmt: skip
+        {"role": "user", "content": "yes"},
+        {"role": "assistant", "content": "no"},
+        {"role": "user", "content": "maybe"},
+        {"role": "assistant", "content": "great"},
+    ]
     [example] = Encoder(tokenizer, 100, chat=renderer(tokenizer)).encode({"messages": messages})
     assert tokenizer.decode(example.prompt) == "<user>yes</s><assistant>no</s><user>maybe</s><assistant>"
     assert tokenizer.decode(example.options[0]) == "great</s>"
@@ -77,7 +75,9 @@ def test_plain_text_is_cut_into_blocks_of_the_context(encoder, tokenizer):
     examples = encoder.encode({"text": text})
     tokens = [token for example in examples for token in example.prompt + example.options[0]]
     assert tuple(tokens) == (END, *ids(tokenizer, text))
-    assert [len(example.prompt) + len(example.options[0]) for example in examples[:-1]] == [CONTEXT] * (len(examples) - 1)
+    assert [len(example.prompt) + len(example.options[0]) for example in examples[:-1]] == [CONTEXT] * (
+        len(examples) - 1
+    )
     assert all(len(example.prompt) == 1 and len(example.options) == 1 for example in examples)
 
 
@@ -117,7 +117,7 @@ def test_the_objective_follows_the_form_of_the_rows(encoder):
     assert objective({"text": "it was great"}) == "language_modeling"
 
 
-# --- bad rows ----------------------------------------------------------------------------------------------------------
+# --- bad rows ---------------------------------------------------------------------------------------------------------
 
 _USER, _ANSWER = {"role": "user", "content": "yes"}, {"role": "assistant", "content": "no"}
 
@@ -125,7 +125,10 @@ BAD_ROWS = {
     "broken JSON": ('{"prompt": ', "not JSON"),
     "deeply nested": ('{"text": ' + "[" * 100_000, "not JSON: maximum recursion depth exceeded"),
     "half of a surrogate pair": ('{"text": "\\ud800"}', "text is no Unicode text"),
-    "option half of a surrogate pair": ('{"prompt": "it", "options": ["a", "\\udfff"], "label": 0}', "options is no Unicode text"),
+    "option half of a surrogate pair": (
+        '{"prompt": "it", "options": ["a", "\\udfff"], "label": 0}',
+        "options is no Unicode text",
+    ),
     "column of ours": ({"__broken__": 5}, "columns ['__broken__'] have none of the forms"),
     "no object": ([1, 2], "a JSON object is needed, not list"),
     "no known form": ({"question": "?"}, "columns ['question'] have none of the forms"),
@@ -134,17 +137,26 @@ BAD_ROWS = {
     "empty option": ({**CHOICE, "options": [" great", ""]}, "none may be empty"),
     "options no list": ({**CHOICE, "options": " great"}, "options=' great' must be a list of strings"),
     "option no text": ({**CHOICE, "options": [" great", 3]}, "must be a list of strings"),
-    "two options the same": ({**CHOICE, "options": [" bad", " great", " bad"]}, "options[0]=' bad' and options[2]=' bad' are the same tokens"),
+    "two options the same": (
+        {**CHOICE, "options": [" bad", " great", " bad"]},
+        "options[0]=' bad' and options[2]=' bad' are the same tokens",
+    ),
     "label too large": ({**CHOICE, "label": 2}, "label=2 must be an index of the 2 options"),
     "label negative": ({**CHOICE, "label": -1}, "label=-1 must be an index of the 2 options"),
     "label a boolean": ({**CHOICE, "label": True}, "label=True must be an index of the 2 options"),
     "label in words": ({**CHOICE, "label": "bad"}, "label='bad' must be an index of the 2 options"),
-    "empty prompt of a completion": ({"prompt": "", "completion": "it"}, 'prompt=\'\' must be a non-empty string: {"text"} instead'),
+    "empty prompt of a completion": (
+        {"prompt": "", "completion": "it"},
+        "prompt='' must be a non-empty string: {\"text\"} instead",
+    ),
     "empty prompt": ({**CHOICE, "prompt": ""}, "prompt='' must be a non-empty string"),
     "prompt no text": ({"prompt": None, "completion": "a"}, "prompt=None must be a non-empty string"),
     "empty completion": ({"prompt": "it", "completion": ""}, "completion='' must be a non-empty string"),
     "empty text": ({"text": ""}, "text='' must be a non-empty string"),
-    "prompt too long": ({"prompt": "it was" * 100, "completion": " great"}, f"tokens and an option are more than the context of {CONTEXT}"),
+    "prompt too long": (
+        {"prompt": "it was" * 100, "completion": " great"},
+        f"tokens and an option are more than the context of {CONTEXT}",
+    ),
     "too long": ({"prompt": "it was", "completion": " great" * 100}, f"tokens are more than the context of {CONTEXT}"),
     "messages no list": ({"messages": "hello"}, "messages must be a list"),
     "no messages": ({"messages": []}, "messages must be a list"),
@@ -153,11 +165,23 @@ BAD_ROWS = {
     "empty answer": ({"messages": [_USER, {**_ANSWER, "content": ""}]}, "messages[1].content='' must be"),
     "answer without content": ({"messages": [_USER, {"role": "assistant"}]}, "messages[1].content=None must be"),
     "answer no object": ({"messages": ["yes", "no"]}, "ends with an assistant message"),
-    "message no object": ({"messages": ["yes", _ANSWER]}, "messages[0]='yes' must be an object with a role and a content"),
-    "message without role": ({"messages": [{"content": "yes"}, _ANSWER]}, "messages[0]={'content': 'yes'} must be an object with a role"),
+    "message no object": (
+        {"messages": ["yes", _ANSWER]},
+        "messages[0]='yes' must be an object with a role and a content",
+    ),
+    "message without role": (
+        {"messages": [{"content": "yes"}, _ANSWER]},
+        "messages[0]={'content': 'yes'} must be an object with a role",
+    ),
     "message without content": ({"messages": [{"role": "user"}, _ANSWER]}, "messages[0].content=None must be a string"),
-    "no role of a request": ({"messages": [{**_USER, "role": "judge"}, _ANSWER]}, "messages[0].role='judge' is not allowed"),
-    "template refuses": ({"messages": [{**_USER, "role": "system"}, _ANSWER]}, "the chat template refuses the messages: no such role"),
+    "no role of a request": (
+        {"messages": [{**_USER, "role": "judge"}, _ANSWER]},
+        "messages[0].role='judge' is not allowed",
+    ),
+    "template refuses": (
+        {"messages": [{**_USER, "role": "system"}, _ANSWER]},
+        "the chat template refuses the messages: no such role",
+    ),
 }
 
 

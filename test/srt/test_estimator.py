@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+
 from sglang.srt.mezo.core.estimator import forward_passes, paired, projected_grads
 from sglang.srt.mezo.core.noise import direction
 

@@ -11,9 +11,16 @@ from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[2]
 SUMMARY = {
-    "zero_shot_accuracy", "accuracy", "steps", "train_seconds", "steps_per_second", "prefix_tokens_reused", "prefix_tokens_total",
-    "peak_rss_bytes", "adapter_dir",
-}  # fmt: skip
+    "zero_shot_accuracy",
+    "accuracy",
+    "steps",
+    "train_seconds",
+    "steps_per_second",
+    "prefix_tokens_reused",
+    "prefix_tokens_total",
+    "peak_rss_bytes",
+    "adapter_dir",
+}
 
 
 def run(*arguments: str, succeed: bool = True) -> subprocess.CompletedProcess:
@@ -29,8 +36,19 @@ def summary_of(folder: Path) -> dict:
 @pytest.mark.parametrize("tuning", ["alora", "lora"])
 def test_the_main_job_runs_and_resumes(tmp_path, tuning):
     folder = tmp_path / "run"
-    command = ("examples/mezo_opt_training.py", "--output_dir", str(folder), "--tuning", tuning, "--num_test", "40", "--num_dev", "20",
-               "--lr_scheduler_type", "constant")  # fmt: skip
+    command = (
+        "examples/mezo_opt_training.py",
+        "--output_dir",
+        str(folder),
+        "--tuning",
+        tuning,
+        "--num_test",
+        "40",
+        "--num_dev",
+        "20",
+        "--lr_scheduler_type",
+        "constant",
+    )
     first = run(*command, "--max_steps", "10")
     assert "steps/s" in first.stdout and "launch_server" in first.stdout
     assert SUMMARY <= summary_of(folder).keys()
@@ -46,13 +64,24 @@ def test_the_main_job_runs_and_resumes(tmp_path, tuning):
 
 def test_a_run_goes_on_from_the_adapter_of_another(tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
-    command = ("examples/mezo_opt_training.py", "--num_test", "8", "--num_dev", "20", "--learning_rate", "0.05", "--no_load_best_model_at_end")
+    command = (
+        "examples/mezo_opt_training.py",
+        "--num_test",
+        "8",
+        "--num_dev",
+        "20",
+        "--learning_rate",
+        "0.05",
+        "--no_load_best_model_at_end",
+    )
     run(*command, "--output_dir", str(first), "--max_steps", "4")
     command += ("--output_dir", str(second), "--init_from", str(first / "adapter"))
     refused = run(*command, "--r", "3", succeed=False)
     assert refused.returncode == 2 and "r=3 is not allowed" in refused.stderr.splitlines()[-1]
     run(*command, "--max_steps", "2")
-    weights = [load_file(folder / "adapter_model.safetensors") for folder in (first / "adapter", second / "initial_adapter")]
+    weights = [
+        load_file(folder / "adapter_model.safetensors") for folder in (first / "adapter", second / "initial_adapter")
+    ]
     assert all(torch.equal(weights[0][name], tensor) for name, tensor in weights[1].items())
     before, after = eval_losses(first), eval_losses(second)
     assert after[0] == pytest.approx(before[4], abs=1e-5) and after[0] != pytest.approx(before[0], abs=1e-3)
@@ -69,8 +98,23 @@ def test_a_plain_text_is_learned_as_a_language_model(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("the plot is dull. the acting is superb.\n" * 40)
     folder = tmp_path / "run"
-    run("examples/mezo_opt_training.py", "--model", "examples/assets/opt-reviews", "--dataset", str(text), "--tuning", "lora", "--dtype", "float32",
-        "--max_steps", "4", "--per_device_train_batch_size", "2", "--output_dir", str(folder))  # fmt: skip
+    run(
+        "examples/mezo_opt_training.py",
+        "--model",
+        "examples/assets/opt-reviews",
+        "--dataset",
+        str(text),
+        "--tuning",
+        "lora",
+        "--dtype",
+        "float32",
+        "--max_steps",
+        "4",
+        "--per_device_train_batch_size",
+        "2",
+        "--output_dir",
+        str(folder),
+    )
     summary = summary_of(folder)
     assert summary["accuracy"] is None
     assert json.loads((folder / "config.json").read_text())["tuning"] == "lora"

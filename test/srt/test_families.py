@@ -3,16 +3,12 @@
 from pathlib import Path
 
 import pytest
-import tiny_models
 import transformers
-from sglang.srt.mezo.adapters.families import (
-    FAMILIES,
-    family_of,
-    model_modules,
-    require_modules,
-)
-from sglang.srt.mezo.core.errors import ConfigError
 from transformers import AutoConfig
+
+import tiny_models
+from sglang.srt.mezo.adapters.families import FAMILIES, family_of, model_modules, require_modules
+from sglang.srt.mezo.core.errors import ConfigError
 
 
 @pytest.mark.parametrize("architecture", FAMILIES)
@@ -101,4 +97,6 @@ def test_the_page_lists_every_family():
     """``python benchmarks/families.py`` writes the table."""
     rows = (Path(__file__).parents[2] / "docs" / "models.md").read_text().splitlines()
     for architecture, family in FAMILIES.items():
-        assert any(row.startswith(f"| {family.name} | `{architecture}` | {', '.join(family.modules)} |") for row in rows), family.name
+        assert any(
+            row.startswith(f"| {family.name} | `{architecture}` | {', '.join(family.modules)} |") for row in rows
+        ), family.name

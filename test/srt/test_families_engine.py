@@ -1,23 +1,25 @@
-"""Every family that can be trained: losses, saved files and served answers against Transformers + PEFT, LoRA and aLoRA, in float32."""
+"""Every family that can be trained: losses, saved files and served answers against Transformers + PEFT, LoRA and
+aLoRA, in float32."""
 
 import json
 from contextlib import nullcontext
 from pathlib import Path
 
-import oracle
 import pytest
-import tiny_models
 import torch
-from engine_process import EngineProcess
 from peft import PeftModel
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import oracle
+import tiny_models
+from engine_process import EngineProcess
 from sglang.srt.mezo.adapters.adapter import Adapter, AdapterSpec
 from sglang.srt.mezo.adapters.families import FAMILIES
 from sglang.srt.mezo.core.config import MezoConfig
 from sglang.srt.mezo.core.noise import direction
 from sglang.srt.mezo.core.passes import drain
 from sglang.srt.mezo.data.examples import Example
-from transformers import AutoModelForCausalLM
 
 NEW_TOKENS = 4
 BATCHES = {
@@ -27,7 +29,7 @@ BATCHES = {
 PROMPTS = [example.prompt for example in oracle.with_shared_beginnings(oracle.examples(3))]
 
 
-# --- run in the engine's process ---------------------------------------------------------------------------------------
+# --- run in the engine's process --------------------------------------------------------------------------------------
 
 
 def sites(engine, targets):
@@ -64,7 +66,7 @@ def serve(engine, path: Path) -> dict:
     return in_scheduler.answers(engine, prompts, [lora_id, None] * len(PROMPTS), NEW_TOKENS)
 
 
-# --- fixtures ------------------------------------------------------------------------------------------------------------
+# --- fixtures ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module", params=list(FAMILIES))
@@ -73,9 +75,16 @@ def model(request, tmp_path_factory):
     path = tiny_models.save_model(request.param, tmp_path_factory.mktemp("family") / request.param)
     family = FAMILIES[request.param]
     engine = EngineProcess(
-        model_path=path, r=4, target_modules=family.modules, num_slots=5, dtype="float32", skip_tokenizer_init=True, max_total_tokens=4000,
-        disable_overlap_schedule=True, log_level="error",
-    )  # fmt: skip
+        model_path=path,
+        r=4,
+        target_modules=family.modules,
+        num_slots=5,
+        dtype="float32",
+        skip_tokenizer_init=True,
+        max_total_tokens=4000,
+        disable_overlap_schedule=True,
+        log_level="error",
+    )
     yield family, path, engine
     engine.close()
 
@@ -113,7 +122,7 @@ def log_probs(reference: oracle.Reference, tokens: list[int]) -> torch.Tensor:
     return torch.log_softmax(logits[:-1], -1).gather(1, torch.tensor(tokens)[1:, None])[:, 0]
 
 
-# --- the properties ------------------------------------------------------------------------------------------------------
+# --- the properties ---------------------------------------------------------------------------------------------------
 
 
 def test_saved_files_are_what_peft_would_save(trained):
@@ -124,7 +133,9 @@ def test_saved_files_are_what_peft_would_save(trained):
     own = {name.replace(".default", ""): p for name, p in loaded.named_parameters() if "lora_" in name}
     assert own.keys() == state.keys(), "PEFT takes every matrix and misses none"
     assert all(torch.equal(own[name], state[name]) for name in own)
-    assert set(json.loads((folder / "adapter_config.json").read_text())["target_modules"]) == set(adapter.spec.target_modules)
+    assert set(json.loads((folder / "adapter_config.json").read_text())["target_modules"]) == set(
+        adapter.spec.target_modules
+    )
 
 
 def test_losses_equal_peft(trained, record):
@@ -140,7 +151,9 @@ def test_losses_equal_peft(trained, record):
 
 
 def reference_loss(reference: oracle.Reference, objective: str, batch: list[Example]) -> float:
-    return (reference.option_losses(batch).mean() if objective == "classification" else reference.token_loss(batch)).item()
+    return (
+        reference.option_losses(batch).mean() if objective == "classification" else reference.token_loss(batch)
+    ).item()
 
 
 def test_served_log_probabilities_equal_peft(trained, record):
@@ -150,4 +163,6 @@ def test_served_log_probabilities_equal_peft(trained, record):
         for answer, model in ((adapted, nullcontext()), (base, reference.model.disable_adapter())):
             with model:
                 expected = log_probs(reference, [*prompt, *answer.tokens])
-            record("served", (torch.tensor(answer.prompt_log_probs + answer.log_probs) - expected).abs().max().item(), 1e-4)
+            record(
+                "served", (torch.tensor(answer.prompt_log_probs + answer.log_probs) - expected).abs().max().item(), 1e-4
+            )

@@ -1,4 +1,5 @@
-"""Fields of a configuration that change Transformers' log-probabilities: SGLang computes them, or a warning or a refusal names them."""
+"""Fields of a configuration that change Transformers' log-probabilities: SGLang computes them, or a warning or a
+refusal names them."""
 
 from collections.abc import Iterator
 from copy import deepcopy
@@ -7,14 +8,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny_models
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import tiny_models
 from engine_process import EngineProcess
 from sglang.srt.mezo.adapters.differences import differences
 from sglang.srt.mezo.adapters.families import FAMILIES, family_of
 from sglang.srt.mezo.core.errors import ConfigError
 from sglang.srt.mezo.engine.handle import warn_of_differences
-from transformers import AutoConfig, AutoModelForCausalLM
 
 IDS = torch.randint(10, tiny_models.VOCAB, (100,), generator=torch.Generator().manual_seed(5)).tolist()
 SEQUENCES = (IDS, IDS[:20])  # a batch: what one of them is given must not depend on the other
@@ -40,17 +42,47 @@ ROPES = [
     rope("longrope", short_factor=[1.0] * 8, long_factor=[2.0] * 8, factor=4.0, original_max_position_embeddings=32),
 ]
 VALUES = {
-    "attention_bias": [True, False], "mlp_bias": [True], "hidden_act": ["silu", "gelu", "gelu_pytorch_tanh", "relu"],
-    "hidden_activation": ["gelu", "silu"], "rms_norm_eps": [0.1], "layer_norm_eps": [0.1], "norm_epsilon": [0.1], "rope_parameters": ROPES,
-    "tie_word_embeddings": [True, False], "head_dim": [8, 24], "sliding_window": [8], "use_sliding_window": [True], "max_window_layers": [1],
-    "layer_types": [[FULL, SLIDING], [FULL, FULL], [SLIDING, SLIDING]], "num_key_value_heads": [4, 1], "attn_logit_softcapping": [None, 2.0],
-    "final_logit_softcapping": [None, 1.0], "query_pre_attn_scalar": [64], "embedding_multiplier": [1.5], "logits_scaling": [5.0],
-    "residual_multiplier": [0.3], "attention_multiplier": [0.5], "logit_scale": [1.0, 0.1], "use_qk_norm": [True], "qk_layernorm": [True],
-    "use_parallel_residual": [True], "use_qkv_bias": [True], "use_bias": [False], "norm_topk_prob": [True, False], "decoder_sparse_step": [2],
-    "mlp_only_layers": [[0]], "num_experts_per_tok": [1], "use_bidirectional_attention": [True], "do_layer_norm_before": [False],
-    "enable_bias": [False], "activation_function": ["gelu"], "word_embed_proj_dim": [32], "layer_norm_elementwise_affine": [False],
-    "_remove_final_layer_norm": [True], "pretraining_tp": [2],
-}  # fmt: skip
+    "attention_bias": [True, False],
+    "mlp_bias": [True],
+    "hidden_act": ["silu", "gelu", "gelu_pytorch_tanh", "relu"],
+    "hidden_activation": ["gelu", "silu"],
+    "rms_norm_eps": [0.1],
+    "layer_norm_eps": [0.1],
+    "norm_epsilon": [0.1],
+    "rope_parameters": ROPES,
+    "tie_word_embeddings": [True, False],
+    "head_dim": [8, 24],
+    "sliding_window": [8],
+    "use_sliding_window": [True],
+    "max_window_layers": [1],
+    "layer_types": [[FULL, SLIDING], [FULL, FULL], [SLIDING, SLIDING]],
+    "num_key_value_heads": [4, 1],
+    "attn_logit_softcapping": [None, 2.0],
+    "final_logit_softcapping": [None, 1.0],
+    "query_pre_attn_scalar": [64],
+    "embedding_multiplier": [1.5],
+    "logits_scaling": [5.0],
+    "residual_multiplier": [0.3],
+    "attention_multiplier": [0.5],
+    "logit_scale": [1.0, 0.1],
+    "use_qk_norm": [True],
+    "qk_layernorm": [True],
+    "use_parallel_residual": [True],
+    "use_qkv_bias": [True],
+    "use_bias": [False],
+    "norm_topk_prob": [True, False],
+    "decoder_sparse_step": [2],
+    "mlp_only_layers": [[0]],
+    "num_experts_per_tok": [1],
+    "use_bidirectional_attention": [True],
+    "do_layer_norm_before": [False],
+    "enable_bias": [False],
+    "activation_function": ["gelu"],
+    "word_embed_proj_dim": [32],
+    "layer_norm_elementwise_affine": [False],
+    "_remove_final_layer_norm": [True],
+    "pretraining_tp": [2],
+}
 WINDOWED = {"sliding_window": 8, "use_sliding_window": True}
 WITH_IT = {
     "use_sliding_window": {"sliding_window": 8, "max_window_layers": 0},
@@ -65,7 +97,9 @@ def variations(architecture: str) -> Iterator[dict[str, Any]]:
     base = tiny_models.config(architecture)
     yield {}
     for field, values in VALUES.items():
-        for value in values if hasattr(base, field) and not (architecture == "OPTForCausalLM" and "head" in field) else []:
+        for value in (
+            values if hasattr(base, field) and not (architecture == "OPTForCausalLM" and "head" in field) else []
+        ):
             if field == "layer_types" and architecture.startswith("Qwen"):
                 yield {field: value, **WINDOWED}
             elif field == "rope_parameters" and architecture == "Gemma3ForCausalLM":
@@ -94,7 +128,9 @@ def engine_log_probs(engine) -> np.ndarray:
     tokens = torch.arange(tiny_models.VOCAB).repeat(count)
     rows = torch.arange(count).repeat_interleave(tiny_models.VOCAB)
     with torch.inference_mode():
-        hidden, _ = extend(engine.handle, [Sequenced(torch.empty(0, dtype=torch.int64), ids, ((None, len(ids)),)) for ids in SEQUENCES])
+        hidden, _ = extend(
+            engine.handle, [Sequenced(torch.empty(0, dtype=torch.int64), ids, ((None, len(ids)),)) for ids in SEQUENCES]
+        )
         return Head(engine.handle).log_probs(hidden, rows, tokens).view(count, -1).numpy()
 
 
@@ -115,9 +151,15 @@ def test_a_field_is_computed_or_warned_of_or_refused(architecture, tmp_path):
         found = differences(config)
         try:
             process = EngineProcess(
-                model_path=str(folder), r=4, target_modules=family.attention, num_slots=2, dtype="float32", skip_tokenizer_init=True,
-                max_total_tokens=2000, log_level="error",
-            )  # fmt: skip
+                model_path=str(folder),
+                r=4,
+                target_modules=family.attention,
+                num_slots=2,
+                dtype="float32",
+                skip_tokenizer_init=True,
+                max_total_tokens=2000,
+                log_level="error",
+            )
         except RuntimeError as error:  # SGLang's own refusal
             assert "ValueError" in str(error), (fields, error)
             continue
@@ -130,7 +172,7 @@ def test_a_field_is_computed_or_warned_of_or_refused(architecture, tmp_path):
     assert not wrong, "\n".join(map(str, wrong))
 
 
-# --- without an engine ---------------------------------------------------------------------------------------------------
+# --- without an engine ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("architecture", FAMILIES)
@@ -147,10 +189,18 @@ def test_nothing_is_said_of_a_family_as_it_is(architecture):
         ("Qwen2ForCausalLM", {"sliding_window": 64}, []),
         ("Qwen2ForCausalLM", {**WINDOWED, "max_window_layers": 0}, ["sliding_window=8"]),
         ("Qwen3ForCausalLM", {**WINDOWED, "layer_types": [FULL, FULL]}, []),
-        ("LlamaForCausalLM", {"mlp_bias": True, "rope_parameters": rope("dynamic", factor=2.0)}, ["mlp_bias=True", "rope_type='dynamic'"]),
+        (
+            "LlamaForCausalLM",
+            {"mlp_bias": True, "rope_parameters": rope("dynamic", factor=2.0)},
+            ["mlp_bias=True", "rope_type='dynamic'"],
+        ),
         ("GemmaForCausalLM", {"rope_parameters": rope("linear", factor=2.0)}, ["rope_type='linear'"]),
         ("Gemma2ForCausalLM", {"layer_types": [FULL, SLIDING]}, ["layer_types="]),
-        ("Gemma3ForCausalLM", {"rope_parameters": {FULL: rope("linear", factor=2.0), SLIDING: rope("linear", factor=2.0)}}, ["of sliding_attention"]),
+        (
+            "Gemma3ForCausalLM",
+            {"rope_parameters": {FULL: rope("linear", factor=2.0), SLIDING: rope("linear", factor=2.0)}},
+            ["of sliding_attention"],
+        ),
         ("LlamaForCausalLM", {"rope_parameters": ROPES[-1]}, ["longer than 32"]),
         ("Qwen3ForCausalLM", {"rope_parameters": rope("yarn", **YARN, attention_factor=2.0)}, ["attention_factor=2.0"]),
         ("Qwen3ForCausalLM", {"rope_parameters": rope("yarn", **YARN, attention_factor=1.1386)}, []),
@@ -185,4 +235,8 @@ def test_an_engines_start_says_it_in_a_line(caplog):
     warn_of_differences(tiny_models.config("LlamaForCausalLM", mlp_bias=True), None)
     warn_of_differences(tiny_models.config("LlamaForCausalLM"), None)
     (record,) = caplog.records
-    assert record.levelname == "WARNING" and "LlamaForCausalLM" in record.message and "mlp_bias=True is computed as False" in record.message
+    assert (
+        record.levelname == "WARNING"
+        and "LlamaForCausalLM" in record.message
+        and "mlp_bias=True is computed as False" in record.message
+    )

@@ -6,11 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from transformers import GPT2Config, GPT2LMHeadModel
+
 from sglang.srt.mezo.core.config import MezoConfig
 from sglang.srt.mezo.core.errors import ConfigError, DataError
 from sglang.srt.mezo.training.finetune import DataArguments, ModelArguments, finetune
 from tiny import tiny_tokenizer
-from transformers import GPT2Config, GPT2LMHeadModel
 
 ASSETS = Path(__file__).parents[2] / "examples" / "assets"
 MODEL = ModelArguments(model=str(ASSETS / "opt-reviews"))
@@ -76,18 +77,30 @@ def test_a_hub_that_cannot_be_reached(config):
 
 SETTINGS = json.loads((ASSETS / "opt-reviews" / "config.json").read_text())
 BROKEN_MODELS = {
-    "empty": ({name: None for name in ("config.json", "model.safetensors", "tokenizer.json")}, "there is no config.json in this one"),
+    "empty": (
+        {name: None for name in ("config.json", "model.safetensors", "tokenizer.json")},
+        "there is no config.json in this one",
+    ),
     "without weights": ({"model.safetensors": None}, "a model with its weights, and there is no \\*.safetensors"),
     "cut weights": ({"model.safetensors": b"\x08\x00\x00"}, "weights can be read .model.safetensors: "),
-    "weights of words": ({"model.safetensors": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"}, "weights can be read"),
+    "weights of words": (
+        {"model.safetensors": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"},
+        "weights can be read",
+    ),
     "no JSON": ({"config.json": b"{"}, "not a valid JSON file"),
     "a list": ({"config.json": b"[1]"}, "Should have a `model_type`"),
     "no type": ({"config.json": b"{}"}, "Should have a `model_type`"),
-    "another type": ({"config.json": json.dumps(SETTINGS | {"model_type": "zzz"}).encode()}, "does not recognize this architecture"),
+    "another type": (
+        {"config.json": json.dumps(SETTINGS | {"model_type": "zzz"}).encode()},
+        "does not recognize this architecture",
+    ),
     "a size in words": ({"config.json": json.dumps(SETTINGS | {"hidden_size": "x"}).encode()}, "expected int, got str"),
     "a broken tokenizer": ({"tokenizer.json": b"{"}, "Expecting property name"),
     "a tokenizer of a list": ({"tokenizer.json": b"[]"}, "a hub name or the folder of a model .'str' object"),
-    "no tokenizer": ({"tokenizer.json": None, "tokenizer_config.json": None}, "a model with its tokenizer, of which there are no files"),
+    "no tokenizer": (
+        {"tokenizer.json": None, "tokenizer_config.json": None},
+        "a model with its tokenizer, of which there are no files",
+    ),
 }
 
 
@@ -128,7 +141,10 @@ def test_a_model_that_is_not_there(config, model, message):
 def test_a_model_of_another_family(config, tmp_path):
     GPT2LMHeadModel(GPT2Config(vocab_size=400, n_embd=16, n_layer=1, n_head=2)).save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match="architectures='GPT2LMHeadModel' is not allowed: the families that can be trained are Cohere, "):
+    with pytest.raises(
+        ConfigError,
+        match="architectures='GPT2LMHeadModel' is not allowed: the families that can be trained are Cohere, ",
+    ):
         finetune(ModelArguments(model=str(tmp_path)), DATA, config)
 
 
@@ -147,7 +163,9 @@ def test_ordinary_lora_with_an_invocation(config):
 def test_a_folder_that_cannot_be_made(tmp_path, config):
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file", tmp_path / "file" / "run"):
-        with pytest.raises(ConfigError, match=f"output_dir=.* is not allowed: a folder that can be made: {tmp_path / 'file'} is a file"):
+        with pytest.raises(
+            ConfigError, match=f"output_dir=.* is not allowed: a folder that can be made: {tmp_path / 'file'} is a file"
+        ):
             finetune(MODEL, DATA, replace(config, output_dir=str(path)))
     with pytest.raises(ConfigError, match="a new or empty folder"):
         finetune(MODEL, DATA, replace(config, output_dir=str(tmp_path)))
@@ -174,8 +192,16 @@ def test_a_run_that_goes_on_has_the_settings_that_it_had(tmp_path, config, setti
 @pytest.mark.parametrize(
     ("row", "settings", "message"),
     [
-        ({"prompt": "a fine film. It was", "completion": " great"}, {"objective": "classification"}, "objective='classification' .* one option only"),
-        ({"prompt": "a fine film. It was", "completion": " great"}, {"metric_for_best_model": "eval_accuracy"}, "one of eval_loss for completion"),
+        (
+            {"prompt": "a fine film. It was", "completion": " great"},
+            {"objective": "classification"},
+            "objective='classification' .* one option only",
+        ),
+        (
+            {"prompt": "a fine film. It was", "completion": " great"},
+            {"metric_for_best_model": "eval_accuracy"},
+            "one of eval_loss for completion",
+        ),
         (GOOD_ROW, {"metric_for_best_model": "f1"}, "one of eval_loss, eval_accuracy for classification"),
     ],
 )
@@ -196,13 +222,16 @@ def test_no_data_at_all(config):
         finetune(MODEL, DataArguments(), replace(config, tuning="lora"))
 
 
-# --- what only the model's files can tell --------------------------------------------------------------------------------
+# --- what only the model's files can tell -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"target_modules": ["q_proj,v_proj"]}, r"target_modules=\['q_proj,v_proj'\] is not allowed: OPT has q_proj, k_proj, v_proj, out_proj, fc1, fc2"),
+        (
+            {"target_modules": ["q_proj,v_proj"]},
+            r"target_modules=\['q_proj,v_proj'\] is not allowed: OPT has q_proj, k_proj, v_proj, out_proj, fc1, fc2",
+        ),
         ({"target_modules": ["q_proj", "o_proj"]}, r"target_modules=\['o_proj'\] is not allowed: OPT has "),
         ({"target_modules": ["all-linear", "q_proj"]}, r"target_modules=\['all-linear'\] is not allowed: OPT has "),
         ({"target_modules": ["lm_head"]}, r"target_modules=\['lm_head'\] is not allowed: OPT has "),
@@ -215,7 +244,9 @@ def test_what_the_model_does_not_have(config, settings, message):
 
 
 def test_a_pool_that_cannot_hold_an_example(config):
-    with pytest.raises(ConfigError, match="max_total_tokens=5 is not allowed: at least [0-9]+, the tokens of the longest example"):
+    with pytest.raises(
+        ConfigError, match="max_total_tokens=5 is not allowed: at least [0-9]+, the tokens of the longest example"
+    ):
         finetune(replace(MODEL, max_total_tokens=5), DATA, config)
 
 
@@ -228,7 +259,11 @@ def test_all_linear_is_what_peft_makes_of_it(config, monkeypatch):
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(MODEL.model))
     adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
-    names = {name.rpartition(".")[2] for name, module in adapted.named_modules() if isinstance(module, peft.tuners.lora.LoraLayer)}
+    names = {
+        name.rpartition(".")[2]
+        for name, module in adapted.named_modules()
+        if isinstance(module, peft.tuners.lora.LoraLayer)
+    }
     started = {}
 
     class Started(Exception):

@@ -8,15 +8,25 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+
 from sglang.srt.mezo.core import fingerprint as module
 from sglang.srt.mezo.core.fingerprint import fingerprint
 
-CONFIG = {"architectures": ["OPTForCausalLM"], "hidden_size": 64, "transformers_version": "5.0", "_name_or_path": "somewhere"}
+CONFIG = {
+    "architectures": ["OPTForCausalLM"],
+    "hidden_size": 64,
+    "transformers_version": "5.0",
+    "_name_or_path": "somewhere",
+}
 
 
 def tensors(seed: int = 0) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return {f"layers.{i}.{name}.weight": torch.randn(64, 64, generator=generator) for i in range(3) for name in ("q_proj", "v_proj", "fc1")}
+    return {
+        f"layers.{i}.{name}.weight": torch.randn(64, 64, generator=generator)
+        for i in range(3)
+        for name in ("q_proj", "v_proj", "fc1")
+    }
 
 
 @pytest.fixture
@@ -83,7 +93,9 @@ def test_what_an_index_names_is_what_is_loaded(folder, size):
     names = [f"model-0000{i}-of-00003.safetensors" for i in range(3)]
     for name, part in zip(names, parts):
         save_file(part, folder / name)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {key: name for name, part in zip(names, parts) for key in part}}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {key: name for name, part in zip(names, parts) for key in part}})
+    )
     before = fingerprint(folder)
     save_file(tensors(7), folder / "consolidated.safetensors")
     assert fingerprint(folder) == before

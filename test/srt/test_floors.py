@@ -1,4 +1,5 @@
-"""The folders of the package are floors: imports go down only, no two modules import each other, and SGLang is known in the seams.
+"""The folders of the package are floors: imports go down only, no two modules import each other, and SGLang is known in
+the seams.
 
 What only a type checker looks at counts as well.
 """
@@ -53,7 +54,9 @@ def imports(tree: ast.AST, package: str) -> Iterator[str]:
             above = package.split(".")[: len(package.split(".")) + 1 - node.level] if node.level else []
             source = ".".join([*above, *filter(None, [node.module])])
             # "from package import module" names modules, "from module import name" does not: keep what exists.
-            yield from (f"{source}.{alias.name}" if is_module(f"{source}.{alias.name}") else source for alias in node.names)
+            yield from (
+                f"{source}.{alias.name}" if is_module(f"{source}.{alias.name}") else source for alias in node.names
+            )
 
 
 def is_module(name: str) -> bool:
@@ -75,7 +78,11 @@ def violations(module: str, imported: set[str]) -> list[str]:
     """Why a module must not import these names."""
     folder = folder_of(module)
     if folder is None:
-        return [f"{module or 'the package'} is on no floor, and imports {name}" for name in sorted(imported) if name.startswith("sglang")]
+        return [
+            f"{module or 'the package'} is on no floor, and imports {name}"
+            for name in sorted(imported)
+            if name.startswith("sglang")
+        ]
     wrong = []
     for name in sorted(imported):
         if name == PACKAGE or name.startswith(f"{PACKAGE}."):
@@ -102,7 +109,9 @@ def circles(graph: dict[str, set[str]]) -> list[list[str]]:
         return seen
 
     reached = {module: reach(module) for module in graph}
-    groups = {frozenset(other for other in graph if other in reached[module] and module in reached[other]) for module in graph}
+    groups = {
+        frozenset(other for other in graph if other in reached[module] and module in reached[other]) for module in graph
+    }
     return sorted(sorted(group) for group in groups if group)
 
 
@@ -124,7 +133,9 @@ def test_no_file_is_too_long(path):
 def test_the_walk_sees_the_package():
     modules = {module_of(path) for path in FILES}
     assert {"", "core.noise", "data.tasks.sst2", "cpu.attention", "training.trainer", "service.http.routes"} <= modules
-    assert {folder_of(module) for module in modules} == {None, *FLOOR_OF}, "no folder without a floor, and no floor without a folder"
+    assert {folder_of(module) for module in modules} == {None, *FLOOR_OF}, (
+        "no folder without a floor, and no floor without a folder"
+    )
 
 
 @pytest.mark.parametrize(
@@ -132,7 +143,11 @@ def test_the_walk_sees_the_package():
     [
         ("core.noise", "from sglang.srt.mezo.data.examples import Example", "not below core"),
         ("core.noise", "def f():\n    from sglang.srt.mezo.training import trainer", "not below core"),
-        ("core.noise", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from sglang.srt.mezo.scoring.plan import Row", "not below core"),
+        (
+            "core.noise",
+            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from sglang.srt.mezo.scoring.plan import Row",
+            "not below core",
+        ),
         ("core.noise", "from ..scoring.plan import Row", "not below core"),
         ("core.noise", "from ..engine import slots", "not below core"),
         ("data.tasks.sst2", "from ...training.trainer import MezoTrainer", "not below data"),
@@ -152,7 +167,10 @@ def test_what_must_not_be_imported_is_seen(module, code, problem):
 @pytest.mark.parametrize(
     ("module", "code"),
     [
-        ("engine.slots", "from sglang.srt.lora.lora_registry import LoRARef\nfrom sglang.srt.mezo.adapters.adapter import Adapter"),
+        (
+            "engine.slots",
+            "from sglang.srt.lora.lora_registry import LoRARef\nfrom sglang.srt.mezo.adapters.adapter import Adapter",
+        ),
         ("training.run", "from sglang.srt.mezo.training.tracking import Tracker\nimport tqdm"),
         ("data.examples", "from .rows import SourceRow"),
     ],

@@ -1,10 +1,12 @@
-"""The batch that is handed to SGLang, built on a device that computes nothing: no step of it may need the numbers there."""
+"""The batch that is handed to SGLang, built on a device that computes nothing: no step of it may need the numbers
+there."""
 
 from dataclasses import fields
 from types import SimpleNamespace
 
 import pytest
 import torch
+
 from sglang.srt.mezo.engine.forward import Sequenced, _forward_batch
 
 LENGTHS = ((3, 2), (0, 4), (5, 1))  # cached and new tokens of each sequence
@@ -49,8 +51,17 @@ def batch_on(device: str):
 
 def test_every_tensor_is_on_the_device_but_those_named_for_the_host():
     _, batch = batch_on("meta")
-    tensors = {field.name: value for field in fields(batch) if isinstance(value := getattr(batch, field.name), torch.Tensor)}
-    assert {"input_ids", "positions", "seq_lens", "req_pool_indices", "out_cache_loc", "extend_seq_lens"} <= tensors.keys()
+    tensors = {
+        field.name: value for field in fields(batch) if isinstance(value := getattr(batch, field.name), torch.Tensor)
+    }
+    assert {
+        "input_ids",
+        "positions",
+        "seq_lens",
+        "req_pool_indices",
+        "out_cache_loc",
+        "extend_seq_lens",
+    } <= tensors.keys()
     for name, tensor in tensors.items():
         assert tensor.device.type == ("cpu" if name.endswith("_cpu") else "meta"), name
 
@@ -61,7 +72,10 @@ def test_rows_hold_cached_and_new_tokens_in_order(row):
     prefix, new = LENGTHS[row]
     cached_before, new_before = (sum(pair[i] for pair in LENGTHS[:row]) for i in (0, 1))
     table = handle.req_to_token_pool.req_to_token[[4, 0, 2][row], : prefix + new]
-    assert table.tolist() == [*range(100 + cached_before, 100 + cached_before + prefix), *range(200 + new_before, 200 + new_before + new)]
+    assert table.tolist() == [
+        *range(100 + cached_before, 100 + cached_before + prefix),
+        *range(200 + new_before, 200 + new_before + new),
+    ]
     own = slice(new_before, new_before + new)
     assert batch.positions[own].tolist() == list(range(prefix, prefix + new))
     assert batch.extend_start_loc[row] == new_before and batch.seq_lens[row] == prefix + new

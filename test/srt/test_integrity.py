@@ -1,4 +1,5 @@
-"""Files of a run and of an adapter, each byte of which may be damaged: told in one line, or without effect, and nothing is deleted."""
+"""Files of a run and of an adapter, each byte of which may be damaged: told in one line, or without effect, and
+nothing is deleted."""
 
 import hashlib
 import json
@@ -10,24 +11,28 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from sglang.srt.mezo.adapters.adapter import Adapter
 from sglang.srt.mezo.core.errors import ConfigError, DamagedError, LogError, MezoError
-from sglang.srt.mezo.core.integrity import (
-    read_checked_json,
-    require_sums,
-    write_checked_json,
-)
+from sglang.srt.mezo.core.integrity import read_checked_json, require_sums, write_checked_json
 from sglang.srt.mezo.training.run_directory import RunDirectory, read_segments
 from test_run_directory import SITES, config, contents, initial_adapter, run
 
 STATE = {
-    "global_step": 40, "evaluated_at": 40, "best_global_step": 20, "best_metric": 0.6931471805599453, "window": None,
-    "log_history": [{"step": step, "eval_loss": 0.7 - step / 1000, "forward_passes": 8.0 * step} for step in (0, 20, 40)],
-}  # fmt: skip
+    "global_step": 40,
+    "evaluated_at": 40,
+    "best_global_step": 20,
+    "best_metric": 0.6931471805599453,
+    "window": None,
+    "log_history": [
+        {"step": step, "eval_loss": 0.7 - step / 1000, "forward_passes": 8.0 * step} for step in (0, 20, 40)
+    ],
+}
 
 
 def damages(data: bytes, most: int = 300) -> Iterator[bytes]:
-    """One byte changed, for each of the first ones and some spread over the rest, and cut off at each of these places."""
+    """One byte changed, for each of the first ones and some spread over the rest, and cut off at each of these
+    places."""
     rest = range(most, len(data), max(1, (len(data) - most) // 100))
     for place in [*range(min(most, len(data))), *rest]:
         for flip in (0x01, 0x80):
@@ -54,7 +59,7 @@ def sweep(path: Path, read: Callable[[], object], same: Callable[[object], bool]
     return told, harmless
 
 
-# --- JSON --------------------------------------------------------------------------------------------------------------
+# --- JSON -------------------------------------------------------------------------------------------------------------
 
 
 def test_fields_are_read_back_and_the_file_is_json_to_everybody(tmp_path):
@@ -83,7 +88,9 @@ def test_each_byte_of_a_state_may_be_damaged(tmp_path, name):
     assert told > 10 * harmless
 
 
-@pytest.mark.parametrize("content", [b"", b"[]", b"null", b"\xff", b"[" * 100_000], ids=["empty", "list", "null", "no text", "deep"])
+@pytest.mark.parametrize(
+    "content", [b"", b"[]", b"null", b"\xff", b"[" * 100_000], ids=["empty", "list", "null", "no text", "deep"]
+)
 def test_what_is_no_state_is_damaged(tmp_path, content):
     (tmp_path / "trainer_state.json").write_bytes(content)
     with pytest.raises(DamagedError, match="trainer_state.json is damaged"):
@@ -114,7 +121,7 @@ def test_each_byte_of_a_runs_configuration_may_be_damaged(tmp_path):
     assert told > 300
 
 
-# --- adapters ----------------------------------------------------------------------------------------------------------
+# --- adapters ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -132,7 +139,10 @@ def weights(folder: Path) -> torch.Tensor:
 def test_sums_are_those_of_sha256sum(folder):
     done = subprocess.run(["sha256sum", "--strict", "-c", "SHA256SUMS"], cwd=folder, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "adapter_config.json: OK\nadapter_model.safetensors: OK\n"), done
-    assert hashlib.sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest() in (folder / "SHA256SUMS").read_text()
+    assert (
+        hashlib.sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest()
+        in (folder / "SHA256SUMS").read_text()
+    )
 
 
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json", "SHA256SUMS"])
@@ -175,7 +185,7 @@ def test_an_initial_adapter_that_is_another_is_refused_whatever_its_sums_say(tmp
     assert contents(tmp_path) == before
 
 
-# --- folders -----------------------------------------------------------------------------------------------------------
+# --- folders ----------------------------------------------------------------------------------------------------------
 
 
 def test_of_two_runs_that_begin_in_a_folder_at_once_one_gets_it(tmp_path, monkeypatch):

@@ -1,4 +1,5 @@
-"""An adapter whose numbers overflow, beside others in one engine: they answer as PEFT does, and nothing of it is left behind."""
+"""An adapter whose numbers overflow, beside others in one engine: they answer as PEFT does, and nothing of it is
+left behind."""
 
 import asyncio
 import math
@@ -6,11 +7,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from engine_process import ServingEngine
 from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from engine_process import ServingEngine
 from sglang.srt.mezo.engine.kv_pool import erase
 from sglang.srt.mezo.plugin import isolation
-from transformers import LlamaConfig, LlamaForCausalLM
 
 INVOCATION = [7, 8, 9]
 DOCUMENT = list(range(100, 164))
@@ -21,23 +23,46 @@ CHUNK = 48
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """Folders of a base model and of adapters, ordinary ones and such as overflow: at every token, or at one of them."""
+    """Folders of a base model and of adapters, ordinary ones and such as overflow: at every token, or at one of
+    them."""
     root = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=512, initializer_range=0.2, eos_token_id=2,
-    )  # fmt: skip
+        vocab_size=256,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        initializer_range=0.2,
+        eos_token_id=2,
+    )
     base = LlamaForCausalLM(config)
     with torch.no_grad():  # what "spark" looks at
         base.model.embed_tokens.weight[:, 0] = 0
         base.model.embed_tokens.weight[SPARK, 0] = 1
     base.save_pretrained(root / "base")
     alora = {"alora_invocation_tokens": INVOCATION}
-    for name, settings in {"lora": {}, "alora": alora, "huge": alora, "huge_lora": {}, "spark": alora, "spark_lora": {}}.items():
+    for name, settings in {
+        "lora": {},
+        "alora": alora,
+        "huge": alora,
+        "huge_lora": {},
+        "spark": alora,
+        "spark_lora": {},
+    }.items():
         targets = ["v_proj"] if name.startswith("spark") else ["q_proj", "v_proj", "o_proj", "down_proj"]
         layers = {"layers_to_transform": [0]} if name.startswith("spark") else {}
-        adapter = LoraConfig(r=4, lora_alpha=16, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM", **layers, **settings)
+        adapter = LoraConfig(
+            r=4,
+            lora_alpha=16,
+            target_modules=targets,
+            init_lora_weights=False,
+            task_type="CAUSAL_LM",
+            **layers,
+            **settings,
+        )
         model = get_peft_model(LlamaForCausalLM.from_pretrained(root / "base", dtype=torch.float32), adapter)
         with torch.no_grad():
             for key, weight in model.named_parameters():
@@ -54,10 +79,15 @@ def models(tmp_path_factory):
 def engine(models):
     names = ("lora", "alora", "huge", "huge_lora", "spark", "spark_lora")
     engine = ServingEngine(
-        model_path=str(models / "base"), lora_paths=[f"{name}={models / name}" for name in names], max_lora_rank=4,
-        lora_target_modules=["q_proj", "v_proj", "o_proj", "down_proj"], skip_tokenizer_init=True, log_level="error",
-        chunked_prefill_size=CHUNK, max_loras_per_batch=8,
-    )  # fmt: skip
+        model_path=str(models / "base"),
+        lora_paths=[f"{name}={models / name}" for name in names],
+        max_lora_rank=4,
+        lora_target_modules=["q_proj", "v_proj", "o_proj", "down_proj"],
+        skip_tokenizer_init=True,
+        log_level="error",
+        chunked_prefill_size=CHUNK,
+        max_loras_per_batch=8,
+    )
     yield engine
     engine.close()
 
@@ -69,7 +99,9 @@ def ask(engine, *requests, **sampling):
 
 def answers(engine, requests, sampling):
     async def one(prompt, adapter):
-        return await engine.async_generate(input_ids=prompt, lora_path=adapter, sampling_params=sampling, return_logprob=True)
+        return await engine.async_generate(
+            input_ids=prompt, lora_path=adapter, sampling_params=sampling, return_logprob=True
+        )
 
     async def every():
         return await asyncio.gather(*(one(*request) for request in requests), return_exceptions=True)
@@ -83,7 +115,14 @@ def peft_answer(root, prompt, adapter) -> tuple[list[int], list[float]]:
     if adapter is not None:
         model = PeftModel.from_pretrained(model, root / adapter)
     ids = torch.tensor([prompt])
-    settings = dict(max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0, output_logits=True, return_dict_in_generate=True)
+    settings = dict(
+        max_new_tokens=8,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
     with torch.no_grad():
         out = model.eval().generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)
     tokens = out.sequences[0, len(prompt) :].tolist()
@@ -104,8 +143,19 @@ def assert_names_the_adapter(answer, name):
 
 def test_others_answer_as_peft_beside_an_adapter_that_overflows(engine, models):
     suffix = INVOCATION + [20, 21]
-    good = [(DOCUMENT[:30], None), (DOCUMENT[:30] + suffix, "alora"), (DOCUMENT[:20] + suffix, "lora"), (DOCUMENT[:30] + suffix, None), ([60] + DOCUMENT[:30], None)]
-    bad = [(DOCUMENT[:30] + suffix, "huge"), (DOCUMENT[:29] + suffix, "huge"), ([60] + DOCUMENT[:30] + suffix, "huge"), (DOCUMENT[:20] + suffix, "huge_lora")]
+    good = [
+        (DOCUMENT[:30], None),
+        (DOCUMENT[:30] + suffix, "alora"),
+        (DOCUMENT[:20] + suffix, "lora"),
+        (DOCUMENT[:30] + suffix, None),
+        ([60] + DOCUMENT[:30], None),
+    ]
+    bad = [
+        (DOCUMENT[:30] + suffix, "huge"),
+        (DOCUMENT[:29] + suffix, "huge"),
+        ([60] + DOCUMENT[:30] + suffix, "huge"),
+        (DOCUMENT[:20] + suffix, "huge_lora"),
+    ]
     for _ in range(2):  # the second time from the cache
         mixed = [request for pair in zip(bad, good) for request in pair] + good[len(bad) :]
         for request, answer in zip(mixed, ask(engine, *mixed), strict=True):
@@ -202,7 +252,12 @@ def test_many_at_once_leave_the_engine_whole(engine, models):
     for i in range(60):
         length = int(torch.randint(5, 120, (), generator=generator))
         words = torch.randint(10, 200, (length,), generator=generator).tolist()
-        requests.append(([*DOCUMENT[: i % 40], *words[: length // 2], *INVOCATION, *words[length // 2 :]], adapters[i % len(adapters)]))
+        requests.append(
+            (
+                [*DOCUMENT[: i % 40], *words[: length // 2], *INVOCATION, *words[length // 2 :]],
+                adapters[i % len(adapters)],
+            )
+        )
     for request, answer in zip(requests, ask(engine, *requests), strict=True):
         if request[1] in ("huge", "huge_lora"):
             assert_names_the_adapter(answer, request[1])
@@ -212,27 +267,39 @@ def test_many_at_once_leave_the_engine_whole(engine, models):
     assert engine.get_server_info()["internal_states"][0]["memory_usage"]["token_capacity"] > 0
 
 
-# --- without an engine -------------------------------------------------------------------------------------------------
+# --- without an engine ------------------------------------------------------------------------------------------------
 
 
 def extend_batch(lengths, lora_ids):
     mode = SimpleNamespace(is_extend=lambda: True)
     return SimpleNamespace(
-        lora_ids=lora_ids, extend_seq_lens=torch.tensor(lengths), extend_num_tokens=sum(lengths), forward_mode=mode, batch_size=len(lengths),
+        lora_ids=lora_ids,
+        extend_seq_lens=torch.tensor(lengths),
+        extend_num_tokens=sum(lengths),
+        forward_mode=mode,
+        batch_size=len(lengths),
         spec_algorithm=SimpleNamespace(is_none=lambda: True),
-    )  # fmt: skip
+    )
 
 
 def look(batch, hidden, logits):
     isolation._before_logits(None, None, hidden, None, batch)
-    runner, output = SimpleNamespace(pp_group=SimpleNamespace(world_size=1)), SimpleNamespace(logits_output=SimpleNamespace(next_token_logits=logits))
+    runner, output = (
+        SimpleNamespace(pp_group=SimpleNamespace(world_size=1)),
+        SimpleNamespace(logits_output=SimpleNamespace(next_token_logits=logits)),
+    )
     isolation._after_forward(output, runner, batch)
     return runner.mezo_finite
 
 
 def test_a_token_in_the_middle_of_a_prompt_is_enough():
     """As an attention kernel leaves it that multiplies what a token does not see by 0."""
-    for token, expected in ((0, [False, True, True]), (3, [True, False, True]), (6, [True, False, True]), (9, [True, True, False])):
+    for token, expected in (
+        (0, [False, True, True]),
+        (3, [True, False, True]),
+        (6, [True, False, True]),
+        (9, [True, True, False]),
+    ):
         hidden, logits = torch.zeros(12, 8), torch.zeros(3, 50)
         hidden[token, 5] = math.nan
         assert look(extend_batch([3, 4, 3], [None, "a", None]), hidden, logits).tolist() == expected
@@ -243,7 +310,11 @@ def test_logits_that_are_not_finite_are_replaced_before_they_are_sampled():
         logits = torch.randn(3, 50)
         before = logits.clone()
         logits[1, 7] = value
-        assert look(extend_batch([1, 1, 1], [None, "a", "b"]), torch.zeros(3, 8), logits).tolist() == [True, False, True]
+        assert look(extend_batch([1, 1, 1], [None, "a", "b"]), torch.zeros(3, 8), logits).tolist() == [
+            True,
+            False,
+            True,
+        ]
         assert logits.isfinite().all() and torch.equal(logits[[0, 2]], before[[0, 2]])
     masked = torch.randn(1, 50)
     masked[0, 3:] = -math.inf  # as some models do with what is no token
@@ -258,7 +329,9 @@ def test_a_batch_of_the_base_model_alone_is_left_alone():
 def test_places_are_erased_in_every_layer_and_no_others(dtype):
     from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
-    pool = MHATokenToKVPool(size=40, page_size=1, dtype=dtype, head_num=2, head_dim=16, layer_num=3, device="cpu", enable_memory_saver=False)
+    pool = MHATokenToKVPool(
+        size=40, page_size=1, dtype=dtype, head_num=2, head_dim=16, layer_num=3, device="cpu", enable_memory_saver=False
+    )
     for layer in range(3):
         for buffer in pool.get_kv_buffer(layer):
             buffer.fill_(math.nan)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from sglang.srt.layers.linear import (
     ColumnParallelLinear,
     MergedColumnParallelLinear,
@@ -13,9 +14,15 @@ from sglang.srt.mezo.core.errors import ConfigError
 from sglang.srt.mezo.engine.layers import Part, _parts
 from sglang.srt.mezo.engine.slots import _NOWHERE, _blocks, _placed
 
-MLP = {"mlp.gate_proj": Site("mlp.gate_proj", 64, 96), "mlp.up_proj": Site("mlp.up_proj", 64, 96), "mlp.down_proj": Site("mlp.down_proj", 96, 64)}
+MLP = {
+    "mlp.gate_proj": Site("mlp.gate_proj", 64, 96),
+    "mlp.up_proj": Site("mlp.up_proj", 64, 96),
+    "mlp.down_proj": Site("mlp.down_proj", 96, 64),
+}
 FUSED = {"mlp.gate_up_proj": Site("mlp.gate_up_proj", 64, 192), "attn.qkv_proj": Site("attn.qkv_proj", 64, 128)}
-ATTENTION = {f"attn.{name}": Site(f"attn.{name}", 64, rows) for name, rows in (("q_proj", 64), ("k_proj", 32), ("v_proj", 32))}
+ATTENTION = {
+    f"attn.{name}": Site(f"attn.{name}", 64, rows) for name, rows in (("q_proj", 64), ("k_proj", 32), ("v_proj", 32))
+}
 
 
 def linear(kind: type, **sizes):
@@ -27,23 +34,32 @@ def linear(kind: type, **sizes):
 
 QKV = linear(QKVParallelLinear, total_num_heads=4, total_num_kv_heads=2, head_size=16)
 GATE_UP = linear(MergedColumnParallelLinear, output_sizes=[96, 96])
-WIDE_GATE_UP = linear(MergedColumnParallelLinear, output_sizes=[128, 128])  # as on two ranks, which need multiples of 64
+WIDE_GATE_UP = linear(
+    MergedColumnParallelLinear, output_sizes=[128, 128]
+)  # as on two ranks, which need multiples of 64
 
 
 def test_layers_that_only_sglang_fuses_are_several():
-    assert [(part.site.name, part.first, part.rows, part.width) for part in _parts("attn.qkv_proj", QKV, ATTENTION)] == [
-        ("q_proj", 0, 64, 64), ("k_proj", 0, 32, 32), ("v_proj", 0, 32, 32),
-    ]  # fmt: skip
+    assert [
+        (part.site.name, part.first, part.rows, part.width) for part in _parts("attn.qkv_proj", QKV, ATTENTION)
+    ] == [("q_proj", 0, 64, 64), ("k_proj", 0, 32, 32), ("v_proj", 0, 32, 32)]
 
 
 def test_a_layer_that_the_checkpoint_fuses_is_one_in_parts():
     site = FUSED["attn.qkv_proj"]
-    assert list(_parts("attn.qkv_proj", QKV, FUSED)) == [Part(site, 0, 64, 64), Part(site, 64, 32, 32), Part(site, 96, 32, 32)]
+    assert list(_parts("attn.qkv_proj", QKV, FUSED)) == [
+        Part(site, 0, 64, 64),
+        Part(site, 64, 32, 32),
+        Part(site, 96, 32, 32),
+    ]
 
 
 def test_widened_layers_keep_the_checkpoints_widths():
     assert [(part.rows, part.width) for part in _parts("mlp.gate_up_proj", WIDE_GATE_UP, MLP)] == [(96, 128), (96, 128)]
-    assert [(part.first, part.rows, part.width) for part in _parts("mlp.gate_up_proj", WIDE_GATE_UP, FUSED)] == [(0, 96, 128), (96, 96, 128)]
+    assert [(part.first, part.rows, part.width) for part in _parts("mlp.gate_up_proj", WIDE_GATE_UP, FUSED)] == [
+        (0, 96, 128),
+        (96, 96, 128),
+    ]
     (down,) = _parts("mlp.down_proj", linear(RowParallelLinear, output_size=64), MLP)
     assert (down.site.in_features, down.rows, down.width) == (96, 64, 64)
 
@@ -70,8 +86,9 @@ def test_each_rank_of_a_widened_layer_takes_its_share(rank):
     blocks = list(_blocks(0, share))
     rows = 64 if rank == 0 else 32
     assert [(block.first, block.end, block.offset) for block in blocks] == [
-        (0, rows, 1000 + 64 * rank * r), (64, 64 + rows, 6000 + 64 * rank * r),
-    ]  # fmt: skip
+        (0, rows, 1000 + 64 * rank * r),
+        (64, 64 + rows, 6000 + 64 * rank * r),
+    ]
     assert all(torch.equal(part, a) for part, _ in placed)
 
 

@@ -3,12 +3,9 @@
 import numpy as np
 import pytest
 import torch
+
 from sglang.srt.mezo.data.examples import Example
-from sglang.srt.mezo.scoring.losses import (
-    option_cross_entropy,
-    option_scores,
-    split_options,
-)
+from sglang.srt.mezo.scoring.losses import option_cross_entropy, option_scores, split_options
 from sglang.srt.mezo.scoring.plan import ExamplePlan, Planner, needs_normaliser
 from sglang.srt.mezo.scoring.readout import batch_loss, predictions
 
@@ -31,7 +28,10 @@ class FakeModel:
         # Options of one token are all read after the prompt's last token, so they share their logits.
         shared = [rng.normal(0, 3, (SLOTS, VOCAB)) for _ in examples]
         self.logits = [
-            [np.stack([shared[e], *(rng.normal(0, 3, (SLOTS, VOCAB)) for _ in option[1:])], axis=1) for option in example.options]
+            [
+                np.stack([shared[e], *(rng.normal(0, 3, (SLOTS, VOCAB)) for _ in option[1:])], axis=1)
+                for option in example.options
+            ]
             for e, example in enumerate(examples)
         ]
 

@@ -5,12 +5,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from sglang.srt.mezo.core.noise import (
-    direction,
-    initial_uniform,
-    low_rank_direction,
-    step_seed,
-)
+
+from sglang.srt.mezo.core.noise import direction, initial_uniform, low_rank_direction, step_seed
 
 SEED = 0x0123456789ABCDEF
 BLOCK = 1 << 15  # normal numbers that are drawn together
@@ -55,7 +51,9 @@ def normal(seed: int, index: int, i: int) -> float:
     ],
 )
 def test_the_reference_gives_the_known_answers_of_random123(word, expected):
-    assert philox(sum(word << 64 * i for i in range(4)), (word, word)) == tuple(int(word, 16) for word in expected.split())
+    assert philox(sum(word << 64 * i for i in range(4)), (word, word)) == tuple(
+        int(word, 16) for word in expected.split()
+    )
 
 
 @pytest.mark.parametrize("index", [0, 3])
@@ -175,7 +173,13 @@ def test_low_rank_directions_share_right_factors_within_an_interval():
 
 @pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
 def test_low_rank_directions_have_variance_one_and_are_uncorrelated(distribution):
-    rows = torch.stack([low_rank_direction(step_seed(1, step), k, [(20, 30), (30, 20)], 2, distribution) for step in range(2000) for k in (0, 1)]).double()
+    rows = torch.stack(
+        [
+            low_rank_direction(step_seed(1, step), k, [(20, 30), (30, 20)], 2, distribution)
+            for step in range(2000)
+            for k in (0, 1)
+        ]
+    ).double()
     assert rows.square().mean() == pytest.approx(1, abs=0.02)
     assert rows.mean(dim=0).abs().max() < 5.5 / math.sqrt(len(rows)) * 1.5
     assert abs((rows[0::2] * rows[1::2]).mean()) < 0.02

@@ -12,28 +12,33 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_process import EngineProcess
-from live_server import (
-    MODEL,
-    ROOT,
-    LiveServer,
-    peft_log_probs,
-    prompt_log_probs,
-    reviews,
-)
 from openai import NotFoundError
+from transformers import AutoTokenizer
+
+from engine_process import EngineProcess
+from live_server import MODEL, ROOT, LiveServer, peft_log_probs, prompt_log_probs, reviews
 from sglang.srt.mezo.adapters.adapter import AdapterSpec
 from sglang.srt.mezo.core.config import MezoConfig
 from sglang.srt.mezo.core.estimator import projected_grads
 from sglang.srt.mezo.core.seed_log import SeedLog
 from sglang.srt.mezo.data.examples import Encoder
-from transformers import AutoTokenizer
 
 MAIN_JOB = {"invocation": " It was"}
-SHORT = {**MAIN_JOB, "max_steps": 30, "logging_steps": 1, "lr_scheduler_type": "constant", "num_perturbations": 7, "max_tokens_per_batch": 32}
+SHORT = {
+    **MAIN_JOB,
+    "max_steps": 30,
+    "logging_steps": 1,
+    "lr_scheduler_type": "constant",
+    "num_perturbations": 7,
+    "max_tokens_per_batch": 32,
+}
 SLOTS = 16 - 1 - 1
 """Of the server's pool, that a job may take: not the base model's, nor the one that is left to serve an adapter."""
-TEXTS = ["the plot is thin, but the acting is superb. It was", "never again will i eat here. It was", "no such words in here"]
+TEXTS = [
+    "the plot is thin, but the acting is superb. It was",
+    "never again will i eat here. It was",
+    "no such words in here",
+]
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +50,9 @@ def server(tmp_path_factory) -> Iterator[LiveServer]:
 
 @pytest.fixture(scope="module")
 def files(server) -> tuple[str, str]:
-    return server.upload(reviews("train", 1000), "train.jsonl"), server.upload(reviews("validation", 200), "validation.jsonl")
+    return server.upload(reviews("train", 1000), "train.jsonl"), server.upload(
+        reviews("validation", 200), "validation.jsonl"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -59,11 +66,15 @@ def trained(server, files):
 def accuracy(server, model: str, rows: list[dict]) -> float:
     """Share of rows whose right option is the likelier one."""
     prompts = [row["prompt"] + option for row in rows for option in row["options"]]
-    scores = [values[-1] for start in range(0, len(prompts), 100) for values in prompt_log_probs(server, model, prompts[start : start + 100])]
+    scores = [
+        values[-1]
+        for start in range(0, len(prompts), 100)
+        for values in prompt_log_probs(server, model, prompts[start : start + 100])
+    ]
     return sum((scores[2 * i] < scores[2 * i + 1]) == bool(row["label"]) for i, row in enumerate(rows)) / len(rows)
 
 
-# --- from files to answers -----------------------------------------------------------------------------------------------
+# --- from files to answers --------------------------------------------------------------------------------------------
 
 
 def test_the_main_job_lifts_held_out_accuracy_as_it_does_offline(server, trained):
@@ -85,11 +96,18 @@ def test_the_new_model_is_listed_and_answers_in_chat_and_completions(server, tra
             model=trained.fine_tuned_model, prompt=f"{text} It was", max_tokens=1, temperature=0, logprobs=5
         )
         chat = server.client.chat.completions.create(
-            model=trained.fine_tuned_model, messages=[{"role": "user", "content": f"{text} It was"}], max_tokens=1, temperature=0,
-            logprobs=True, top_logprobs=5,
-        )  # fmt: skip
+            model=trained.fine_tuned_model,
+            messages=[{"role": "user", "content": f"{text} It was"}],
+            max_tokens=1,
+            temperature=0,
+            logprobs=True,
+            top_logprobs=5,
+        )
         assert chat.choices[0].message.content == completion.choices[0].text
-        (right, wrong) = (prompt_log_probs(server, trained.fine_tuned_model, [f"{text} It was{o}"])[0][-1] for o in (options[kind][0], other))
+        (right, wrong) = (
+            prompt_log_probs(server, trained.fine_tuned_model, [f"{text} It was{o}"])[0][-1]
+            for o in (options[kind][0], other)
+        )
         assert right > wrong
 
 
@@ -100,7 +118,10 @@ def test_a_fine_tuned_model_is_trained_further(server, files, trained):
     assert (job.model, job.fine_tuned_model) == (trained.fine_tuned_model, "reviews-model:further")
     sent = job.to_dict()["method"]["supervised"]["hyperparameters"]
     assert (sent["invocation"], sent["r"], sent["tuning"]) == (" It was", 8, "alora")
-    weights = [server.run_directory(one) / name / "adapter_model.safetensors" for one, name in ((trained.id, "adapter"), (job.id, "initial_adapter"))]
+    weights = [
+        server.run_directory(one) / name / "adapter_model.safetensors"
+        for one, name in ((trained.id, "adapter"), (job.id, "initial_adapter"))
+    ]
     assert weights[0].read_bytes() == weights[1].read_bytes()
     log = SeedLog.open(server.run_directory(job.id) / "seed_log")
     assert len(log) == 1 and log.header.initial_adapter is not None
@@ -112,7 +133,9 @@ def test_events_and_checkpoints_tell_the_story_and_page(server, trained):
     events = list(jobs.list_events(trained.id, limit=7))  # pages by itself
     assert len({event.id for event in events}) == len(events) > 20
     messages = [event.message for event in reversed(events)]
-    assert messages[0] == f"Created fine-tuning job: {trained.id}" and messages[-1] == "The job has successfully completed"
+    assert (
+        messages[0] == f"Created fine-tuning job: {trained.id}" and messages[-1] == "The job has successfully completed"
+    )
     assert "Step 250/250: training loss=" in " ".join(messages)
     steps = [event.data["step"] for event in reversed(events) if event.type == "metrics"]
     assert steps == sorted(steps) and steps[-1] == 250
@@ -132,7 +155,9 @@ def test_the_result_file_holds_the_metrics_of_the_steps(server, trained):
     rows = {int(line.split(",")[0]): line.split(",")[1:] for line in lines}
     for name, column in (("loss", 0), ("eval_loss", 2), ("eval_accuracy", 3)):
         expected = {record["step"]: record[name] for record in records if name in record}
-        assert {step: float(row[column]) for step, row in rows.items() if row[column]} == expected and len(expected) >= 5, name
+        assert {step: float(row[column]) for step, row in rows.items() if row[column]} == expected and len(
+            expected
+        ) >= 5, name
 
 
 def test_lists_page(server, files, trained):
@@ -143,7 +168,14 @@ def test_lists_page(server, files, trained):
 
 
 def test_the_example_runs_against_the_server(server):
-    command = [sys.executable, "examples/finetune_in_server.py", "--base-url", f"{server.url}/v1", "--suffix", "example"]
+    command = [
+        sys.executable,
+        "examples/finetune_in_server.py",
+        "--base-url",
+        f"{server.url}/v1",
+        "--suffix",
+        "example",
+    ]
     short = ["--hyperparameters", '{"max_steps": 20}']
     done = subprocess.run([*command, *short], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
@@ -169,7 +201,7 @@ def test_a_job_can_be_paused_resumed_and_cancelled(server, files):
         server.client.models.retrieve("reviews-model:stopped")
 
 
-# --- what is served is what the files say -------------------------------------------------------------------------------
+# --- what is served is what the files say -----------------------------------------------------------------------------
 
 
 def published(server, job_id: str) -> Path:
@@ -193,14 +225,20 @@ def test_answers_equal_peft_on_the_saved_files_before_and_after_updates(server, 
         before = served[0][-1]
         batch = {"rows": reviews("train", 4), "zo_random_seed": 1000 + update}
         losses = server.http.post(f"/mezo/jobs/{job.id}/evaluate", json=batch).raise_for_status().json()
-        estimates = projected_grads(losses["loss_plus"], losses["loss_minus"], MezoConfig.zo_eps, MezoConfig().estimator, scale_by_loss_std=True)
+        estimates = projected_grads(
+            losses["loss_plus"], losses["loss_minus"], MezoConfig.zo_eps, MezoConfig().estimator, scale_by_loss_std=True
+        )
         assert losses["projected_grad"] == pytest.approx(estimates, rel=1e-5) and len(estimates) == 7
-        step = {"zo_random_seed": 1000 + update, "projected_grad": [1.0, -1.0, 0.5, 0.0, 2.0, -0.5, -1.0], "learning_rate": 0.3}
+        step = {
+            "zo_random_seed": 1000 + update,
+            "projected_grad": [1.0, -1.0, 0.5, 0.0, 2.0, -0.5, -1.0],
+            "learning_rate": 0.3,
+        }
         answer = server.http.post(f"/mezo/jobs/{job.id}/update", json=step).raise_for_status().json()
         assert answer == {"step": 31 + update, "model": job.fine_tuned_model}
 
 
-# --- the same numbers online and offline --------------------------------------------------------------------------------
+# --- the same numbers online and offline ------------------------------------------------------------------------------
 
 
 def offline_series(server, job, rows: list[dict], tmp_path: Path) -> list[tuple]:
@@ -208,12 +246,21 @@ def offline_series(server, job, rows: list[dict], tmp_path: Path) -> list[tuple]
     sent = job.method.supervised.hyperparameters.model_dump()
     names = MezoConfig.__dataclass_fields__.keys() & sent.keys()
     config = MezoConfig(
-        **{name: sent[name] for name in names}, per_device_train_batch_size=sent["batch_size"], num_train_epochs=sent["n_epochs"],
-        seed=job.seed, output_dir=str(tmp_path / "offline"), disable_tqdm=True,
-    )  # fmt: skip
+        **{name: sent[name] for name in names},
+        per_device_train_batch_size=sent["batch_size"],
+        num_train_epochs=sent["n_epochs"],
+        seed=job.seed,
+        output_dir=str(tmp_path / "offline"),
+        disable_tqdm=True,
+    )
     process = EngineProcess(
-        model_path=str(MODEL), r=16, target_modules=["q_proj", "k_proj", "v_proj", "out_proj"], num_slots=SLOTS, dtype="float32", max_total_tokens=20000
-    )  # fmt: skip
+        model_path=str(MODEL),
+        r=16,
+        target_modules=["q_proj", "k_proj", "v_proj", "out_proj"],
+        num_slots=SLOTS,
+        dtype="float32",
+        max_total_tokens=20000,
+    )
     try:
         process.call(train_offline, config, rows)
     finally:
@@ -234,7 +281,11 @@ def train_offline(engine, config: MezoConfig, rows: list[dict]) -> None:
 
 def series(run: Path) -> list[tuple]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [(line["step"], line["loss_plus"] + line["loss_minus"], line["projected_grad"]) for line in lines if "loss_plus" in line]
+    return [
+        (line["step"], line["loss_plus"] + line["loss_minus"], line["projected_grad"])
+        for line in lines
+        if "loss_plus" in line
+    ]
 
 
 @contextmanager
@@ -259,7 +310,9 @@ def traffic(server, prompts: list[str], clients: int = 3) -> Iterator[list[str]]
 
 
 def greedy(server, prompt: str) -> str:
-    answer = server.client.completions.create(model=server.model, prompt=prompt, max_tokens=16, temperature=0, extra_body={"ignore_eos": True})
+    answer = server.client.completions.create(
+        model=server.model, prompt=prompt, max_tokens=16, temperature=0, extra_body={"ignore_eos": True}
+    )
     return answer.choices[0].text
 
 
@@ -300,13 +353,15 @@ def test_answers_of_the_base_model_are_the_same_while_a_job_trains(server, files
     assert [answer for prompt, answer in answers if answer != alone[prompt]] == []
 
 
-# --- while it runs -------------------------------------------------------------------------------------------------------
+# --- while it runs ----------------------------------------------------------------------------------------------------
 
 
 def test_examples_are_added_and_the_adapter_is_served_while_the_job_runs(server, files):
     job = server.create_job(files[0], suffix="growing", **{**MAIN_JOB, "max_steps": 100_000})
     server.wait_for_step(job.id, 10)
-    added = server.http.post(f"/mezo/jobs/{job.id}/examples", json={"rows": reviews("test", 20)}).raise_for_status().json()
+    added = (
+        server.http.post(f"/mezo/jobs/{job.id}/examples", json={"rows": reviews("test", 20)}).raise_for_status().json()
+    )
     assert added["added"] == 20 and added["step"] > 10
     model = server.http.post(f"/mezo/jobs/{job.id}/publish", json={}).raise_for_status().json()["model"]
     first = prompt_log_probs(server, model, TEXTS)
@@ -336,7 +391,11 @@ def test_flush_pause_and_health_go_together_with_a_running_job(server, files):
 
 def test_metrics_are_beside_those_of_sglang(server, trained):
     metrics = server.http.get("/metrics/").text
-    values = {line.split("{")[0].split(" ")[0]: float(line.rsplit(" ", 1)[1]) for line in metrics.splitlines() if line.startswith("sglang:mezo")}
+    values = {
+        line.split("{")[0].split(" ")[0]: float(line.rsplit(" ", 1)[1])
+        for line in metrics.splitlines()
+        if line.startswith("sglang:mezo")
+    }
     assert values["sglang:mezo_steps_total"] >= 250
     assert values["sglang:mezo_prefix_tokens_reused_total"] > values["sglang:mezo_prefix_tokens_computed_total"] > 0
     for name in ("train_loss", "projected_grad", "learning_rate", "share", "step_seconds_count", "piece_seconds_count"):

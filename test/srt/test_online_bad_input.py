@@ -1,4 +1,5 @@
-"""Bad input at the front door of a real server: each kind gets its error, and requests and the job beside it go on as before.
+"""Bad input at the front door of a real server: each kind gets its error, and requests and the job beside it go on as
+before.
 
 The server has a key for users and one for administrators. One job trains from the first test to the last.
 """
@@ -18,6 +19,8 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from transformers import GPT2Config
+
 from bad_input import (
     BATCH,
     BODIES,
@@ -42,7 +45,6 @@ from bad_input import (
 )
 from foreign_adapters import FILES, change_tensors, edit
 from live_server import MODEL, LiveServer, reviews
-from transformers import GPT2Config
 
 
 class FrontDoor:
@@ -55,7 +57,9 @@ class FrontDoor:
         self.answer = self.greedy()
         self.files = [self.upload(reviews("train", 64)), self.upload(reviews("validation", 16))]
         self.done = self.create(*self.files, suffix="done", max_steps=2, save_steps=1).id
-        self.deleted = self.create(*self.files, suffix="deleted", max_steps=1, target_modules=["k_proj"]).id  # no q beside it, no v
+        self.deleted = self.create(
+            *self.files, suffix="deleted", max_steps=1, target_modules=["k_proj"]
+        ).id  # no q beside it, no v
         self.cancelled = self.create(self.files[0], suffix="cancelled", max_steps=10**9).id
         self.paused = self.create(self.files[0], suffix="paused", max_steps=10**9).id
         for job in (self.done, self.deleted):
@@ -67,7 +71,9 @@ class FrontDoor:
         self.admin.fine_tuning.jobs.pause(self.paused)
         self.running = self.create(*self.files, suffix="running", max_steps=10**9, eval_steps=10**9).id
         adapter = server.directory / "jobs" / self.done / "adapters" / "v1"
-        self.http.post("/load_lora_adapter", json={"lora_name": "foreign", "lora_path": str(adapter)}).raise_for_status()
+        self.http.post(
+            "/load_lora_adapter", json={"lora_name": "foreign", "lora_path": str(adapter)}
+        ).raise_for_status()
         server.wait_for_step(self.running, 1)
 
     def upload(self, rows: list[dict]) -> str:
@@ -76,12 +82,25 @@ class FrontDoor:
     def put(self, content: bytes, name: str = "rows.jsonl") -> str:
         return self.admin.files.create(file=(name, content), purpose="fine-tune").id
 
-    def create(self, training_file: str, validation_file: str | None = None, suffix: str | None = None, **hyperparameters):
-        body = {"validation_file": validation_file, "suffix": suffix, "seed": 1, "method": supervised(**JOB | hyperparameters)}
+    def create(
+        self, training_file: str, validation_file: str | None = None, suffix: str | None = None, **hyperparameters
+    ):
+        body = {
+            "validation_file": validation_file,
+            "suffix": suffix,
+            "seed": 1,
+            "method": supervised(**JOB | hyperparameters),
+        }
         return self.admin.fine_tuning.jobs.create(model=self.server.model, training_file=training_file, extra_body=body)
 
     def greedy(self) -> str:
-        body = {"model": self.server.model, "prompt": "the plot is", "max_tokens": 8, "temperature": 0, "ignore_eos": True}
+        body = {
+            "model": self.server.model,
+            "prompt": "the plot is",
+            "max_tokens": 8,
+            "temperature": 0,
+            "ignore_eos": True,
+        }
         answer = self.server.http.post("/v1/completions", json=body).raise_for_status().json()
         return answer["choices"][0]["text"]
 
@@ -158,11 +177,19 @@ def in_background(folder: Path, *starts: str) -> list[Future]:
 
 def start(folder: Path, flags: list[str]) -> tuple[int, str]:
     """Exit status and output of a server that ends by itself."""
-    command = [Path(sys.executable).with_name("sglang-mezo"), "serve", "--model-path", MODEL, "--max-total-tokens", "20000", *flags]
+    command = [
+        Path(sys.executable).with_name("sglang-mezo"),
+        "serve",
+        "--model-path",
+        MODEL,
+        "--max-total-tokens",
+        "20000",
+        *flags,
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     ended = subprocess.run(
         command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600
-    )  # fmt: skip
+    )
     return ended.returncode, ended.stdout
 
 
@@ -193,12 +220,17 @@ def test_the_client_learns_that_its_file_is_too_large(door):
 
 
 def test_a_length_is_believed_before_the_body_comes(door):
-    head = f"POST /v1/files HTTP/1.1\nHost: x\nAuthorization: Bearer admin-key\nContent-Type: {FORM}\nContent-Length: {1 << 40}"
+    head = (
+        "POST /v1/files HTTP/1.1\nHost: x\nAuthorization: Bearer admin-key\n"
+        f"Content-Type: {FORM}\nContent-Length: {1 << 40}"
+    )
     status, body = door.raw(head)
     check(status, body["error"], 413, "file", "file_too_large", f"at most {MIB} bytes")
 
 
-@pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "..", "a\0b", "files/../../x", "n" * 255, "a%2f..%2fb"])
+@pytest.mark.parametrize(
+    "name", ["../../etc/passwd", "/etc/passwd", "..", "a\0b", "files/../../x", "n" * 255, "a%2f..%2fb"]
+)
 def test_a_name_that_looks_like_a_path_is_only_a_name(door, name):
     before = door.stored()
     answer = door.http.post("/v1/files", content=form(PURPOSE, ("file", name, FILE[2])), headers={"Content-Type": FORM})
@@ -250,10 +282,14 @@ def test_a_job_fails_at_the_row_that_cannot_be_used(door, kind):
 def test_a_job_names_the_file_that_cannot_be_used(door, param, content, message):
     files = {"training_file": door.files[0], param: door.put(content, "bad.jsonl")}
     failed = door.server.wait_for(door.create(**files).id, "failed")
-    assert (failed.error.code, failed.error.param) == (f"invalid_{param}", param) and failed.error.message.startswith(message)
+    assert (failed.error.code, failed.error.param) == (f"invalid_{param}", param) and failed.error.message.startswith(
+        message
+    )
 
 
-@pytest.mark.parametrize("kind", ["label out of range", "invocation missing", "too many options", "unknown form", "label a long text"])
+@pytest.mark.parametrize(
+    "kind", ["label out of range", "invocation missing", "too many options", "unknown form", "label a long text"]
+)
 def test_rows_for_a_running_job_are_taken_whole_or_not_at_all(door, kind):
     answer = door.http.post(f"/mezo/jobs/{door.running}/examples", json={"rows": [ROW, ROWS[kind][0]]})
     check(answer.status_code, answer.json()["error"], 400, "rows.1", "invalid_row", f"rows[1]: {ROWS[kind][1]}")
@@ -261,6 +297,7 @@ def test_rows_for_a_running_job_are_taken_whole_or_not_at_all(door, kind):
 
 
 # --- jobs ------------------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("kind", JOBS)
 def test_a_wrong_job_is_refused_with_the_field_at_fault(door, kind):
@@ -278,7 +315,14 @@ def test_a_wrong_job_is_refused_with_the_field_at_fault(door, kind):
 def test_a_body_that_cannot_be_read_is_refused(door, kind, path):
     content, status, message = BODIES[kind]
     answer = door.http.post(door.path(path), content=content, headers={"Content-Type": "application/json"})
-    check(answer.status_code, answer.json()["error"], status, None, "file_too_large" if status == 413 else "invalid_json", message)
+    check(
+        answer.status_code,
+        answer.json()["error"],
+        status,
+        None,
+        "file_too_large" if status == 413 else "invalid_json",
+        message,
+    )
 
 
 def test_a_body_of_another_type_is_refused(door):
@@ -287,6 +331,7 @@ def test_a_body_of_another_type_is_refused(door):
 
 
 # --- requests about jobs, files and models ---------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("number", range(len(REQUESTS)), ids=[f"{method} {path[:60]}" for method, path, *_ in REQUESTS])
 def test_a_request_that_cannot_be_carried_out_says_why(door, number):
@@ -301,7 +346,14 @@ def test_a_request_that_cannot_be_carried_out_says_why(door, number):
 def test_a_checkpoint_is_published_for_its_own_job_only(door):
     checkpoint = door.server.client.fine_tuning.jobs.checkpoints.list(door.done).data[0].id
     answer = door.http.post(f"/mezo/jobs/{door.paused}/publish", json={"checkpoint": checkpoint})
-    check(answer.status_code, answer.json()["error"], 404, "checkpoint", "not_found", f"no such checkpoint: '{checkpoint}'")
+    check(
+        answer.status_code,
+        answer.json()["error"],
+        404,
+        "checkpoint",
+        "not_found",
+        f"no such checkpoint: '{checkpoint}'",
+    )
 
 
 def edited(**changes):
@@ -314,13 +366,26 @@ def edited(**changes):
 
 
 DAMAGES = {
-    **{name: FILES[name] for name in ("no configuration", "configuration cut", "configuration endless", "weights cut", "weights a pipe", "no weights")},
-    "other numbers": (lambda folder: change_tensors(folder, lambda ts: {name: tensor + 1 for name, tensor in ts.items()}), "does not agree with SHA256SUMS"),
+    **{
+        name: FILES[name]
+        for name in (
+            "no configuration",
+            "configuration cut",
+            "configuration endless",
+            "weights cut",
+            "weights a pipe",
+            "no weights",
+        )
+    },
+    "other numbers": (
+        lambda folder: change_tensors(folder, lambda ts: {name: tensor + 1 for name, tensor in ts.items()}),
+        "does not agree with SHA256SUMS",
+    ),
     "another rank": (edited(r=4), ".lora_A.weight=[8, 256] is not allowed: [4, 256] by the model and r=4"),
     "DoRA": (edited(use_dora=True), "use_dora=True is not allowed"),
     "a layer left out": (edited(exclude_modules=r".*layers\.0\..*"), "none, as target_modules, exclude_modules"),
     "no folder": (shutil.rmtree, "lora_path="),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", DAMAGES)
@@ -340,21 +405,31 @@ def test_tensors_that_are_none_are_refused(door):
     assert answer.status_code == 400 and "serialized_named_tensors" in answer.json()["error_message"]
 
 
-@pytest.mark.parametrize("adapter", ["nobody", "deleted", "cancelled", "running", "../../etc", "done:ckpt-step-7", "a:b:c"])
+@pytest.mark.parametrize(
+    "adapter", ["nobody", "deleted", "cancelled", "running", "../../etc", "done:ckpt-step-7", "a:b:c"]
+)
 @pytest.mark.parametrize("route", ["completions", "chat/completions"])
 def test_a_model_that_does_not_exist_answers_nothing(door, route, adapter):
     prompt = {"prompt": "a"} if route == "completions" else {"messages": [{"role": "user", "content": "a"}]}
-    answer = door.server.http.post(f"/v1/{route}", json={"model": f"reviews-model:{adapter}", "max_tokens": 1, **prompt})
-    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found") and adapter in answer.json()["error"]["message"]
+    answer = door.server.http.post(
+        f"/v1/{route}", json={"model": f"reviews-model:{adapter}", "max_tokens": 1, **prompt}
+    )
+    assert (answer.status_code, answer.json()["error"]["code"]) == (
+        404,
+        "model_not_found",
+    ) and adapter in answer.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("path", PATHS)
 def test_no_address_is_a_path(door, path):
     status, body = door.raw(f"GET {path} HTTP/1.1\nHost: x\nAuthorization: Bearer user-key\nConnection: close")
-    assert status == 404 and (body == {"detail": "Not Found"} or body["error"]["code"] in ("not_found", "model_not_found"))
+    assert status == 404 and (
+        body == {"detail": "Not Found"} or body["error"]["code"] in ("not_found", "model_not_found")
+    )
 
 
 # --- keys ------------------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("key", [None, "wrong", "USER-KEY", "user-key"])
 def test_what_changes_something_needs_the_administrators_key_and_what_reads_a_users(door, key):
@@ -403,7 +478,9 @@ def test_the_job_beside_all_this_has_gone_on(door):
 
 
 @pytest.mark.parametrize(
-    "values", [{"learning_rate": 1e6}, {"learning_rate": 1e6, "max_steps": 1}, {"lora_alpha": 1e6, "zo_eps": 1e6}], ids=str
+    "values",
+    [{"learning_rate": 1e6}, {"learning_rate": 1e6, "max_steps": 1}, {"lora_alpha": 1e6, "zo_eps": 1e6}],
+    ids=str,
 )
 def test_a_job_that_diverges_fails_alone(door, values):
     job = door.create(door.files[0], **{"clip_projected_grad": None, "max_steps": 1000, **values})
@@ -425,7 +502,9 @@ def test_a_refused_update_leaves_the_adapter_as_it_was(door):
 
 def test_a_small_job_still_succeeds(door):
     job = door.server.wait_for(door.create(*door.files, suffix="last", max_steps=3).id, "succeeded")
-    answer = door.server.client.completions.create(model=job.fine_tuned_model, prompt=ROW["prompt"], max_tokens=1, temperature=0)
+    answer = door.server.client.completions.create(
+        model=job.fine_tuned_model, prompt=ROW["prompt"], max_tokens=1, temperature=0
+    )
     assert answer.choices[0].text
 
 
@@ -434,9 +513,16 @@ def test_an_update_that_would_lead_an_adapter_astray_is_refused_and_the_adapter_
     astray = {"zo_random_seed": 1, "projected_grad": [1e30], "learning_rate": 1e6}
     refusal = door.http.post(f"/mezo/jobs/{job.id}/update", json=astray)
     assert refusal.status_code == 400 and refusal.json()["error"]["param"] == "projected_grad", refusal.text
-    for sampling in ({"temperature": 1}, {"temperature": 1, "top_p": 0.5}, {"temperature": 1, "top_k": 5, "min_p": 0.1}):
+    for sampling in (
+        {"temperature": 1},
+        {"temperature": 1, "top_p": 0.5},
+        {"temperature": 1, "top_k": 5, "min_p": 0.1},
+    ):
         body = {"model": job.fine_tuned_model, "prompt": ROW["prompt"], "max_tokens": 4, **sampling}
-        assert door.http.post("/v1/completions", json=body, headers={"Authorization": "Bearer user-key"}).status_code == 200
+        assert (
+            door.http.post("/v1/completions", json=body, headers={"Authorization": "Bearer user-key"}).status_code
+            == 200
+        )
 
 
 def test_nothing_is_left_behind(door):

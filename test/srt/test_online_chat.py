@@ -1,26 +1,38 @@
-"""Chat through a real server: it asks as training does, and the adapter that a name stands for answers on every route."""
+"""Chat through a real server: it asks as training does, and the adapter that a name stands for answers on every
+route."""
 
 import json
 from collections.abc import Iterator
 
 import pytest
+from openai import APIStatusError, NotFoundError
+from transformers import AutoTokenizer
+
 from conversations import MODEL, REFUSED, ROWS, TEMPLATES, request_for
 from live_server import LiveServer
-from openai import APIStatusError, NotFoundError
 from sglang.srt.mezo.core.errors import DataError
 from sglang.srt.mezo.data.chat import ChatSettings
 from sglang.srt.mezo.data.conversation import turns
 from sglang.srt.mezo.data.examples import Encoder
 from sglang.srt.mezo.engine.chat import ChatRenderer
-from transformers import AutoTokenizer
 
 CONTEXT = 512
-TRAINING = {"max_steps": 3, "batch_size": 4, "num_perturbations": 2, "learning_rate": 0.5, "lr_scheduler_type": "constant", "save_steps": 3}
+TRAINING = {
+    "max_steps": 3,
+    "batch_size": 4,
+    "num_perturbations": 2,
+    "learning_rate": 0.5,
+    "lr_scheduler_type": "constant",
+    "save_steps": 3,
+}
 ASKED = [{"role": "user", "content": "the plot is thin."}]
 
 
 def rows(answer: str = " great", count: int = 8) -> list[dict]:
-    return [{"messages": [{"role": "user", "content": f"the plot is {word}."}, {"role": "assistant", "content": answer}]} for word in "abcdefgh"[:count]]
+    return [
+        {"messages": [{"role": "user", "content": f"the plot is {word}."}, {"role": "assistant", "content": answer}]}
+        for word in "abcdefgh"[:count]
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -39,17 +51,24 @@ def trained(server):
 @pytest.fixture(scope="module")
 def encoder() -> Encoder:
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    return Encoder(tokenizer, CONTEXT, chat=ChatRenderer(tokenizer, ChatSettings(str(MODEL), chat_template=TEMPLATES["tools"])))
+    return Encoder(
+        tokenizer, CONTEXT, chat=ChatRenderer(tokenizer, ChatSettings(str(MODEL), chat_template=TEMPLATES["tools"]))
+    )
 
 
-# --- the prompts ---------------------------------------------------------------------------------------------------------
+# --- the prompts ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ROWS)
 def test_the_server_asks_what_a_row_asks(server, encoder, kind):
     row = ROWS[kind]
     for turn, example in zip(turns(row), encoder.encode(row), strict=True):
-        body = {**request_for(row, len(turn.asked["messages"])), "model": server.model, "max_tokens": 1, "return_prompt_token_ids": True}
+        body = {
+            **request_for(row, len(turn.asked["messages"])),
+            "model": server.model,
+            "max_tokens": 1,
+            "return_prompt_token_ids": True,
+        }
         answer = server.http.post("/v1/chat/completions", json=body)
         assert answer.status_code == 200, answer.text
         assert tuple(answer.json()["choices"][0]["prompt_token_ids"]) == example.prompt
@@ -59,7 +78,10 @@ def test_the_server_asks_what_a_row_asks(server, encoder, kind):
 @pytest.mark.parametrize("kind", REFUSED)
 def test_the_server_refuses_what_a_row_is_refused_for(server, encoder, kind):
     row, _ = REFUSED[kind]
-    answer = server.http.post("/v1/chat/completions", json={**request_for(row, len(row["messages"]) - 1), "model": server.model, "max_tokens": 1})
+    answer = server.http.post(
+        "/v1/chat/completions",
+        json={**request_for(row, len(row["messages"]) - 1), "model": server.model, "max_tokens": 1},
+    )
     assert answer.status_code == 400, answer.text
     with pytest.raises(DataError):
         encoder.encode(row)
@@ -76,7 +98,7 @@ def test_a_job_that_says_nothing_of_an_invocation_has_the_generation_prompt(trai
     assert (sent.tuning, sent.invocation) == ("alora", "<|im_start|>assistant\n")
 
 
-# --- the answers ---------------------------------------------------------------------------------------------------------
+# --- the answers ------------------------------------------------------------------------------------------------------
 
 
 def chat(server, model: str, **fields):
@@ -84,11 +106,18 @@ def chat(server, model: str, **fields):
 
 
 def responses(server, model: str, **fields):
-    return server.client.responses.create(model=model, input="the plot is thin.", max_output_tokens=6, temperature=0, **fields)
+    return server.client.responses.create(
+        model=model, input="the plot is thin.", max_output_tokens=6, temperature=0, **fields
+    )
 
 
 def score(server, model: str) -> list[float]:
-    body = {"model": model, "query": "the plot is thin.<|im_end|>\n<|im_start|>assistant\n", "items": [" great"], "label_token_ids": [399, 400]}
+    body = {
+        "model": model,
+        "query": "the plot is thin.<|im_end|>\n<|im_start|>assistant\n",
+        "items": [" great"],
+        "label_token_ids": [399, 400],
+    }
     return server.http.post("/v1/score", json=body).raise_for_status().json()["scores"][0]
 
 
@@ -101,7 +130,9 @@ def ollama(server, model: str, route: str = "chat") -> str:
 def test_every_route_answers_from_the_adapter(server, trained):
     base, tuned = server.model, trained.fine_tuned_model
     expected, untuned = (chat(server, model).choices[0].message.content for model in (tuned, base))
-    first, second = (responses(server, model).output_text for model in (tuned, base))  # a token or two shorter than a chat's
+    first, second = (
+        responses(server, model).output_text for model in (tuned, base)
+    )  # a token or two shorter than a chat's
     assert expected.startswith(first) and untuned.startswith(second)
     assert first != second, "the adapter must matter"
     events = list(responses(server, tuned, stream=True))
@@ -111,7 +142,11 @@ def test_every_route_answers_from_the_adapter(server, trained):
     assert json.loads(ollama(server, base))["message"]["content"] != expected
     generated = json.loads(ollama(server, tuned, "generate"))["response"]
     assert generated != json.loads(ollama(server, base, "generate"))["response"]
-    message = server.http.post("/v1/messages", json={"model": tuned, "messages": ASKED, "max_tokens": 6, "temperature": 0}).raise_for_status().json()
+    message = (
+        server.http.post("/v1/messages", json={"model": tuned, "messages": ASKED, "max_tokens": 6, "temperature": 0})
+        .raise_for_status()
+        .json()
+    )
     assert message["content"][0]["text"] == expected
 
 
@@ -140,16 +175,18 @@ def test_a_model_that_does_not_exist_is_an_error_on_every_route(server):
     assert server.http.post("/generate", json={"text": "a", "lora_path": "never-existed"}).status_code == 400
 
 
-# --- the version ---------------------------------------------------------------------------------------------------------
+# --- the version ------------------------------------------------------------------------------------------------------
 
 
 def fingerprints(server, model: str) -> set[str]:
     """Of a chat, a completion, and every chunk of both where they are streamed."""
     prompt = {"model": model, "prompt": "a", "max_tokens": 3, "temperature": 0}
     answers = [
-        chat(server, model), *chat(server, model, stream=True, stream_options={"include_usage": True}),
-        server.client.completions.create(**prompt), *server.client.completions.create(**prompt, stream=True),
-    ]  # fmt: skip
+        chat(server, model),
+        *chat(server, model, stream=True, stream_options={"include_usage": True}),
+        server.client.completions.create(**prompt),
+        *server.client.completions.create(**prompt, stream=True),
+    ]
     assert len(answers) > 6
     return {answer.system_fingerprint for answer in answers}
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from datetime import date
 
 import pytest
+
 from isolation_sequences import ACTIONS, TOLERANCE, run_sequences
 from live_server import ROOT, LiveServer
 
@@ -29,7 +30,13 @@ def test_a_few_random_sequences_leave_every_answer_right(server, tmp_path):
 def test_two_hundred_random_sequences_leave_every_answer_right(server, tmp_path):
     answers = run_sequences(server, tmp_path, range(SEQUENCES))
     result = {
-        "sequences": SEQUENCES, "actions of each": ACTIONS, "answers held against PEFT": answers, "tolerance": TOLERANCE, "wrong answers": 0,
-        "date": date.today().isoformat(), "cores": os.cpu_count(), "machine": platform.processor() or platform.machine(),
-    }  # fmt: skip
+        "sequences": SEQUENCES,
+        "actions of each": ACTIONS,
+        "answers held against PEFT": answers,
+        "tolerance": TOLERANCE,
+        "wrong answers": 0,
+        "date": date.today().isoformat(),
+        "cores": os.cpu_count(),
+        "machine": platform.processor() or platform.machine(),
+    }
     RESULT.write_text(json.dumps(result, indent=1) + "\n")

@@ -1,4 +1,5 @@
-"""A server whose disk fills up, that is asked to end in the midst of work, and that is started anew with other flags and on another
+"""A server whose disk fills up, that is asked to end in the midst of work, and that is started anew with other flags
+and on another
 model: one store goes through all of it, in the order of the tests."""
 
 import shutil
@@ -8,8 +9,9 @@ import httpx
 import openai
 import pytest
 import torch
-from live_server import MODEL, LiveServer, reviews
 from safetensors.torch import load_file, save_file
+
+from live_server import MODEL, LiveServer, reviews
 from small_disk import small_disk
 
 JOB = {"invocation": " It was", "num_perturbations": 7, "logging_steps": 1, "save_steps": 20, "r": 8}
@@ -68,11 +70,15 @@ def test_a_full_disk_loses_nothing(server, jobs, disk):
     server.until(lambda: "waits" in " ".join(messages(server, running)) or "takes no more" in server.log_text())
     for path, body in (("examples", {"rows": reviews("train", 50)}), ("publish", {"checkpoint": None})):
         refusal = server.http.post(f"/mezo/jobs/{running.id}/{path}", json=body)
-        assert (refusal.status_code, refusal.json()["error"]["code"]) in ((507, "disk_full"), (400, "invalid_state")), refusal.text
+        assert (refusal.status_code, refusal.json()["error"]["code"]) in ((507, "disk_full"), (400, "invalid_state")), (
+            refusal.text
+        )
     assert answer(server, "reviews-model:done") and answer(server, "reviews-model")
     disk.free()
     makes_steps(server, running)
-    assert any(message.startswith("The job waits: the server's disk takes no more") for message in messages(server, running))
+    assert any(
+        message.startswith("The job waits: the server's disk takes no more") for message in messages(server, running)
+    )
 
 
 def test_sigterm_ends_a_server_whatever_is_under_way(server, jobs):
@@ -127,7 +133,9 @@ def not_served(server, done, reason: str) -> None:
     assert caught.value.status_code in (400, 404)
     assert answer(server, "reviews-model")
     assert "reviews-model:done" not in {model.id for model in server.client.models.list()}
-    server.until(lambda: any(text.startswith("The model is not served") and reason in text for text in messages(server, done)))
+    server.until(
+        lambda: any(text.startswith("The model is not served") and reason in text for text in messages(server, done))
+    )
 
 
 @pytest.mark.slow
@@ -136,7 +144,11 @@ def test_on_another_model_of_that_name_too_until_the_right_weights_are_loaded(se
     other = tmp_path / "opt-reviews"
     shutil.copytree(MODEL, other)
     weights = load_file(MODEL / "model.safetensors")
-    save_file({name: tensor + 1e-3 * torch.randn_like(tensor) for name, tensor in weights.items()}, other / "model.safetensors", {"format": "pt"})
+    save_file(
+        {name: tensor + 1e-3 * torch.randn_like(tensor) for name, tensor in weights.items()},
+        other / "model.safetensors",
+        {"format": "pt"},
+    )
     server._flags = ("--model-path", str(other))
     server.start()
     assert server.wait_for(running.id, "paused").error.code == "base_model_changed"

@@ -3,20 +3,27 @@
 import json
 from pathlib import Path
 
-import oracle
 import pytest
-import tiny_models
 import torch
-from engine_process import require_devices
-from live_server import MODEL, LiveServer, reviews
 from peft import PeftModel
-from sglang.srt.mezo.core.seed_log import SeedLog
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import oracle
+import tiny_models
+from engine_process import require_devices
+from live_server import MODEL, LiveServer, reviews
+from sglang.srt.mezo.core.seed_log import SeedLog
+
 JOB = {
-    "learning_rate": 1e-2, "zo_eps": 3e-3, "logging_steps": 1, "eval_steps": 5, "save_steps": 5, "max_steps": 12, "num_perturbations": 3,
+    "learning_rate": 1e-2,
+    "zo_eps": 3e-3,
+    "logging_steps": 1,
+    "eval_steps": 5,
+    "save_steps": 5,
+    "max_steps": 12,
+    "num_perturbations": 3,
     "max_tokens_per_batch": 64,
-}  # fmt: skip
+}
 
 
 @pytest.mark.slow
@@ -41,7 +48,12 @@ def test_layers_that_two_ranks_widen_keep_the_checkpoints_shapes(tmp_path):
 def two_ranks_make_the_steps_of_one(tmp_path, tuning: str, target_modules: list[str], *flags: str) -> Path:
     """Returns the folder of the adapter that two ranks made."""
     require_devices(2)
-    settings = {**JOB, "target_modules": target_modules, "tuning": tuning, "invocation": " It was" if tuning == "alora" else None}
+    settings = {
+        **JOB,
+        "target_modules": target_modules,
+        "tuning": tuning,
+        "invocation": " It was" if tuning == "alora" else None,
+    }
     runs = []
     for ranks in (1, 2):
         pool = ["--lora-target-modules", *target_modules]
@@ -53,7 +65,9 @@ def two_ranks_make_the_steps_of_one(tmp_path, tuning: str, target_modules: list[
                 server.client.fine_tuning.jobs.pause(job.id)
                 server.client.fine_tuning.jobs.resume(job.id)
             server.wait_for(job.id, "succeeded")
-            text = server.client.completions.create(model="reviews-model:ranks", prompt="the plot is thin. It was", max_tokens=4, temperature=0)
+            text = server.client.completions.create(
+                model="reviews-model:ranks", prompt="the plot is thin. It was", max_tokens=4, temperature=0
+            )
             runs.append((server.run_directory(job.id), text.choices[0].text))
     (one, text), (two, text_of_two) = runs
     assert text == text_of_two

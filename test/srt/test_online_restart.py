@@ -7,19 +7,26 @@ from pathlib import Path
 
 import pytest
 import torch
-from live_server import LiveServer, reviews
 from safetensors.torch import load_file
+
+from live_server import LiveServer, reviews
 from sglang.srt.mezo.adapters.adapter import Adapter, AdapterSpec, Site
 from sglang.srt.mezo.core.seed_log import SeedLog
 
 JOB = {
-    "invocation": " It was", "num_perturbations": 7, "logging_steps": 1, "eval_steps": 40, "save_steps": 20, "max_tokens_per_batch": 32,
-}  # fmt: skip
+    "invocation": " It was",
+    "num_perturbations": 7,
+    "logging_steps": 1,
+    "eval_steps": 40,
+    "save_steps": 20,
+    "max_tokens_per_batch": 32,
+}
 STEPS_BETWEEN_KILLS = 40
 
 
 def losses(run: Path) -> dict[int, tuple[list[float], list[float]]]:
-    """loss_plus and loss_minus of each step; of a step that was run twice, as its record was lost with the process, the later ones."""
+    """loss_plus and loss_minus of each step; of a step that was run twice, as its record was lost with the process,
+    the later ones."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return {line["step"]: (line["loss_plus"], line["loss_minus"]) for line in lines if "loss_plus" in line}
 
@@ -28,10 +35,16 @@ def rebuilt(run: Path, steps: int) -> dict[str, torch.Tensor]:
     """The adapter after ``steps`` steps, from the initial one and the seed log."""
     weights = load_file(run / "initial_adapter" / "adapter_model.safetensors")
     config = json.loads((run / "initial_adapter" / "adapter_config.json").read_text())
-    paths = [name.removeprefix("base_model.model.").removesuffix(".lora_A.weight") for name in weights if "lora_A" in name]
+    paths = [
+        name.removeprefix("base_model.model.").removesuffix(".lora_A.weight") for name in weights if "lora_A" in name
+    ]
     order = sorted(paths, key=lambda path: (int(path.split("layers.")[1].split(".")[0]), *_place(path)))
     sites = [
-        Site(path, weights[f"base_model.model.{path}.lora_A.weight"].shape[1], weights[f"base_model.model.{path}.lora_B.weight"].shape[0])
+        Site(
+            path,
+            weights[f"base_model.model.{path}.lora_A.weight"].shape[1],
+            weights[f"base_model.model.{path}.lora_B.weight"].shape[0],
+        )
         for path in order
     ]
     adapter = Adapter(AdapterSpec("base", config["r"], config["lora_alpha"], tuple(config["target_modules"])), sites)
@@ -72,7 +85,9 @@ def test_killed_at_random_moments_a_job_ends_as_if_it_had_not_been(tmp_path, kil
             acknowledged = server.last_step(job.id)
             server.kill()
             run = server.run_directory(job.id)
-            assert acknowledged <= len(SeedLog.open(run / "seed_log")) < steps, "killed in the middle, and no step is lost"
+            assert acknowledged <= len(SeedLog.open(run / "seed_log")) < steps, (
+                "killed in the middle, and no step is lost"
+            )
             server.start()
             assert {file.id for file in server.client.files.list(purpose="fine-tune")} == set(files)
             assert server.client.files.content(uploaded).read().count(b"\n") == 3
@@ -83,7 +98,9 @@ def test_killed_at_random_moments_a_job_ends_as_if_it_had_not_been(tmp_path, kil
         server.wait_for(waiting.id, "succeeded")
         messages = [event.message for event in server.client.fine_tuning.jobs.list_events(job.id, limit=100)]
         assert any("restart" in message for message in messages)
-        text = server.client.completions.create(model="reviews-model:killed", prompt="the plot is thin. It was", max_tokens=1)
+        text = server.client.completions.create(
+            model="reviews-model:killed", prompt="the plot is thin. It was", max_tokens=1
+        )
         assert text.choices[0].text
         check_run(run, server.run_directory(whole.id), steps, kills)
     finally:
@@ -94,7 +111,9 @@ def check_run(run: Path, whole: Path, steps: int, kills: int) -> None:
     log, uninterrupted = (SeedLog.open(folder / "seed_log").records() for folder in (run, whole))
     assert [record.seed for record in log] == [record.seed for record in uninterrupted] and len(log) == steps
     killed, quiet = losses(run), losses(whole)
-    assert killed.keys() <= quiet.keys() and len(quiet) - len(killed) <= kills, "one line of metrics may go with a process"
+    assert killed.keys() <= quiet.keys() and len(quiet) - len(killed) <= kills, (
+        "one line of metrics may go with a process"
+    )
     assert killed == {step: quiet[step] for step in killed}, "bit for bit, on a server without other traffic"
     checkpoints = sorted(run.glob("checkpoint-*"))
     assert len(checkpoints) == steps // JOB["save_steps"]

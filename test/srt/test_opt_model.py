@@ -16,11 +16,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from engine_process import ServingEngine, require_devices
 from peft import LoraConfig, get_peft_model
+from transformers import OPTConfig, OPTForCausalLM
+
+from engine_process import ServingEngine, require_devices
 from sglang.srt.plugins import load_plugins
 from sglang.srt.runtime_context import get_context, get_parallel
-from transformers import OPTConfig, OPTForCausalLM
 
 load_plugins()  # before the model: the plugin serves this module name
 from sglang.srt.models import opt  # noqa: E402
@@ -103,9 +104,7 @@ def expect(model: torch.nn.Module, prompts: list[list[int]]) -> Expected:
 
 
 def random_adapter(model: OPTForCausalLM, folder: Path) -> torch.nn.Module:
-    config = LoraConfig(
-        r=4, lora_alpha=12, target_modules=LORA_TARGETS, task_type="CAUSAL_LM"
-    )
+    config = LoraConfig(r=4, lora_alpha=12, target_modules=LORA_TARGETS, task_type="CAUSAL_LM")
     adapted = get_peft_model(model, config)
     for name, param in adapted.named_parameters():
         if "lora_B" in name:  # PEFT starts from B = 0, which would test nothing
@@ -118,9 +117,7 @@ def random_adapter(model: OPTForCausalLM, folder: Path) -> torch.nn.Module:
 def cases(tmp_path_factory) -> dict[str, Case]:
     root = tmp_path_factory.mktemp("opt")
     torch.manual_seed(1)
-    prompts = [
-        torch.randint(4, SMALL["vocab_size"], (n,)).tolist() for n in PROMPT_LENGTHS
-    ]
+    prompts = [torch.randint(4, SMALL["vocab_size"], (n,)).tolist() for n in PROMPT_LENGTHS]
     cases = {}
     for kind, overrides in KINDS.items():
         model = random_model(overrides)
@@ -137,9 +134,7 @@ def cases(tmp_path_factory) -> dict[str, Case]:
 @pytest.fixture(
     scope="module",
     params=[
-        pytest.param((kind, tp), marks=[pytest.mark.slow] * ((kind, tp) == SLOW))
-        for kind in KINDS
-        for tp in (1, 2)
+        pytest.param((kind, tp), marks=[pytest.mark.slow] * ((kind, tp) == SLOW)) for kind in KINDS for tp in (1, 2)
     ],
     ids=lambda p: f"{p[0]}-tp{p[1]}",
 )
@@ -169,11 +164,7 @@ def served(request, cases) -> Iterator[tuple]:
 def generate(engine, prompts: list[list[int]], adapters=None) -> list[dict]:
     return engine.generate(
         input_ids=prompts,
-        sampling_params={
-            "temperature": 0.0,
-            "max_new_tokens": NEW_TOKENS,
-            "ignore_eos": True,
-        },
+        sampling_params={"temperature": 0.0, "max_new_tokens": NEW_TOKENS, "ignore_eos": True},
         return_logprob=True,
         logprob_start_len=0,
         lora_path=adapters,

@@ -5,10 +5,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from transformers import get_scheduler
+
 from sglang.srt.mezo.core.errors import DivergedError
 from sglang.srt.mezo.core.noise import direction
 from sglang.srt.mezo.core.optimizer import Optimizer, UpdateRule, learning_rate_at
-from transformers import get_scheduler
 
 TRANSFORMERS_NAME = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 
@@ -33,8 +34,22 @@ def test_update_is_the_mean_over_directions(projected_grads, weight_decay):
     np.testing.assert_allclose(theta, expected, atol=1e-6)
 
 
-RULES = {"sgd": {}, "decay": {"weight_decay": 0.1}, "momentum": {"momentum": 0.9}, "adamw": {"optim": "adamw"}, "adamw, decay": {"optim": "adamw", "weight_decay": 0.1}}
-OVERFLOWS = [([1e30], 1e30), ([3e38], 1e6), ([1e30], 1e300), ([-1e38], 3e38), ([math.nan], 1e-3), ([math.inf], 1e-3), ([1.0], math.nan)]
+RULES = {
+    "sgd": {},
+    "decay": {"weight_decay": 0.1},
+    "momentum": {"momentum": 0.9},
+    "adamw": {"optim": "adamw"},
+    "adamw, decay": {"optim": "adamw", "weight_decay": 0.1},
+}
+OVERFLOWS = [
+    ([1e30], 1e30),
+    ([3e38], 1e6),
+    ([1e30], 1e300),
+    ([-1e38], 3e38),
+    ([math.nan], 1e-3),
+    ([math.inf], 1e-3),
+    ([1.0], math.nan),
+]
 
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
@@ -108,7 +123,9 @@ def test_shapes_must_be_those_of_theta():
         Optimizer(torch.zeros(5), [(2, 3)], UpdateRule())
 
 
-@pytest.mark.parametrize("rule", [{}, {"distribution": "rademacher"}, {"momentum": 0.9}, {"optim": "adamw"}, {"perturbation_rank": 2}])
+@pytest.mark.parametrize(
+    "rule", [{}, {"distribution": "rademacher"}, {"momentum": 0.9}, {"optim": "adamw"}, {"perturbation_rank": 2}]
+)
 def test_replay_repeats_the_update_bit_for_bit(rule):
     live, replayed = random_theta(10_000), random_theta(10_000)
     rule = UpdateRule(weight_decay=0.01, **rule)
@@ -149,7 +166,9 @@ def test_schedules_agree_with_transformers(lr_scheduler_type, warmup_steps):
         expected.append(scheduler.get_last_lr()[0])
         optimizer.step()
         scheduler.step()
-    schedule = dict(learning_rate=peak, lr_scheduler_type=lr_scheduler_type, warmup_steps=warmup_steps, max_steps=max_steps)
+    schedule = dict(
+        learning_rate=peak, lr_scheduler_type=lr_scheduler_type, warmup_steps=warmup_steps, max_steps=max_steps
+    )
     # Past the end of a cosine Transformers would go up again; a run never asks for that.
     places = range(max_steps + 1 if lr_scheduler_type == "cosine" else len(expected))
     actual = [learning_rate_at(step, **schedule) for step in places]

@@ -112,7 +112,9 @@ def source_tree(tmp_path) -> Path:
     for name in ("pyproject.toml", "LICENSE", "README.md"):
         if (REPOSITORY / name).exists():
             shutil.copy2(REPOSITORY / name, tree)
-    shutil.copytree(REPOSITORY / "python", tree / "python", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info", "*.so"))
+    shutil.copytree(
+        REPOSITORY / "python", tree / "python", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info", "*.so")
+    )
     return tree
 
 
@@ -160,7 +162,11 @@ def test_wheel_holds_what_the_source_tree_holds(tmp_path, source_tree):
     names = zipfile.ZipFile(wheel).namelist()
     packed = {name for name in names if Path(name).suffix in SUFFIXES}
     package, models = source_tree / "python/sglang/srt/mezo", source_tree / "python/sglang/srt/models"
-    expected = {f"sglang/srt/mezo/{path.relative_to(package).as_posix()}" for path in package.rglob("*") if path.suffix in SUFFIXES}
+    expected = {
+        f"sglang/srt/mezo/{path.relative_to(package).as_posix()}"
+        for path in package.rglob("*")
+        if path.suffix in SUFFIXES
+    }
     expected |= {f"sglang/srt/mezo/_models/{path.relative_to(models).as_posix()}" for path in models.rglob("*.py")}
     assert packed == expected
     assert {name for name in names if name.endswith(".so")} == {f"sglang/srt/mezo/cpu/{path.name}" for path in KERNELS}

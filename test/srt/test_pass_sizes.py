@@ -1,6 +1,7 @@
 """passes.jsonl: which sizes the passes of each step had."""
 
 import pytest
+
 from sglang.srt.mezo.core.errors import DamagedError
 from sglang.srt.mezo.training.pass_sizes import PassSizes, read_pass_sizes
 

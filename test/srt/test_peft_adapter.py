@@ -1,18 +1,23 @@
-"""Adapters from outside: what PEFT makes of a folder is what we make of it, matrix by matrix, or it is refused with its field."""
+"""Adapters from outside: what PEFT makes of a folder is what we make of it, matrix by matrix, or it is refused with
+its field."""
 
 import copy
 import dataclasses
-import json
 import os
 import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
-import oracle
 import pytest
 import safetensors.torch
 import torch
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import check_target_module_exists
+from transformers import AutoModelForCausalLM
+
+import oracle
 from foreign_adapters import (
     APPLIED,
     ATTENTION,
@@ -27,16 +32,12 @@ from foreign_adapters import (
     edit,
     saved,
 )
-from peft import LoraConfig, PeftModel
-from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import check_target_module_exists
 from sglang.srt.mezo.adapters import peft_config
 from sglang.srt.mezo.adapters.adapter import Site
 from sglang.srt.mezo.adapters.peft_adapter import ModelLayers, fit_adapter, read_adapter
 from sglang.srt.mezo.adapters.peft_config import read_config
 from sglang.srt.mezo.core.errors import ConfigError
 from sglang.srt.mezo.core.integrity import SUMS, write_sums
-from transformers import AutoModelForCausalLM
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +49,9 @@ def base():
 def layers_of(model, max_rank=16, dtype=torch.float32) -> ModelLayers:
     sites = {
         path: Site(path, module.in_features, module.out_features)
-        for path, module in model.named_modules() if isinstance(module, torch.nn.Linear) and path != "lm_head"
-    }  # fmt: skip
+        for path, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and path != "lm_head"
+    }
     adapted = {path for path in sites if path.rpartition(".")[2] in ATTENTION}
     return ModelLayers(sites, adapted, max_rank, dtype, model.config.vocab_size)
 
@@ -64,8 +66,9 @@ def deltas_of_peft(base, folder: Path) -> dict[str, torch.Tensor]:
     model = PeftModel.from_pretrained(copy.deepcopy(base), folder)
     return {
         path.removeprefix("base_model.model."): module.get_delta_weight("default")
-        for path, module in model.named_modules() if isinstance(module, LoraLayer)
-    }  # fmt: skip
+        for path, module in model.named_modules()
+        if isinstance(module, LoraLayer)
+    }
 
 
 def deltas(adapter) -> dict[str, torch.Tensor]:
@@ -80,7 +83,11 @@ def test_every_matrix_is_what_peft_makes_of_it(base, layers, tmp_path, name):
     torch.testing.assert_close(deltas(adapter), expected, atol=1e-6, rtol=1e-6)
     assert all(delta.abs().max() > 0.01 for delta in expected.values()), "nothing to see"
     assert adapter.invocation == tuple(APPLIED[name].get("alora_invocation_tokens", ()))
-    assert {a.shape[0] for a, _ in adapter.matrices.values()} == {b.shape[1] for _, b in adapter.matrices.values()} == {adapter.r}
+    assert (
+        {a.shape[0] for a, _ in adapter.matrices.values()}
+        == {b.shape[1] for _, b in adapter.matrices.values()}
+        == {adapter.r}
+    )
 
 
 def test_the_shorthand_for_all_linear_layers_takes_what_the_file_has(base, layers, tmp_path):
@@ -104,12 +111,16 @@ def test_other_types_of_numbers_and_pickled_files_are_read(base, layers, tmp_pat
 def test_what_is_brought_to_one_rank_and_scale_stays_as_it_is(base, layers, tmp_path):
     folder = saved(base, tmp_path / "adapter", **APPLIED["patterns, rank-stabilised"])
     first = read_adapter(str(folder), layers)
-    tensors = {f"base_model.model.{path}.lora_{side}.weight": m for path, pair in first.matrices.items() for side, m in zip("AB", pair)}
+    tensors = {
+        f"base_model.model.{path}.lora_{side}.weight": m
+        for path, pair in first.matrices.items()
+        for side, m in zip("AB", pair)
+    }
     fields = {"peft_type": "LORA", "r": first.r, "lora_alpha": first.lora_alpha, "target_modules": first.target_modules}
     torch.testing.assert_close(deltas(fit_adapter(fields, tensors, layers)), deltas(first))
 
 
-# --- fields ------------------------------------------------------------------------------------------------------------
+# --- fields -----------------------------------------------------------------------------------------------------------
 
 
 def test_every_field_of_peft_is_applied_or_refused_or_known_to_have_no_effect():
@@ -117,7 +128,11 @@ def test_every_field_of_peft_is_applied_or_refused_or_known_to_have_no_effect():
     assert sorted(tables) == sorted({field.name for field in dataclasses.fields(LoraConfig)})
 
 
-PATHS = [f"model.layers.{i}.{part}" for i in (0, 1, 11) for part in ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj", "mlp.experts.1.up_proj")]
+PATHS = [
+    f"model.layers.{i}.{part}"
+    for i in (0, 1, 11)
+    for part in ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj", "mlp.experts.1.up_proj")
+]
 PATHS += ["model.decoder.layers.1.fc1", "transformer.h.2.attn.c_attn", "lm_head", "q_proj", "xq_proj"]
 
 
@@ -125,28 +140,61 @@ PATHS += ["model.decoder.layers.1.fc1", "transformer.h.2.attn.c_attn", "lm_head"
     "settings",
     [
         {"target_modules": targets, **more}
-        for targets in (QV, ["q_proj"], ["self_attn.q_proj", "up_proj"], ["layers.1.self_attn.v_proj"], PATHS[:3], ["roj"])
+        for targets in (
+            QV,
+            ["q_proj"],
+            ["self_attn.q_proj", "up_proj"],
+            ["layers.1.self_attn.v_proj"],
+            PATHS[:3],
+            ["roj"],
+        )
         for more in (
-            {}, {"exclude_modules": ["up_proj"]}, {"exclude_modules": r".*\.1\..*"}, {"exclude_modules": ""}, {"layers_to_transform": 1},
-            {"layers_to_transform": [0, 11]}, {"layers_to_transform": []}, {"layers_to_transform": [1], "layers_pattern": "layers"},
-            {"layers_to_transform": [2], "layers_pattern": ["h", "layers"]}, {"layers_to_transform": [1], "layers_pattern": r"ex.*s"},
+            {},
+            {"exclude_modules": ["up_proj"]},
+            {"exclude_modules": r".*\.1\..*"},
+            {"exclude_modules": ""},
+            {"layers_to_transform": 1},
+            {"layers_to_transform": [0, 11]},
+            {"layers_to_transform": []},
+            {"layers_to_transform": [1], "layers_pattern": "layers"},
+            {"layers_to_transform": [2], "layers_pattern": ["h", "layers"]},
+            {"layers_to_transform": [1], "layers_pattern": r"ex.*s"},
             {"layers_to_transform": [1], "layers_pattern": []},
         )
     ]
-    + [{"target_modules": expression} for expression in (r".*q_proj", r"q_proj", r".*\.(1|11)\.(?!mlp).*", "all", r".*\.self_attn\..*")],
-)  # fmt: skip
+    + [
+        {"target_modules": expression}
+        for expression in (r".*q_proj", r"q_proj", r".*\.(1|11)\.(?!mlp).*", "all", r".*\.self_attn\..*")
+    ],
+)
 def test_modules_are_the_ones_that_peft_finds(settings):
-    fields = {"exclude_modules": None, "layers_to_transform": None, "layers_pattern": None, "target_parameters": None, **settings}
+    fields = {
+        "exclude_modules": None,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+        "target_parameters": None,
+        **settings,
+    }
     ours = read_config({"peft_type": "LORA", "r": 4, "lora_alpha": 8, **settings}).targets(PATHS)
     assert ours == [path for path in PATHS if check_target_module_exists(SimpleNamespace(**fields), path)]
 
 
-OFF = {"init_lora_weights": ["pissa", "pissa_niter_4", "olora", "loftq", "corda", "lora_ga", "mica"], "bias": ["all", "lora_only", None]}
-OFF |= {"peft_type": ["IA3", "ALORA", "lora", None], "task_type": ["SEQ_CLS", "x", 5], "layer_replication": [[[0, 2], [1, 2]]]}
+OFF = {
+    "init_lora_weights": ["pissa", "pissa_niter_4", "olora", "loftq", "corda", "lora_ga", "mica"],
+    "bias": ["all", "lora_only", None],
+}
+OFF |= {
+    "peft_type": ["IA3", "ALORA", "lora", None],
+    "task_type": ["SEQ_CLS", "x", 5],
+    "layer_replication": [[[0, 2], [1, 2]]],
+}
 OFF |= {name: [True] for name in ("use_dora", "lora_bias", "use_qalora")}
 OFF |= {name: [["embed_tokens"]] for name in ("modules_to_save", "target_parameters")}
 OFF |= {"trainable_token_indices": [[1, 2], {"embed_tokens": [1]}]}
-OFF |= {name: [{"a": 1}] for name in ("velora_config", "monteclora_config", "use_bdlora", "arrow_config", "kasa_config", "megatron_config")}
+OFF |= {
+    name: [{"a": 1}]
+    for name in ("velora_config", "monteclora_config", "use_bdlora", "arrow_config", "kasa_config", "megatron_config")
+}
 WRONG = {
     **OFF,
     "r": [0, -1, 1.5, "4", True, None, 17, [4], ...],
@@ -164,7 +212,7 @@ WRONG = {
     "alora_invocation_tokens": [[], 5, " It was", [1.0, 2.0], ["1"], [[1, 2]], [-1], [99999], {"a": 1}, [True]],
     "invocation_string": [" It was", 5, ["a"]],
     "use_something_new": [True],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("field", "value"), [(field, value) for field, values in WRONG.items() for value in values])
@@ -209,7 +257,7 @@ def plain_folder(base, tmp_path_factory) -> Path:
         ({"rank_pattern": {"v_proj": 32}}, "rank_pattern={'v_proj': 32}"),
         ({"trainable_token_indices": [1, 2]}, "trainable_token_indices=[1, 2]"),
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("activated", [False, True])
 def test_what_only_peft_can_apply_is_refused(base, layers, tmp_path, settings, message, activated):
     if activated and settings.keys() & {"use_dora"}:
@@ -225,13 +273,17 @@ def test_what_only_peft_can_apply_is_refused(base, layers, tmp_path, settings, m
 def test_an_expression_that_takes_for_ever_is_refused(layers, base, tmp_path, field):
     evil = r"(?:(?:[a-z0-9_.]|[a-z0-9_.]{2}|[a-z])+)+[A-Z]"
     value = {"rank_pattern": {evil: 4}}.get(field, evil)
-    folder = edit(saved(base, tmp_path / "adapter"), **{field: value}, **({"layers_to_transform": [1]} if field == "layers_pattern" else {}))
+    folder = edit(
+        saved(base, tmp_path / "adapter"),
+        **{field: value},
+        **({"layers_to_transform": [1]} if field == "layers_pattern" else {}),
+    )
     with pytest.raises(ConfigError) as caught:
         read_adapter(str(folder), layers)
     assert caught.value.field == field
 
 
-# --- files -------------------------------------------------------------------------------------------------------------
+# --- files ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("pickled", [False, True], ids=["safetensors", "bin"])
@@ -270,7 +322,10 @@ def test_a_damaged_folder_is_refused_by_its_file(base, layers, tmp_path, kind):
     assert not Path("/tmp/sglang-mezo-code-of-an-adapter-ran").exists()
 
 
-@pytest.mark.parametrize("place", ["/nowhere", "../nowhere", "nowhere", "no/where", "a/b/c", "", "a\0b", "x" * 5000, "/proc/self/mem", "/dev/null"])
+@pytest.mark.parametrize(
+    "place",
+    ["/nowhere", "../nowhere", "nowhere", "no/where", "a/b/c", "", "a\0b", "x" * 5000, "/proc/self/mem", "/dev/null"],
+)
 def test_a_place_without_an_adapter_is_named(layers, place):
     with pytest.raises(ConfigError) as caught:
         read_adapter(place, layers)

@@ -6,15 +6,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft.tuners.lora.variants import calculate_alora_offsets
+
 from sglang.srt.mezo.core.errors import DataError
 from sglang.srt.mezo.data.examples import Example
 from sglang.srt.mezo.data.invocation import invocation_start
-from sglang.srt.mezo.scoring.plan import (
-    ExamplePlan,
-    Planner,
-    PrefixScope,
-    needs_normaliser,
-)
+from sglang.srt.mezo.scoring.plan import ExamplePlan, Planner, PrefixScope, needs_normaliser
 
 INVOCATION = (7, 8)
 PLANNERS = {"lora": Planner("lora"), "alora": Planner("alora", INVOCATION)}
@@ -25,16 +21,21 @@ COMPLETION = Example((2, 5, 7, 8), ((11, 12, 13),), 0)
 
 
 def random_example(rng: random.Random) -> Example:
-    prompt = (2, *(rng.randrange(10) for _ in range(rng.randrange(8))), *INVOCATION, *(9 for _ in range(rng.randrange(3))))
-    options = tuple(tuple(rng.randrange(10, 20) for _ in range(rng.choice((1, 1, 2, 5)))) for _ in range(rng.randrange(1, 5)))
+    prompt = (
+        2,
+        *(rng.randrange(10) for _ in range(rng.randrange(8))),
+        *INVOCATION,
+        *(9 for _ in range(rng.randrange(3))),
+    )
+    options = tuple(
+        tuple(rng.randrange(10, 20) for _ in range(rng.choice((1, 1, 2, 5)))) for _ in range(rng.randrange(1, 5))
+    )
     return Example(prompt, options, rng.randrange(len(options)))
 
 
 def what_is_read(plan: ExamplePlan) -> list[tuple[tuple[int, ...], int]]:
     """(tokens that the model sees, token that is scored) for every read."""
-    return [
-        (row.prefix + row.suffix[: position + 1], token) for row in plan.rows for position, token in row.reads
-    ]
+    return [(row.prefix + row.suffix[: position + 1], token) for row in plan.rows for position, token in row.reads]
 
 
 @pytest.mark.parametrize("tuning", PLANNERS)
@@ -85,7 +86,10 @@ def test_alora_prefix_is_all_before_the_last_invocation():
 
 def test_lora_runs_every_token_in_its_slot():
     for example in (SINGLE, MIXED, COMPLETION):
-        assert all(row.prefix == () and row.suffix[: len(example.prompt)] == example.prompt for row in PLANNERS["lora"].plan(example).rows)
+        assert all(
+            row.prefix == () and row.suffix[: len(example.prompt)] == example.prompt
+            for row in PLANNERS["lora"].plan(example).rows
+        )
     assert PLANNERS["lora"].scope is PrefixScope.SLOT
 
 

@@ -9,21 +9,13 @@ from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 
-import oracle
 import pytest
-from foreign_adapters import edit, saved
-from sglang.srt.mezo.plugin import (
-    adapter_loading,
-    alora_serving,
-    cpu_backends,
-    entry,
-    hooks,
-    online,
-    overlay,
-    platform,
-)
-from sglang.srt.plugins.hook_registry import HookRegistry
 from transformers import AutoModelForCausalLM, OPTConfig
+
+import oracle
+from foreign_adapters import edit, saved
+from sglang.srt.mezo.plugin import adapter_loading, alora_serving, cpu_backends, entry, hooks, online, overlay, platform
+from sglang.srt.plugins.hook_registry import HookRegistry
 
 WRONG_VERSION = """
 import importlib.metadata as metadata
@@ -145,9 +137,11 @@ assert overlay.is_ours(module, overlay.REPLACED_MODULES["sglang.srt.models.opt"]
 for hook in (*adapter_loading.HOOKS, *alora_serving.HOOKS, *cpu_backends.HOOKS):
     importlib.import_module(hook.module)
     assert hook.target in HookRegistry._patched, hook.target
-held = {id(value) for module in list(sys.modules.values()) if isinstance(module, types.ModuleType) for value in list(vars(module).values())}
+modules = [module for module in list(sys.modules.values()) if isinstance(module, types.ModuleType)]
+held = {id(value) for module in modules for value in list(vars(module).values())}
 for hook in (*adapter_loading.HOOKS, *alora_serving.HOOKS, *cpu_backends.HOOKS):
-    assert id(pkgutil.resolve_name(hook.target).__wrapped__) not in held, f"{hook.target}: a module has kept the function that was there before"
+    kept = id(pkgutil.resolve_name(hook.target).__wrapped__) in held
+    assert not kept, f"{hook.target}: a module has kept the function that was there before"
 assert {"out_proj", "fc1", "fc2"} <= set(SUPPORTED_LORA_TARGET_MODULES)
 assert "fc2" in utils.ROW_PARALLELISM_LINEAR_LORA_NAMES
 assert get_backend_from_name("torch_native").__name__ == "CpuLoRABackend"
@@ -191,7 +185,9 @@ print("all there")
 
 
 def test_with_training_off_the_server_has_upstreams_routes_and_scheduler():
-    code = LOAD + """
+    code = (
+        LOAD
+        + """
 import importlib, json, pkgutil, sys, types
 from sglang.srt.entrypoints.http_server import app
 from sglang.srt.mezo.plugin import online
@@ -200,10 +196,12 @@ for hook in online.SCHEDULER_HOOKS:
     importlib.import_module(hook.module)
 routes = sorted((path, method) for path, methods in app.openapi()["paths"].items() for method in methods)
 hooked = [hook.target for hook in online.SCHEDULER_HOOKS if hook.target in HookRegistry._patched]
-held = {id(value) for module in list(sys.modules.values()) if isinstance(module, types.ModuleType) for value in list(vars(module).values())}
+modules = [module for module in list(sys.modules.values()) if isinstance(module, types.ModuleType)]
+held = {id(value) for module in modules for value in list(vars(module).values())}
 stale = [target for target in hooked if id(pkgutil.resolve_name(target).__wrapped__) in held]
 print(json.dumps([routes, hooked, app.router.lifespan_context.__module__, stale]))
 """
+    )
 
     def server(**environment: str) -> tuple[list, list, str, list]:
         done = run_python(code, **environment)
@@ -269,8 +267,17 @@ def test_a_start_with_an_adapter_that_cannot_be_applied_is_refused_before_a_mode
     good, bad = saved(base, tmp_path / "good"), edit(saved(base, tmp_path / "bad"), use_dora=True)
 
     def arguments(path):
-        given = form.format(name="mine", path=path) if isinstance(form, str) else {key: value.format(name="mine", path=path) for key, value in form.items()}
-        model = {"model_path": str(tmp_path / "model"), "trust_remote_code": False, "revision": None, "json_model_override_args": "{}"}
+        given = (
+            form.format(name="mine", path=path)
+            if isinstance(form, str)
+            else {key: value.format(name="mine", path=path) for key, value in form.items()}
+        )
+        model = {
+            "model_path": str(tmp_path / "model"),
+            "trust_remote_code": False,
+            "revision": None,
+            "json_model_override_args": "{}",
+        }
         return SimpleNamespace(**model, lora_paths=[given], max_lora_rank=None)
 
     adapter_loading.require_adapters(arguments(good))

@@ -1,4 +1,5 @@
-"""Files, folders and data sets to rows: every format that users have, however it is named, and what is wrong with the others."""
+"""Files, folders and data sets to rows: every format that users have, however it is named, and what is wrong with
+the others."""
 
 import bz2
 import gzip
@@ -11,16 +12,14 @@ from pathlib import Path
 import pyarrow
 import pytest
 from pyarrow import parquet
-from sglang.srt.mezo.core.errors import DataError
-from sglang.srt.mezo.data.rows import (
-    SourceRow,
-    has_splits,
-    read_jsonl,
-    read_rows,
-    sample_rows,
-)
 
-ROWS = [{"prompt": "it was", "options": [" great", " bad"], "label": 1}, {"prompt": "it is", "options": [" so", " not"], "label": 0}]
+from sglang.srt.mezo.core.errors import DataError
+from sglang.srt.mezo.data.rows import SourceRow, has_splits, read_jsonl, read_rows, sample_rows
+
+ROWS = [
+    {"prompt": "it was", "options": [" great", " bad"], "label": 1},
+    {"prompt": "it is", "options": [" so", " not"], "label": 0},
+]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
 TABLE = 'prompt,options,label\nit was,"["" great"", "" bad""]",1\nit is,"["" so"", "" not""]",0\n'
 CONTENTS = {
@@ -53,7 +52,7 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
-# --- formats -----------------------------------------------------------------------------------------------------------
+# --- formats ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("written", [str.lower, str.upper, str.title])
@@ -92,11 +91,20 @@ def test_what_parquet_adds_to_messages_is_left_out_again(tmp_path):
 def test_a_text_file_has_a_row_for_every_line_that_is_not_blank(tmp_path):
     path = write(tmp_path / "book.txt", "two\n\nlines")
     assert read_rows(path, "train") == [SourceRow({"text": "two"}, path, 1), SourceRow({"text": "lines"}, path, 3)]
-    assert fields(Path(write(tmp_path / "BOOK.TXT.gz", gzip.compress(b"two\n\nlines")))) == [{"text": "two"}, {"text": "lines"}]
+    assert fields(Path(write(tmp_path / "BOOK.TXT.gz", gzip.compress(b"two\n\nlines")))) == [
+        {"text": "two"},
+        {"text": "lines"},
+    ]
 
 
 def test_json_may_be_an_array_or_lines_or_one_row(tmp_path):
-    for content, number in ((json.dumps(ROWS), 2), (LINES, 2), (json.dumps(ROWS[0], indent=1), 1), ("[]", 0), (" \n" + json.dumps(ROWS), 2)):
+    for content, number in (
+        (json.dumps(ROWS), 2),
+        (LINES, 2),
+        (json.dumps(ROWS[0], indent=1), 1),
+        ("[]", 0),
+        (" \n" + json.dumps(ROWS), 2),
+    ):
         assert fields(Path(write(tmp_path / "rows.json", content))) == ROWS[:number]
 
 
@@ -114,7 +122,7 @@ def test_jsonl_rows_keep_their_line_numbers(tmp_path):
 def test_a_byte_order_mark_and_carriage_returns_do_no_harm(tmp_path, name):
     write(tmp_path / name, b'\xef\xbb\xbf{"text": "a"}\r\n{"text": "caf\xc3\xa9"}\r\n')
     assert fields(tmp_path / name) == [{"text": "a"}, {"text": "café"}]
-    write(tmp_path / "rows.csv", b'\xef\xbb\xbftext\r\na\r\ncaf\xc3\xa9\r\n')
+    write(tmp_path / "rows.csv", b"\xef\xbb\xbftext\r\na\r\ncaf\xc3\xa9\r\n")
     assert fields(tmp_path / "rows.csv") == [{"text": "a"}, {"text": "café"}]
 
 
@@ -136,7 +144,7 @@ def test_a_line_may_have_a_length(tmp_path):
         list(read_jsonl(path, "rows.jsonl", max_line_bytes=15))
 
 
-# --- what is wrong with a file -----------------------------------------------------------------------------------------
+# --- what is wrong with a file ----------------------------------------------------------------------------------------
 
 BROKEN = {
     "rows.csv": (b"prompt,completion\na,b\nc,d,e\n", r":3: more values than the header has columns: \['e'\]"),
@@ -172,7 +180,18 @@ def test_a_file_that_cannot_be_read_is_named_with_the_reason(tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    "path", ["missing.jsonl", "missing.JSONL.gz", "missing.txt", "missing.csv", "./missing", "../missing/folder", "/missing", "~/missing", "a/b/c"]
+    "path",
+    [
+        "missing.jsonl",
+        "missing.JSONL.gz",
+        "missing.txt",
+        "missing.csv",
+        "./missing",
+        "../missing/folder",
+        "/missing",
+        "~/missing",
+        "a/b/c",
+    ],
 )
 def test_what_is_not_there_is_named(path):
     with pytest.raises(DataError) as caught:
@@ -206,7 +225,7 @@ def test_a_data_set_that_cannot_be_reached_is_an_error_in_one_line():
     assert "\n" not in str(caught.value)
 
 
-# --- folders -----------------------------------------------------------------------------------------------------------
+# --- folders ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["train.jsonl", "train.JSON", "train.csv", "train.tsv.gz"])
@@ -249,7 +268,7 @@ def test_what_datasets_stored_is_read(tmp_path, cache):
         fields(tmp_path / "splits", "dev")
 
 
-# --- order -------------------------------------------------------------------------------------------------------------
+# --- order ------------------------------------------------------------------------------------------------------------
 
 
 def test_sampled_rows_are_distinct_and_a_function_of_the_seed():

@@ -6,18 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from sglang.srt.mezo.adapters.adapter import Adapter, AdapterSpec, Site
 from sglang.srt.mezo.core.config import MezoConfig
 from sglang.srt.mezo.core.errors import BaseModelError, ConfigError, LogError
-from sglang.srt.mezo.core.integrity import (
-    read_checked_json,
-    write_checked_json,
-    write_json,
-)
+from sglang.srt.mezo.core.integrity import read_checked_json, write_json
 from sglang.srt.mezo.core.noise import step_seed
 from sglang.srt.mezo.core.optimizer import Optimizer
 from sglang.srt.mezo.core.seed_log import LogRecord, SeedLog
-from sglang.srt.mezo.training.run_directory import RunDirectory, read_segments
+from sglang.srt.mezo.training.run_directory import RunDirectory
 from sglang.srt.mezo.training.tracking import Tracker
 from tiny import file_size_limit
 
@@ -25,7 +22,10 @@ SITES = [Site("model.layers.0.self_attn.q_proj", 64, 96)]
 
 
 def config(folder: Path, **settings) -> MezoConfig:
-    return MezoConfig(output_dir=str(folder / "run"), **{"num_perturbations": 2, "estimator": "two_sided", "weight_decay": 0.1, **settings})
+    return MezoConfig(
+        output_dir=str(folder / "run"),
+        **{"num_perturbations": 2, "estimator": "two_sided", "weight_decay": 0.1, **settings},
+    )
 
 
 def initial_adapter(seed: int = 42, r: int = 4) -> Adapter:
@@ -230,7 +230,9 @@ def test_a_run_goes_on_with_its_own_base_model_and_precision_only(tmp_path):
     RunDirectory(config(tmp_path), base_model).open(adapter).close()
     resumed = config(tmp_path, resume_from_checkpoint=True)
     before = contents(tmp_path)
-    with pytest.raises(BaseModelError, match="base_model='facebook/opt-125m' is not allowed: .* other weights under this name"):
+    with pytest.raises(
+        BaseModelError, match="base_model='facebook/opt-125m' is not allowed: .* other weights under this name"
+    ):
         RunDirectory(resumed, base_model | {"fingerprint": "sha256:2"}).open(initial_adapter())
     with pytest.raises(ConfigError, match="dtype='bfloat16' is not allowed: the run to resume has 'float32'"):
         RunDirectory(resumed, base_model | {"precision": "bfloat16"}).open(initial_adapter())

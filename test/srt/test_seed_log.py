@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 import torch
+
 from sglang.srt.mezo.core.errors import LogError
 from sglang.srt.mezo.core.noise import step_seed
 from sglang.srt.mezo.core.optimizer import Optimizer, UpdateRule
@@ -61,9 +62,15 @@ def test_file_is_a_json_line_and_little_endian_records_with_chained_checksums(lo
     assert header["initial_adapter"] == HEADER.initial_adapter
     assert (header["shapes"], header["num_perturbations"]) == ([[10, 60], [40, 10]], 2)
     assert header["rule"] == {
-        "distribution": "gaussian", "perturbation_rank": None, "weight_decay": 0.01, "optim": "sgd", "momentum": 0.0,
-        "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8,
-    }  # fmt: skip
+        "distribution": "gaussian",
+        "perturbation_rank": None,
+        "weight_decay": 0.01,
+        "optim": "sgd",
+        "momentum": 0.0,
+        "adam_beta1": 0.9,
+        "adam_beta2": 0.999,
+        "adam_epsilon": 1e-8,
+    }
     of_line, count, of_count = struct.unpack_from("<III", body)
     assert (of_line, count) == (zlib.crc32(line + newline), 3)
     assert of_count == zlib.crc32(struct.pack("<I", 3), of_line)
@@ -92,7 +99,12 @@ def test_a_record_is_on_disk_before_append_returns(log):
 
 @pytest.mark.parametrize(
     "rule",
-    [RULE, UpdateRule(momentum=0.9), UpdateRule("rademacher", optim="adamw", weight_decay=0.1), UpdateRule(perturbation_rank=2)],
+    [
+        RULE,
+        UpdateRule(momentum=0.9),
+        UpdateRule("rademacher", optim="adamw", weight_decay=0.1),
+        UpdateRule(perturbation_rank=2),
+    ],
     ids=["sgd", "momentum", "adamw", "low rank"],
 )
 def test_replay_gives_the_trained_weights_bit_for_bit(tmp_path, rule):
@@ -165,14 +177,21 @@ def test_create_does_not_overwrite_a_log(log):
 @pytest.mark.parametrize(
     "content",
     [
-        b"", b"not json\n", b"[1]\n", b"{}\n", b'{"format": "something else"}\n',
+        b"",
+        b"not json\n",
+        b"[1]\n",
+        b"{}\n",
+        b'{"format": "something else"}\n',
         b'{"format": "sglang-mezo seed log 2", "shapes": [[1, 2]]}\n',
         b'{"format": "sglang-mezo seed log 2", "shapes": [3], "num_perturbations": 1, "rule": {}}\n',
-        b'{"format": "sglang-mezo seed log 3", "shapes": [[1, 2]], "num_perturbations": 1, "rule": {}, "initial_adapter": null}\n',
-        b'{"format": "sglang-mezo seed log 2", "shapes": [[1, 2]], "num_perturbations": 1, "rule": {"optim": "sgd", "speed": 1}}\n',
-        b'{"format": "sglang-mezo seed log 1", "numel": 3, "num_perturbations": 1, "distribution": "gaussian", "weight_decay": 0}\n',
+        b'{"format": "sglang-mezo seed log 3", "shapes": [[1, 2]], "num_perturbations": 1, "rule": {}, '
+        b'"initial_adapter": null}\n',
+        b'{"format": "sglang-mezo seed log 2", "shapes": [[1, 2]], "num_perturbations": 1, "rule": {"optim": "sgd", '
+        b'"speed": 1}}\n',
+        b'{"format": "sglang-mezo seed log 1", "numel": 3, "num_perturbations": 1, "distribution": "gaussian", '
+        b'"weight_decay": 0}\n',
     ],
-)  # fmt: skip
+)
 def test_another_file_is_refused_by_name(tmp_path, content):
     (tmp_path / "seed_log").write_bytes(content)
     with pytest.raises(LogError, match="seed_log is not a seed log"):
@@ -206,7 +225,9 @@ def test_more_steps_than_there_are_is_an_error(log):
 def test_a_log_of_an_earlier_version_is_read_and_goes_on(tmp_path):
     header = {name: value for name, value in asdict(HEADER).items() if name != "initial_adapter"}
     line = json.dumps({"format": "sglang-mezo seed log 2", **header}).encode() + b"\n"
-    table = np.array([(record.seed, record.learning_rate, record.projected_grads) for record in records(3)], dtype=RECORD)
+    table = np.array(
+        [(record.seed, record.learning_rate, record.projected_grads) for record in records(3)], dtype=RECORD
+    )
     path = tmp_path / "seed_log"
     path.write_bytes(line + table.tobytes() + b"half a record")
     log = SeedLog.open(path)
@@ -234,7 +255,7 @@ def test_a_log_has_one_writer_at_a_time(log):
     assert [record.seed for record in other.records()] == [1, 2]
 
 
-# --- damage --------------------------------------------------------------------------------------------------------------
+# --- damage -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -312,10 +333,15 @@ def test_every_truncation_is_told_and_the_records_before_it_are_kept(log, fifty)
 @pytest.mark.parametrize(
     ("order", "whole"),
     [
-        ([0, 2, 1, 3, 4], 1), ([0, 1, 1, 2, 3], 2), ([0, 1, 1, 2, 3, 4], 2), ([0, 1, 3, 4], 2), ([1, 2, 3, 4], 0), ([0, 1, 2, 3, 4, 4], 5),
+        ([0, 2, 1, 3, 4], 1),
+        ([0, 1, 1, 2, 3], 2),
+        ([0, 1, 1, 2, 3, 4], 2),
+        ([0, 1, 3, 4], 2),
+        ([1, 2, 3, 4], 0),
+        ([0, 1, 2, 3, 4, 4], 5),
     ],
     ids=["swapped", "one over another", "twice", "left out", "the first left out", "the last twice"],
-)  # fmt: skip
+)
 def test_records_that_change_places_are_told(log, order, whole):
     fill(log, 5)
     log.close()
@@ -348,4 +374,8 @@ def test_what_is_damaged_twice_is_kept_twice(log):
         log = SeedLog.open(log.path)
         log.recover()
         log.truncate(0)
-    assert sorted(path.name for path in log.path.parent.iterdir()) == ["seed_log", "seed_log.damaged-1", "seed_log.damaged-2"]
+    assert sorted(path.name for path in log.path.parent.iterdir()) == [
+        "seed_log",
+        "seed_log.damaged-1",
+        "seed_log.damaged-2",
+    ]

@@ -3,24 +3,12 @@
 import asyncio
 
 import pytest
+
 from service_doubles import write_adapter
-from service_server import (  # noqa: F401
-    ROW,
-    anyio_backend,
-    eventually,
-    runtime_context,
-    server,
-    serving,
-    tokenizer,
-)
+from service_server import ROW, anyio_backend, eventually, runtime_context, server, serving, tokenizer  # noqa: F401
 from sglang.srt.mezo.service.jobs import manual, publish
 from sglang.srt.mezo.service.wire.errors import NotFound, PublishError, RequestError
-from sglang.srt.mezo.service.wire.messages import (
-    ApplyUpdate,
-    EvaluatePerturbed,
-    StartJob,
-    StopJob,
-)
+from sglang.srt.mezo.service.wire.messages import ApplyUpdate, EvaluatePerturbed, StartJob, StopJob
 
 pytestmark = pytest.mark.anyio
 
@@ -76,7 +64,7 @@ async def evaluate(server, job, **result):
     return await request
 
 
-# --- the registry ------------------------------------------------------------------------------------------------------
+# --- the registry -----------------------------------------------------------------------------------------------------
 
 
 async def test_a_request_keeps_the_version_that_it_came_for(server, adapters):
@@ -142,7 +130,7 @@ async def test_a_name_that_is_withdrawn_is_unknown_once_its_requests_are_answere
     await publish.withdraw(server.tokenizer_manager, "unknown")
 
 
-# --- names of jobs -----------------------------------------------------------------------------------------------------
+# --- names of jobs ----------------------------------------------------------------------------------------------------
 
 
 async def test_an_adapter_has_its_jobs_suffix_or_a_name_of_its_own(server):
@@ -151,7 +139,9 @@ async def test_an_adapter_has_its_jobs_suffix_or_a_name_of_its_own(server):
     assert job.adapter_name == f"ft-{job.id[-8:]}"
 
 
-@pytest.mark.parametrize("suffix", ["", ".", "..", "../x", "a/b", "a:b", "a@b", "-a", "_a", "a b", "a\n", "ä", "a" * 65, "a\x00"])
+@pytest.mark.parametrize(
+    "suffix", ["", ".", "..", "../x", "a/b", "a:b", "a@b", "-a", "_a", "a b", "a\n", "ä", "a" * 65, "a\x00"]
+)
 async def test_a_suffix_that_could_mean_something_else_is_refused(server, suffix):
     with pytest.raises(RequestError, match="is not allowed") as caught:
         server.manager.adapter_name_for("ftjob-0", suffix)
@@ -183,7 +173,7 @@ async def test_checkpoints_of_a_cancelled_job_hold_its_name_until_it_is_deleted(
     assert server.manager.adapter_name_for("ftjob-0", "mine") == "mine"
 
 
-# --- publishing --------------------------------------------------------------------------------------------------------
+# --- publishing -------------------------------------------------------------------------------------------------------
 
 
 async def test_a_running_jobs_adapter_is_served_on_request_and_then_its_result(server, tmp_path):
@@ -227,8 +217,8 @@ async def test_a_checkpoint_is_loaded_on_request(server, tmp_path):
             await server.manager.publish_checkpoint(job_id, id)
 
 
-async def test_what_was_served_is_served_after_a_restart(tmp_path, tokenizer):  # noqa: F811
-    async with serving(tmp_path, tokenizer) as server:  # noqa: F811
+async def test_what_was_served_is_served_after_a_restart(tmp_path, tokenizer):
+    async with serving(tmp_path, tokenizer) as server:
         job = await server.running(suffix="mine")
         folder = tmp_path / "jobs" / job.id / "run" / "checkpoint-4"
         write_adapter(folder, "of step 4")
@@ -271,7 +261,7 @@ async def test_what_cannot_be_deleted(server, tmp_path):
     assert await server.answer("mine:ckpt-step-4") == "of step 4"
 
 
-# --- single operations -------------------------------------------------------------------------------------------------
+# --- single operations ------------------------------------------------------------------------------------------------
 
 
 async def test_a_perturbation_of_a_succeeded_job_is_evaluated(server):
@@ -338,10 +328,7 @@ async def test_a_session_that_ends_in_mid_operation_fails_it(server):
 async def test_training_goes_before_single_operations(server):
     job = await succeeded_and_opened(server)
     training = await server.running()
-    for call in (
-        server.manager.evaluate(job.id, [ROW], 7, 1e-2),
-        server.manager.update(job.id, 1, [0.5], 1e-3),
-    ):
+    for call in (server.manager.evaluate(job.id, [ROW], 7, 1e-2), server.manager.update(job.id, 1, [0.5], 1e-3)):
         with pytest.raises(RequestError, match=training.id) as caught:
             await call
         assert (caught.value.status, caught.value.code) == (409, "engine_busy")
@@ -366,7 +353,9 @@ async def test_the_engine_is_given_back_after_a_while(server, monkeypatch):
     job = await succeeded_and_opened(server)
     for _ in range(3):
         await evaluate(server, job, loss_plus=[0.5])
-    clocks = [task for task in asyncio.all_tasks() if task.get_coro().__name__ == "_give_back" and not task.cancelling()]
+    clocks = [
+        task for task in asyncio.all_tasks() if task.get_coro().__name__ == "_give_back" and not task.cancelling()
+    ]
     assert len(clocks) == 1
     monkeypatch.setattr(manual, "_IDLE_SECONDS", 0.05)
     for _ in range(2):

@@ -1,4 +1,5 @@
-"""Which adapter a request gets by its model's name on SGLang's own handlers, and the name of the version that answered."""
+"""Which adapter a request gets by its model's name on SGLang's own handlers, and the name of the version that
+answered."""
 
 import json
 from pathlib import Path
@@ -6,16 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 from fastapi.responses import StreamingResponse
-from service_doubles import (
-    Scheduler,
-    TokenizerManager,
-    without_runtime_context,
-    write_adapter,
-)
-from sglang.srt.entrypoints.ollama.protocol import (
-    OllamaChatRequest,
-    OllamaGenerateRequest,
-)
+
+from service_doubles import Scheduler, TokenizerManager, without_runtime_context, write_adapter
+from sglang.srt.entrypoints.ollama.protocol import OllamaChatRequest, OllamaGenerateRequest
 from sglang.srt.entrypoints.ollama.serving import OllamaServing
 from sglang.srt.entrypoints.openai.protocol import ScoringRequest, TokenizeRequest
 from sglang.srt.entrypoints.openai.serving_base import OpenAIServingBase
@@ -58,7 +52,9 @@ class Manager(TokenizerManager):
 @pytest.fixture
 async def manager(monkeypatch, tmp_path):
     without_runtime_context(monkeypatch)
-    tokenizer = SimpleNamespace(encode=lambda text, **_: [1], apply_chat_template=lambda *_, **__: [1], model_max_length=9)
+    tokenizer = SimpleNamespace(
+        encode=lambda text, **_: [1], apply_chat_template=lambda *_, **__: [1], model_max_length=9
+    )
     manager = Manager(Scheduler(), tokenizer)
     manager.request_logger = SimpleNamespace(log_requests=False, log_requests_level=0)
     directory = tmp_path / "jobs" / "ftjob-1" / "adapters" / "v3"
@@ -72,10 +68,14 @@ async def ask(manager, kind: str, model: str):
     manager.answered = "nothing"
     if kind == "score":
         request = ScoringRequest(model=model, query="a", items=["b"], label_token_ids=[1])
-        response = await answers.around_request(OpenAIServingBase.handle_request, OpenAIServingScore(manager), request, None)
+        response = await answers.around_request(
+            OpenAIServingBase.handle_request, OpenAIServingScore(manager), request, None
+        )
     elif kind == "tokenize":
         request = TokenizeRequest(model=model, prompt="a")
-        response = await answers.around_request(OpenAIServingBase.handle_request, OpenAIServingTokenize(manager), request, None)
+        response = await answers.around_request(
+            OpenAIServingBase.handle_request, OpenAIServingTokenize(manager), request, None
+        )
     elif kind == "ollama chat":
         request = OllamaChatRequest(model=model, messages=[{"role": "user", "content": "a"}], stream=False)
         response = await answers.around_ollama(OllamaServing.handle_chat, OllamaServing(manager), request, None)
@@ -99,7 +99,12 @@ async def test_a_name_that_nothing_has_is_an_error_as_openai_has_it(manager, kin
     status, answered, response = await ask(manager, kind, "opt:never-existed")
     assert (status, answered) == (404, "nothing")
     error = json.loads(response.body)["error"]
-    assert error == {"message": "The model 'opt:never-existed' does not exist", "type": "invalid_request_error", "param": "model", "code": "model_not_found"}
+    assert error == {
+        "message": "The model 'opt:never-existed' does not exist",
+        "type": "invalid_request_error",
+        "param": "model",
+        "code": "model_not_found",
+    }
 
 
 @pytest.mark.parametrize("kind", ["ollama chat", "ollama generate"])
@@ -107,7 +112,11 @@ async def test_ollamas_tag_is_no_adapter_and_its_clients_may_call_the_model_what
     for model, expected in (("opt:latest", None), ("llama3:8b", None), ("opt:mine:latest", "trained")):
         assert (await ask(manager, kind, model))[:2] == (200, expected)
     status, answered, response = await ask(manager, kind, "opt:never-existed")
-    assert (status, answered, json.loads(response.body)) == (404, "nothing", {"error": "model 'opt:never-existed' not found"})
+    assert (status, answered, json.loads(response.body)) == (
+        404,
+        "nothing",
+        {"error": "model 'opt:never-existed' not found"},
+    )
 
 
 async def test_an_adapter_that_is_loaded_at_its_first_request_counts(manager, tmp_path):
@@ -132,7 +141,10 @@ def test_a_fingerprint_stands_for_the_weights():
     assert first.startswith("fp_mine-v3-")
     assert answers.fingerprint(version("/moved/jobs/ftjob-1/adapters/v3", lora_id="b")) == first
     others = [
-        version("/mezo/jobs/ftjob-1/adapters/v4"), version("/mezo/jobs/ftjob-2/adapters/v3"),
-        version("/mezo/jobs/ftjob-1/run/checkpoint-3", "mine:ckpt-step-3"), version("/adapters/v3"), version("/adapters/v3", lora_id="b"),
-    ]  # fmt: skip
+        version("/mezo/jobs/ftjob-1/adapters/v4"),
+        version("/mezo/jobs/ftjob-2/adapters/v3"),
+        version("/mezo/jobs/ftjob-1/run/checkpoint-3", "mine:ckpt-step-3"),
+        version("/adapters/v3"),
+        version("/adapters/v3", lora_id="b"),
+    ]
     assert len({first, *map(answers.fingerprint, others)}) == 6

@@ -4,6 +4,7 @@ from collections import Counter
 from types import SimpleNamespace
 
 import pytest
+
 from sglang.srt.mezo.service.scheduler import describe
 
 ROOM = SimpleNamespace(free_rows=10_000, free_kv_tokens=100_000, kv_capacity=100_000, most_prefill_tokens=8192)
@@ -11,7 +12,8 @@ ROOM = SimpleNamespace(free_rows=10_000, free_kv_tokens=100_000, kv_capacity=100
 
 @pytest.fixture
 def machine(monkeypatch):
-    """A machine: seconds of a pass, by its tokens and by how often that many have run; gives the passes it is asked for."""
+    """A machine: seconds of a pass, by its tokens and by how often that many have run; gives the passes it is asked
+    for."""
 
     def start(seconds) -> Counter:
         passes = Counter()
@@ -68,7 +70,9 @@ def test_one_pass_that_something_else_held_up_decides_nothing(machine):
     assert describe.pass_sizes(ROOM, 0.1, 0.0)[0] == 64
 
 
-@pytest.mark.parametrize("room", [{"free_rows": 8, "free_kv_tokens": 10_000}, {"free_rows": 1000, "free_kv_tokens": 40}])
+@pytest.mark.parametrize(
+    "room", [{"free_rows": 8, "free_kv_tokens": 10_000}, {"free_rows": 1000, "free_kv_tokens": 40}]
+)
 def test_no_more_than_there_is_room_for(machine, room):
     machine(lambda tokens, time: 1e-6 * tokens)
     assert describe.pass_sizes(SimpleNamespace(**{**vars(ROOM), **room}), 0.1, 1.0)[0] == 32

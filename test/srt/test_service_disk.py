@@ -7,20 +7,13 @@ import sqlite3
 import threading
 
 import pytest
+from starlette.testclient import TestClient
+
 from service_app import make_app, make_service
 from service_doubles import write_adapter
-from service_server import (  # noqa: F401
-    ROW,
-    Server,
-    anyio_backend,
-    eventually,
-    runtime_context,
-    server,
-    serving,
-    tokenizer,
-)
+from service_server import ROW, Server, anyio_backend, eventually, runtime_context, server, serving, tokenizer  # noqa: F401
 from sglang.srt.mezo.service.http import routes
-from sglang.srt.mezo.service.jobs import manager
+from sglang.srt.mezo.service.jobs import queues
 from sglang.srt.mezo.service.jobs.client import EngineClient
 from sglang.srt.mezo.service.store.disk import disk_full
 from sglang.srt.mezo.service.wire.errors import DiskFull, RequestError
@@ -33,7 +26,6 @@ from sglang.srt.mezo.service.wire.messages import (
     StopJob,
 )
 from small_disk import small_disk
-from starlette.testclient import TestClient
 from test_service_adapters import impatience, open_at_once  # noqa: F401
 
 pytestmark = pytest.mark.anyio
@@ -41,12 +33,13 @@ pytestmark = pytest.mark.anyio
 
 @pytest.fixture(autouse=True)
 def soon(monkeypatch):
-    monkeypatch.setattr(manager, "_RETRY_SECONDS", 0.02)
-    monkeypatch.setattr(manager, "_MOST_ROOM_SECONDS", 0.02)
+    monkeypatch.setattr(queues, "_RETRY_SECONDS", 0.02)
+    monkeypatch.setattr(queues, "_MOST_ROOM_SECONDS", 0.02)
 
 
 def take_writes(server: Server, taken: bool) -> None:
-    """Whether the database takes writes; where it does not, SQLite says what it says on a disk that cannot be written."""
+    """Whether the database takes writes; where it does not, SQLite says what it says on a disk that cannot be
+    written."""
     server.store._database._connection.execute(f"PRAGMA query_only = {'OFF' if taken else 'ON'}")
 
 
@@ -72,14 +65,17 @@ def sqlite_error(statement: str, *pragmas: str) -> sqlite3.Error:
 
 
 NO_ROOM = [
-    *(OSError(number, os.strerror(number)) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)),
+    *(
+        OSError(number, os.strerror(number))
+        for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+    ),
     sqlite_error("INSERT INTO t VALUES (zeroblob(100000))", "max_page_count = 2"),
     sqlite_error("INSERT INTO t VALUES (1)", "query_only = ON"),
     DiskFull("the run's disk is full"),
 ]
 
 
-# --- what counts as a full disk, and what a request is answered then ---------------------------------------------------
+# --- what counts as a full disk, and what a request is answered then --------------------------------------------------
 
 
 @pytest.mark.parametrize("error", NO_ROOM, ids=str)
@@ -99,7 +95,14 @@ def test_a_write_that_the_disk_does_not_take_is_answered_with_507(tmp_path, monk
 
 
 @pytest.mark.parametrize(
-    "error", [OSError(errno.EMFILE, "too many open files"), FileNotFoundError(errno.ENOENT, "gone"), sqlite_error("nonsense"), ValueError()], ids=str
+    "error",
+    [
+        OSError(errno.EMFILE, "too many open files"),
+        FileNotFoundError(errno.ENOENT, "gone"),
+        sqlite_error("nonsense"),
+        ValueError(),
+    ],
+    ids=str,
 )
 def test_other_errors_are_not_taken_for_a_full_disk(error):
     assert disk_full(error) is None
@@ -119,13 +122,21 @@ def test_routes_on_a_store_that_takes_no_writes(tmp_path, method, path, body):
     service = make_service(tmp_path)
     http = TestClient(make_app(service), raise_server_exceptions=False)
     file, other = (
-        http.post("/v1/files", files={"file": ("a.jsonl", b'{"prompt": "a", "completion": "b"}\n')}, data={"purpose": "fine-tune"}).json()["id"]
+        http.post(
+            "/v1/files",
+            files={"file": ("a.jsonl", b'{"prompt": "a", "completion": "b"}\n')},
+            data={"purpose": "fine-tune"},
+        ).json()["id"]
         for _ in range(2)
     )
-    job = http.post("/v1/fine_tuning/jobs", json={"model": "tiny", "training_file": file, "suffix": "ft-1"}).json()["id"]
+    job = http.post("/v1/fine_tuning/jobs", json={"model": "tiny", "training_file": file, "suffix": "ft-1"}).json()[
+        "id"
+    ]
     service.store.update_job(job, version=1)
     service.store._database._connection.execute("PRAGMA query_only = ON")
-    answer = http.request(method, path.replace("JOB", job).replace("OTHER", other), json=body and {**body, "training_file": file})
+    answer = http.request(
+        method, path.replace("JOB", job).replace("OTHER", other), json=body and {**body, "training_file": file}
+    )
     assert (answer.status_code, answer.json()["error"]["code"]) == (507, "disk_full"), answer.text
     assert service.store.job(job).status == "validating_files" and service.store.file_path(other).exists()
     service.close()
@@ -140,7 +151,7 @@ async def test_what_the_engine_could_not_write_is_told_apart(server, monkeypatch
         await EngineClient(server.tokenizer_manager).call(StopJob(job_id="a"))
 
 
-# --- jobs --------------------------------------------------------------------------------------------------------------
+# --- jobs -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("written", [True, False], ids=["state written", "nothing written"])
@@ -246,8 +257,8 @@ async def test_a_version_that_cannot_be_put_on_record_is_not_served(server, tmp_
     assert await server.answer(job.adapter_name) == "step 4"
 
 
-async def test_a_server_starts_on_a_full_disk_and_takes_up_its_job_later(tmp_path, tokenizer):  # noqa: F811
-    async with serving(tmp_path, tokenizer) as server:  # noqa: F811
+async def test_a_server_starts_on_a_full_disk_and_takes_up_its_job_later(tmp_path, tokenizer):
+    async with serving(tmp_path, tokenizer) as server:
         job = await server.running()
     server = Server(tmp_path, tokenizer)
     take_writes(server, False)
@@ -259,7 +270,7 @@ async def test_a_server_starts_on_a_full_disk_and_takes_up_its_job_later(tmp_pat
     server.store.close()
 
 
-# --- rows and steps ----------------------------------------------------------------------------------------------------
+# --- rows and steps ---------------------------------------------------------------------------------------------------
 
 
 def refuse_for_room(server, kind: type):
@@ -314,18 +325,20 @@ async def test_an_update_that_could_not_be_served_says_that_its_step_is_taken(se
         await server.manager.update(job.id, 7, [0.5], 1e-3)
     server.scheduler.handle = handle
     refuse_for_room(server, SaveAdapter)
-    with pytest.raises(RequestError, match="the step is taken, and the adapter is at step 11, but not served: the server's disk") as caught:
+    with pytest.raises(
+        RequestError, match="the step is taken, and the adapter is at step 11, but not served: the server's disk"
+    ) as caught:
         await server.manager.update(job.id, 7, [0.5], 1e-3)
     assert (caught.value.status, caught.value.code) == (507, "disk_full")
     assert await server.answer(job.adapter_name) == "trained"
 
 
-# --- a disk ------------------------------------------------------------------------------------------------------------
+# --- a disk -----------------------------------------------------------------------------------------------------------
 
 
-async def test_on_a_disk_that_is_full_nothing_is_lost(tmp_path, tokenizer):  # noqa: F811
+async def test_on_a_disk_that_is_full_nothing_is_lost(tmp_path, tokenizer):
     with small_disk(tmp_path / "disk", megabytes=3) as disk:
-        async with serving(disk.path, tokenizer) as server:  # noqa: F811
+        async with serving(disk.path, tokenizer) as server:
             job, waiting = await server.running(), await server.create()
             await server.until(waiting, "queued")
             disk.fill()

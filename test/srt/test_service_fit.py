@@ -1,24 +1,16 @@
-"""A server with other flags, or another base model, than the one before: nothing is trained or served as what it is not, and
-all goes on with the right ones."""
+"""A server with other flags, or another base model, than the one before: nothing is trained or served as what it is
+not, and all goes on with the right ones."""
 
 import asyncio
 import copy
 
 import pytest
+
 from service_doubles import ENGINE, Refusal, write_adapter
-from service_server import (  # noqa: F401
-    ROW,
-    ROWS,
-    anyio_backend,
-    eventually,
-    runtime_context,
-    serving,
-    tokenizer,
-)
+from service_server import ROW, ROWS, anyio_backend, eventually, runtime_context, serving, tokenizer  # noqa: F401
 from sglang.srt.mezo.service.jobs import publish
 from sglang.srt.mezo.service.wire.errors import RequestError
 from sglang.srt.mezo.service.wire.messages import MezoEvent, StartJob
-from sglang.srt.mezo.service.wire.records import StoredEvent
 
 pytestmark = pytest.mark.anyio
 
@@ -30,7 +22,7 @@ def impatience(monkeypatch):
     monkeypatch.setattr(publish, "_GRACE_SECONDS", 0.0)
 
 
-async def interrupted(directory, tokenizer, *rows, **config):  # noqa: F811
+async def interrupted(directory, tokenizer, *rows, **config):
     """A job that a server was training when it ended."""
     async with serving(directory, tokenizer) as server:
         job = await server.running(*rows, **config)
@@ -38,7 +30,7 @@ async def interrupted(directory, tokenizer, *rows, **config):  # noqa: F811
     return job
 
 
-async def goes_on(directory, tokenizer, job) -> None:  # noqa: F811
+async def goes_on(directory, tokenizer, job) -> None:
     async with serving(directory, tokenizer) as server:
         await server.started(job)
         assert server.scheduler.job.config["resume_from_checkpoint"] and server.store.job(job.id).error is None
@@ -59,13 +51,19 @@ async def goes_on(directory, tokenizer, job) -> None:  # noqa: F811
         (OTHER_MODEL, {}, "another base model"),
     ],
 )
-async def test_a_job_that_the_flags_do_not_fit_waits_for_the_right_ones(tmp_path, tokenizer, engine, config, reason):  # noqa: F811
+async def test_a_job_that_the_flags_do_not_fit_waits_for_the_right_ones(tmp_path, tokenizer, engine, config, reason):
     job = await interrupted(tmp_path, tokenizer, **config)
     for _ in range(2):
         async with serving(tmp_path, tokenizer, **engine) as server:
             held = await server.until(job, "paused")
-            assert reason in held.error["message"] and reason in server.messages(job)[-1] and not server.scheduler.sent(StartJob)
-            fitting = await server.create(ROW, ROW, r=2, target_modules=["q_proj"], tuning="lora", invocation=None, max_tokens_per_batch=50)
+            assert (
+                reason in held.error["message"]
+                and reason in server.messages(job)[-1]
+                and not server.scheduler.sent(StartJob)
+            )
+            fitting = await server.create(
+                ROW, ROW, r=2, target_modules=["q_proj"], tuning="lora", invocation=None, max_tokens_per_batch=50
+            )
             others = await server.until(fitting, "failed", "queued", "running")
             assert others.status != "failed" or "more than the context" in reason, "others are not kept waiting"
             if others.status != "failed":
@@ -73,7 +71,7 @@ async def test_a_job_that_the_flags_do_not_fit_waits_for_the_right_ones(tmp_path
     await goes_on(tmp_path, tokenizer, job)
 
 
-async def test_a_job_that_the_engine_cannot_take_up_waits_too(tmp_path, tokenizer):  # noqa: F811
+async def test_a_job_that_the_engine_cannot_take_up_waits_too(tmp_path, tokenizer):
     """What only the engine knows of: its room, or the type of its weights."""
     job = await interrupted(tmp_path, tokenizer)
     async with serving(tmp_path, tokenizer, max_loras_per_batch=6) as server:
@@ -90,7 +88,7 @@ async def test_a_job_that_the_engine_cannot_take_up_waits_too(tmp_path, tokenize
         assert (await server.until(job, "failed")).error["code"] == "DivergedError"
 
 
-async def test_a_job_whose_rows_are_rendered_otherwise_now_waits(tmp_path, tokenizer):  # noqa: F811
+async def test_a_job_whose_rows_are_rendered_otherwise_now_waits(tmp_path, tokenizer):
     job = await interrupted(tmp_path, tokenizer)
     other = copy.deepcopy(tokenizer)
     other.chat_template = "{{ messages }}"
@@ -101,7 +99,7 @@ async def test_a_job_whose_rows_are_rendered_otherwise_now_waits(tmp_path, token
     await goes_on(tmp_path, tokenizer, job)
 
 
-async def test_a_job_that_fails_with_the_flags_that_it_was_created_for_fails(tmp_path, tokenizer):  # noqa: F811
+async def test_a_job_that_fails_with_the_flags_that_it_was_created_for_fails(tmp_path, tokenizer):
     job = await interrupted(tmp_path, tokenizer)
     async with serving(tmp_path, tokenizer, max_lora_rank=1) as server:
         await server.until(job, "paused")
@@ -111,7 +109,7 @@ async def test_a_job_that_fails_with_the_flags_that_it_was_created_for_fails(tmp
         await server.until(job, "failed")
 
 
-async def test_what_a_user_has_paused_stays_paused(tmp_path, tokenizer):  # noqa: F811
+async def test_what_a_user_has_paused_stays_paused(tmp_path, tokenizer):
     async with serving(tmp_path, tokenizer) as server:
         job = await server.running()
         await server.manager.pause(job.id)
@@ -119,7 +117,11 @@ async def test_what_a_user_has_paused_stays_paused(tmp_path, tokenizer):  # noqa
         with pytest.raises(RequestError, match="another base model") as caught:
             await server.manager.resume(job.id)
         assert (caught.value.status, caught.value.code) == (409, "base_model_changed")
-        for call in (server.manager.evaluate(job.id, [ROW], 7, 1e-2), server.manager.update(job.id, 7, [0.5], 1e-3), server.manager.publish_checkpoint(job.id, None)):
+        for call in (
+            server.manager.evaluate(job.id, [ROW], 7, 1e-2),
+            server.manager.update(job.id, 7, [0.5], 1e-3),
+            server.manager.publish_checkpoint(job.id, None),
+        ):
             with pytest.raises(RequestError, match="another base model"):
                 await call
         await asyncio.sleep(0.05)
@@ -131,7 +133,7 @@ async def test_what_a_user_has_paused_stays_paused(tmp_path, tokenizer):  # noqa
         await server.started(job)
 
 
-async def test_waiting_jobs_wait_for_their_base_model_and_can_be_cancelled(tmp_path, tokenizer):  # noqa: F811
+async def test_waiting_jobs_wait_for_their_base_model_and_can_be_cancelled(tmp_path, tokenizer):
     async with serving(tmp_path, tokenizer) as server:
         await server.running()
         queued, other = [await server.until(await server.create(), "queued") for _ in range(2)]
@@ -145,7 +147,7 @@ async def test_waiting_jobs_wait_for_their_base_model_and_can_be_cancelled(tmp_p
 
 
 @pytest.mark.parametrize("engine", [{"max_lora_rank": 4}, {"target_modules": ["q_proj"]}, OTHER_MODEL], ids=str)
-async def test_adapters_are_served_on_their_own_base_model_and_where_there_is_room_only(tmp_path, tokenizer, engine):  # noqa: F811
+async def test_adapters_are_served_on_their_own_base_model_and_where_there_is_room_only(tmp_path, tokenizer, engine):
     async with serving(tmp_path, tokenizer) as server:
         job = await server.running(suffix="mine", r=8)
         folder = tmp_path / "jobs" / job.id / "run" / "checkpoint-4"
@@ -179,7 +181,7 @@ async def test_adapters_are_served_on_their_own_base_model_and_where_there_is_ro
         assert server.manager.adapter_name_for("ftjob-0", "mine") == "mine"
 
 
-async def test_jobs_of_an_earlier_version_belong_to_the_model_that_they_are_found_with(tmp_path, tokenizer):  # noqa: F811
+async def test_jobs_of_an_earlier_version_belong_to_the_model_that_they_are_found_with(tmp_path, tokenizer):
     job = await interrupted(tmp_path, tokenizer)
     async with serving(tmp_path, tokenizer, max_lora_rank=1) as server:
         await server.until(job, "paused")
@@ -189,7 +191,7 @@ async def test_jobs_of_an_earlier_version_belong_to_the_model_that_they_are_foun
         assert server.store.job(job.id).engine["base_model"] == "sha256:other"
 
 
-async def test_weights_that_are_replaced_while_the_server_runs_are_another_base_model(tmp_path, tokenizer):  # noqa: F811
+async def test_weights_that_are_replaced_while_the_server_runs_are_another_base_model(tmp_path, tokenizer):
     async with serving(tmp_path, tokenizer) as server:
         done = await server.succeeded(suffix="mine")
         job = await server.running()

@@ -3,14 +3,10 @@
 import json
 
 import pytest
+
 from sglang.srt.mezo.core.config import MezoConfig
 from sglang.srt.mezo.core.errors import DataError, shown
-from sglang.srt.mezo.service.jobs.hyperparameters import (
-    KINDS,
-    reported,
-    resolve,
-    settle,
-)
+from sglang.srt.mezo.service.jobs.hyperparameters import KINDS, reported, resolve, settle
 from sglang.srt.mezo.service.wire.errors import RequestError
 from sglang.srt.mezo.service.wire.messages import EngineDescription
 
@@ -45,12 +41,19 @@ def refused(body, engine=ENGINE):
     return caught.value
 
 
-@pytest.mark.parametrize("body", [{}, {"method": None}, {"method": {"type": "supervised"}}, {"hyperparameters": None}, request()])
+@pytest.mark.parametrize(
+    "body", [{}, {"method": None}, {"method": {"type": "supervised"}}, {"hyperparameters": None}, request()]
+)
 def test_nothing_given_is_the_default_of_a_server(body):
     config, hyperparameters = resolve(body, ENGINE, 1000, seed=7)
     assert hyperparameters == {"n_epochs": 4, "batch_size": 16, "learning_rate_multiplier": 1}
     expected = MezoConfig(
-        invocation="auto", target_modules=["q_proj", "k_proj", "v_proj", "o_proj"], max_tokens_per_batch=256, max_steps=250, num_train_epochs=4, seed=7,
+        invocation="auto",
+        target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
+        max_tokens_per_batch=256,
+        max_steps=250,
+        num_train_epochs=4,
+        seed=7,
         save_steps=50,
     )
     assert MezoConfig(**config) == expected
@@ -137,7 +140,9 @@ WRONG_TYPES = {
 
 def wrong_values():
     for name, kind in KINDS.items():
-        base = next((base for base in reversed(WRONG_TYPES) if base == kind or base in getattr(kind, "__args__", ())), str)
+        base = next(
+            (base for base in reversed(WRONG_TYPES) if base == kind or base in getattr(kind, "__args__", ())), str
+        )
         nullable = type(None) in getattr(kind, "__args__", ())
         yield from ((name, value) for value in WRONG_TYPES[base] if not (nullable and value is None))
 
@@ -165,23 +170,41 @@ def test_null_is_a_setting_of_its_own_or_refused(name):
 @pytest.mark.parametrize(
     ("name", "value", "allowed"),
     [
-        *((name, value, "a positive number") for value in (0, -1.0) for name in (
-            "learning_rate", "zo_eps", "lora_alpha", "clip_projected_grad", "learning_rate_multiplier",
-        )),
+        *(
+            (name, value, "a positive number")
+            for value in (0, -1.0)
+            for name in ("learning_rate", "zo_eps", "lora_alpha", "clip_projected_grad", "learning_rate_multiplier")
+        ),
         *((name, 0, "at least 1") for name in ("r", "num_perturbations", "eval_steps", "logging_steps")),
-        *((name, value, "from 1 to 1000000000") for name in ("n_epochs", "max_steps") for value in (0, 10**9 + 1, 2**63)),
-        *((name, 10**9 + 1, "at most 1000000000") for name in (
-            "eval_steps", "logging_steps", "save_steps", "warmup_steps",
-        )),
-        *((name, 1e300, "at most 1000000") for name in (
-            "learning_rate", "learning_rate_multiplier", "weight_decay", "clip_projected_grad", "zo_eps", "lora_alpha",
-        )),
+        *(
+            (name, value, "from 1 to 1000000000")
+            for name in ("n_epochs", "max_steps")
+            for value in (0, 10**9 + 1, 2**63)
+        ),
+        *(
+            (name, 10**9 + 1, "at most 1000000000")
+            for name in ("eval_steps", "logging_steps", "save_steps", "warmup_steps")
+        ),
+        *(
+            (name, 1e300, "at most 1000000")
+            for name in (
+                "learning_rate",
+                "learning_rate_multiplier",
+                "weight_decay",
+                "clip_projected_grad",
+                "zo_eps",
+                "lora_alpha",
+            )
+        ),
         ("zo_eps", 1e-320, "at least 1e-12"),
         ("invocation", "i" * 1001, "at most 1000 characters or tokens"),
         *((name, -1, "zero or more") for name in ("weight_decay", "warmup_steps", "save_steps")),
         ("batch_size", 0, "from 1 to 4096"),
         ("batch_size", 4097, "from 1 to 4096"),
-        *(("gradient_accumulation_steps", value, "from 1 to 256, as a step takes 4096 examples at most") for value in (0, 257)),
+        *(
+            ("gradient_accumulation_steps", value, "from 1 to 256, as a step takes 4096 examples at most")
+            for value in (0, 257)
+        ),
         ("r", 17, "from 1 to 16, the server's --max-lora-rank"),
         ("num_perturbations", 65, "at most 64"),
         ("max_tokens_per_batch", 0, "from 1 to 8192"),
@@ -194,7 +217,7 @@ def test_null_is_a_setting_of_its_own_or_refused(name):
         ("lr_scheduler_type", "polynomial", 'one of constant, linear, cosine, or "auto"'),
         ("objective", "f1", 'one of classification, completion, language_modeling, null, or "auto"'),
     ],
-)  # fmt: skip
+)
 def test_a_value_out_of_range_is_named_with_what_is_allowed(name, value, allowed):
     error = refused(request(**{name: value}))
     assert error.message == f"{PLACE}.{name}={shown(value)} is not allowed: {allowed}"
@@ -202,7 +225,16 @@ def test_a_value_out_of_range_is_named_with_what_is_allowed(name, value, allowed
 
 
 @pytest.mark.parametrize(
-    "name", ["output_dir", "report_to", "seed", "resume_from_checkpoint", "prefix_reuse", "zo_epsilon", "per_device_train_batch_size"]
+    "name",
+    [
+        "output_dir",
+        "report_to",
+        "seed",
+        "resume_from_checkpoint",
+        "prefix_reuse",
+        "zo_epsilon",
+        "per_device_train_batch_size",
+    ],
 )
 def test_what_a_job_may_not_set_is_refused_with_what_it_may(name):
     error = refused(request(**{name: "/etc"}))
@@ -216,7 +248,9 @@ def test_the_older_place_does_as_well_and_errors_name_it():
     assert refused({"hyperparameters": {"r": 99}}).param == "hyperparameters.r"
     both = refused({"hyperparameters": {"r": 4}, **request(r=4)})
     assert both.message == f"hyperparameters.r=4 is not allowed: it is given as {PLACE}.r as well; one place is enough"
-    assert resolve({"hyperparameters": {"r": 4}, **request(n_epochs=2)}, ENGINE, 1000, seed=7) == resolved(r=4, n_epochs=2)
+    assert resolve({"hyperparameters": {"r": 4}, **request(n_epochs=2)}, ENGINE, 1000, seed=7) == resolved(
+        r=4, n_epochs=2
+    )
 
 
 @pytest.mark.parametrize(
@@ -263,10 +297,15 @@ def test_an_invocation_makes_the_adapter_an_activated_one():
     assert refused(request(tuning="lora", invocation=" It was")).param == f"{PLACE}.invocation"
 
 
-@pytest.mark.parametrize("sent", [{}, {"invocation": "auto"}, {"tuning": "auto"}, {"tuning": "alora"}, {"tuning": "alora", "invocation": "auto"}])
+@pytest.mark.parametrize(
+    "sent",
+    [{}, {"invocation": "auto"}, {"tuning": "auto"}, {"tuning": "alora"}, {"tuning": "alora", "invocation": "auto"}],
+)
 def test_an_invocation_that_is_left_open_is_for_the_rows_to_settle(sent):
     config, hyperparameters = resolved(**sent)
-    assert (config["tuning"], config["invocation"]) == ("alora", "auto") and reported(config, hyperparameters)["invocation"] == "auto"
+    assert (config["tuning"], config["invocation"]) == ("alora", "auto") and reported(config, hyperparameters)[
+        "invocation"
+    ] == "auto"
     for found in ("<|assistant|>", [1, 2, 3]):
         settled = settle(config, request(**sent), ENGINE, found)
         assert settled == {**config, "invocation": found} and MezoConfig(**settled).invocation == found
@@ -282,22 +321,36 @@ def test_rows_that_suggest_no_invocation_make_ordinary_lora_unless_the_client_wa
     why = DataError("there are no messages")
     config = settle(resolved()[0], request(), ENGINE, why)
     assert config == resolved(tuning="lora")[0]
-    assert settle(resolved(target_modules=["o_proj"])[0], request(target_modules=["o_proj"]), ENGINE, why)["target_modules"] == ["o_proj"]
+    assert settle(resolved(target_modules=["o_proj"])[0], request(target_modules=["o_proj"]), ENGINE, why)[
+        "target_modules"
+    ] == ["o_proj"]
     with pytest.raises(RequestError) as caught:
         settle(resolved(tuning="alora")[0], request(tuning="alora"), ENGINE, why)
-    assert caught.value.param == f"{PLACE}.invocation" and "such as ' It was', as there are no messages" in caught.value.message
+    assert (
+        caught.value.param == f"{PLACE}.invocation"
+        and "such as ' It was', as there are no messages" in caught.value.message
+    )
 
 
 def test_a_backend_without_activated_adapters_says_so():
-    engine = EngineDescription(**{name: getattr(ENGINE, name) for name in ENGINE.__struct_fields__} | {"no_alora": "start with --lora-backend triton"})
-    assert "cannot serve aLoRA adapters: start with --lora-backend triton" in refused(request(invocation=" It was"), engine).message
+    engine = EngineDescription(
+        **{name: getattr(ENGINE, name) for name in ENGINE.__struct_fields__}
+        | {"no_alora": "start with --lora-backend triton"}
+    )
+    assert (
+        "cannot serve aLoRA adapters: start with --lora-backend triton"
+        in refused(request(invocation=" It was"), engine).message
+    )
     assert resolve(request(), engine, 10, seed=7)[0]["tuning"] == "lora"
 
 
 @pytest.mark.parametrize(("estimator", "needed"), [("two_sided", 5), ("one_sided", 4), ("leave_one_out", 4)])
 def test_a_server_needs_room_for_one_direction_and_an_adapter_beside(estimator, needed):
     def engine(max_loras_per_batch: int) -> EngineDescription:
-        return EngineDescription(**{name: getattr(ENGINE, name) for name in ENGINE.__struct_fields__} | {"max_loras_per_batch": max_loras_per_batch})
+        return EngineDescription(
+            **{name: getattr(ENGINE, name) for name in ENGINE.__struct_fields__}
+            | {"max_loras_per_batch": max_loras_per_batch}
+        )
 
     assert resolved(estimator=estimator, engine=engine(needed))[0]["num_perturbations"] == MezoConfig.num_perturbations
     error = refused(request(estimator=estimator), engine(needed - 1))
@@ -323,21 +376,47 @@ def server(kind):
 def in_range(engine):
     """Of every hyperparameter, the ends of what is allowed, and something between."""
     numbers = {name: (1, 2, 3, 64) for name in ("num_perturbations", "perturbation_rank")}
-    counts = {name: (1, 2, 10**9) for name in ("n_epochs", "max_steps", "perturbation_interval", "echoes", "eval_steps", "logging_steps")}
+    counts = {
+        name: (1, 2, 10**9)
+        for name in ("n_epochs", "max_steps", "perturbation_interval", "echoes", "eval_steps", "logging_steps")
+    }
     from_zero = {name: (0, 1, 10**9) for name in ("save_steps", "warmup_steps")}
-    positive = {name: (1e-12, 0.5, 1, 10**6) for name in ("learning_rate", "zo_eps", "lora_alpha", "adam_epsilon", "clip_projected_grad",
-                                                          "learning_rate_multiplier")}  # fmt: skip
+    positive = {
+        name: (1e-12, 0.5, 1, 10**6)
+        for name in (
+            "learning_rate",
+            "zo_eps",
+            "lora_alpha",
+            "adam_epsilon",
+            "clip_projected_grad",
+            "learning_rate_multiplier",
+        )
+    }
     below_one = {name: (0, 0.5, 0.999999) for name in ("momentum", "adam_beta1", "adam_beta2")}
     booleans = {name: (True, False) for name in ("scale_by_loss_std", "load_best_model_at_end")}
     two_sided = ("two_sided",) if engine.max_loras_per_batch > 4 else ()
     return {
-        **numbers, **counts, **from_zero, **positive, **below_one, **booleans, "weight_decay": (0, 0.1, 10**6),
-        "batch_size": (1, 7, 4096), "gradient_accumulation_steps": (1, 2, 256), "r": {1, engine.max_lora_rank},
-        "max_tokens_per_batch": (1, 100, min(8192, engine.kv_capacity)), "lr_scheduler_type": ("constant", "linear", "cosine"),
-        "optim": ("sgd", "adamw"), "estimator": ("one_sided", "leave_one_out", *two_sided), "perturbation": ("gaussian", "rademacher"),
-        "tuning": ("lora",), "invocation": (None, *([" It was"] if not engine.no_alora else ())), "target_modules": engine.target_modules and [engine.target_modules],
-        "objective": (None, "classification", "completion", "language_modeling"), "metric_for_best_model": (None, "eval_loss", "eval_accuracy"),
-    }  # fmt: skip
+        **numbers,
+        **counts,
+        **from_zero,
+        **positive,
+        **below_one,
+        **booleans,
+        "weight_decay": (0, 0.1, 10**6),
+        "batch_size": (1, 7, 4096),
+        "gradient_accumulation_steps": (1, 2, 256),
+        "r": {1, engine.max_lora_rank},
+        "max_tokens_per_batch": (1, 100, min(8192, engine.kv_capacity)),
+        "lr_scheduler_type": ("constant", "linear", "cosine"),
+        "optim": ("sgd", "adamw"),
+        "estimator": ("one_sided", "leave_one_out", *two_sided),
+        "perturbation": ("gaussian", "rademacher"),
+        "tuning": ("lora",),
+        "invocation": (None, *([" It was"] if not engine.no_alora else ())),
+        "target_modules": engine.target_modules and [engine.target_modules],
+        "objective": (None, "classification", "completion", "language_modeling"),
+        "metric_for_best_model": (None, "eval_loss", "eval_accuracy"),
+    }
 
 
 @pytest.mark.parametrize("kind", SERVERS)

@@ -4,6 +4,7 @@ from copy import deepcopy
 from pathlib import Path
 
 import pytest
+
 from conversations import TEMPLATES
 from service_server import ROW, anyio_backend, runtime_context, serving, tokenizer  # noqa: F401
 from sglang.srt.mezo.service.wire.messages import LoadExamples, StartJob
@@ -19,7 +20,7 @@ def chat(question: str, **fields) -> dict:
 
 
 @pytest.fixture
-async def server(tmp_path, tokenizer):  # noqa: F811
+async def server(tmp_path, tokenizer):
     tokenizer = deepcopy(tokenizer)
     tokenizer.chat_template = Path(TEMPLATES["strings"]).read_text()
     async with serving(tmp_path, tokenizer) as server:
@@ -49,18 +50,25 @@ async def test_chats_are_activated_by_their_generation_prompt(server):
     [
         ([ROW], "there are no messages"),
         ([{"prompt": "a", "completion": "b"}], "there are no messages"),
-        ([chat("a"), {"prompt": "a", "completion": "b"}], "not every prompt ends with the generation prompt '[assistant]'"),
+        (
+            [chat("a"), {"prompt": "a", "completion": "b"}],
+            "not every prompt ends with the generation prompt '[assistant]'",
+        ),
     ],
 )
 async def test_other_rows_make_ordinary_lora_which_says_why(server, rows, reason):
     job, command = await start(server, *rows)
-    assert command.invocation == [] and (job.config["tuning"], job.config["invocation"], command.config["tuning"]) == ("lora", None, "lora")
+    assert command.invocation == [] and (job.config["tuning"], job.config["invocation"], command.config["tuning"]) == (
+        "lora",
+        None,
+        "lora",
+    )
     assert command.target_modules == ["q_proj", "v_proj"]
     [event] = [event for event in server.store.events(job.id, limit=100).data if "ordinary LoRA" in event.message]
     assert event.level == "warn" and reason in event.message
 
 
-async def test_a_template_without_a_generation_prompt_makes_ordinary_lora(tmp_path, tokenizer):  # noqa: F811
+async def test_a_template_without_a_generation_prompt_makes_ordinary_lora(tmp_path, tokenizer):
     async with serving(tmp_path, tokenizer) as server:  # whose own template has none
         job, _ = await start(server, chat("a"))
         assert job.config["tuning"] == "lora"
@@ -74,16 +82,20 @@ async def test_appended_chats_must_have_the_invocation_too(server):
         await server.manager.append_rows(job.id, [{"prompt": "a", "completion": "b"}])
 
 
-# --- tokens that no text stands for --------------------------------------------------------------------------------------
+# --- tokens that no text stands for -----------------------------------------------------------------------------------
 
 
 def test_tokens_that_no_text_stands_for_are_kept_as_tokens():
-    from sglang.srt.mezo.data.invocation import invocation_setting, invocation_tokens
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
+    from sglang.srt.mezo.data.invocation import invocation_setting, invocation_tokens
+
     words = Tokenizer(models.WordLevel({"▁a": 0, "▁b": 1, "b": 2, "?": 3}, unk_token="?"))
-    words.pre_tokenizer, words.decoder = pre_tokenizers.Metaspace(prepend_scheme="always", split=True), decoders.Metaspace(prepend_scheme="always")
+    words.pre_tokenizer, words.decoder = (
+        pre_tokenizers.Metaspace(prepend_scheme="always", split=True),
+        decoders.Metaspace(prepend_scheme="always"),
+    )
     sentencepiece = PreTrainedTokenizerFast(tokenizer_object=words)
     assert invocation_setting([1], sentencepiece) == "b" and invocation_tokens("b", sentencepiece) == (1,)
     assert invocation_setting([2], sentencepiece) == [2] and invocation_tokens([2], sentencepiece) == (2,)

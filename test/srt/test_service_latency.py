@@ -1,4 +1,5 @@
-"""Latency of served requests: the percentiles of two populations, and what SGLang's tokenizer process tells of a request."""
+"""Latency of served requests: the percentiles of two populations, and what SGLang's tokenizer process tells of a
+request."""
 
 import multiprocessing
 import time
@@ -7,6 +8,7 @@ import tracemalloc
 from types import SimpleNamespace
 
 import pytest
+
 from sglang.srt.mezo.service.http.latency import LatencyRecorder, around_batch_output
 from sglang.srt.mezo.service.http.metrics import JobMetrics
 from sglang.srt.mezo.service.wire.settings import ENABLE_VARIABLE
@@ -49,7 +51,11 @@ def test_a_request_counts_where_it_finished(recorder):
     recorder.set_training(False)
     recorder.record(3.0, 0.3)
     summary = recorder.summary()
-    assert summary["training"] == {"count": 2, "ttft_seconds": {"p50": 2.0, "p99": 4.0}, "tpot_seconds": {"p50": 0.2, "p99": 0.2}}
+    assert summary["training"] == {
+        "count": 2,
+        "ttft_seconds": {"p50": 2.0, "p99": 4.0},
+        "tpot_seconds": {"p50": 0.2, "p99": 0.2},
+    }
     assert summary["idle"]["ttft_seconds"] == {"p50": 1.0, "p99": 3.0}
 
 
@@ -65,9 +71,17 @@ def test_the_series_has_what_happened_every_ten_seconds(recorder, clock):
     series = recorder.summary()["series"]
     start = 1_000_000
     assert [(bucket["start"] - start, bucket["count"], bucket["training"]) for bucket in series] == [
-        (0, 2, False), (20, 0, True), (30, 0, True), (40, 0, True), (50, 0, True), (70, 1, False),
-    ]  # fmt: skip
-    assert series[0]["ttft_seconds"] == {"p50": 1.0, "p99": 3.0} and series[0]["tpot_seconds"] == {"p50": 0.1, "p99": 0.1}
+        (0, 2, False),
+        (20, 0, True),
+        (30, 0, True),
+        (40, 0, True),
+        (50, 0, True),
+        (70, 1, False),
+    ]
+    assert series[0]["ttft_seconds"] == {"p50": 1.0, "p99": 3.0} and series[0]["tpot_seconds"] == {
+        "p50": 0.1,
+        "p99": 0.1,
+    }
     assert series[1]["ttft_seconds"] == NOTHING
 
 
@@ -138,13 +152,12 @@ def test_a_batch_in_which_no_request_ends_is_passed_on_without_a_look(caplog):
     assert handled == [output] and "was not recorded" not in caplog.text
 
 
-# --- in SGLang -----------------------------------------------------------------------------------------------------------
+# --- in SGLang --------------------------------------------------------------------------------------------------------
 
 
 def measure(model: str, pipe) -> None:
     """Serve requests of every kind on an engine without --enable-metrics, in a process of its own."""
     try:
-        import asyncio
         import os
 
         os.environ[ENABLE_VARIABLE] = "1"
@@ -182,7 +195,9 @@ def measure(model: str, pipe) -> None:
         async def abort():
             from sglang.srt.managers.io_struct import GenerateReqInput
 
-            request = GenerateReqInput(input_ids=[5, 6, 7], sampling_params={"max_new_tokens": 400, "ignore_eos": True}, stream=True)
+            request = GenerateReqInput(
+                input_ids=[5, 6, 7], sampling_params={"max_new_tokens": 400, "ignore_eos": True}, stream=True
+            )
             async for _ in manager.generate_request(request):
                 manager.abort_request(request.rid)
 
@@ -212,8 +227,16 @@ def measured(tmp_path_factory):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     model = tmp_path_factory.mktemp("model")
-    size = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    LlamaForCausalLM(LlamaConfig(vocab_size=256, max_position_embeddings=512, eos_token_id=2, **size)).save_pretrained(model)
+    size = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    LlamaForCausalLM(LlamaConfig(vocab_size=256, max_position_embeddings=512, eos_token_id=2, **size)).save_pretrained(
+        model
+    )
     ours, theirs = multiprocessing.get_context("spawn").Pipe()
     process = multiprocessing.get_context("spawn").Process(target=measure, args=(str(model), theirs))
     process.start()
@@ -244,7 +267,7 @@ def test_requests_without_such_a_time_do_not_count(measured):
     assert len(measured["samples"][0]) == 3
 
 
-# --- job states ----------------------------------------------------------------------------------------------------------
+# --- job states -------------------------------------------------------------------------------------------------------
 
 
 def test_prometheus_sees_every_state():

@@ -11,18 +11,9 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+
 from service_doubles import ENGINE, Refusal, write_adapter
-from service_server import (  # noqa: F401
-    ROW,
-    ROWS,
-    Server,
-    anyio_backend,
-    eventually,
-    runtime_context,
-    server,
-    serving,
-    tokenizer,
-)
+from service_server import ROW, ROWS, Server, anyio_backend, eventually, runtime_context, server, serving, tokenizer  # noqa: F401
 from sglang.srt.managers.communicator import FanOutCommunicator
 from sglang.srt.mezo.core.config import MezoConfig
 from sglang.srt.mezo.data.examples import Encoder
@@ -30,24 +21,20 @@ from sglang.srt.mezo.service.jobs import publish, tokenising
 from sglang.srt.mezo.service.jobs.client import EngineClient
 from sglang.srt.mezo.service.jobs.job_data import JobReader, shared_tokenizer
 from sglang.srt.mezo.service.wire.errors import NotFound, RequestError
-from sglang.srt.mezo.service.wire.messages import (
-    AppendExamples,
-    LoadExamples,
-    MezoReqOutput,
-    StartJob,
-    StopJob,
-)
+from sglang.srt.mezo.service.wire.messages import AppendExamples, LoadExamples, MezoReqOutput, StartJob, StopJob
 from sglang.srt.mezo.service.wire.packed import parts, unpack
 from sglang.srt.mezo.training.run_directory import read_segments
 
 pytestmark = pytest.mark.anyio
 
 
-# --- from creation to success ------------------------------------------------------------------------------------------
+# --- from creation to success -----------------------------------------------------------------------------------------
 
 
 async def test_a_job_trains_and_its_adapter_is_served(server):
-    job = await server.create(validation=server.upload({**ROW, "prompt": "the plot is dull. It was"}, filename="dev.jsonl"))
+    job = await server.create(
+        validation=server.upload({**ROW, "prompt": "the plot is dull. It was"}, filename="dev.jsonl")
+    )
     assert job.status == "validating_files"
     await server.started(job)
     server.scheduler.report("step", 4, loss=0.6, learning_rate=1e-3, max_steps=10)
@@ -57,7 +44,13 @@ async def test_a_job_trains_and_its_adapter_is_served(server):
     assert server.store.job(job.id).fine_tuned_model is None
     server.scheduler.succeed(step=10)
     done = await server.until(job, "succeeded")
-    assert (done.fine_tuned_model, done.trained_tokens, done.step, done.version, done.error) == (f"opt:{job.adapter_name}", 123, 10, 1, None)
+    assert (done.fine_tuned_model, done.trained_tokens, done.step, done.version, done.error) == (
+        f"opt:{job.adapter_name}",
+        123,
+        10,
+        1,
+        None,
+    )
     assert done.finished_at >= done.created_at
     assert server.messages(job) == [
         f"Created fine-tuning job: {job.id}",
@@ -80,9 +73,13 @@ async def test_a_job_trains_and_its_adapter_is_served(server):
 async def test_a_succeeded_job_leaves_the_metrics_of_its_steps_as_a_file(server, tmp_path):
     job = await server.running()
     lines = [
-        {"step": 1, "loss": 0.75, "learning_rate": 1e-3}, {"step": 2, "loss": 0.5}, {"step": 2, "eval_loss": 0.625, "eval_accuracy": 0.5},
-        {"step": 4, "eval_loss": 0.25}, {"step": 3, "loss": 9.0}, {"step": 3, "loss": 0.375},
-    ]  # fmt: skip
+        {"step": 1, "loss": 0.75, "learning_rate": 1e-3},
+        {"step": 2, "loss": 0.5},
+        {"step": 2, "eval_loss": 0.625, "eval_accuracy": 0.5},
+        {"step": 4, "eval_loss": 0.25},
+        {"step": 3, "loss": 9.0},
+        {"step": 3, "loss": 0.375},
+    ]
     metrics = tmp_path / "jobs" / job.id / "run" / "metrics.jsonl"
     metrics.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 5, "lo')
     assert server.store.files(purpose="fine-tune-results").data == [] and job.result_files == []
@@ -90,12 +87,17 @@ async def test_a_succeeded_job_leaves_the_metrics_of_its_steps_as_a_file(server,
     done = await server.until(job, "succeeded")
     [result] = done.result_files
     file = server.store.file(result)
-    assert (file.filename, file.purpose) == ("step_metrics.csv", "fine-tune-results") and server.store.files(purpose="fine-tune-results").data == [file]
+    assert (file.filename, file.purpose) == ("step_metrics.csv", "fine-tune-results") and server.store.files(
+        purpose="fine-tune-results"
+    ).data == [file]
     assert server.store.content(file).read_text() == (
-        "step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy\n1,0.75,,,\n2,0.5,,0.625,0.5\n3,0.375,,,\n4,,,0.25,\n"
+        "step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy\n"
+        "1,0.75,,,\n2,0.5,,0.625,0.5\n3,0.375,,,\n4,,,0.25,\n"
     )
     server.store.delete_file(result)
-    assert server.store.files(purpose="fine-tune-results").data == [] and server.store.job(job.id).result_files == [result]
+    assert server.store.files(purpose="fine-tune-results").data == [] and server.store.job(job.id).result_files == [
+        result
+    ]
 
 
 async def test_a_job_whose_adapter_is_not_served_leaves_no_file(server):
@@ -136,7 +138,7 @@ async def test_the_data_decides_the_objective_of_a_job_that_names_none(server, r
     assert bool(server.scheduler.job.invocation) == ("text" not in row)
 
 
-def test_commands_carry_bounded_parts(tokenizer):  # noqa: F811
+def test_commands_carry_bounded_parts(tokenizer):
     [example] = Encoder(tokenizer, 64).encode(ROW)
     assert [len(part) for part in parts([example] * 600)] == [256, 256, 88]
     long = replace(example, prompt=(5,) * 40_000)
@@ -144,7 +146,7 @@ def test_commands_carry_bounded_parts(tokenizer):  # noqa: F811
     assert [len(part) for part in parts([replace(example, prompt=(5,) * 70_000)] * 2)] == [1, 1]
 
 
-def test_threads_share_a_tokenizer_that_others_change(tokenizer):  # noqa: F811
+def test_threads_share_a_tokenizer_that_others_change(tokenizer):
     used_elsewhere = deepcopy(tokenizer)
     used_elsewhere.backend_tokenizer.enable_truncation(3)
     encoder = Encoder(shared_tokenizer(used_elsewhere), 64)
@@ -178,9 +180,13 @@ async def test_checkpoints_are_stored_and_served(server, tmp_path):
     [checkpoint] = server.store.checkpoints(job.id).data
     assert (checkpoint.step, checkpoint.name) == (4, f"{job.adapter_name}:ckpt-step-4")
     assert checkpoint.metrics == {
-        "step": 4, "train_loss": 0.6, "valid_loss": 0.5, "full_valid_loss": 0.5,
-        "valid_mean_token_accuracy": 0.75, "full_valid_mean_token_accuracy": 0.75,
-    }  # fmt: skip
+        "step": 4,
+        "train_loss": 0.6,
+        "valid_loss": 0.5,
+        "full_valid_loss": 0.5,
+        "valid_mean_token_accuracy": 0.75,
+        "full_valid_mean_token_accuracy": 0.75,
+    }
     assert server.messages(job).count("Checkpoint created at step 4") == 1
     assert await server.answer(checkpoint.name) == "of step 4"
 
@@ -205,10 +211,20 @@ async def test_a_command_gets_its_own_answer_after_one_whose_caller_went_away():
 
 async def test_examples_of_the_validation_file_that_are_trained_on_are_counted(server):
     """As tokens: what is written otherwise is the same."""
-    again = [{**ROW, "label": 0}, {"label": 1, "options": ROW["options"], "prompt": ROW["prompt"]}, {**ROW, "prompt": "the plot is dull. It was"}]
-    job = await server.until(await server.create(validation=server.upload(*again, filename="dev.jsonl")), "queued", "running")
+    again = [
+        {**ROW, "label": 0},
+        {"label": 1, "options": ROW["options"], "prompt": ROW["prompt"]},
+        {**ROW, "prompt": "the plot is dull. It was"},
+    ]
+    job = await server.until(
+        await server.create(validation=server.upload(*again, filename="dev.jsonl")), "queued", "running"
+    )
     [warning] = [event for event in server.store.events(job.id, limit=1000).data if event.level == "warn"]
-    assert warning.message == "2 of 3 examples of the validation file are in the training file too: the validation loss is in part of what is learned"
+    assert (
+        warning.message
+        == "2 of 3 examples of the validation file are in the training file too: the validation loss is in part of "
+        "what is learned"
+    )
     assert warning.data == {"shared_examples": 2}
 
 
@@ -218,12 +234,16 @@ async def test_appended_examples_that_are_judged_by_are_counted(server):
     assert not [event for event in server.store.events(job.id, limit=1000).data if event.level == "warn"]
     await server.manager.append_rows(job.id, [ROW, dev[1], dev[1]])
     [warning] = [event for event in server.store.events(job.id, limit=1000).data if event.level == "warn"]
-    assert warning.message == "1 of 2 examples of the validation file are among the appended ones: the validation loss is in part of what is learned"
+    assert (
+        warning.message
+        == "1 of 2 examples of the validation file are among the appended ones: the validation loss is in part of "
+        "what is learned"
+    )
     await server.manager.append_rows(job.id, [ROW])
     assert len([event for event in server.store.events(job.id, limit=1000).data if event.level == "warn"]) == 1
 
 
-# --- what goes wrong ---------------------------------------------------------------------------------------------------
+# --- what goes wrong --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -236,7 +256,10 @@ async def test_appended_examples_that_are_judged_by_are_counted(server):
         ({**ROW, "prompt": "no invocation"}, "invocation tokens"),
         ({**ROW, "prompt": "good " * 70 + "It was"}, "more than the context of 64"),
         ({**ROW, "options": [" good"] * 129}, "129 options are too many: at most 128"),
-        ({**ROW, "prompt": "all right. It was", "options": [f" {i}" + " good film" * 20 for i in range(100)]}, "its 100 options take"),
+        (
+            {**ROW, "prompt": "all right. It was", "options": [f" {i}" + " good film" * 20 for i in range(100)]},
+            "its 100 options take",
+        ),
         ('{"prompt": "%s"}' % ("x" * (4 << 20)), "the line is longer than 4194304 bytes"),
         ({"prompt": "all right. It was", "completion": " great"}, "nothing to choose from"),
     ],
@@ -254,7 +277,9 @@ async def test_a_bad_row_fails_the_job_with_its_place(server, line, reason, monk
 
 async def test_a_bad_validation_file_is_named(server):
     for rows, message in ((["{"], "dev.jsonl:1: not JSON"), (["", " "], "dev.jsonl: no row")):
-        failed = await server.until(await server.create(validation=server.upload(*rows, filename="dev.jsonl")), "failed")
+        failed = await server.until(
+            await server.create(validation=server.upload(*rows, filename="dev.jsonl")), "failed"
+        )
         assert failed.error["param"] == "validation_file" and failed.error["code"] == "invalid_validation_file"
         assert failed.error["message"].startswith(message)
 
@@ -272,7 +297,9 @@ async def test_a_job_that_fails_in_training_fails_alone(server):
     server.scheduler.report("step", 4, loss=0.6, max_steps=10)
     server.scheduler.report("failed", 5, "the losses are nan", code="DivergedError")
     failed = await server.until(job, "failed")
-    assert failed.error == {"code": "DivergedError", "message": "the losses are nan", "param": None} and failed.step == 4
+    assert (
+        failed.error == {"code": "DivergedError", "message": "the losses are nan", "param": None} and failed.step == 4
+    )
     await server.running()
 
 
@@ -306,7 +333,7 @@ async def test_an_adapter_that_cannot_be_loaded_fails_the_job(server, tmp_path):
     await server.running()
 
 
-# --- pause, resume, cancel ---------------------------------------------------------------------------------------------
+# --- pause, resume, cancel --------------------------------------------------------------------------------------------
 
 
 async def test_a_paused_job_gives_the_engine_up_and_goes_on_later(server):
@@ -319,9 +346,11 @@ async def test_a_paused_job_gives_the_engine_up_and_goes_on_later(server):
     await server.started(first)
     assert server.scheduler.job.config["resume_from_checkpoint"]
     assert server.messages(first)[-4:] == [
-        "Fine-tuning job started", "The job has been paused",
-        "The job has been resumed, and waits for its turn", "Fine-tuning job goes on from its last step",
-    ]  # fmt: skip
+        "Fine-tuning job started",
+        "The job has been paused",
+        "The job has been resumed, and waits for its turn",
+        "Fine-tuning job goes on from its last step",
+    ]
     server.scheduler.succeed()
     await server.until(first, "succeeded")
 
@@ -343,7 +372,11 @@ async def test_events_of_a_job_that_is_not_running_are_ignored(server):
     job = await server.running()
     await server.manager.pause(job.id)
     before = server.store.job(job.id), server.messages(job)
-    for kind, data in (("step", {"loss": 1.0, "max_steps": 10}), ("failed", {"code": "x"}), ("succeeded", {"best_step": 1})):
+    for kind, data in (
+        ("step", {"loss": 1.0, "max_steps": 10}),
+        ("failed", {"code": "x"}),
+        ("succeeded", {"best_step": 1}),
+    ):
         server.scheduler.report(kind, 9, job_id=job.id, **data)
     server.scheduler.report("step", 9, job_id="ftjob-unknown", loss=1.0, max_steps=10)
     await asyncio.sleep(0.05)
@@ -409,7 +442,13 @@ async def test_a_job_is_cancelled_while_its_files_are_validated(server, monkeypa
 
 @pytest.mark.parametrize(
     "status, possible",
-    [("paused", {"resume", "cancel"}), ("succeeded", set()), ("failed", set()), ("cancelled", set()), ("queued", {"pause", "cancel"})],
+    [
+        ("paused", {"resume", "cancel"}),
+        ("succeeded", set()),
+        ("failed", set()),
+        ("cancelled", set()),
+        ("queued", {"pause", "cancel"}),
+    ],
 )
 async def test_what_can_be_done_in_which_state(server, status, possible):
     await server.running()
@@ -430,7 +469,7 @@ async def test_an_unknown_job_is_not_found(server, call):
         await getattr(server.manager, call)("ftjob-unknown")
 
 
-# --- rows that come later ----------------------------------------------------------------------------------------------
+# --- rows that come later ---------------------------------------------------------------------------------------------
 
 
 async def test_rows_are_added_to_a_running_job(server, tmp_path):
@@ -459,7 +498,8 @@ async def test_rows_for_a_waiting_job_count_once_it_has_started(server):
 
 
 async def test_a_run_goes_on_with_the_rows_that_it_was_given(server, tmp_path):
-    """Two requests between the same two steps are one entry of the engine's file; a third comes later, a fourth in the pause."""
+    """Two requests between the same two steps are one entry of the engine's file; a third comes later, a fourth in
+    the pause."""
     job = await server.running()
     server.scheduler.report("step", 4, loss=0.6, max_steps=10)
     await server.manager.append_rows(job.id, [ROW, ROW])
@@ -513,7 +553,7 @@ async def test_rows_are_for_jobs_that_still_train(server):
         await server.manager.append_rows(job.id, [ROW])
 
 
-# --- after a restart ---------------------------------------------------------------------------------------------------
+# --- after a restart --------------------------------------------------------------------------------------------------
 
 
 async def test_an_interrupted_job_goes_on_after_a_restart(tmp_path, tokenizer):
@@ -522,7 +562,9 @@ async def test_an_interrupted_job_goes_on_after_a_restart(tmp_path, tokenizer):
         server.scheduler.report("step", 4, loss=0.6, max_steps=10)
         waiting = await server.until(await server.create(), "queued")
         await server.manager.append_rows(job.id, [ROW])
-        write_adapter(tmp_path / "jobs" / job.id / "run" / "checkpoint-3", "of step 3")  # and killed before it was reported
+        write_adapter(
+            tmp_path / "jobs" / job.id / "run" / "checkpoint-3", "of step 3"
+        )  # and killed before it was reported
     async with serving(tmp_path, tokenizer) as server:
         await server.started(job)
         assert server.scheduler.job.config["resume_from_checkpoint"]
@@ -593,7 +635,11 @@ async def test_a_run_that_has_lost_a_part_is_named_and_stays_as_it_is(tmp_path, 
         before = sorted(path.name for path in run.iterdir())
     async with serving(tmp_path, tokenizer) as server:
         job = await server.until(job, "failed")
-        assert job.error["code"] == "run_damaged" and f"has lost its {lost}" in job.error["message"] and "checkpoint-5" in job.error["message"]
+        assert (
+            job.error["code"] == "run_damaged"
+            and f"has lost its {lost}" in job.error["message"]
+            and "checkpoint-5" in job.error["message"]
+        )
         assert sorted(path.name for path in run.iterdir()) == before
 
 
@@ -604,9 +650,17 @@ async def test_what_a_run_has_drawn_from_is_named_where_it_is_damaged(tmp_path, 
         job = await server.running()
         await server.manager.append_rows(job.id, [ROW])
         folder = tmp_path / "jobs" / job.id
-        path = {"segments.json": folder / "run" / name, "training file": server.store.file_path(job.training_file)}.get(name, folder / name)
+        path = {"segments.json": folder / "run" / name, "training file": server.store.file_path(job.training_file)}.get(
+            name, folder / name
+        )
     data = path.read_bytes()
-    damaged = data[:5] if cut else data.replace(b"0", b"1", 1) if name == "segments.json" else data.replace(b"movie", b"novie", 1)
+    damaged = (
+        data[:5]
+        if cut
+        else data.replace(b"0", b"1", 1)
+        if name == "segments.json"
+        else data.replace(b"movie", b"novie", 1)
+    )
     path.write_bytes(damaged)
     if name == "training file":  # which the run does without as long as it has its examples
         async with serving(tmp_path, tokenizer) as server:
@@ -614,7 +668,9 @@ async def test_what_a_run_has_drawn_from_is_named_where_it_is_damaged(tmp_path, 
         shutil.rmtree(folder / "examples")
     async with serving(tmp_path, tokenizer) as server:
         job = await server.until(job, "failed")
-        assert (job.training_file if name == "training file" else name) in job.error["message"] and job.error["code"] != "internal_error"
+        assert (job.training_file if name == "training file" else name) in job.error["message"] and job.error[
+            "code"
+        ] != "internal_error"
     assert path.read_bytes() == damaged != data
 
 

@@ -5,10 +5,11 @@ import json
 import math
 
 import pytest
+from starlette.testclient import TestClient
+
 from service_app import RecordingManager, make_app, make_service
 from sglang.srt.mezo.service.jobs.manager import JobManager
 from sglang.srt.mezo.service.wire.records import StoredFile, new_id, now
-from starlette.testclient import TestClient
 
 ROW = {"prompt": "a", "completion": "b"}
 
@@ -30,14 +31,20 @@ def job_id(service, http):
     file_id = new_id("file-")
     service.store.partial_path(file_id).write_bytes(json.dumps(ROW).encode())
     service.store.add_file(StoredFile(file_id, "a.jsonl", "fine-tune", len(json.dumps(ROW)), now(), "processed"))
-    body = {"model": "tiny", "training_file": file_id, "hyperparameters": {"num_perturbations": 2, "estimator": "two_sided", "zo_eps": 0.5}}
+    body = {
+        "model": "tiny",
+        "training_file": file_id,
+        "hyperparameters": {"num_perturbations": 2, "estimator": "two_sided", "zo_eps": 0.5},
+    }
     return http.post("/v1/fine_tuning/jobs", json=body).json()["id"]
 
 
 def test_the_stand_in_has_the_managers_methods():
     for name, method in inspect.getmembers(RecordingManager, inspect.isfunction):
         if not name.startswith("_"):
-            assert list(inspect.signature(method).parameters) == list(inspect.signature(getattr(JobManager, name)).parameters), name
+            assert list(inspect.signature(method).parameters) == list(
+                inspect.signature(getattr(JobManager, name)).parameters
+            ), name
 
 
 def test_examples_are_appended(http, service, job_id):
@@ -46,7 +53,9 @@ def test_examples_are_appended(http, service, job_id):
     assert service.manager.calls == [("append_rows", job_id, [ROW, ROW])]
 
 
-@pytest.mark.parametrize(("body", "checkpoint"), [({}, None), ({"checkpoint": None}, None), ({"checkpoint": "ftckpt_1"}, "ftckpt_1")])
+@pytest.mark.parametrize(
+    ("body", "checkpoint"), [({}, None), ({"checkpoint": None}, None), ({"checkpoint": "ftckpt_1"}, "ftckpt_1")]
+)
 def test_an_adapter_is_published(http, service, job_id, body, checkpoint):
     assert http.post(f"/mezo/jobs/{job_id}/publish", json=body).json() == {"model": "tiny:ft-1"}
     assert service.manager.calls == [("publish_checkpoint", job_id, checkpoint)]
@@ -147,7 +156,9 @@ def test_metrics_are_followed_line_by_line(http, service, job_id):
     path = service.store.job_directory(job_id) / "run" / "metrics.jsonl"
     path.parent.mkdir(parents=True)
     with open(path, "w") as file:
-        file.writelines(json.dumps({"step": step, "loss": float("nan") if step == 2 else 0.5}) + "\n" for step in range(1, 2503))
+        file.writelines(
+            json.dumps({"step": step, "loss": float("nan") if step == 2 else 0.5}) + "\n" for step in range(1, 2503)
+        )
         file.write('{"step": 2503, "lo')
     first = metrics(0)
     assert (first["next"], len(first["data"])) == (1000, 1000)

@@ -1,6 +1,7 @@
 """How much training runs beside serving, on a clock that the test turns."""
 
 import pytest
+
 from sglang.srt.mezo.service.scheduler.pacing import Pacer
 
 

@@ -8,38 +8,41 @@ import time
 from types import SimpleNamespace
 
 import pytest
+
 import service_app
 from sglang.srt.mezo.service.http import page
 from sglang.srt.mezo.service.http.latency import LatencyRecorder
 from sglang.srt.mezo.service.jobs.hyperparameters import resolve
 from sglang.srt.mezo.service.wire.errors import RequestError
-from sglang.srt.mezo.service.wire.records import (
-    StoredCheckpoint,
-    StoredEvent,
-    StoredFile,
-    StoredJob,
-    new_id,
-    now,
-)
+from sglang.srt.mezo.service.wire.records import StoredCheckpoint, StoredEvent, StoredFile, StoredJob, new_id, now
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 ATTACKS = ("<script>window.hacked = 1</script>", "<img src=x onerror='window.hacked = 1'>")
 FLAGS = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync",
-)  # fmt: skip
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
 WAIT = 120  # seconds until what is expected must be there; the page polls every two
 
 
 # Texts whose contrast with what is behind them is below 4.5, the least that WCAG's level AA allows.
 TOO_FAINT = """(() => {
   const numbers = color => color.match(/[\\d.]+/g).map(Number);
-  const light = color => numbers(color).slice(0, 3).map(c => c / 255).map(c => c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4)
+  const light = color => numbers(color).slice(0, 3).map(c => c / 255)
+    .map(c => c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4)
     .reduce((sum, c, index) => sum + c * [0.2126, 0.7152, 0.0722][index], 0);
   const behind = node => !node ? getComputedStyle(document.documentElement).backgroundColor
-    : numbers(getComputedStyle(node).backgroundColor)[3] === 0 ? behind(node.parentElement) : getComputedStyle(node).backgroundColor;
+    : numbers(getComputedStyle(node).backgroundColor)[3] === 0 ? behind(node.parentElement)
+    : getComputedStyle(node).backgroundColor;
   const hasText = node => [...node.childNodes].some(child => child.nodeType === 3 && child.data.trim());
-  return [...document.querySelectorAll("body *")].filter(node => hasText(node) && node.getClientRects().length).map(node => {
+  const shown = node => hasText(node) && node.getClientRects().length;
+  return [...document.querySelectorAll("body *")].filter(shown).map(node => {
       const style = getComputedStyle(node);
       const pair = [light(node instanceof SVGElement ? style.fill : style.color), light(behind(node))].sort();
       return [(pair[1] + 0.05) / (pair[0] + 0.05), node.textContent];
@@ -47,7 +50,7 @@ TOO_FAINT = """(() => {
 })()"""
 
 
-# --- jobs to look at ---------------------------------------------------------------------------------------------------------
+# --- jobs to look at --------------------------------------------------------------------------------------------------
 
 
 def add_file(service, filename: str) -> str:
@@ -58,14 +61,34 @@ def add_file(service, filename: str) -> str:
 
 
 def add_job(service, status: str, filename: str = "train.jsonl", step: int = 0, **changes) -> StoredJob:
-    request = {"method": {"type": "supervised", "supervised": {"hyperparameters": {"max_steps": 2000, "learning_rate": 0.001}}}}
+    request = {
+        "method": {"type": "supervised", "supervised": {"hyperparameters": {"max_steps": 2000, "learning_rate": 0.001}}}
+    }
     config, hyperparameters = resolve(request, service.engine, 512, 42)
     fields = {
-        "id": new_id("ftjob-"), "created_at": now() - 754, "finished_at": None, "model": "tiny", "validation_file": None, "seed": 42,
-        "suffix": None, "adapter_name": "ft", "metadata": {}, "fine_tuned_model": None, "trained_tokens": None, "error": None,
-        "training_file": add_file(service, filename), "version": 0,
-    }  # fmt: skip
-    fields |= {"status": status, "request": request, "hyperparameters": hyperparameters, "config": config, "step": step, **changes}
+        "id": new_id("ftjob-"),
+        "created_at": now() - 754,
+        "finished_at": None,
+        "model": "tiny",
+        "validation_file": None,
+        "seed": 42,
+        "suffix": None,
+        "adapter_name": "ft",
+        "metadata": {},
+        "fine_tuned_model": None,
+        "trained_tokens": None,
+        "error": None,
+        "training_file": add_file(service, filename),
+        "version": 0,
+    }
+    fields |= {
+        "status": status,
+        "request": request,
+        "hyperparameters": hyperparameters,
+        "config": config,
+        "step": step,
+        **changes,
+    }
     job = StoredJob(**fields)
     return service.store.add_job(job, StoredEvent(job.id, f"Created fine-tuning job: {job.id}"))
 
@@ -80,8 +103,13 @@ def train(service, job: StoredJob, steps: range) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a") as file:
         for step in steps:
-            loss, noise = 0.18 + 0.55 * math.exp(-step / 600), 0.05 * math.sin(step * 1.7) + 0.03 * math.sin(step * 0.37)
-            lines = [{"loss": loss, "loss_plus": [loss + noise], "loss_minus": [loss + noise - 0.01]}] * (step % 10 == 0)
+            loss, noise = (
+                0.18 + 0.55 * math.exp(-step / 600),
+                0.05 * math.sin(step * 1.7) + 0.03 * math.sin(step * 0.37),
+            )
+            lines = [{"loss": loss, "loss_plus": [loss + noise], "loss_minus": [loss + noise - 0.01]}] * (
+                step % 10 == 0
+            )
             if step % 250 == 0:
                 lines.append({"eval_loss": loss + 0.03, "eval_accuracy": 0.93 - 0.43 * math.exp(-step / 400)})
             file.writelines(json.dumps({"step": step, **line}) + "\n" for line in lines)
@@ -103,7 +131,9 @@ def add_traffic(service) -> None:
 
 def fill(service) -> StoredJob:
     """A handful of jobs, as after a day of work; the newest is running."""
-    done = add_job(service, "succeeded", suffix="sentiment", fine_tuned_model="tiny:sentiment", finished_at=now() - 200, step=2000)
+    done = add_job(
+        service, "succeeded", suffix="sentiment", fine_tuned_model="tiny:sentiment", finished_at=now() - 200, step=2000
+    )
     train(service, done, range(10, 2001, 10))
     failed = {"code": "invalid_training_file", "message": f"{ATTACKS[1]}.jsonl:3: no prompt", "param": "training_file"}
     words = {"suffix": ATTACKS[1], "metadata": {ATTACKS[0]: ATTACKS[1]}, "error": failed}
@@ -115,16 +145,25 @@ def fill(service) -> StoredJob:
     train(service, running, range(10, 841, 10))
     train(service, running, range(0, 1))
     for step in (250, 500, 750):
-        metrics = {"step": step, "train_loss": 0.4, "valid_loss": 0.42 - step / 5000, "valid_mean_token_accuracy": 0.7 + step / 5000}
-        service.store.add_checkpoint(StoredCheckpoint(running.id, step, f"reviews:ckpt-step-{step}", f"run/checkpoint-{step}", metrics))
+        metrics = {
+            "step": step,
+            "train_loss": 0.4,
+            "valid_loss": 0.42 - step / 5000,
+            "valid_mean_token_accuracy": 0.7 + step / 5000,
+        }
+        service.store.add_checkpoint(
+            StoredCheckpoint(running.id, step, f"reviews:ckpt-step-{step}", f"run/checkpoint-{step}", metrics)
+        )
         add_event(service, running.id, f"Checkpoint created at step {step}")
     add_event(service, running.id, "the loss has not fallen for 200 steps", level="warn")
-    add_event(service, running.id, "Step 840/2000: training loss=0.32", type="metrics", data={"step": 840, "train_loss": 0.32})
+    add_event(
+        service, running.id, "Step 840/2000: training loss=0.32", type="metrics", data={"step": 840, "train_loss": 0.32}
+    )
     add_traffic(service)
     return running
 
 
-# --- the browser -------------------------------------------------------------------------------------------------------------
+# --- the browser ------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +214,9 @@ class Page:
         """Until ``condition()`` is true; what it says then is in the failure's traceback."""
         deadline = time.monotonic() + WAIT
         while not condition():
-            assert time.monotonic() < deadline, f"{self.text('#connection')} | {self.text('#problem')} | {self.text('main')[:2000]}"
+            assert time.monotonic() < deadline, (
+                f"{self.text('#connection')} | {self.text('#problem')} | {self.text('main')[:2000]}"
+            )
             time.sleep(0.1)
 
     def wait_live(self) -> "Page":
@@ -191,7 +232,11 @@ class Page:
     def requested(self) -> set[str]:
         """Every address that the browser asked the network for."""
         messages = (json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance"))
-        return {message["params"]["request"]["url"] for message in messages if message["method"] == "Network.requestWillBeSent"}
+        return {
+            message["params"]["request"]["url"]
+            for message in messages
+            if message["method"] == "Network.requestWillBeSent"
+        }
 
 
 def make_app(service, **keys: str):
@@ -215,7 +260,9 @@ def opened(chromium, service, request):
     """The page on a server, with keys where the test's parameter gives some."""
     app = make_app(service, **getattr(request, "param", {}))
     with service_app.serving(app) as port:
-        chromium.execute_cdp_cmd("Storage.clearDataForOrigin", {"origin": f"http://127.0.0.1:{port}", "storageTypes": "all"})
+        chromium.execute_cdp_cmd(
+            "Storage.clearDataForOrigin", {"origin": f"http://127.0.0.1:{port}", "storageTypes": "all"}
+        )
         chromium.get_log("browser"), chromium.get_log("performance")
         yield Page(chromium, port)
         chromium.get("about:blank")
@@ -276,7 +323,11 @@ def test_names_and_messages_stay_text(opened, service):
 def test_markup_that_got_in_would_do_nothing(opened, service):
     opened.open().wait_live()
     add = "document.body.append(Object.assign(document.createElement(arguments[0]), {[arguments[1]]: arguments[2]}))"
-    for markup in (("script", "textContent", "window.hacked = 1"), ("img", "src", "https://example.com/"), ("a", "innerHTML", ATTACKS[1])):
+    for markup in (
+        ("script", "textContent", "window.hacked = 1"),
+        ("img", "src", "https://example.com/"),
+        ("a", "innerHTML", ATTACKS[1]),
+    ):
         opened.driver.execute_script(add, *markup)
     violations = []
     opened.wait(lambda: violations.extend(opened.errors()) or len(violations) >= 3)
@@ -377,7 +428,9 @@ def test_a_server_that_went_away_is_found_again(opened, service):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_everything_fits_and_can_be_read(opened, service, width, scheme):
     fill(service)
-    opened.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]})
+    opened.driver.execute_cdp_cmd(
+        "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+    )
     screen = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
     opened.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
     try:
@@ -409,10 +462,21 @@ def test_the_page_is_delivered_without_a_key_and_nothing_else_is(service):
     client = TestClient(app, follow_redirects=False)
     answer = client.get("/mezo/")
     assert answer.status_code == 200 and "tiny" not in answer.text
-    assert "default-src 'none'" in answer.headers["Content-Security-Policy"] and "unsafe" not in answer.headers["Content-Security-Policy"]
+    assert (
+        "default-src 'none'" in answer.headers["Content-Security-Policy"]
+        and "unsafe" not in answer.headers["Content-Security-Policy"]
+    )
     assert client.get("/mezo").headers["location"] == "mezo/"
     assert client.get("/mezo/?x=1").status_code == 200
-    for path in ("/mezo/status", "/mezo//", "/mezo/%2e%2e/v1/files", "/mezo/%2e%2e/mezo/", "/MEZO/", "/v1/files", "/mezo/jobs/x/metrics"):
+    for path in (
+        "/mezo/status",
+        "/mezo//",
+        "/mezo/%2e%2e/v1/files",
+        "/mezo/%2e%2e/mezo/",
+        "/MEZO/",
+        "/v1/files",
+        "/mezo/jobs/x/metrics",
+    ):
         assert client.get(path, headers={"Host": "x/mezo/?"}).status_code == 401, path
     assert client.post("/mezo/").status_code == 401
 

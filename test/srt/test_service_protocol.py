@@ -7,6 +7,7 @@ from openai.types import FileObject, Model
 from openai.types.fine_tuning import FineTuningJob, FineTuningJobEvent
 from openai.types.fine_tuning.jobs import FineTuningJobCheckpoint
 from pydantic import ValidationError
+
 from sglang.srt.mezo.core.config import MezoConfig
 from sglang.srt.mezo.service.http.endpoint import invalid
 from sglang.srt.mezo.service.http.protocol import (
@@ -21,12 +22,7 @@ from sglang.srt.mezo.service.http.protocol import (
     page_object,
 )
 from sglang.srt.mezo.service.store.database import Page
-from sglang.srt.mezo.service.wire.records import (
-    StoredCheckpoint,
-    StoredEvent,
-    StoredFile,
-    StoredJob,
-)
+from sglang.srt.mezo.service.wire.records import StoredCheckpoint, StoredEvent, StoredFile, StoredJob
 
 FILE = StoredFile("file-1", "train.jsonl", "fine-tune", 120, 1_700_000_000, "processed")
 
@@ -72,7 +68,10 @@ def test_a_file():
     [
         {},
         {"status": "succeeded", "finished_at": 1_700_000_100, "fine_tuned_model": "tiny:ft-1", "trained_tokens": 5000},
-        {"status": "failed", "error": {"code": "invalid_training_file", "message": "train.jsonl:3: not JSON", "param": "training_file"}},
+        {
+            "status": "failed",
+            "error": {"code": "invalid_training_file", "message": "train.jsonl:3: not JSON", "param": "training_file"},
+        },
         {"metadata": {"run": "a"}, "validation_file": "file-2"},
     ],
 )
@@ -89,21 +88,33 @@ def test_a_job_carries_every_hyperparameter_as_resolved():
     parsed = FineTuningJob.model_validate(job_object(job()))
     assert parsed.method.type == "supervised"
     hyperparameters = parsed.method.supervised.hyperparameters
-    assert (hyperparameters.n_epochs, hyperparameters.batch_size, hyperparameters.learning_rate_multiplier) == (32, 16, 1)
-    assert (hyperparameters.zo_eps, hyperparameters.max_steps, hyperparameters.max_tokens_per_batch) == (0.01, 2000, 4096)
+    assert (hyperparameters.n_epochs, hyperparameters.batch_size, hyperparameters.learning_rate_multiplier) == (
+        32,
+        16,
+        1,
+    )
+    assert (hyperparameters.zo_eps, hyperparameters.max_steps, hyperparameters.max_tokens_per_batch) == (
+        0.01,
+        2000,
+        4096,
+    )
     assert not hasattr(hyperparameters, "output_dir")
     assert parsed.hyperparameters.n_epochs == 32
 
 
 def test_an_event():
-    wire = event_object(StoredEvent("ftjob-1", "Step 10/2000: training loss=0.61", "info", "metrics", {"step": 10, "train_loss": 0.61}))
+    wire = event_object(
+        StoredEvent("ftjob-1", "Step 10/2000: training loss=0.61", "info", "metrics", {"step": 10, "train_loss": 0.61})
+    )
     has_all_fields(wire, FineTuningJobEvent)
     assert wire["data"] == {"step": 10, "train_loss": 0.61}
     assert event_object(StoredEvent("ftjob-1", "Fine-tuning job started"))["data"] is None
 
 
 def test_a_checkpoint_has_a_name_that_the_server_answers_to():
-    checkpoint = StoredCheckpoint("ftjob-1", 250, "ft-1:ckpt-step-250", "run/checkpoint-250", {"step": 250, "train_loss": 0.5})
+    checkpoint = StoredCheckpoint(
+        "ftjob-1", 250, "ft-1:ckpt-step-250", "run/checkpoint-250", {"step": 250, "train_loss": 0.5}
+    )
     wire = checkpoint_object(checkpoint, "tiny")
     has_all_fields(wire, FineTuningJobCheckpoint)
     assert wire["fine_tuned_model_checkpoint"] == "tiny:ft-1:ckpt-step-250"
@@ -115,7 +126,11 @@ def test_a_model():
 
 
 def test_a_list_says_whether_it_goes_on():
-    assert page_object(Page([FILE], True), file_object) == {"object": "list", "data": [file_object(FILE)], "has_more": True}
+    assert page_object(Page([FILE], True), file_object) == {
+        "object": "list",
+        "data": [file_object(FILE)],
+        "has_more": True,
+    }
     checkpoints = [StoredCheckpoint("ftjob-1", step, f"ft-1:ckpt-step-{step}", "", {}) for step in (20, 10)]
     page = checkpoint_page_object(Page(checkpoints, False), "tiny")
     assert (page["first_id"], page["last_id"], page["has_more"]) == (checkpoints[0].id, checkpoints[1].id, False)
@@ -133,7 +148,9 @@ def test_the_end_is_estimated_from_the_pace_of_the_newest_events():
     assert estimated_finish(job(status="paused"), events) is None
 
 
-@pytest.mark.parametrize("events", [[], [metrics(1000, 10)], [metrics(1000, 10), metrics(1000, 10)], [StoredEvent("ftjob-1", "started")]])
+@pytest.mark.parametrize(
+    "events", [[], [metrics(1000, 10)], [metrics(1000, 10), metrics(1000, 10)], [StoredEvent("ftjob-1", "started")]]
+)
 def test_the_end_is_not_guessed(events):
     assert estimated_finish(job(), events) is None
 

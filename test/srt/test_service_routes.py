@@ -7,18 +7,13 @@ from types import SimpleNamespace
 import openai
 import pytest
 from fastapi.routing import APIRoute
+from starlette.testclient import TestClient
+
 from service_app import ADMIN_KEY, API_KEY, UPSTREAM, make_app, make_service, serving
 from sglang.srt.entrypoints import http_server
 from sglang.srt.lora.lora_registry import LoRARef
 from sglang.srt.mezo.service.jobs.threads import ServiceThreads
-from sglang.srt.mezo.service.wire.records import (
-    StoredCheckpoint,
-    StoredEvent,
-    StoredFile,
-    new_id,
-    now,
-)
-from starlette.testclient import TestClient
+from sglang.srt.mezo.service.wire.records import StoredCheckpoint, StoredEvent, StoredFile, new_id, now
 
 ROWS = b'{"prompt": "a", "completion": "b"}\n' * 40
 JOBS = "/v1/fine_tuning/jobs"
@@ -81,7 +76,7 @@ def error_of(response, status):
     return body["error"]
 
 
-# --- files ---------------------------------------------------------------------------------------------------------------
+# --- files ------------------------------------------------------------------------------------------------------------
 
 
 def test_files_through_the_client(client, tmp_path):
@@ -89,7 +84,12 @@ def test_files_through_the_client(client, tmp_path):
     path.write_bytes(ROWS)
     with open(path, "rb") as content:
         file = client.files.create(file=content, purpose="fine-tune")
-    assert (file.filename, file.bytes, file.purpose, file.status) == ("train.jsonl", len(ROWS), "fine-tune", "processed")
+    assert (file.filename, file.bytes, file.purpose, file.status) == (
+        "train.jsonl",
+        len(ROWS),
+        "fine-tune",
+        "processed",
+    )
     assert client.files.wait_for_processing(file.id) == client.files.retrieve(file.id) == file
     assert client.files.content(file.id).read() == ROWS
     assert [listed.id for listed in client.files.list()] == [file.id]
@@ -118,9 +118,14 @@ def test_result_files_are_downloaded_and_nothing_is_trained_on_them(client, serv
     [listed] = client.fine_tuning.jobs.retrieve(job.id).result_files
     assert client.files.retrieve(listed).purpose == "fine-tune-results"
     response = client.files.content(listed)
-    assert response.text == "step,train_loss\n1,0.5\n" and f"{listed}.csv" in response.response.headers["content-disposition"]
+    assert (
+        response.text == "step,train_loss\n1,0.5\n"
+        and f"{listed}.csv" in response.response.headers["content-disposition"]
+    )
     for field in ("training_file", "validation_file"):
-        with pytest.raises(openai.BadRequestError, match="its purpose is 'fine-tune-results', and 'fine-tune' is needed") as caught:
+        with pytest.raises(
+            openai.BadRequestError, match="its purpose is 'fine-tune-results', and 'fine-tune' is needed"
+        ) as caught:
             client.fine_tuning.jobs.create(**{"model": "tiny", "training_file": job.training_file, field: result})
         assert caught.value.param == field
     assert client.files.delete(listed).deleted
@@ -153,7 +158,7 @@ def test_no_id_is_a_path(http, file_id):
     assert http.delete(f"/v1/files/{file_id}").status_code in (404, 405)
 
 
-# --- jobs ----------------------------------------------------------------------------------------------------------------
+# --- jobs -------------------------------------------------------------------------------------------------------------
 
 
 def test_a_job_is_created_with_everything_resolved(client, service):
@@ -181,7 +186,9 @@ def test_a_job_is_created_with_everything_resolved(client, service):
 
 
 def test_the_older_hyperparameters_and_the_model_path_do_as_well(client, service):
-    job = client.fine_tuning.jobs.create(model="/models/tiny", training_file=add_file(service), hyperparameters={"n_epochs": 2})
+    job = client.fine_tuning.jobs.create(
+        model="/models/tiny", training_file=add_file(service), hyperparameters={"n_epochs": 2}
+    )
     assert job.hyperparameters.n_epochs == 2
     assert job.model == "tiny"
 
@@ -208,9 +215,14 @@ def test_jobs_events_and_checkpoints_are_paged(client, service):
     assert [job.id for job in client.fine_tuning.jobs.list(limit=2)] == jobs[::-1]
     for step in range(1, 8):
         service.store.add_event(jobs[0], "info", f"Step {step}", "metrics", {"step": step})
-        service.store.add_checkpoint(StoredCheckpoint(jobs[0], step, f"a:ckpt-step-{step}", f"run/checkpoint-{step}", {"step": step}))
+        service.store.add_checkpoint(
+            StoredCheckpoint(jobs[0], step, f"a:ckpt-step-{step}", f"run/checkpoint-{step}", {"step": step})
+        )
     events = list(client.fine_tuning.jobs.list_events(jobs[0], limit=3))
-    assert [event.message for event in events] == [*(f"Step {step}" for step in range(7, 0, -1)), f"Created fine-tuning job: {jobs[0]}"]
+    assert [event.message for event in events] == [
+        *(f"Step {step}" for step in range(7, 0, -1)),
+        f"Created fine-tuning job: {jobs[0]}",
+    ]
     assert [event.type for event in events] == ["metrics"] * 7 + ["message"]
     checkpoints = list(client.fine_tuning.jobs.checkpoints.list(jobs[0], limit=3))
     assert [checkpoint.step_number for checkpoint in checkpoints] == list(range(7, 0, -1))
@@ -243,7 +255,9 @@ def test_a_running_job_says_when_it_will_be_done(client, service):
     job = add_job(client, service)
     for step in (10, 20):
         data = {"step": step, "max_steps": 100}
-        service.store.update_job(job.id, StoredEvent(job.id, "Step", "info", "metrics", data, created_at=1000 + 2 * step), status="running")
+        service.store.update_job(
+            job.id, StoredEvent(job.id, "Step", "info", "metrics", data, created_at=1000 + 2 * step), status="running"
+        )
     assert client.fine_tuning.jobs.retrieve(job.id).estimated_finish == 1200
     assert [listed.estimated_finish for listed in client.fine_tuning.jobs.list()] == [1200]
 
@@ -266,7 +280,13 @@ WRONG_JOBS = [
         "invalid_value",
         "zo_eps='1' is not allowed: a number",
     ),
-    ({"hyperparameters": {"output_dir": "/tmp"}}, 400, "hyperparameters.output_dir", "unknown_parameter", "is not a hyperparameter"),
+    (
+        {"hyperparameters": {"output_dir": "/tmp"}},
+        400,
+        "hyperparameters.output_dir",
+        "unknown_parameter",
+        "is not a hyperparameter",
+    ),
 ]
 
 
@@ -324,7 +344,9 @@ def test_an_error_repeats_the_beginning_of_what_is_wrong_only(http, body):
 
 
 def test_an_unknown_hyperparameter_is_not_repeated_whole(http, service):
-    response = http.post(JOBS, json={"model": "tiny", "training_file": add_file(service), "hyperparameters": {"q" * 500_000: 1}})
+    response = http.post(
+        JOBS, json={"model": "tiny", "training_file": add_file(service), "hyperparameters": {"q" * 500_000: 1}}
+    )
     assert response.status_code == 400 and len(response.content) < 2000
 
 
@@ -396,12 +418,14 @@ def test_before_the_service_is_ready_all_but_serving_waits(http, service, monkey
         assert http.get("/v1/models/tiny").json()["id"] == "tiny"
 
 
-# --- models --------------------------------------------------------------------------------------------------------------
+# --- models -----------------------------------------------------------------------------------------------------------
 
 
 def published(client, service, suffix):
     job = add_job(client, service, suffix=suffix)
-    service.store.update_job(job.id, status="succeeded", fine_tuned_model=f"tiny:{suffix}", version=1, finished_at=1_700_000_000)
+    service.store.update_job(
+        job.id, status="succeeded", fine_tuned_model=f"tiny:{suffix}", version=1, finished_at=1_700_000_000
+    )
     return job
 
 
@@ -442,7 +466,7 @@ def test_checkpoints_of_a_job_that_was_cancelled_are_deleted_by_its_models_name(
     assert service.manager.calls == [("delete_model", "half")]
 
 
-# --- authorisation -------------------------------------------------------------------------------------------------------
+# --- authorisation ----------------------------------------------------------------------------------------------------
 
 
 def our_routes(app):

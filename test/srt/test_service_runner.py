@@ -8,9 +8,10 @@ from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
 
-import oracle
 import pytest
 import torch
+
+import oracle
 from engine_process import EngineProcess
 from sglang.srt.mezo.adapters.adapter import Adapter, AdapterSpec
 from sglang.srt.mezo.core.config import MezoConfig
@@ -26,7 +27,7 @@ TRAIN = oracle.examples(10, OPTIONS)
 EVALUATION = oracle.examples(6, OPTIONS, seed=1)
 
 
-# --- run in the engine's process ---------------------------------------------------------------------------------------
+# --- run in the engine's process --------------------------------------------------------------------------------------
 
 
 def make_runner(engine, **settings):
@@ -77,7 +78,15 @@ def held(engine):
     registries = [sorted(known) for known in (manager.configs, manager.loras, manager.lora_refs)]
     in_pool = sorted(uid for uid in manager.memory_pool.uid_to_buffer_id if uid is not None)
     loaded = sum(map(len, engine.runner._loaded.values()))
-    return handle.free_kv_tokens, handle.free_rows, manager.num_pinned_loras, registries, in_pool, slot_room._reserved, loaded
+    return (
+        handle.free_kv_tokens,
+        handle.free_rows,
+        manager.num_pinned_loras,
+        registries,
+        in_pool,
+        slot_room._reserved,
+        loaded,
+    )
 
 
 def end_job(engine):
@@ -100,7 +109,7 @@ def train_offline(engine, config, spec, train, evaluation):
         return trainer.train()
 
 
-# --- fixtures ------------------------------------------------------------------------------------------------------------
+# --- fixtures ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -111,8 +120,14 @@ def model_path(tmp_path_factory) -> str:
 @pytest.fixture(scope="module")
 def process(model_path):
     process = EngineProcess(
-        model_path=model_path, r=4, target_modules=TARGETS, num_slots=6, dtype="float32", skip_tokenizer_init=True, max_total_tokens=3000,
-    )  # fmt: skip
+        model_path=model_path,
+        r=4,
+        target_modules=TARGETS,
+        num_slots=6,
+        dtype="float32",
+        skip_tokenizer_init=True,
+        max_total_tokens=3000,
+    )
     yield process
     process.close()
 
@@ -129,9 +144,18 @@ def engine(process):
 @pytest.fixture
 def config(tmp_path) -> MezoConfig:
     return MezoConfig(
-        output_dir=str(tmp_path / "run"), max_steps=8, per_device_train_batch_size=4, eval_steps=3, logging_steps=1, save_steps=4,
-        learning_rate=5e-3, lr_scheduler_type="linear", num_perturbations=4, max_tokens_per_batch=16, disable_tqdm=True,
-    )  # fmt: skip
+        output_dir=str(tmp_path / "run"),
+        max_steps=8,
+        per_device_train_batch_size=4,
+        eval_steps=3,
+        logging_steps=1,
+        save_steps=4,
+        learning_rate=5e-3,
+        lr_scheduler_type="linear",
+        num_perturbations=4,
+        max_tokens_per_batch=16,
+        disable_tqdm=True,
+    )
 
 
 def start(engine, config, model_path, job_id="job", train=TRAIN, evaluation=EVALUATION, segments=None, **fields):
@@ -140,9 +164,15 @@ def start(engine, config, model_path, job_id="job", train=TRAIN, evaluation=EVAL
             assert engine.call(send, "LoadExamples", {"job_id": job_id, "split": split, "examples": pack(part)})[0]
     invocation = list(oracle.INVOCATION) if config.tuning == "alora" else []
     fields = {
-        "job_id": job_id, "config": config.to_dict(), "base_model": model_path, "target_modules": list(TARGETS), "invocation": invocation,
-        "objective": "classification", "segments": segments or [(0, len(train))], **fields,
-    }  # fmt: skip
+        "job_id": job_id,
+        "config": config.to_dict(),
+        "base_model": model_path,
+        "target_modules": list(TARGETS),
+        "invocation": invocation,
+        "objective": "classification",
+        "segments": segments or [(0, len(train))],
+        **fields,
+    }
     return engine.call(send, "StartJob", fields)
 
 
@@ -151,7 +181,9 @@ def stop(engine, job_id="job"):
 
 
 def spec_of(config, model_path) -> AdapterSpec:
-    return AdapterSpec(model_path, config.r, config.lora_alpha, TARGETS, oracle.INVOCATION if config.tuning == "alora" else ())
+    return AdapterSpec(
+        model_path, config.r, config.lora_alpha, TARGETS, oracle.INVOCATION if config.tuning == "alora" else ()
+    )
 
 
 def log_of(folder: str) -> bytes:
@@ -160,7 +192,11 @@ def log_of(folder: str) -> bytes:
 
 def series(folder: str) -> list[tuple]:
     lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    return [(line["step"], line["loss_plus"], line["loss_minus"], line["projected_grad"]) for line in lines if "loss_plus" in line]
+    return [
+        (line["step"], line["loss_plus"], line["loss_minus"], line["projected_grad"])
+        for line in lines
+        if "loss_plus" in line
+    ]
 
 
 def offline(engine, config, model_path, tmp_path) -> MezoConfig:
@@ -169,7 +205,7 @@ def offline(engine, config, model_path, tmp_path) -> MezoConfig:
     return config
 
 
-# --- the properties ------------------------------------------------------------------------------------------------------
+# --- the properties ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tuning", ["alora", "lora"])
@@ -185,7 +221,9 @@ def test_pieces_give_the_series_of_the_offline_run_bit_for_bit(engine, config, m
     assert kinds[0] == "started" and kinds[-1] == "succeeded" and kinds.count("checkpoint") == 2
 
 
-def test_pieces_are_long_until_a_request_comes_and_the_run_says_which_steps_were_cut_how(engine, config, model_path, tmp_path):
+def test_pieces_are_long_until_a_request_comes_and_the_run_says_which_steps_were_cut_how(
+    engine, config, model_path, tmp_path
+):
     config = replace(config, r=4, max_tokens_per_batch=32, per_device_train_batch_size=8)
     engine.call(set_piece_sizes, 8, 32)
     assert start(engine, config, model_path)[0]
@@ -209,7 +247,9 @@ def tick_beside_a_request(engine, pieces):
     """The sizes of so many pieces after a request has been served; the first ones of the step ran before it."""
     runner, sizes = engine.runner, set()
     step = runner._job.learner.global_step
-    for _ in range(runner._job.learner.config.num_perturbations + 5):  # directions drawn and written, and a forward pass
+    for _ in range(
+        runner._job.learner.config.num_perturbations + 5
+    ):  # directions drawn and written, and a forward pass
         runner.tick()
     assert runner._job.learner.global_step == step
     waiting = engine.scheduler.waiting_queue
@@ -275,7 +315,9 @@ def train_in_pieces(engine, config, spec, sizes):
     run = drain(TrainingRun.open(trainer, Tracker))
     while trainer.global_step < trainer.max_steps:
         last = max((step for step in sizes if step <= trainer.global_step), default=None)
-        of_step = [tokens for tokens, pieces in sizes.get(last, []) for _ in range(pieces)] or [config.max_tokens_per_batch]
+        of_step = [tokens for tokens, pieces in sizes.get(last, []) for _ in range(pieces)] or [
+            config.max_tokens_per_batch
+        ]
         passes, result = trainer.step_passes(trainer.batch(trainer.global_step)), None
         for number in itertools.count():
             trainer.scorer.max_tokens = of_step[min(number, len(of_step) - 1)]
@@ -317,11 +359,15 @@ def test_stopped_and_started_again_it_ends_as_the_whole_run(engine, config, mode
     engine.call(tick)
     assert log_of(config.output_dir) == log_of(whole.output_dir)
     first, second = (json.loads((Path(c.output_dir) / "trainer_state.json").read_text()) for c in (config, whole))
-    assert (first["best_global_step"], first["best_metric"]) == (second["best_global_step"], pytest.approx(second["best_metric"]))
+    assert (first["best_global_step"], first["best_metric"]) == (
+        second["best_global_step"],
+        pytest.approx(second["best_metric"]),
+    )
 
 
 def test_a_run_on_a_full_disk_stops_and_goes_on_when_there_is_room(engine, config, model_path, tmp_path):
-    """Wherever the room ends: while the folder is made, in a line of metrics, a checkpoint, the best adapter, the result."""
+    """Wherever the room ends: while the folder is made, in a line of metrics, a checkpoint, the best adapter, the
+    result."""
     config = replace(config, r=4)
     whole = offline(engine, config, model_path, tmp_path)
     engine.call(flush)
@@ -342,7 +388,9 @@ def test_a_run_on_a_full_disk_stops_and_goes_on_when_there_is_room(engine, confi
             stops += 1
         assert kind == "succeeded" and stops >= 4
         assert log_of(config.output_dir) == log_of(whole.output_dir)
-        assert [step for step, *_ in series(config.output_dir)] == sorted({step for step, *_ in series(config.output_dir)})
+        assert [step for step, *_ in series(config.output_dir)] == sorted(
+            {step for step, *_ in series(config.output_dir)}
+        )
         assert not list(disk.path.glob("run/**/.*"))
 
 
@@ -491,14 +539,25 @@ def test_single_operations_take_the_steps_of_the_run(engine, config, model_path,
     engine.call(tick)
     engine.call(events)
     batch = engine.call(first_batch)
-    command = {"job_id": "job", "operation": "a", "examples": batch, "zo_random_seed": record.seed, "zo_eps": config.zo_eps}
+    command = {
+        "job_id": "job",
+        "operation": "a",
+        "examples": batch,
+        "zo_random_seed": record.seed,
+        "zo_eps": config.zo_eps,
+    }
     assert engine.call(send, "EvaluatePerturbed", command)[0]
     assert engine.call(send, "EvaluatePerturbed", command)[2] == "job", "one at a time"
     engine.call(tick)
     ((kind, _, _, data),) = engine.call(events)
     assert (kind, data["operation"]) == ("evaluated", "a")
     assert data["projected_grad"] == pytest.approx(record.projected_grads, rel=1e-6)
-    update = {"job_id": "job", "zo_random_seed": record.seed, "projected_grad": data["projected_grad"], "learning_rate": record.learning_rate}
+    update = {
+        "job_id": "job",
+        "zo_random_seed": record.seed,
+        "projected_grad": data["projected_grad"],
+        "learning_rate": record.learning_rate,
+    }
     assert engine.call(send, "ApplyUpdate", update)[3] == {"step": 1}
     assert engine.call(send, "ApplyUpdate", {**update, "projected_grad": [1.0]})[2] == "projected_grad"
     folder = tmp_path / "saved"
@@ -520,12 +579,17 @@ def first_batch(engine):
 
 def empty_adapter(config, model_path) -> Adapter:
     from safetensors.torch import load_file
+
     from sglang.srt.mezo.adapters.adapter import Site
 
     state = load_file(Path(config.output_dir) / "initial_adapter" / "adapter_model.safetensors")
     names = sorted({name.removeprefix("base_model.model.").rsplit(".", 2)[0] for name in state})
     sites = [
-        Site(name, state[f"base_model.model.{name}.lora_A.weight"].shape[1], state[f"base_model.model.{name}.lora_B.weight"].shape[0])
+        Site(
+            name,
+            state[f"base_model.model.{name}.lora_A.weight"].shape[1],
+            state[f"base_model.model.{name}.lora_B.weight"].shape[0],
+        )
         for name in names
     ]
     return Adapter(spec_of(config, model_path), sites)
@@ -576,15 +640,18 @@ def test_a_job_whose_log_is_damaged_goes_on_before_the_damage_and_says_so(engine
 
 
 def tick_beside_adapters(engine, adapters):
-    """Whether the job has its slots after a tick while requests of so many adapters are in the batch, and after they are done;
-    whether a batch with one adapter more, and one of theirs alone, would be admitted in between."""
+    """Whether the job has its slots after a tick while requests of so many adapters are in the batch, and after they
+    are done; whether a batch with one adapter more, and one of theirs alone, would be admitted in between."""
     from types import SimpleNamespace
 
     from sglang.srt.mezo.engine import slot_room
 
     runner, manager, scheduler = engine.runner, engine.handle.lora_manager, engine.scheduler
     ids = {f"adapter {i}" for i in range(adapters)}
-    scheduler.running_batch, batch = SimpleNamespace(reqs=[SimpleNamespace(rid="a", lora_id=one) for one in ids]), scheduler.running_batch
+    scheduler.running_batch, batch = (
+        SimpleNamespace(reqs=[SimpleNamespace(rid="a", lora_id=one) for one in ids]),
+        scheduler.running_batch,
+    )
     runner.tick()
     beside = runner._job.learner.slots.claimed
     admitted = slot_room.admits(manager, {*ids, "another"}), slot_room.admits(manager, {"adapter 0"})
@@ -599,7 +666,9 @@ def test_slots_are_taken_only_once_requests_in_flight_leave_the_room(engine, con
         assert start(engine, replace(config, r=4, output_dir=f"{config.output_dir}-{adapters}"), model_path)[0]
         beside, admitted, after, again = engine.call(tick_beside_adapters, adapters)
         assert beside == claimed and after and again
-        assert admitted == ((True, True) if claimed else (False, True)), "room is made, and what leaves it is served meanwhile"
+        assert admitted == ((True, True) if claimed else (False, True)), (
+            "room is made, and what leaves it is served meanwhile"
+        )
         stop(engine)
 
 
@@ -612,7 +681,9 @@ def test_slots_are_taken_only_once_requests_in_flight_leave_the_room(engine, con
         ({}, {"segments": [(0, 10), (4, 6)]}, "segments", "10 examples"),
     ],
 )
-def test_a_job_that_cannot_start_is_refused_and_holds_nothing(engine, config, model_path, settings, fields, param, message):
+def test_a_job_that_cannot_start_is_refused_and_holds_nothing(
+    engine, config, model_path, settings, fields, param, message
+):
     raw = {**replace(config, r=4).to_dict(), **settings}
 
     class Raw:
@@ -624,7 +695,9 @@ def test_a_job_that_cannot_start_is_refused_and_holds_nothing(engine, config, mo
     stop(engine)
 
 
-@pytest.mark.parametrize("targets", [names for n in (1, 2, 3) for names in combinations(["q_proj", "k_proj", "v_proj"], n)], ids="-".join)
+@pytest.mark.parametrize(
+    "targets", [names for n in (1, 2, 3) for names in combinations(["q_proj", "k_proj", "v_proj"], n)], ids="-".join
+)
 def test_every_subset_of_a_fused_layer_can_be_trained(engine, config, model_path, targets):
     config = replace(config, r=4, max_steps=2)
     assert start(engine, config, model_path, target_modules=list(targets))[0]
@@ -676,9 +749,16 @@ def tensors_in(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize(
-    ("settings", "field", "message"), [({"r": 2}, "r", "4, as the adapter"), ({"tuning": "lora"}, "tuning", "'alora', as the adapter"), ({}, "init_from", "adapter_config.json")]
+    ("settings", "field", "message"),
+    [
+        ({"r": 2}, "r", "4, as the adapter"),
+        ({"tuning": "lora"}, "tuning", "'alora', as the adapter"),
+        ({}, "init_from", "adapter_config.json"),
+    ],
 )
-def test_a_job_that_contradicts_the_adapter_that_it_goes_on_from_is_refused(engine, config, model_path, tmp_path, settings, field, message):
+def test_a_job_that_contradicts_the_adapter_that_it_goes_on_from_is_refused(
+    engine, config, model_path, tmp_path, settings, field, message
+):
     first = replace(config, r=4, max_steps=1, save_steps=0)
     assert start(engine, first, model_path)[0]
     engine.call(tick)
@@ -690,7 +770,7 @@ def test_a_job_that_contradicts_the_adapter_that_it_goes_on_from_is_refused(engi
     assert not ok and at == field and message in text
 
 
-# --- what fails while a job is set up ------------------------------------------------------------------------------------
+# --- what fails while a job is set up ---------------------------------------------------------------------------------
 
 
 def fail_once(engine, place, call):
@@ -721,7 +801,9 @@ def restore(engine):
 
 @pytest.mark.parametrize("call", [1, 2, 3, 5])
 @pytest.mark.parametrize("place", ["loading", "fetching", "writing", "computing", "inserting"])
-def test_a_job_that_fails_as_it_is_set_up_gives_back_all_that_it_took(engine, config, model_path, tmp_path, place, call):
+def test_a_job_that_fails_as_it_is_set_up_gives_back_all_that_it_took(
+    engine, config, model_path, tmp_path, place, call
+):
     before = engine.call(flush) or engine.call(held)
     assert start(engine, replace(config, r=4, max_steps=2), model_path)[0]
     engine.call(fail_once, place, call)
@@ -747,8 +829,9 @@ def pin_another(engine, names):
     config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
     state = {
         f"base_model.model.model.decoder.layers.{layer}.self_attn.q_proj.lora_{side}.weight": torch.zeros(*shape)
-        for layer in range(2) for side, shape in (("A", (4, 64)), ("B", (64, 4)))
-    }  # fmt: skip
+        for layer in range(2)
+        for side, shape in (("A", (4, 64)), ("B", (64, 4)))
+    }
     for ref in refs:
         result = engine.handle.lora_manager.load_lora_adapter_from_tensors(ref, state, config)
         assert result.success, result.error_message
@@ -814,7 +897,9 @@ def test_a_run_that_cannot_be_taken_up_leaves_engine_and_files_free(engine, conf
     assert engine.call(held) == before
     shutil.rmtree(folder)
     shutil.copytree(kept, folder)
-    assert start(engine, replace(config, resume_from_checkpoint=True, max_steps=4), model_path)[0], "the log has no other writer"
+    assert start(engine, replace(config, resume_from_checkpoint=True, max_steps=4), model_path)[0], (
+        "the log has no other writer"
+    )
     engine.call(tick)
     assert engine.call(events)[-1][0] == "succeeded"
 
@@ -844,13 +929,16 @@ def test_the_description_says_what_a_job_may_ask(engine):
     ok, _, _, description = engine.call(send, "Describe", {})
     assert ok and description["max_lora_rank"] == 4 and description["max_loras_per_batch"] == 7
     assert description["target_modules"] == ["k_proj", "q_proj", "v_proj"]
-    assert description["default_target_modules"] == {"alora": ["q_proj", "k_proj", "v_proj"], "lora": ["q_proj", "v_proj"]}
+    assert description["default_target_modules"] == {
+        "alora": ["q_proj", "k_proj", "v_proj"],
+        "lora": ["q_proj", "v_proj"],
+    }
     assert description["context_length"] == 128 and description["kv_capacity"] == 3000 and description["no_alora"] == ""
     tokens = description["micro_step_tokens"]
     assert tokens >= 8 and tokens & (tokens - 1) == 0
 
 
-# --- numbers that are not finite -----------------------------------------------------------------------------------------
+# --- numbers that are not finite --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("update", [([1e30], 1e6), ([3e38], 1e6), ([1e20], 1.0)])
@@ -862,7 +950,9 @@ def test_an_update_that_overflows_is_refused_and_changes_nothing(engine, config,
     good = {"job_id": "job", "zo_random_seed": 7, "projected_grad": [0.5], "learning_rate": 1e-3}
     assert engine.call(send, "ApplyUpdate", good)[3] == {"step": 1}
     log = log_of(config.output_dir)
-    success, message, param, _ = engine.call(send, "ApplyUpdate", {**good, "projected_grad": grads, "learning_rate": rate})
+    success, message, param, _ = engine.call(
+        send, "ApplyUpdate", {**good, "projected_grad": grads, "learning_rate": rate}
+    )
     assert (success, param) == (False, "projected_grad")
     assert all(word in message for word in ("projected_grad=", f"learning_rate={rate:g}", "finite"))
     assert log_of(config.output_dir) == log
@@ -911,14 +1001,20 @@ def base_values(engine, config):
     from sglang.srt.mezo.scoring.scorer import Scorer
 
     planner = Planner(config.tuning, oracle.INVOCATION)
-    values = drain(Scorer(engine.handle, planner.scope, 64).passes([planner.plan(example) for example in TRAIN], [(None,)], "classification"))
+    values = drain(
+        Scorer(engine.handle, planner.scope, 64).passes(
+            [planner.plan(example) for example in TRAIN], [(None,)], "classification"
+        )
+    )
     assert values.isfinite().all()
     return values
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
 @pytest.mark.parametrize("tuning", ["alora", "lora"])
-def test_a_slot_whose_numbers_are_not_finite_leaves_the_others_of_its_pass_alone(engine, config, model_path, tuning, value):
+def test_a_slot_whose_numbers_are_not_finite_leaves_the_others_of_its_pass_alone(
+    engine, config, model_path, tuning, value
+):
     config = replace(config, r=4, tuning=tuning, max_tokens_per_batch=512)
     clean, spoiled, base = engine.call(score_beside, config, spec_of(config, model_path), value)
     assert not spoiled[1].isfinite().any(), "the slot in question shows it"
@@ -928,7 +1024,8 @@ def test_a_slot_whose_numbers_are_not_finite_leaves_the_others_of_its_pass_alone
 
 
 def score_beside(engine, config, spec, value):
-    """Values of four directions in one pass; the same with `value` for weights in the second slot; then those of the base model."""
+    """Values of four directions in one pass; the same with `value` for weights in the second slot; then those of the
+    base model."""
     from contextlib import closing
 
     from sglang.srt.mezo.core.passes import drain
@@ -943,7 +1040,9 @@ def score_beside(engine, config, spec, value):
             engine.scheduler.flush_cache()
             if spoil:
                 slots[1].write(torch.full((trainer.adapter.numel,), value))
-            found.append(drain(trainer.scorer.passes(trainer.train_plans, [tuple(slot.lora_id for slot in slots)], "completion")))
+            found.append(
+                drain(trainer.scorer.passes(trainer.train_plans, [tuple(slot.lora_id for slot in slots)], "completion"))
+            )
         base = base_values(engine, config)
         engine.scheduler.flush_cache()
     return *found, base

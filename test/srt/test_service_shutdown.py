@@ -13,13 +13,14 @@ import httpx
 import pytest
 import uvicorn
 from fastapi import FastAPI, Request
+from starlette.responses import StreamingResponse
+
 from sglang.srt.managers.communicator import FanOutCommunicator
 from sglang.srt.mezo.plugin import online
 from sglang.srt.mezo.service.http.app import Service
 from sglang.srt.mezo.service.jobs.client import EngineClient
 from sglang.srt.mezo.service.wire.messages import StopJob
 from sglang.srt.mezo.service.wire.settings import ServiceSettings
-from starlette.responses import StreamingResponse
 
 SECONDS = 10  # a server that does not end within these does not end
 
@@ -41,6 +42,7 @@ class Ending:
         self.asked = threading.Semaphore(0)
         self.app = FastAPI()
         self.app.add_middleware(self.service.requests.middleware)
+
         @self.app.get("/health")
         async def health():
             return {}
@@ -114,7 +116,9 @@ def patience(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "path, answer", [("/command", (503, "shutting_down")), ("/stream", httpx.RemoteProtocolError)], ids=["waits", "has begun"]
+    "path, answer",
+    [("/command", (503, "shutting_down")), ("/stream", httpx.RemoteProtocolError)],
+    ids=["waits", "has begun"],
 )
 def test_what_waits_for_the_engine_ends_with_it(path, answer):
     ending, answers = Ending(), []

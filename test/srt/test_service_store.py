@@ -13,6 +13,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
+
 from sglang.srt.mezo.core.errors import ConfigError
 from sglang.srt.mezo.service.store import database
 from sglang.srt.mezo.service.store.store import Store
@@ -28,7 +29,7 @@ def store(tmp_path):
     store.close()
 
 
-# --- records -----------------------------------------------------------------------------------------------------------
+# --- records ----------------------------------------------------------------------------------------------------------
 
 
 def test_ids_have_a_prefix_and_24_hexadecimal_digits():
@@ -40,7 +41,9 @@ def test_what_goes_in_comes_out_after_a_restart(store):
     file = add_file(store, filename='../../ü "quoted" ;DROP TABLE files')
     job = store.add_job(make_job(file.id, metadata={"a": "1"}, error={"code": "x", "message": "y", "param": None}))
     event = store.add_event(job.id, "warn", "careful", "metrics", {"step": 1, "loss": 0.25})
-    checkpoint = store.add_checkpoint(StoredCheckpoint(job.id, 250, "ft:ckpt-step-250", "run/checkpoint-250", {"step": 250}))
+    checkpoint = store.add_checkpoint(
+        StoredCheckpoint(job.id, 250, "ft:ckpt-step-250", "run/checkpoint-250", {"step": 250})
+    )
     store = reopened(store)
     assert store.file(file.id) == file
     assert store.job(job.id) == job
@@ -61,7 +64,9 @@ def test_a_change_and_its_events_come_together_or_not_at_all(store):
         store.update_job(job.id, colour="red")
 
 
-@pytest.mark.parametrize("what", ["file", "job", "checkpoint", "events", "checkpoints", "delete_file", "update_job", "job_by_adapter"])
+@pytest.mark.parametrize(
+    "what", ["file", "job", "checkpoint", "events", "checkpoints", "delete_file", "update_job", "job_by_adapter"]
+)
 def test_what_is_not_there_is_named(store, what):
     with pytest.raises(NotFound, match="file-0") as caught:
         getattr(store, what)("file-0")
@@ -106,7 +111,7 @@ def test_served_are_published_versions_and_checkpoints_but_of_no_deleted_model(s
     ]
 
 
-# --- files -------------------------------------------------------------------------------------------------------------
+# --- files ------------------------------------------------------------------------------------------------------------
 
 
 def test_a_deleted_file_is_gone_with_its_content(store):
@@ -128,7 +133,7 @@ def test_a_live_job_keeps_its_files(store, status, field):
     store.delete_file(file.id)
 
 
-# --- pages -------------------------------------------------------------------------------------------------------------
+# --- pages ------------------------------------------------------------------------------------------------------------
 
 
 def walk(page_of, limit: int) -> list[str]:
@@ -151,7 +156,14 @@ def test_pages_hold_everything_once_newest_first(store, limit):
     assert walk(lambda **page: store.events(jobs[0], **page), limit) == events[::2][::-1]
     for step in range(6):
         store.add_checkpoint(StoredCheckpoint(jobs[0], step, str(step), "run", {}))
-    assert [store.checkpoint(id).step for id in walk(lambda **page: store.checkpoints(jobs[0], **page), limit)] == [5, 4, 3, 2, 1, 0]
+    assert [store.checkpoint(id).step for id in walk(lambda **page: store.checkpoints(jobs[0], **page), limit)] == [
+        5,
+        4,
+        3,
+        2,
+        1,
+        0,
+    ]
 
 
 def test_files_come_in_either_order_and_by_purpose(store):
@@ -164,7 +176,11 @@ def test_files_come_in_either_order_and_by_purpose(store):
 def test_an_unknown_cursor_is_an_error_and_one_of_another_list_is_unknown(store):
     job, other = add_job(store), add_job(store)
     event = store.add_event(other.id, "info", "hello")
-    for call in (lambda: store.jobs(after="ftjob-0"), lambda: store.files(after="x"), lambda: store.events(job.id, after=event.id)):
+    for call in (
+        lambda: store.jobs(after="ftjob-0"),
+        lambda: store.files(after="x"),
+        lambda: store.events(job.id, after=event.id),
+    ):
         with pytest.raises(NotFound) as caught:
             call()
         assert caught.value.param == "after"
@@ -180,7 +196,7 @@ def test_jobs_are_filtered_by_metadata(store):
     assert store.jobs(metadata={}).data == [plain]
 
 
-# --- the directory -----------------------------------------------------------------------------------------------------
+# --- the directory ----------------------------------------------------------------------------------------------------
 
 
 def test_a_directory_has_one_store_at_a_time(store):
@@ -206,7 +222,7 @@ def test_threads_share_a_store(store):
     assert sorted(messages) == sorted(f"{name}{i}" for name in "abcd" for i in range(25))
 
 
-# --- the end of the process at any moment ------------------------------------------------------------------------------
+# --- the end of the process at any moment -----------------------------------------------------------------------------
 
 
 def write_until_killed(directory: Path, said: int) -> None:
@@ -260,7 +276,9 @@ def test_nothing_acknowledged_is_lost_when_the_process_is_killed(tmp_path):
         missing = kept - stored.keys()
         assert len(missing) <= 1  # one that was deleted before this was said
         kept -= missing
-        assert len(stored.keys() - kept) <= 2 * kill  # of each process its training file, and one that it has not spoken of
+        assert (
+            len(stored.keys() - kept) <= 2 * kill
+        )  # of each process its training file, and one that it has not spoken of
         on_disk = {path.name: path.stat().st_size for path in (tmp_path / "files").iterdir()}
         assert on_disk == {id: file.bytes for id, file in stored.items()}
         store.close()

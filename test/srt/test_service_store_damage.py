@@ -1,4 +1,5 @@
-"""What becomes of a store that was stopped in the middle, has lost its database or a part of it, is damaged, or is of an earlier
+"""What becomes of a store that was stopped in the middle, has lost its database or a part of it, is damaged, or is of
+an earlier
 version: it starts and says what it found, or refuses in one line, and deletes nothing that it has not marked itself."""
 
 import errno
@@ -14,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
 from sglang.srt.mezo.core.errors import ConfigError
 from sglang.srt.mezo.service.store import folder, migrations
 from sglang.srt.mezo.service.store.disk import storage_error
@@ -69,7 +71,9 @@ def refused(directory: Path, *words: str) -> None:
         try:
             open_store(directory)
         except ConfigError as error:
-            assert "\n" not in str(error) and all(word in str(error) for word in ("--mezo-dir", str(directory), *words)), error
+            assert "\n" not in str(error) and all(
+                word in str(error) for word in ("--mezo-dir", str(directory), *words)
+            ), error
         else:
             assert open_store is not Store
     assert contents(directory) == before
@@ -80,7 +84,7 @@ def edit(directory: Path, statement: str, *values) -> None:
         connection.execute(statement, values)
 
 
-# --- stopped in the middle ---------------------------------------------------------------------------------------------
+# --- stopped in the middle --------------------------------------------------------------------------------------------
 
 
 def test_an_upload_that_nobody_was_told_of_is_gone_and_one_that_has_a_row_is_finished(store):
@@ -117,7 +121,9 @@ def test_of_versions_the_one_on_record_stays_and_those_that_were_in_the_making_g
     store.close()
 
 
-@pytest.mark.parametrize("path", ["files", "files/{file}", "jobs/{job}", "jobs/{job}/adapters", "jobs/{job}/adapters/v1", "../outside", ""])
+@pytest.mark.parametrize(
+    "path", ["files", "files/{file}", "jobs/{job}", "jobs/{job}/adapters", "jobs/{job}/adapters/v1", "../outside", ""]
+)
 def test_a_mark_that_is_damaged_deletes_nothing(store, path, tmp_path):
     (tmp_path / "outside").write_text("not ours")
     files, job = full_store(store)
@@ -127,7 +133,7 @@ def test_a_mark_that_is_damaged_deletes_nothing(store, path, tmp_path):
     assert contents(tmp_path) == before
 
 
-# --- a database that is lost, or is not the one of these files ---------------------------------------------------------
+# --- a database that is lost, or is not the one of these files --------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [None, 0, 1, 99, 100, 512, 4096, 8192])
@@ -141,7 +147,14 @@ def test_a_database_that_is_lost_or_cut_is_refused_and_says_how_to_recover(store
         path.write_bytes(whole[:size])
     if journal:
         (store.directory / "mezo.sqlite-wal").write_bytes(whole[:100])
-    refused(store.directory, *(["uploaded files (3) and folders of jobs (1)", "from a copy", "nothing has been deleted"] if not size else []))
+    refused(
+        store.directory,
+        *(
+            ["uploaded files (3) and folders of jobs (1)", "from a copy", "nothing has been deleted"]
+            if not size
+            else []
+        ),
+    )
     path.write_bytes(whole)
     (store.directory / "mezo.sqlite-wal").unlink(missing_ok=True)
     store = Store(store.directory)
@@ -155,7 +168,12 @@ def test_a_new_database_beside_old_files_is_refused(store, tmp_path):
     for name in ("mezo.sqlite",):
         shutil.copy(tmp_path / "new" / name, store.directory / name)
     with closing(sqlite3.connect(store.directory / "mezo.sqlite")) as connection:
-        tables = [name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite%'")]
+        tables = [
+            name
+            for (name,) in connection.execute(
+                "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite%'"
+            )
+        ]
         for name in tables:
             connection.execute(f"DROP TABLE {name}")
         connection.execute("PRAGMA user_version = 0")
@@ -191,7 +209,11 @@ def test_an_earlier_copy_of_the_database_leaves_what_came_after_it_alone(store, 
     store = Store(store.directory)
     assert contents(store.directory) == before
     assert f"{later.id}" in caplog.text or "2 files" in caplog.text
-    assert "1 jobs" in caplog.text and f"the content of 1 uploaded files is gone from {store.directory}/files, such as {files[2].id}" in caplog.text
+    assert (
+        "1 jobs" in caplog.text
+        and f"the content of 1 uploaded files is gone from {store.directory}/files, such as {files[2].id}"
+        in caplog.text
+    )
     with pytest.raises(RequestError, match=f"{files[2].id}.*is gone") as caught:
         store.content(files[2], "training_file")
     assert (caught.value.code, caught.value.param) == ("file_lost", "training_file")
@@ -232,7 +254,7 @@ def test_an_upload_whose_content_has_changed_its_length_is_told(store):
         store.content(file)
 
 
-# --- a database that is damaged ----------------------------------------------------------------------------------------
+# --- a database that is damaged ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("flip", [0x01, 0x80])
@@ -251,7 +273,9 @@ def test_each_of_the_first_bytes_of_the_database_may_be_damaged(store, flip):
             assert "\n" not in str(error) and str(store.directory) in str(error)
         else:
             outcomes.add("opened")
-            assert {file.id for file in opened.files().data} == {file.id for file in files} and opened.job(job.id).version == 1, place
+            assert {file.id for file in opened.files().data} == {file.id for file in files} and opened.job(
+                job.id
+            ).version == 1, place
             opened.close()
         for name in OF_SQLITE[1:3]:
             (store.directory / name).unlink(missing_ok=True)
@@ -262,7 +286,7 @@ def test_each_of_the_first_bytes_of_the_database_may_be_damaged(store, flip):
 
 
 def test_pages_that_are_damaged_are_refused(store):
-    for i in range(200):
+    for _ in range(200):
         add_file(store, filename="x" * 200)
     store.close()
     path = store.directory / "mezo.sqlite"
@@ -288,11 +312,19 @@ def test_a_journal_that_the_first_page_knows_nothing_of_is_not_dropped(store, tm
 @pytest.mark.parametrize(
     ("column", "value"),
     [
-        ("config", '{"learning_rate": 0.0'), ("config", "null"), ("request", "[1]"), ("metadata", '{"a": 1}'), ("seed", '"x"'),
-        ("error", "nul"), ("hyperparameters", b"\xff\xfe"), ("model", b"\xff\xfe"), ("created_at", "yesterday"), ("status", "qveued"),
+        ("config", '{"learning_rate": 0.0'),
+        ("config", "null"),
+        ("request", "[1]"),
+        ("metadata", '{"a": 1}'),
+        ("seed", '"x"'),
+        ("error", "nul"),
+        ("hyperparameters", b"\xff\xfe"),
+        ("model", b"\xff\xfe"),
+        ("created_at", "yesterday"),
+        ("status", "qveued"),
         ("config", "[" * 100_000),
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("status", ["queued", "succeeded"])
 def test_a_job_whose_row_is_damaged_takes_nothing_else_down(store, status, column, value, caplog):
     jobs = [add_job(store, status=status, adapter_name=f"a{i}", version=1, metadata={"team": "a"}) for i in range(4)]
@@ -338,7 +370,7 @@ def test_events_and_checkpoints_that_are_damaged_are_left_out(store, caplog):
     store.close()
 
 
-# --- what else may be wrong with the folder ----------------------------------------------------------------------------
+# --- what else may be wrong with the folder ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("statement", ["INSERT INTO deletions VALUES (x'ff')", "DROP TABLE deletions"])
@@ -385,7 +417,10 @@ def test_folders_where_contents_should_be_are_not_touched(store):
     store = reopened(store)
     with pytest.raises(RequestError, match="is gone"):
         store.content(file)
-    assert len(list((store.directory / "files").glob("*/inside"))) == 3 and (store.directory / "jobs" / "ftjob-file").is_file()
+    assert (
+        len(list((store.directory / "files").glob("*/inside"))) == 3
+        and (store.directory / "jobs" / "ftjob-file").is_file()
+    )
     store.close()
 
 
@@ -457,7 +492,9 @@ def read_only(directory: Path) -> str:
     import ctypes
 
     Store(directory).close()
-    assert ctypes.CDLL(None).mount(b"none", str(directory).encode(), b"tmpfs", 1 | 32, None) == 0  # MS_RDONLY, MS_REMOUNT
+    assert (
+        ctypes.CDLL(None).mount(b"none", str(directory).encode(), b"tmpfs", 1 | 32, None) == 0
+    )  # MS_RDONLY, MS_REMOUNT
     try:
         Store(directory)
     except ConfigError as error:
@@ -486,7 +523,7 @@ def test_what_must_not_be_written_is_named(store, name):
         path.chmod(mode)
 
 
-# --- earlier versions --------------------------------------------------------------------------------------------------
+# --- earlier versions -------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -505,7 +542,13 @@ def test_a_store_of_the_first_version_is_taken_over_with_a_copy_of_its_database(
     store = Store(version_1)
     (file,), (job,) = store.files().data, store.jobs().data
     assert file == StoredFile("file-0123456789abcdef01234567", "rows.jsonl", "fine-tune", 14, 1700000000, "processed")
-    assert (job.seed, job.status, job.metadata, job.error, job.version) == (2**64 - 1, "succeeded", {"team": "a"}, None, 1)
+    assert (job.seed, job.status, job.metadata, job.error, job.version) == (
+        2**64 - 1,
+        "succeeded",
+        {"team": "a"},
+        None,
+        1,
+    )
     assert job.config == {"learning_rate": 0.001, "target_modules": ["q_proj"], "objective": None}
     assert [event.message for event in store.events(job.id).data] == ["Created fine-tuning job"]
     assert [checkpoint.metrics for checkpoint in store.checkpoints(job.id).data] == [{"step": 5}]
@@ -545,7 +588,9 @@ def test_a_step_that_fails_leaves_the_database_at_the_version_before_it(version_
     store = Store(version_1)
     assert len(store.jobs().data) == 1
     store.close()
-    assert sorted(path.name for path in version_1.glob("*.v*")) == ["mezo.sqlite.v1", "mezo.sqlite.v1-2"], "no copy is overwritten"
+    assert sorted(path.name for path in version_1.glob("*.v*")) == ["mezo.sqlite.v1", "mezo.sqlite.v1-2"], (
+        "no copy is overwritten"
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
-"""Nothing of the service runs in the event loop in which tokens are streamed: neither the disk nor a lock can hold that up."""
+"""Nothing of the service runs in the event loop in which tokens are streamed: neither the disk nor a lock can hold
+that up."""
 
 import asyncio
 import json
@@ -14,20 +15,16 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
+from transformers import AutoTokenizer
+
 from service_app import make_app, serving
-from service_doubles import (
-    Scheduler,
-    TokenizerManager,
-    without_runtime_context,
-    write_adapter,
-)
+from service_doubles import Scheduler, TokenizerManager, without_runtime_context, write_adapter
 from service_server import MODEL, ROW, ROWS
 from sglang.srt.entrypoints import http_server
 from sglang.srt.mezo.service.http.app import Service
 from sglang.srt.mezo.service.jobs.threads import ServiceThreads, run_in
 from sglang.srt.mezo.service.store.database import Database
 from sglang.srt.mezo.service.wire.settings import ServiceSettings
-from transformers import AutoTokenizer
 
 SUPERVISED = {"type": "supervised", "supervised": {"hyperparameters": {"invocation": " It was"}}}
 
@@ -65,14 +62,22 @@ class Door:
         self.client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
 
     def saw(self, what: str, path: object = "") -> None:
-        if threading.get_ident() == self.thread and str(path).startswith(str(self.directory) if path else "") and not _is_of_doubles():
+        if (
+            threading.get_ident() == self.thread
+            and str(path).startswith(str(self.directory) if path else "")
+            and not _is_of_doubles()
+        ):
             self.on_loop.append(f"{what} {path}")
 
     def upload(self, *rows: dict) -> str:
-        return self.client.files.create(file=("rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode()), purpose="fine-tune").id
+        return self.client.files.create(
+            file=("rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode()), purpose="fine-tune"
+        ).id
 
     def create(self, **arguments) -> str:
-        return self.client.fine_tuning.jobs.create(model="opt", training_file=self.upload(*ROWS), method=SUPERVISED, **arguments).id
+        return self.client.fine_tuning.jobs.create(
+            model="opt", training_file=self.upload(*ROWS), method=SUPERVISED, **arguments
+        ).id
 
     def until(self, condition) -> None:
         for _ in range(1000):
@@ -145,7 +150,13 @@ def door(tmp_path_factory):
     patch = pytest.MonkeyPatch()
     without_runtime_context(patch)
     door = Door(tmp_path_factory.mktemp("mezo"))
-    for owner, name in ((Database, "_current"), (Database, "_begin"), (Database, "execute"), (Database, "require_unlocked"), (os, "fsync")):
+    for owner, name in (
+        (Database, "_current"),
+        (Database, "_begin"),
+        (Database, "execute"),
+        (Database, "require_unlocked"),
+        (os, "fsync"),
+    ):
         original = getattr(owner, name)
 
         def watched(*arguments, original=original, name=name):
@@ -195,7 +206,9 @@ def test_a_job_lives_and_every_route_answers_beside_the_loop(door):
     door.report("evaluated_dev", 4, eval_loss=0.5, eval_accuracy=0.75, max_steps=10)
     door.until(lambda: "Step 4/10: validation loss=0.5000, accuracy=0.7500" in door.messages(job))
     [checkpoint] = client.fine_tuning.jobs.checkpoints.list(job).data
-    assert http.post(f"/mezo/jobs/{job}/publish", json={"checkpoint": checkpoint.id}).json() == {"model": checkpoint.fine_tuned_model_checkpoint}
+    assert http.post(f"/mezo/jobs/{job}/publish", json={"checkpoint": checkpoint.id}).json() == {
+        "model": checkpoint.fine_tuned_model_checkpoint
+    }
     assert http.post(f"/mezo/jobs/{job}/examples", json={"rows": ROWS}).json()["added"] == 3
     assert http.get(f"/mezo/jobs/{job}/metrics").json() == {"data": [], "next": 0}
     assert http.get("/mezo/status").json()["current_job"]["id"] == job
@@ -246,7 +259,7 @@ def test_events_are_recorded_in_their_order_however_many_come_at_once(door):
     door.client.fine_tuning.jobs.cancel(job)
 
 
-# --- the threads ---------------------------------------------------------------------------------------------------------
+# --- the threads ------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

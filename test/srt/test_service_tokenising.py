@@ -1,4 +1,5 @@
-"""A job's files are tokenised once, in a process of their own, which can be killed, may crash, and takes no time from requests."""
+"""A job's files are tokenised once, in a process of their own, which can be killed, may crash, and takes no time
+from requests."""
 
 import asyncio
 import errno
@@ -6,19 +7,11 @@ import os
 import random
 from pathlib import Path
 
-import fork_tasks
 import psutil
 import pytest
-from service_server import (  # noqa: F401
-    ROW,
-    ROWS,
-    anyio_backend,
-    eventually,
-    runtime_context,
-    server,
-    serving,
-    tokenizer,
-)
+
+import fork_tasks
+from service_server import ROW, ROWS, anyio_backend, eventually, runtime_context, server, serving, tokenizer  # noqa: F401
 from sglang.srt.mezo.data.examples import Example
 from sglang.srt.mezo.service.jobs import tokenising
 from sglang.srt.mezo.service.jobs.forks import Forks, Shared, TaskEnded
@@ -26,14 +19,7 @@ from sglang.srt.mezo.service.jobs.job_data import JobReader
 from sglang.srt.mezo.service.store.example_files import read_examples, write_examples
 from sglang.srt.mezo.service.wire.errors import RequestError
 from sglang.srt.mezo.service.wire.messages import LoadExamples
-from sglang.srt.mezo.service.wire.packed import (
-    MAX_EXAMPLES,
-    MAX_TOKENS,
-    num_tokens,
-    pack,
-    parts,
-    unpack,
-)
+from sglang.srt.mezo.service.wire.packed import MAX_EXAMPLES, MAX_TOKENS, num_tokens, pack, parts, unpack
 
 pytestmark = pytest.mark.anyio
 
@@ -47,7 +33,7 @@ def random_examples(count: int, longest: int = 300) -> list[Example]:
     return [Example(text(), tuple(text() for _ in range(draw.randint(1, 4))), draw.randint(0, 3)) for _ in range(count)]
 
 
-# --- packed --------------------------------------------------------------------------------------------------------------
+# --- packed -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("count", [0, 1, 7, 300])
@@ -71,7 +57,7 @@ def test_bytes_that_are_no_part_are_told(cut):
         unpack(pack(random_examples(3)) + bytes(4))
 
 
-# --- on disk -------------------------------------------------------------------------------------------------------------
+# --- on disk ----------------------------------------------------------------------------------------------------------
 
 
 def test_examples_on_disk_are_those_that_were_written(tmp_path):
@@ -96,13 +82,16 @@ def test_examples_that_have_changed_on_disk_are_not_taken(tmp_path, name):
     assert read_examples(directory, {}) is None
 
 
-# --- processes -----------------------------------------------------------------------------------------------------------
+# --- processes --------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def forks():
     patch = pytest.MonkeyPatch()
-    patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(Path(fork_tasks.__file__).parent), os.environ.get("PYTHONPATH")])))
+    patch.setenv(
+        "PYTHONPATH",
+        os.pathsep.join(filter(None, [str(Path(fork_tasks.__file__).parent), os.environ.get("PYTHONPATH")])),
+    )
     forks = Forks()
     yield forks
     forks.close()
@@ -184,11 +173,11 @@ async def ended(process: int) -> None:
     await eventually(lambda: not psutil.pid_exists(process))
 
 
-# --- jobs ----------------------------------------------------------------------------------------------------------------
+# --- jobs -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-async def forking(tmp_path, tokenizer, forks, monkeypatch):  # noqa: F811
+async def forking(tmp_path, tokenizer, forks, monkeypatch):
     """A server that leaves no file to a thread."""
     monkeypatch.setattr(tokenising, "_SMALL_BYTES", -1)
     async with serving(tmp_path, tokenizer) as server:
@@ -200,7 +189,7 @@ def tasks(forks) -> list[psutil.Process]:
     return psutil.Process(forks._process.pid).children()
 
 
-async def test_a_job_whose_files_are_tokenised_elsewhere_trains_on_the_same_examples(forking, tokenizer, tmp_path):  # noqa: F811
+async def test_a_job_whose_files_are_tokenised_elsewhere_trains_on_the_same_examples(forking, tokenizer, tmp_path):
     rows = [{**ROW, "prompt": f"the movie number {number} is great. It was"} for number in range(400)]
     job = await forking.create(*rows, validation=forking.upload(ROW, rows[0]))
     await forking.until(job, "running")
@@ -210,7 +199,10 @@ async def test_a_job_whose_files_are_tokenised_elsewhere_trains_on_the_same_exam
         *expected, expected_evaluation = [unpack(command.examples) for command in server.scheduler.sent(LoadExamples)]
         assert (train, evaluation) == (expected, expected_evaluation) and sum(map(len, train)) == 400
         warning = "1 of 2 examples of the validation file are in the training file too"
-        assert any(message.startswith(warning) for message in forking.messages(job)) and server.messages(other)[2:4] == forking.messages(job)[2:4]
+        assert (
+            any(message.startswith(warning) for message in forking.messages(job))
+            and server.messages(other)[2:4] == forking.messages(job)[2:4]
+        )
 
 
 async def test_a_bad_row_of_a_file_that_is_tokenised_elsewhere_is_named(forking):
@@ -237,7 +229,7 @@ async def test_the_process_ends_after_a_rest_and_another_one_begins(forking, for
     await forking.until(waiting, "queued")
 
 
-async def test_a_server_that_ends_leaves_no_process(tmp_path, tokenizer, forks, monkeypatch):  # noqa: F811
+async def test_a_server_that_ends_leaves_no_process(tmp_path, tokenizer, forks, monkeypatch):
     monkeypatch.setattr(tokenising, "_SMALL_BYTES", -1)
     async with serving(tmp_path, tokenizer) as server:
         server.manager._tokenising._forks = forks
@@ -249,10 +241,12 @@ async def test_a_server_that_ends_leaves_no_process(tmp_path, tokenizer, forks, 
     assert not process.is_running()
 
 
-async def test_a_file_is_tokenised_once_for_all_starts_of_a_job(tmp_path, tokenizer, monkeypatch):  # noqa: F811
+async def test_a_file_is_tokenised_once_for_all_starts_of_a_job(tmp_path, tokenizer, monkeypatch):
     reads = []
     original = JobReader.read
-    monkeypatch.setattr(JobReader, "read", lambda self, job, *files: reads.append(job.id) or original(self, job, *files))
+    monkeypatch.setattr(
+        JobReader, "read", lambda self, job, *files: reads.append(job.id) or original(self, job, *files)
+    )
     async with serving(tmp_path, tokenizer) as server:
         job = await server.running()
         await server.manager.pause(job.id)

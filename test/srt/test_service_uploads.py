@@ -10,11 +10,12 @@ import time
 import httpx
 import openai
 import pytest
+from starlette.testclient import TestClient
+
 from service_app import make_app, make_service, serving
 from sglang.srt.mezo.service.http import uploads
 from sglang.srt.mezo.service.store import store as stores
 from sglang.srt.mezo.service.wire.records import StoredFile, new_id
-from starlette.testclient import TestClient
 from stored import make_job
 
 ROWS = b'{"prompt": "a", "completion": "b"}\n'
@@ -37,7 +38,9 @@ def port(service):
 
 
 def part(name, content=b"", filename=None):
-    disposition = f'Content-Disposition: form-data; name="{name}"' + (f'; filename="{filename}"' if filename is not None else "")
+    disposition = f'Content-Disposition: form-data; name="{name}"' + (
+        f'; filename="{filename}"' if filename is not None else ""
+    )
     return f"--{BOUNDARY}\r\n{disposition}\r\n\r\n".encode() + content + b"\r\n"
 
 
@@ -72,10 +75,17 @@ def refused(service, body, status=400, **kwargs):
     return response.json()["error"]
 
 
-@pytest.mark.parametrize("body", [PURPOSE + FILE + END, FILE + PURPOSE + END, b"\r\n" + PURPOSE + FILE + END + b"epilogue"])
+@pytest.mark.parametrize(
+    "body", [PURPOSE + FILE + END, FILE + PURPOSE + END, b"\r\n" + PURPOSE + FILE + END + b"epilogue"]
+)
 def test_the_fields_come_in_any_order(service, body):
     file = post(service, body).json()
-    assert (file["filename"], file["bytes"], file["purpose"], file["object"]) == ("a.jsonl", len(ROWS), "fine-tune", "file")
+    assert (file["filename"], file["bytes"], file["purpose"], file["object"]) == (
+        "a.jsonl",
+        len(ROWS),
+        "fine-tune",
+        "file",
+    )
     assert left(service) == [file["id"]]
     assert service.store.file_path(file["id"]).read_bytes() == ROWS
     assert service.store.file(file["id"]).sha256 == hashlib.sha256(ROWS).hexdigest()
@@ -91,7 +101,19 @@ def test_a_form_can_be_cut_anywhere(service, size):
 
 @pytest.mark.parametrize(
     "filename",
-    ["a.jsonl", "../../etc/passwd", "/etc/passwd", "..", ".", "a/b", "имя \N{GRINNING FACE}", "a\0b", "a\x07\tb", "n" * 255, "$(id)"],
+    [
+        "a.jsonl",
+        "../../etc/passwd",
+        "/etc/passwd",
+        "..",
+        ".",
+        "a/b",
+        "имя \N{GRINNING FACE}",
+        "a\0b",
+        "a\x07\tb",
+        "n" * 255,
+        "$(id)",
+    ],
 )
 def test_a_filename_is_data(service, filename):
     file = post(service, PURPOSE + part("file", ROWS, filename) + END).json()
@@ -119,14 +141,34 @@ def test_a_filename_has_a_length(service, filename):
         (FILE + part("purpose", b"\xff") + END, "purpose", "is not allowed: fine-tune"),
         (FILE + part("purpose", b"p" * 2000) + END, "purpose", "purpose is longer than 1024 bytes"),
         (PURPOSE + part("expires_in", b"3600") + FILE + END, "expires_in", "is not supported"),
-        (PURPOSE + part("expires_after[seconds]", b"3600") + FILE + END, "expires_after[anchor]", "the form has no expires_after[anchor]"),
-        (PURPOSE + part("expires_after[anchor]", b"created_at") + FILE + END, "expires_after[seconds]", "from 3600 to 2592000"),
-        (PURPOSE + expiry(b"last_active_at") + FILE + END, "expires_after[anchor]", "'last_active_at' is not allowed: created_at"),
-        (PURPOSE + expiry(seconds=b"3599") + FILE + END, "expires_after[seconds]", "'3599' is not allowed: a whole number from 3600 to 2592000"),
+        (
+            PURPOSE + part("expires_after[seconds]", b"3600") + FILE + END,
+            "expires_after[anchor]",
+            "the form has no expires_after[anchor]",
+        ),
+        (
+            PURPOSE + part("expires_after[anchor]", b"created_at") + FILE + END,
+            "expires_after[seconds]",
+            "from 3600 to 2592000",
+        ),
+        (
+            PURPOSE + expiry(b"last_active_at") + FILE + END,
+            "expires_after[anchor]",
+            "'last_active_at' is not allowed: created_at",
+        ),
+        (
+            PURPOSE + expiry(seconds=b"3599") + FILE + END,
+            "expires_after[seconds]",
+            "'3599' is not allowed: a whole number from 3600 to 2592000",
+        ),
         (PURPOSE + FILE + expiry(seconds=b"2592001") + END, "expires_after[seconds]", "'2592001' is not allowed"),
         (PURPOSE + expiry(seconds=b"-3600") + FILE + END, "expires_after[seconds]", "'-3600' is not allowed"),
         (PURPOSE + expiry(seconds=b"3600.5") + FILE + END, "expires_after[seconds]", "'3600.5' is not allowed"),
-        (PURPOSE + expiry(seconds="\N{ARABIC-INDIC DIGIT FOUR}".encode() * 4) + FILE + END, "expires_after[seconds]", "is not allowed"),
+        (
+            PURPOSE + expiry(seconds="\N{ARABIC-INDIC DIGIT FOUR}".encode() * 4) + FILE + END,
+            "expires_after[seconds]",
+            "is not allowed",
+        ),
         (PURPOSE + part("", b"x") + FILE + END, None, "field '' is not supported"),
         (PURPOSE + FILE, None, "the form ends before its last boundary"),
         (PURPOSE + FILE[:-10], None, "the form ends before its last boundary"),
@@ -169,7 +211,8 @@ def test_the_limit_is_of_the_file_alone(service):
 
 
 @pytest.mark.parametrize(
-    "filler", [b"\r\n" * MIB + PURPOSE + FILE + END, PURPOSE + FILE + END + b"x" * 2 * MIB, part("purpose", b"p" * 2 * MIB)]
+    "filler",
+    [b"\r\n" * MIB + PURPOSE + FILE + END, PURPOSE + FILE + END + b"x" * 2 * MIB, part("purpose", b"p" * 2 * MIB)],
 )
 def test_what_is_no_file_is_bounded_too(service, filler):
     chunks = (filler[start : start + 65536] for start in range(0, len(filler), 65536))
@@ -268,11 +311,15 @@ def test_serving_goes_on_while_the_disk_is_slow(service, port, monkeypatch):
 def test_a_file_expires_after_so_many_seconds(service, port, monkeypatch, seconds):
     client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
     stays = client.files.create(file=("stays.jsonl", ROWS), purpose="fine-tune")
-    file = client.files.create(file=("a.jsonl", ROWS), purpose="fine-tune", expires_after={"anchor": "created_at", "seconds": seconds})
+    file = client.files.create(
+        file=("a.jsonl", ROWS), purpose="fine-tune", expires_after={"anchor": "created_at", "seconds": seconds}
+    )
     assert (stays.expires_at, file.expires_at) == (None, file.created_at + seconds)
     monkeypatch.setattr(stores, "now", lambda: file.expires_at - 1)
     service.store.delete_expired()
-    assert [listed.id for listed in client.files.list()] == [file.id, stays.id] and client.files.retrieve(file.id) == file
+    assert [listed.id for listed in client.files.list()] == [file.id, stays.id] and client.files.retrieve(
+        file.id
+    ) == file
     monkeypatch.setattr(stores, "now", lambda: file.expires_at)
     for _ in range(2):  # before it is deleted, and after that
         assert [listed.id for listed in client.files.list()] == [stays.id]
@@ -289,7 +336,8 @@ def test_a_file_expires_after_so_many_seconds(service, port, monkeypatch, second
 @pytest.mark.parametrize("field", ["training_file", "validation_file"])
 def test_a_file_that_has_expired_stays_as_long_as_a_job_needs_it(service, monkeypatch, field):
     file, other = (
-        StoredFile(new_id("file-"), "a.jsonl", "fine-tune", len(ROWS), 1000, "processed", expires_at=expires_at) for expires_at in (4600, None)
+        StoredFile(new_id("file-"), "a.jsonl", "fine-tune", len(ROWS), 1000, "processed", expires_at=expires_at)
+        for expires_at in (4600, None)
     )
     for added in (file, other):
         service.store.partial_path(added.id).write_bytes(ROWS)

@@ -14,7 +14,9 @@ def nested_rows(source: random.Random) -> list[tuple[int, ...]]:
     """Rows over few words that begin with one of a few random beginnings of a few random beginnings."""
     beginnings = [words(source, source.randrange(9), 3) for _ in range(3)]
     beginnings += [source.choice(beginnings) + words(source, source.randrange(9), 3) for _ in range(5)]
-    return [source.choice(beginnings) + words(source, source.randrange(1, 6), 3) for _ in range(source.randrange(1, 40))]
+    return [
+        source.choice(beginnings) + words(source, source.randrange(1, 6), 3) for _ in range(source.randrange(1, 40))
+    ]
 
 
 def test_borrowed_tokens_are_those_of_an_earlier_row_of_the_group():

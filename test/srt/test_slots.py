@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from sglang.srt.mezo.engine.slots import _NOWHERE, _blocks
 
 FLAT = torch.arange(1000, dtype=torch.float32) + 1
@@ -18,7 +19,10 @@ def nowhere(rows: int, columns: int) -> torch.Tensor:
 CASES = {
     "one matrix": (matrix(0, 4, 6), 1),
     "parts apart": (torch.cat([matrix(0, 4, 6), matrix(100, 4, 6), matrix(300, 8, 6)]), 3),
-    "parts without numbers": (torch.cat([nowhere(3, 6), matrix(50, 4, 6), nowhere(4, 6), matrix(300, 2, 6), nowhere(2, 6)]), 2),
+    "parts without numbers": (
+        torch.cat([nowhere(3, 6), matrix(50, 4, 6), nowhere(4, 6), matrix(300, 2, 6), nowhere(2, 6)]),
+        2,
+    ),
     "columns of another rank's left out": (matrix(0, 4, 12)[:, 6:], 1),
     "rows of another rank's left out": (matrix(0, 12, 4)[6:], 1),
     "rank 1": (torch.cat([matrix(0, 1, 6), matrix(100, 1, 6), matrix(500, 1, 6)]), None),
@@ -34,7 +38,9 @@ def test_blocks_hold_every_number_once(name):
     written = torch.zeros(positions.shape)
     for block in blocks:
         assert (written[block.first : block.end] == 0).all()
-        written[block.first : block.end] = FLAT.as_strided((block.end - block.first, block.columns), (block.stride, 1), block.offset)
+        written[block.first : block.end] = FLAT.as_strided(
+            (block.end - block.first, block.columns), (block.stride, 1), block.offset
+        )
     assert torch.equal(written, torch.where(positions == _NOWHERE, 0.0, FLAT[positions]))
     assert count is None or len(blocks) == count
 

@@ -6,13 +6,14 @@ from copy import deepcopy
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
+
 from conversations import TEMPLATES
 from sglang.srt.mezo.core.errors import ConfigError, DataError
 from sglang.srt.mezo.data.chat import ChatSettings
 from sglang.srt.mezo.data.examples import Example, count_shared
 from sglang.srt.mezo.data.splits import DataArguments, Splits, load_splits
 from sglang.srt.mezo.engine.chat import ChatRenderer
-from transformers import AutoTokenizer
 
 ASSETS = Path(__file__).parents[2] / "examples" / "assets"
 
@@ -30,7 +31,9 @@ def load(tokenizer, caplog):
         caplog.clear()
         with caplog.at_level(logging.WARNING):
             splits = load_splits(tokenizer, 512, (), DataArguments(**data))
-        return splits, [record.getMessage() for record in caplog.records if record.name == "sglang.srt.mezo.data.splits"]
+        return splits, [
+            record.getMessage() for record in caplog.records if record.name == "sglang.srt.mezo.data.splits"
+        ]
 
     return load
 
@@ -48,7 +51,7 @@ def sizes(splits: Splits) -> tuple[int, int, int]:
     return len(splits.train), len(splits.dev), len(splits.test)
 
 
-# --- one file ----------------------------------------------------------------------------------------------------------
+# --- one file ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -88,7 +91,7 @@ def test_a_tasks_file_has_no_split_either(tmp_path, load):
     assert sizes(load(dataset=write(tmp_path / "rows.jsonl", *rows), task="SST-2")[0]) == (20, 4, 6)
 
 
-# --- splits ------------------------------------------------------------------------------------------------------------
+# --- splits -----------------------------------------------------------------------------------------------------------
 
 
 def test_splits_that_are_named_are_taken_as_they_are(tmp_path, load):
@@ -123,7 +126,9 @@ def test_rows_that_a_file_has_twice_are_counted_where_they_are_held_out(tmp_path
 def test_rows_are_compared_as_tokens(tmp_path, load):
     """What is written in another form is the same example."""
     write(tmp_path / "train.jsonl", *map(row, range(10)))
-    (tmp_path / "test.csv").write_text('label,options,prompt\n1,"["" terrible"", "" great""]",the plot 3 is good. It was\n')
+    (tmp_path / "test.csv").write_text(
+        'label,options,prompt\n1,"["" terrible"", "" great""]",the plot 3 is good. It was\n'
+    )
     assert load(dataset=str(tmp_path), test_split="test")[0].shared == {"test in train": 1}
 
 
@@ -134,11 +139,22 @@ def test_what_the_repository_carries_shares_nothing(load):
 
 def test_examples_are_shared_whatever_their_label():
     example = Example((1, 2), ((3,), (4,)), 0)
-    assert count_shared([example, Example((1, 2), ((3,), (4,)), 1), Example((1, 2), ((4,), (3,)), 0), Example((1,), ((3,), (4,)), 0)], [example]) == 2
+    assert (
+        count_shared(
+            [
+                example,
+                Example((1, 2), ((3,), (4,)), 1),
+                Example((1, 2), ((4,), (3,)), 0),
+                Example((1,), ((3,), (4,)), 0),
+            ],
+            [example],
+        )
+        == 2
+    )
     assert count_shared([], [example]) == count_shared([example], []) == 0
 
 
-# --- the invocation of chats -------------------------------------------------------------------------------------------
+# --- the invocation of chats ------------------------------------------------------------------------------------------
 
 
 def chats(tokenizer, path: str) -> Splits:
@@ -155,7 +171,10 @@ def test_rows_of_messages_have_their_generation_prompt_as_invocation(tokenizer, 
     tokenizer = deepcopy(tokenizer)
     splits = chats(tokenizer, write(tmp_path / "rows.jsonl", *map(chat, range(30))))
     assert tokenizer.decode(splits.invocation) == "[assistant]"
-    assert all(example.prompt[-len(splits.invocation) :] == splits.invocation for example in [*splits.train, *splits.dev, *splits.test])
+    assert all(
+        example.prompt[-len(splits.invocation) :] == splits.invocation
+        for example in [*splits.train, *splits.dev, *splits.test]
+    )
 
 
 def test_rows_without_one_end_before_an_engine_starts(tokenizer, tmp_path):
@@ -163,4 +182,11 @@ def test_rows_without_one_end_before_an_engine_starts(tokenizer, tmp_path):
     with pytest.raises(ConfigError, match="invocation=None is not allowed: .* --tuning lora, as there are no messages"):
         chats(tokenizer, write(tmp_path / "rows.jsonl", *map(row, range(30))))
     with pytest.raises(ConfigError, match="not every prompt ends with the generation prompt"):
-        chats(tokenizer, write(tmp_path / "rows.jsonl", *map(chat, range(20)), *({"prompt": f"a {n}", "completion": "b"} for n in range(10))))
+        chats(
+            tokenizer,
+            write(
+                tmp_path / "rows.jsonl",
+                *map(chat, range(20)),
+                *({"prompt": f"a {n}", "completion": "b"} for n in range(10)),
+            ),
+        )

@@ -3,11 +3,13 @@
 import copy
 from types import SimpleNamespace
 
-import oracle
 import pytest
 import torch
-from foreign_adapters import APPLIED, INVOCATION, edit, saved
 from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+import oracle
+from foreign_adapters import APPLIED, edit, saved
 from sglang.srt.mezo.adapters.adapter import Adapter, AdapterSpec
 from sglang.srt.mezo.adapters.families import model_modules
 from sglang.srt.mezo.adapters.peft_adapter import ModelLayers
@@ -15,7 +17,6 @@ from sglang.srt.mezo.core.config import MezoConfig
 from sglang.srt.mezo.core.errors import ConfigError
 from sglang.srt.mezo.training.start import read_start, settled
 from tiny import tiny_tokenizer
-from transformers import AutoModelForCausalLM
 
 CONFIG = oracle.CONFIGS["llama"]
 TOKENIZER = tiny_tokenizer()
@@ -33,8 +34,14 @@ def layers() -> ModelLayers:
     return ModelLayers(sites, sites.keys(), None, torch.float32, CONFIG.vocab_size)
 
 
-WHOLE = [name for name, settings in APPLIED.items() if not settings.keys() & {"layers_to_transform", "exclude_modules"} and "full" not in name and "below" not in name
-         and not isinstance(settings.get("target_modules"), str)]  # fmt: skip
+WHOLE = [
+    name
+    for name, settings in APPLIED.items()
+    if not settings.keys() & {"layers_to_transform", "exclude_modules"}
+    and "full" not in name
+    and "below" not in name
+    and not isinstance(settings.get("target_modules"), str)
+]
 
 
 @pytest.mark.parametrize("name", WHOLE)
@@ -49,7 +56,10 @@ def test_a_run_begins_with_what_peft_makes_of_the_folder(base, layers, tmp_path,
     Adapter.holding(spec, sites, origin.matrices).save_pretrained(tmp_path / "initial")
     ids = torch.tensor([[5, 6, 9, *oracle.INVOCATION, 11, 12]])
     with torch.no_grad():
-        ours, theirs = (PeftModel.from_pretrained(copy.deepcopy(base), path)(input_ids=ids).logits for path in (tmp_path / "initial", folder))
+        ours, theirs = (
+            PeftModel.from_pretrained(copy.deepcopy(base), path)(input_ids=ids).logits
+            for path in (tmp_path / "initial", folder)
+        )
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
     assert config.tuning == ("alora" if "activated" in name else "lora")
 
@@ -70,19 +80,32 @@ def test_a_scale_below_zero_is_not_trained_further(base, layers, tmp_path):
 
 
 def test_a_folder_that_is_no_adapter_is_named(layers, tmp_path, base):
-    with pytest.raises(ConfigError, match="init_from='/nowhere' is not allowed: an adapter of this model .lora_path='/nowhere'"):
+    with pytest.raises(
+        ConfigError, match="init_from='/nowhere' is not allowed: an adapter of this model .lora_path='/nowhere'"
+    ):
         read_start(MezoConfig(init_from="/nowhere"), layers)
     folder = edit(saved(base, tmp_path / "adapter"), use_dora=True)
     with pytest.raises(ConfigError, match="use_dora=True"):
         read_start(MezoConfig(init_from=str(folder)), layers)
 
 
-ORIGIN = SimpleNamespace(r=4, lora_alpha=6.0, target_modules=["q_proj", "v_proj"], invocation=tuple(TOKENIZER(" it was", add_special_tokens=False).input_ids))
+ORIGIN = SimpleNamespace(
+    r=4,
+    lora_alpha=6.0,
+    target_modules=["q_proj", "v_proj"],
+    invocation=tuple(TOKENIZER(" it was", add_special_tokens=False).input_ids),
+)
 
 
 def test_what_is_left_open_is_the_adapters():
     config = settled(MezoConfig(init_from="x"), ORIGIN, TOKENIZER)
-    assert (config.r, config.lora_alpha, config.target_modules, config.tuning, config.invocation) == (4, 6.0, ["q_proj", "v_proj"], "alora", " it was")
+    assert (config.r, config.lora_alpha, config.target_modules, config.tuning, config.invocation) == (
+        4,
+        6.0,
+        ["q_proj", "v_proj"],
+        "alora",
+        " it was",
+    )
     same = {"r": 4, "lora_alpha": 6, "target_modules": ["v_proj", "q_proj"], "tuning": "alora"}
     for invocation in (" it was", "auto", list(ORIGIN.invocation)):
         assert settled(MezoConfig(init_from="x", invocation=invocation, **same), ORIGIN, TOKENIZER) == config

@@ -1,6 +1,8 @@
-"""What an earlier version has written is read, gone on with and served: stored_runs.tar.xz has a run and a server's store.
+"""What an earlier version has written is read, gone on with and served: stored_runs.tar.xz has a run and a server's
+store.
 
-Both are of the embedded model, with an adapter of rank 1 on q_proj along three directions, written by version 0.1.0: a run of
+Both are of the embedded model, with an adapter of rank 1 on q_proj along three directions, written by version 0.1.0: a
+run of
 20 steps, and a server that was killed after step 45 of a job of 200 steps, and had done a job of 20.
 """
 
@@ -12,15 +14,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from live_server import (
-    MODEL,
-    ROOT,
-    LiveServer,
-    peft_log_probs,
-    prompt_log_probs,
-    reviews,
-)
 from safetensors.torch import load_file
+
+from live_server import MODEL, ROOT, LiveServer, peft_log_probs, prompt_log_probs, reviews
 from sglang.srt.mezo.adapters.adapter import Adapter, AdapterSpec, Site
 from sglang.srt.mezo.core.seed_log import SeedLog
 
@@ -64,10 +60,30 @@ def test_a_run_goes_on(stored, tmp_path):
     rows.write_text("".join(json.dumps(row) + "\n" for row in reviews("train", 24)))
     before = SeedLog.open(run / "seed_log").records()
     command = [
-        sys.executable, "examples/mezo_opt_training.py", "--model", "examples/assets/opt-reviews", "--dtype", "float32", "--dataset", str(rows),
-        "--invocation", " It was", "--r", "1", "--target_modules", "q_proj", "--num_perturbations", "3", "--eval_steps", "10",
-        "--output_dir", str(run), "--resume_from_checkpoint", "--max_steps", str(STEPS + 5),
-    ]  # fmt: skip
+        sys.executable,
+        "examples/mezo_opt_training.py",
+        "--model",
+        "examples/assets/opt-reviews",
+        "--dtype",
+        "float32",
+        "--dataset",
+        str(rows),
+        "--invocation",
+        " It was",
+        "--r",
+        "1",
+        "--target_modules",
+        "q_proj",
+        "--num_perturbations",
+        "3",
+        "--eval_steps",
+        "10",
+        "--output_dir",
+        str(run),
+        "--resume_from_checkpoint",
+        "--max_steps",
+        str(STEPS + 5),
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
     after = SeedLog.open(run / "seed_log").records()
@@ -84,11 +100,17 @@ def test_a_store_is_served_and_its_job_goes_on(stored):
         assert done.status == "succeeded" and done.fine_tuned_model == "reviews-model:done"
         assert {file.filename for file in server.client.files.list()} >= {"rows.jsonl", "held.jsonl"}
         [adapter] = (stored / "store" / "jobs" / done.id / "adapters").iterdir()
-        for expected, served in zip(peft_log_probs(adapter, TEXTS), prompt_log_probs(server, done.fine_tuned_model, TEXTS), strict=True):
+        for expected, served in zip(
+            peft_log_probs(adapter, TEXTS), prompt_log_probs(server, done.fine_tuned_model, TEXTS), strict=True
+        ):
             assert torch.allclose(torch.tensor(served), expected, atol=1e-4, rtol=0)
         [job] = jobs
         assert job == interrupted.parent.name
         server.wait_for(job, "succeeded")
         after = SeedLog.open(interrupted / "seed_log").records()
         assert after[:INTERRUPTED_STEPS] == before and len(after) == ALL_STEPS
-        assert server.client.completions.create(model="reviews-model:interrupted", prompt=TEXTS[0], max_tokens=1).choices[0].text
+        assert (
+            server.client.completions.create(model="reviews-model:interrupted", prompt=TEXTS[0], max_tokens=1)
+            .choices[0]
+            .text
+        )

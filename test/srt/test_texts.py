@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
+
 from sglang.srt.mezo.core.errors import DataError
 from sglang.srt.mezo.data import texts
 from sglang.srt.mezo.data.examples import Encoder
 from sglang.srt.mezo.data.rows import SourceRow
 from sglang.srt.mezo.data.tasks import TextExample
 from tiny import CHAT_TEMPLATE, renderer, tiny_tokenizer
-from transformers import AutoTokenizer
 
 MODEL = Path(__file__).parents[2] / "examples" / "assets" / "opt-reviews"
 REVIEWS = Path(__file__).parents[2] / "examples" / "assets" / "reviews" / "train.jsonl"
@@ -75,7 +76,8 @@ def random_row(draw: random.Random, words: list[str]) -> dict:
     def text(most: int) -> str:
         return " ".join(draw.choices(words, k=draw.randint(1, most)))
 
-    # Without the space an option merges with the last word of the prompt in some tokenizers, and is tokenised by itself.
+    # Without the space an option merges with the last word of the prompt in some tokenizers, and is tokenised by
+    # itself.
     option = lambda: draw.choice(["", " ", "\n", " é"]) + text(3)  # noqa: E731
     match draw.randrange(4):
         case 0:
@@ -94,7 +96,9 @@ def test_rows_get_the_tokens_together_that_they_get_alone(tokenizer):
         words = sorted({word for line in file for word in json.loads(line)["sentence"].split()})
     rows = [random_row(draw, [*words, "naïve", "日本", "\t", "gre", "at"]) for _ in range(600)]
     counted = Counted(tokenizer)
-    outcomes = Encoder(counted, CONTEXT, chat=renderer(counted)).encode_each([SourceRow(row, "rows", place) for place, row in enumerate(rows)])
+    outcomes = Encoder(counted, CONTEXT, chat=renderer(counted)).encode_each(
+        [SourceRow(row, "rows", place) for place, row in enumerate(rows)]
+    )
     wanted = [expected(tokenizer, row) for row in rows]
     assert wanted.count(None) < 300
     for row, outcome, want in zip(rows, outcomes, wanted):
@@ -113,7 +117,9 @@ def test_a_row_whose_text_no_tokenizer_takes_is_bad_alone(tokenizer):
         def render(self, fields):
             return TextExample(fields["prompt"], (" great",), 0)
 
-    rows = [SourceRow({"prompt": prompt}, "rows", line) for line, prompt in enumerate(["it was", 5, "so", None, "bad"], 1)]
+    rows = [
+        SourceRow({"prompt": prompt}, "rows", line) for line, prompt in enumerate(["it was", 5, "so", None, "bad"], 1)
+    ]
     outcomes = Encoder(tokenizer, CONTEXT, Wrong()).encode_each(rows)
     assert [isinstance(outcome, DataError) for outcome in outcomes] == [False, True, False, True, False]
     assert str(outcomes[1]).startswith("rows:2: ")

@@ -8,13 +8,23 @@ from functools import cached_property
 from pathlib import Path
 
 import pytest
+
 from quick import HERE, nothing_starts, reaches_a_starter
 
-CLOCKS = {"time", "monotonic", "perf_counter", "process_time", "thread_time", "monotonic_ns", "perf_counter_ns", "time_ns"}
+CLOCKS = {
+    "time",
+    "monotonic",
+    "perf_counter",
+    "process_time",
+    "thread_time",
+    "monotonic_ns",
+    "perf_counter_ns",
+    "time_ns",
+}
 ABOUT_DURATIONS = {"test_service_latency.py"}  # which compares those that SGLang reports, in their order
 
 
-# --- quick tests -------------------------------------------------------------------------------------------------------
+# --- quick tests ------------------------------------------------------------------------------------------------------
 
 
 def at_hand():
@@ -56,7 +66,9 @@ def nothing():
     return sorted(HERE.iterdir()) and Path.cwd()
 
 
-@pytest.mark.parametrize("function", [at_hand, by_a_program, by_a_helper, by_an_inner_function, by_a_new_interpreter, by_a_property])
+@pytest.mark.parametrize(
+    "function", [at_hand, by_a_program, by_a_helper, by_an_inner_function, by_a_new_interpreter, by_a_property]
+)
 def test_what_starts_something_is_not_quick(function):
     assert reaches_a_starter(nothing, function)
 
@@ -66,7 +78,7 @@ def test_what_starts_nothing_is_quick():
 
 
 def test_a_quick_test_that_starts_something_fails():
-    run = getattr(subprocess, "run")  # not seen as one that starts something
+    run = subprocess.run  # not seen as one that starts something
     as_they_are = subprocess.Popen.__init__, multiprocessing.context.SpawnProcess.start
     with nothing_starts():
         with pytest.raises(AssertionError, match="a quick test starts python"):
@@ -78,7 +90,7 @@ def test_a_quick_test_that_starts_something_fails():
     assert (subprocess.Popen.__init__, multiprocessing.context.SpawnProcess.start) == as_they_are
 
 
-# --- clocks ------------------------------------------------------------------------------------------------------------
+# --- clocks -----------------------------------------------------------------------------------------------------------
 
 
 def durations(tree: ast.AST) -> list[int]:
@@ -86,20 +98,32 @@ def durations(tree: ast.AST) -> list[int]:
     return [
         node.lineno
         for node in ast.walk(tree)
-        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Sub) and reads_a_clock(node.left) and not isinstance(node.right, ast.Constant)
+        if isinstance(node, ast.BinOp)
+        and isinstance(node.op, ast.Sub)
+        and reads_a_clock(node.left)
+        and not isinstance(node.right, ast.Constant)
     ]
 
 
 def reads_a_clock(node: ast.AST) -> bool:
-    return isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in CLOCKS and ast.unparse(node.func.value) == "time"
+    return (
+        isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr in CLOCKS
+        and ast.unparse(node.func.value) == "time"
+    )
 
 
 @pytest.mark.parametrize("path", sorted(HERE.glob("*.py")), ids=lambda path: path.name)
 def test_no_test_measures_a_time(path):
-    """On a busy machine everything takes as long as it likes: what must be quick is shown by what is not done, or in a benchmark."""
+    """On a busy machine everything takes as long as it likes: what must be quick is shown by what is not done, or in
+    a benchmark."""
     assert path.name in ABOUT_DURATIONS or durations(ast.parse(path.read_text(encoding="utf-8"))) == []
 
 
 def test_the_search_finds_a_measured_time():
-    code = "began = time.monotonic()\nwork()\nassert time.monotonic() - began < 0.5\ndeadline = time.monotonic() + 20\nearlier = time.time() - 1795"
+    code = (
+        "began = time.monotonic()\nwork()\nassert time.monotonic() - began < 0.5\n"
+        "deadline = time.monotonic() + 20\nearlier = time.time() - 1795"
+    )
     assert durations(ast.parse(code)) == [3]

@@ -3,9 +3,10 @@
 import itertools
 from collections.abc import Sequence
 
-import oracle
 import pytest
 import torch
+
+import oracle
 from engine_process import EngineProcess
 from sglang.srt.mezo.adapters.adapter import Adapter, AdapterSpec
 from sglang.srt.mezo.core.config import MezoConfig
@@ -26,10 +27,12 @@ BATCHES = {
 }
 
 
-# --- run in the engine's process ---------------------------------------------------------------------------------------
+# --- run in the engine's process --------------------------------------------------------------------------------------
 
 
-def make_trainer(engine, tuning: str, spec: AdapterSpec, batch: Sequence[Example], objective: str, num_perturbations: int, **settings):
+def make_trainer(
+    engine, tuning: str, spec: AdapterSpec, batch: Sequence[Example], objective: str, num_perturbations: int, **settings
+):
     from sglang.srt.mezo.training.trainer import MezoTrainer
 
     config = MezoConfig(tuning=tuning, zo_eps=ZO_EPS, num_perturbations=num_perturbations, **{**TWO_SIDED, **settings})
@@ -96,7 +99,10 @@ def losses_on_prefix_of_plus(engine, spec, batch, theta, z):
     try:
         trainer.adapter.theta.copy_(theta)
         drain(trainer.probe.paired_passes(trainer.train_plans, z, ZO_EPS))
-        return [loss_on_prefix_of(engine, trainer, batch, plus, minus) for plus, minus in map(trainer.slots.of_direction, range(len(z)))]
+        return [
+            loss_on_prefix_of(engine, trainer, batch, plus, minus)
+            for plus, minus in map(trainer.slots.of_direction, range(len(z)))
+        ]
     finally:
         trainer.close()
 
@@ -109,7 +115,9 @@ def loss_on_prefix_of(engine, trainer, batch, plus, minus):
     values = []
     for example in batch:
         prefix, last = example.prompt[:-1], example.prompt[-1:]
-        _, kv = extend(engine.handle, [Sequenced(torch.empty(0, dtype=torch.int64), prefix, ((plus.lora_id, len(prefix)),))])
+        _, kv = extend(
+            engine.handle, [Sequenced(torch.empty(0, dtype=torch.int64), prefix, ((plus.lora_id, len(prefix)),))]
+        )
         hidden, end = extend(engine.handle, [Sequenced(kv, last, ((minus.lora_id, 1),))])
         engine.handle.kv_allocator.free(torch.cat((kv, end)))
         tokens = torch.tensor([option[0] for option in example.options], device=hidden.device)
@@ -117,7 +125,7 @@ def loss_on_prefix_of(engine, trainer, batch, plus, minus):
     return batch_loss(trainer.train_plans, torch.cat(values)[None], "classification").mean.item()
 
 
-# --- fixtures ------------------------------------------------------------------------------------------------------------
+# --- fixtures ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module", params=list(oracle.CONFIGS))
@@ -125,14 +133,21 @@ def model(request, tmp_path_factory):
     """(kind, path, engine) of a small random model; one engine for all tests of a kind."""
     path = oracle.save_model(request.param, tmp_path_factory.mktemp(request.param) / "model")
     engine = EngineProcess(
-        model_path=path, r=4, target_modules=oracle.TARGETS[request.param], num_slots=2 * NUM_PERTURBATIONS + 1,
-        dtype="float32", skip_tokenizer_init=True, max_total_tokens=6000,
-    )  # fmt: skip
+        model_path=path,
+        r=4,
+        target_modules=oracle.TARGETS[request.param],
+        num_slots=2 * NUM_PERTURBATIONS + 1,
+        dtype="float32",
+        skip_tokenizer_init=True,
+        max_total_tokens=6000,
+    )
     yield request.param, path, engine
     engine.close()
 
 
-def random_adapter(engine: EngineProcess, kind: str, path: str, tuning: str, targets: Sequence[str] | None = None) -> Adapter:
+def random_adapter(
+    engine: EngineProcess, kind: str, path: str, tuning: str, targets: Sequence[str] | None = None
+) -> Adapter:
     """An adapter in the middle of training: neither matrix is zero."""
     invocation = oracle.INVOCATION if tuning == "alora" else ()
     # PEFT cannot run aLoRA on OPT's fc1 and fc2, which Transformers calls with flattened batches.
@@ -147,7 +162,7 @@ def reference_loss(reference: oracle.Reference, objective: str, batch: Sequence[
     return reference.option_losses(batch).mean() if objective == "classification" else reference.token_loss(batch)
 
 
-# --- the properties ------------------------------------------------------------------------------------------------------
+# --- the properties ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("batch", BATCHES)
@@ -169,7 +184,18 @@ def test_losses_equal_peft(model, tuning, batch, tmp_path):
     assert leaked == 0
 
 
-@pytest.mark.parametrize("targets", [["k_proj"], ["v_proj"], ["q_proj", "k_proj"], ["k_proj", "v_proj"], ["up_proj"], ["gate_proj", "v_proj"], ["fc2", "k_proj"]])
+@pytest.mark.parametrize(
+    "targets",
+    [
+        ["k_proj"],
+        ["v_proj"],
+        ["q_proj", "k_proj"],
+        ["k_proj", "v_proj"],
+        ["up_proj"],
+        ["gate_proj", "v_proj"],
+        ["fc2", "k_proj"],
+    ],
+)
 @pytest.mark.parametrize("tuning", ["alora", "lora"])
 def test_any_subset_of_the_modules_can_be_adapted(model, tuning, targets, tmp_path):
     """SGLang's fused layers are given zeros for what is left out."""
@@ -184,7 +210,10 @@ def test_any_subset_of_the_modules_can_be_adapted(model, tuning, targets, tmp_pa
         moved = Adapter(adapter.spec, adapter.sites)
         moved.theta = adapter.theta + sign * 0.05 * z[0]
         with torch.no_grad():
-            assert loss == pytest.approx(reference_loss(oracle.Reference(path, moved, tmp_path / "adapter"), objective, examples).item(), abs=1e-4)
+            assert loss == pytest.approx(
+                reference_loss(oracle.Reference(path, moved, tmp_path / "adapter"), objective, examples).item(),
+                abs=1e-4,
+            )
     assert plus != minus and leaked == 0
 
 
@@ -196,12 +225,15 @@ def test_projected_grad_equals_autograd(model, tuning, batch, tmp_path):
     adapter = random_adapter(engine, kind, path, tuning)
     reference = oracle.Reference(path, adapter, tmp_path / "adapter", torch.float64)
     gradient = reference.gradient(reference_loss(reference, objective, examples))
-    # Nearly orthogonal to the gradient, terms of third order in eps are not small beside the first: one per cent says nothing there.
+    # Nearly orthogonal to the gradient, terms of third order in eps are not small beside the first: one per cent says
+    # nothing there.
     drawn = (direction(5, k, adapter.numel) for k in itertools.count())
     sloped = (z_k for z_k in drawn if torch.dot(gradient, z_k.double()).abs() > 0.1 * gradient.norm())
     z = list(itertools.islice(sloped, NUM_PERTURBATIONS))
     for directions in (z[:1], z):
-        plus, minus, _ = engine.call(losses, tuning, adapter.spec, examples, objective, adapter.theta, directions, ZO_EPS, {})
+        plus, minus, _ = engine.call(
+            losses, tuning, adapter.spec, examples, objective, adapter.theta, directions, ZO_EPS, {}
+        )
         for z_k, plus_k, minus_k in zip(directions, plus, minus, strict=True):
             projected_grad = (plus_k - minus_k) / (2 * ZO_EPS)
             exact = torch.dot(gradient, z_k.double()).item()
@@ -235,12 +267,19 @@ def test_one_sided_losses_share_the_one_at_theta(model, tuning, tmp_path):
         losses, tuning, adapter.spec, examples, objective, adapter.theta, z, ZO_EPS, {"estimator": "one_sided"}
     )
     with torch.no_grad():
-        at_theta = reference_loss(oracle.Reference(path, adapter, tmp_path / "adapter", torch.float64), objective, examples).item()
+        at_theta = reference_loss(
+            oracle.Reference(path, adapter, tmp_path / "adapter", torch.float64), objective, examples
+        ).item()
         assert minus == pytest.approx([at_theta] * len(z), abs=1e-4)
         for k in (0, len(z) - 1):
             beside = random_adapter(engine, kind, path, tuning)
             beside.theta.add_(z[k], alpha=ZO_EPS)
-            exact = reference_loss(oracle.Reference(path, beside, tmp_path / f"beside-{k}", torch.float64), objective, examples).item() - at_theta
+            exact = (
+                reference_loss(
+                    oracle.Reference(path, beside, tmp_path / f"beside-{k}", torch.float64), objective, examples
+                ).item()
+                - at_theta
+            )
             assert abs(plus[k] - minus[k] - exact) <= 0.01 * abs(exact)
     assert leaked == 0
 

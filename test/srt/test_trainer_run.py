@@ -4,20 +4,15 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import oracle
 import pytest
 import safetensors.torch
 import torch
+
+import oracle
 from engine_process import EngineProcess
 from sglang.srt.mezo.adapters.adapter import Adapter, AdapterSpec
 from sglang.srt.mezo.core.config import MezoConfig
-from sglang.srt.mezo.core.errors import (
-    CapacityError,
-    ConfigError,
-    DamagedError,
-    DataError,
-    DivergedError,
-)
+from sglang.srt.mezo.core.errors import CapacityError, ConfigError, DamagedError, DataError, DivergedError
 from sglang.srt.mezo.core.integrity import read_checked_json, write_checked_json
 from sglang.srt.mezo.core.passes import drain
 from sglang.srt.mezo.core.seed_log import SeedLog
@@ -27,7 +22,7 @@ NUM_SLOTS = 5
 TARGETS = ("q_proj", "v_proj")
 
 
-# --- run in the engine's process ---------------------------------------------------------------------------------------
+# --- run in the engine's process --------------------------------------------------------------------------------------
 
 
 def build(engine, config, spec, train, evaluation=()):
@@ -118,13 +113,14 @@ def lost_share(engine, config, spec, train, dtype):
 
 
 def long_examples(count: int, options: int) -> list[Example]:
-    """Prefixes of 62 tokens, no two of which begin alike; 50 tokens in all options but the last, no two of which begin alike."""
+    """Prefixes of 62 tokens, no two of which begin alike; 50 tokens in all options but the last, no two of which
+    begin alike."""
     prompts = [(2, 10 + i, *range(10, 70), *oracle.INVOCATION) for i in range(count)]
     options = (*(tuple(range(10 + i, 60 + i)) for i in range(options - 1)), (9,))
     return [Example(prompt, options, i % len(options)) for i, prompt in enumerate(prompts)]
 
 
-# --- fixtures ------------------------------------------------------------------------------------------------------------
+# --- fixtures ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -141,9 +137,14 @@ def engine(model_path):
 
 def start(model_path: str, num_slots: int = NUM_SLOTS) -> EngineProcess:
     return EngineProcess(
-        model_path=model_path, r=4, target_modules=TARGETS, num_slots=num_slots, dtype="float32", skip_tokenizer_init=True,
+        model_path=model_path,
+        r=4,
+        target_modules=TARGETS,
+        num_slots=num_slots,
+        dtype="float32",
+        skip_tokenizer_init=True,
         max_total_tokens=3000,
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture
@@ -154,16 +155,25 @@ def spec(model_path) -> AdapterSpec:
 @pytest.fixture
 def config(tmp_path) -> MezoConfig:
     return MezoConfig(
-        output_dir=str(tmp_path / "run"), max_steps=12, per_device_train_batch_size=4, eval_steps=5, logging_steps=3,
-        learning_rate=5e-3, lr_scheduler_type="linear", warmup_steps=2, weight_decay=0.1, num_perturbations=4, disable_tqdm=True,
-    )  # fmt: skip
+        output_dir=str(tmp_path / "run"),
+        max_steps=12,
+        per_device_train_batch_size=4,
+        eval_steps=5,
+        logging_steps=3,
+        learning_rate=5e-3,
+        lr_scheduler_type="linear",
+        warmup_steps=2,
+        weight_decay=0.1,
+        num_perturbations=4,
+        disable_tqdm=True,
+    )
 
 
 TRAIN = oracle.examples(10, [(11,), (12,)])
 EVALUATION = oracle.examples(6, [(11,), (12,)], seed=1)
 
 
-# --- the properties ------------------------------------------------------------------------------------------------------
+# --- the properties ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tuning", ["alora", "lora"])
@@ -193,9 +203,15 @@ def test_a_run_writes_everything_and_the_log_rebuilds_the_adapter(engine, spec, 
     result, stats = engine.call(run, config, spec, TRAIN, EVALUATION)
     folder = Path(config.output_dir)
     assert result.global_step == 12
-    assert {"config.json", "seed_log", "metrics.jsonl", "trainer_state.json", "initial_adapter", f"best-{result.best_step}", "adapter"} <= {
-        path.name for path in folder.iterdir()
-    }
+    assert {
+        "config.json",
+        "seed_log",
+        "metrics.jsonl",
+        "trainer_state.json",
+        "initial_adapter",
+        f"best-{result.best_step}",
+        "adapter",
+    } <= {path.name for path in folder.iterdir()}
     assert not [path for path in folder.iterdir() if path.name.startswith(".")]
     assert stats.reused > stats.computed > 0
     log = SeedLog.open(folder / "seed_log")
@@ -210,13 +226,24 @@ def test_a_run_writes_everything_and_the_log_rebuilds_the_adapter(engine, spec, 
 def test_a_resumed_run_equals_the_whole_run(engine, spec, config, tmp_path):
     engine.call(run, config, spec, TRAIN, EVALUATION)
     # The part is evaluated at its end, where the whole is not: that may be its best step.
-    part = replace(config, output_dir=str(tmp_path / "part"), warmup_steps=0, lr_scheduler_type="constant", load_best_model_at_end=False)
+    part = replace(
+        config,
+        output_dir=str(tmp_path / "part"),
+        warmup_steps=0,
+        lr_scheduler_type="constant",
+        load_best_model_at_end=False,
+    )
     whole = replace(part, output_dir=str(tmp_path / "whole"))
     engine.call(run, whole, spec, TRAIN, EVALUATION)
     engine.call(run, replace(part, max_steps=7), spec, TRAIN, EVALUATION)
     engine.call(run, replace(part, resume_from_checkpoint=True), spec, TRAIN, EVALUATION)
-    assert SeedLog.open(tmp_path / "part" / "seed_log").records() == SeedLog.open(tmp_path / "whole" / "seed_log").records()
-    assert torch.equal(adapter_in(tmp_path / "part" / "adapter", spec).theta, adapter_in(tmp_path / "whole" / "adapter", spec).theta)
+    assert (
+        SeedLog.open(tmp_path / "part" / "seed_log").records()
+        == SeedLog.open(tmp_path / "whole" / "seed_log").records()
+    )
+    assert torch.equal(
+        adapter_in(tmp_path / "part" / "adapter", spec).theta, adapter_in(tmp_path / "whole" / "adapter", spec).theta
+    )
 
 
 def test_a_resumed_run_is_not_trained_on_other_examples(engine, spec, config):
@@ -272,7 +299,9 @@ def test_a_state_that_is_damaged_is_named_and_one_that_is_gone_goes_without(engi
 
 def test_a_pool_too_small_for_all_prefixes_is_gone_over_in_windows(engine, spec, config):
     train = oracle.examples(300, [(11,), (12,)])
-    window, reused, computed, stats = engine.call(windowed_steps, replace(config, echoes=8, learning_rate=1e-4), spec, train, 400)
+    window, reused, computed, stats = engine.call(
+        windowed_steps, replace(config, echoes=8, learning_rate=1e-4), spec, train, 400
+    )
     assert 4 < window < 200
     for with_reuse, without in zip(reused, computed, strict=True):
         assert with_reuse == pytest.approx(without, abs=1e-5)

@@ -9,30 +9,37 @@ from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 
-from sglang.srt.mezo.data.chat import ChatSettings
-from sglang.srt.mezo.engine.chat import ChatRenderer
 from tokenizers import ByteLevelBPETokenizer
 from transformers import PreTrainedTokenizerFast
+
+from sglang.srt.mezo.data.chat import ChatSettings
+from sglang.srt.mezo.engine.chat import ChatRenderer
 
 _WORDS = "it was a great film and the plot is terrible but not so bad yes no maybe"
 _CLONE_NEWNS, _CLONE_NEWUSER = 0x00020000, 0x10000000
 
 CHAT_TEMPLATE = (
-    "{% for m in messages %}{% if m['role'] not in ('user', 'assistant') %}{{ raise_exception('no such role') }}{% endif %}"
+    "{% for m in messages %}{% if m['role'] not in ('user', 'assistant') %}{{ raise_exception('no such role') }}{% "
+    "endif %}"
     "<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 
 
 def tiny_tokenizer(adds_bos: bool = True, chat_template: str | None = None) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of about 320 tokens; as OPT's, it puts ``</s>`` in front of every text, and texts end with it."""
+    """A byte-level BPE of about 320 tokens; as OPT's, it puts ``</s>`` in front of every text, and texts end with
+    it."""
     bpe = ByteLevelBPETokenizer()
     text = [" ".join([_WORDS] * 4), *(f" {word}" for word in _WORDS.split() for _ in range(4))]
-    bpe.train_from_iterator(text, vocab_size=320, min_frequency=2, special_tokens=["<s>", "<pad>", "</s>"], show_progress=False)
+    bpe.train_from_iterator(
+        text, vocab_size=320, min_frequency=2, special_tokens=["<s>", "<pad>", "</s>"], show_progress=False
+    )
     if adds_bos:
         from tokenizers.processors import TemplateProcessing
 
         bpe._tokenizer.post_processor = TemplateProcessing(single="</s> $A", special_tokens=[("</s>", 2)])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="</s>", bos_token="</s>", pad_token="<pad>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe._tokenizer, eos_token="</s>", bos_token="</s>", pad_token="<pad>"
+    )
     tokenizer.chat_template = chat_template
     return tokenizer
 

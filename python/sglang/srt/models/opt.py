@@ -13,39 +13,27 @@ vocabulary size.
 from collections.abc import Callable, Iterable
 
 import torch
-from sglang.srt.layers.linear import (
-    ColumnParallelLinear,
-    QKVParallelLinear,
-    ReplicatedLinear,
-    RowParallelLinear,
-)
+from torch import nn
+from transformers import OPTConfig
+from transformers.activations import ACT2FN
+
+from sglang.srt.layers.linear import ColumnParallelLinear, QKVParallelLinear, ReplicatedLinear, RowParallelLinear
 from sglang.srt.layers.logits_processor import LogitsProcessor, LogitsProcessorOutput
 from sglang.srt.layers.pooler import EmbeddingPoolerOutput, Pooler, PoolingType
 from sglang.srt.layers.quantization.base_config import QuantizationConfig
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.layers.utils import PPMissingLayer
-from sglang.srt.layers.vocab_parallel_embedding import (
-    ParallelLMHead,
-    VocabParallelEmbedding,
-)
+from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, PPProxyTensors
-from sglang.srt.model_loader.weight_utils import (
-    default_weight_loader,
-    maybe_remap_kv_scale_name,
-)
+from sglang.srt.model_loader.weight_utils import default_weight_loader, maybe_remap_kv_scale_name
 from sglang.srt.runtime_context import get_parallel
 from sglang.srt.utils import add_prefix, make_pp_layers
-from torch import nn
-from transformers import OPTConfig
-from transformers.activations import ACT2FN
 
 Quant = QuantizationConfig | None
 
 
 def _layer_norm(config: OPTConfig) -> nn.LayerNorm:
-    return nn.LayerNorm(
-        config.hidden_size, elementwise_affine=config.layer_norm_elementwise_affine
-    )
+    return nn.LayerNorm(config.hidden_size, elementwise_affine=config.layer_norm_elementwise_affine)
 
 
 class OPTLearnedPositionalEmbedding(nn.Embedding):
@@ -68,17 +56,12 @@ class OPTAttention(nn.Module):
         tp_size = get_parallel().tp_size
         if hidden % heads or heads % tp_size:
             raise ValueError(
-                f"hidden_size={hidden} must be a multiple of "
-                f"num_attention_heads={heads}, and that of tp_size={tp_size}"
+                f"hidden_size={hidden} must be a multiple of num_attention_heads={heads}, and that of tp_size={tp_size}"
             )
         head_dim = hidden // heads
         options = {"bias": config.enable_bias, "quant_config": quant}
-        self.qkv_proj = QKVParallelLinear(
-            hidden, head_dim, heads, prefix=add_prefix("qkv_proj", prefix), **options
-        )
-        self.out_proj = RowParallelLinear(
-            hidden, hidden, prefix=add_prefix("out_proj", prefix), **options
-        )
+        self.qkv_proj = QKVParallelLinear(hidden, head_dim, heads, prefix=add_prefix("qkv_proj", prefix), **options)
+        self.out_proj = RowParallelLinear(hidden, hidden, prefix=add_prefix("out_proj", prefix), **options)
         self.attn = RadixAttention(
             heads // tp_size,
             head_dim,
@@ -89,9 +72,7 @@ class OPTAttention(nn.Module):
             prefix=add_prefix("attn", prefix),
         )
 
-    def forward(
-        self, hidden_states: torch.Tensor, forward_batch: ForwardBatch
-    ) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, forward_batch: ForwardBatch) -> torch.Tensor:
         """[T, H] -> [T, H]."""
         qkv, _ = self.qkv_proj(hidden_states)
         q, k, v = qkv.chunk(3, dim=-1)
@@ -114,15 +95,11 @@ class OPTDecoderLayer(nn.Module):
         self.self_attn_layer_norm = _layer_norm(config)
         hidden, ffn = config.hidden_size, config.ffn_dim
         options = {"bias": config.enable_bias, "quant_config": quant}
-        self.fc1 = ColumnParallelLinear(
-            hidden, ffn, prefix=add_prefix("fc1", prefix), **options
-        )
+        self.fc1 = ColumnParallelLinear(hidden, ffn, prefix=add_prefix("fc1", prefix), **options)
         self.activation_fn = ACT2FN[config.activation_function]
         if isinstance(self.activation_fn, nn.ReLU):
             self.activation_fn.inplace = True  # of fc1's output, which nothing else reads
-        self.fc2 = RowParallelLinear(
-            ffn, hidden, prefix=add_prefix("fc2", prefix), **options
-        )
+        self.fc2 = RowParallelLinear(ffn, hidden, prefix=add_prefix("fc2", prefix), **options)
         self.final_layer_norm = _layer_norm(config)
 
     def feed_forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -131,9 +108,7 @@ class OPTDecoderLayer(nn.Module):
         hidden_states, _ = self.fc2(self.activation_fn(hidden_states))
         return hidden_states
 
-    def forward(
-        self, hidden_states: torch.Tensor, forward_batch: ForwardBatch
-    ) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, forward_batch: ForwardBatch) -> torch.Tensor:
         """[T, H] -> [T, H]."""
         if self.pre_norm:
             normed = self.self_attn_layer_norm(hidden_states)
@@ -162,9 +137,7 @@ class OPTDecoder(nn.Module):
             return {"quant_config": quant, "prefix": add_prefix(name, prefix)}
 
         def project(name: str, here: bool, *sizes: int) -> nn.Module:
-            return build_if(
-                here, ReplicatedLinear, *sizes, bias=False, **options(name)
-            )
+            return build_if(here, ReplicatedLinear, *sizes, bias=False, **options(name))
 
         self.embed_tokens = build_if(
             first or (last and config.tie_word_embeddings),
@@ -174,9 +147,7 @@ class OPTDecoder(nn.Module):
             **options("embed_tokens"),
         )
         positions = config.max_position_embeddings
-        self.embed_positions = build_if(
-            first, OPTLearnedPositionalEmbedding, positions, hidden
-        )
+        self.embed_positions = build_if(first, OPTLearnedPositionalEmbedding, positions, hidden)
         self.layers, self.start_layer, self.end_layer = make_pp_layers(
             config.num_hidden_layers,
             lambda idx, prefix: OPTDecoderLayer(config, idx, quant, prefix),
@@ -242,9 +213,7 @@ class OPTModel(nn.Module):
         A pipeline rank that is not the last returns its [T, H] hidden states
         for the next one.
         """
-        return self.decoder(
-            input_ids, positions, forward_batch, input_embeds, pp_proxy_tensors
-        )
+        return self.decoder(input_ids, positions, forward_batch, input_embeds, pp_proxy_tensors)
 
 
 class OPTForCausalLM(nn.Module):
@@ -301,9 +270,7 @@ class OPTForCausalLM(nn.Module):
             "lm_head": (width, vocab),
         }
         if module_name not in dims:
-            raise NotImplementedError(
-                f"OPT has no LoRA target {module_name!r}; one of {sorted(dims)}"
-            )
+            raise NotImplementedError(f"OPT has no LoRA target {module_name!r}; one of {sorted(dims)}")
         return dims[module_name]
 
     @torch.no_grad()
@@ -316,16 +283,12 @@ class OPTForCausalLM(nn.Module):
         get_embedding: bool = False,
         pp_proxy_tensors: PPProxyTensors | None = None,
     ) -> LogitsProcessorOutput | EmbeddingPoolerOutput | PPProxyTensors:
-        hidden_states = self.model(
-            input_ids, positions, forward_batch, input_embeds, pp_proxy_tensors
-        )
+        hidden_states = self.model(input_ids, positions, forward_batch, input_embeds, pp_proxy_tensors)
         if not self.pp_group.is_last_rank:
             return hidden_states
         if get_embedding:
             return self.pooler(hidden_states, forward_batch)
-        return self.logits_processor(
-            input_ids, hidden_states, self.lm_head, forward_batch
-        )
+        return self.logits_processor(input_ids, hidden_states, self.lm_head, forward_batch)
 
     def post_load_weights(self) -> None:
         """Called by loaders that fill the parameters without ``load_weights``."""
@@ -376,11 +339,7 @@ class OPTForCausalLM(nn.Module):
         return slots
 
     def _prefixes_of_other_ranks(self) -> tuple[str, ...]:
-        return tuple(
-            f"{name}."
-            for name, module in self.named_modules()
-            if isinstance(module, PPMissingLayer)
-        )
+        return tuple(f"{name}." for name, module in self.named_modules() if isinstance(module, PPMissingLayer))
 
     def _may_ignore(self, name: str) -> bool:
         """Tensors that checkpoints carry and Transformers ignores as well."""

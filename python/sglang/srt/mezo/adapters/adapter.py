@@ -12,6 +12,7 @@ from typing import NamedTuple, Self
 
 import safetensors.torch
 import torch
+
 from sglang.srt.mezo.core.errors import ConfigError, DamagedError
 from sglang.srt.mezo.core.integrity import require_sums, write_sums
 from sglang.srt.mezo.core.noise import initial_uniform
@@ -68,7 +69,9 @@ class Adapter:
         return adapter
 
     @classmethod
-    def holding(cls, spec: AdapterSpec, sites: Sequence[Site], matrices: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> Self:
+    def holding(
+        cls, spec: AdapterSpec, sites: Sequence[Site], matrices: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+    ) -> Self:
         """The adapter with these matrices, (A [r, in], B [out, r]) by the paths of the sites."""
         adapter = cls(spec, sites)
         for site, a, b in adapter.matrices():
@@ -137,7 +140,9 @@ class Adapter:
             raise DamagedError(path, str(error)) from error
         own = self.state_dict()
         if stored.keys() != own.keys() or any(stored[name].shape != own[name].shape for name in own):
-            raise ConfigError("adapter", str(directory), f"matrices of rank {self.spec.r} on {self.spec.target_modules}")
+            raise ConfigError(
+                "adapter", str(directory), f"matrices of rank {self.spec.r} on {self.spec.target_modules}"
+            )
         for name, tensor in stored.items():
             if not is_finite(tensor):
                 raise ConfigError("adapter", str(directory), f"finite numbers, and {name} has others")

@@ -1,4 +1,5 @@
-"""Fields of a checkpoint's configuration that SGLang's model of it does not heed: it computes something else than Transformers then."""
+"""Fields of a checkpoint's configuration that SGLang's model of it does not heed: it computes something else than
+Transformers then."""
 
 import math
 from collections.abc import Iterator
@@ -10,10 +11,23 @@ if TYPE_CHECKING:
 _NO_ROPE = ("default", "dynamic")  # "dynamic" is what it says only beyond the longest position
 _ROPE = ("default", "linear", "yarn", "llama3", "longrope")
 _COMPUTED: dict[str, dict[str, tuple]] = {
-    "CohereForCausalLM": {"attention_bias": (False,), "hidden_act": ("silu",), "tie_word_embeddings": (True,), "rope_type": _ROPE},
-    "Cohere2ForCausalLM": {"attention_bias": (False,), "hidden_act": ("silu",), "tie_word_embeddings": (True,), "rope_type": _ROPE},
+    "CohereForCausalLM": {
+        "attention_bias": (False,),
+        "hidden_act": ("silu",),
+        "tie_word_embeddings": (True,),
+        "rope_type": _ROPE,
+    },
+    "Cohere2ForCausalLM": {
+        "attention_bias": (False,),
+        "hidden_act": ("silu",),
+        "tie_word_embeddings": (True,),
+        "rope_type": _ROPE,
+    },
     "GemmaForCausalLM": {
-        "attention_bias": (False,), "hidden_act": ("gelu", "gelu_pytorch_tanh"), "tie_word_embeddings": (True,), "rope_type": _NO_ROPE,
+        "attention_bias": (False,),
+        "hidden_act": ("gelu", "gelu_pytorch_tanh"),
+        "tie_word_embeddings": (True,),
+        "rope_type": _NO_ROPE,
     },
     "Gemma2ForCausalLM": {"tie_word_embeddings": (True,), "rope_type": _NO_ROPE},
     "Gemma3ForCausalLM": {"tie_word_embeddings": (True,)},
@@ -27,19 +41,31 @@ _COMPUTED: dict[str, dict[str, tuple]] = {
     "Qwen2ForCausalLM": {"rope_type": _ROPE},
     "Qwen3ForCausalLM": {"rope_type": _ROPE},
     "Qwen3MoeForCausalLM": {
-        "hidden_act": ("silu",), "tie_word_embeddings": (False,), "decoder_sparse_step": (1,), "mlp_only_layers": ([],), "rope_type": _ROPE,
+        "hidden_act": ("silu",),
+        "tie_word_embeddings": (False,),
+        "decoder_sparse_step": (1,),
+        "mlp_only_layers": ([],),
+        "rope_type": _ROPE,
     },
     "StableLmForCausalLM": {
-        "hidden_act": ("silu",), "tie_word_embeddings": (False,), "use_parallel_residual": (False,), "rope_type": _NO_ROPE,
+        "hidden_act": ("silu",),
+        "tie_word_embeddings": (False,),
+        "use_parallel_residual": (False,),
+        "rope_type": _NO_ROPE,
     },
     "Starcoder2ForCausalLM": {"rope_type": _NO_ROPE},
-}  # fmt: skip
+}
 """By architecture: the values of a field that SGLang computes."""
 
 _WITHOUT_WINDOWS = {
-    "MistralForCausalLM", "MixtralForCausalLM", "Phi3ForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM",
+    "MistralForCausalLM",
+    "MixtralForCausalLM",
+    "Phi3ForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "Qwen3MoeForCausalLM",
     "Starcoder2ForCausalLM",
-}  # fmt: skip
+}
 
 
 def differences(config: "PretrainedConfig", context_length: int | None = None) -> list[str]:
@@ -63,8 +89,12 @@ def differences(config: "PretrainedConfig", context_length: int | None = None) -
     if architecture == "Gemma3ForCausalLM":
         kind = (config.rope_parameters.get("sliding_attention") or {}).get("rope_type", "default")
         found += [f"rope_type={kind!r} of sliding_attention is computed as 'default'"] if kind not in _NO_ROPE else []
-    if architecture == "Gemma2ForCausalLM" and any((kind == "sliding_attention") != (i % 2 == 0) for i, kind in enumerate(config.layer_types)):
-        found.append(f"layer_types={config.layer_types!r} is computed with every other layer a sliding one, the first among them")
+    if architecture == "Gemma2ForCausalLM" and any(
+        (kind == "sliding_attention") != (i % 2 == 0) for i, kind in enumerate(config.layer_types)
+    ):
+        found.append(
+            f"layer_types={config.layer_types!r} is computed with every other layer a sliding one, the first among them"
+        )
     return found
 
 
@@ -93,7 +123,10 @@ def _long_rope(config: "PretrainedConfig", longest: int) -> Iterator[str]:
     for parameters in _rope(config):
         original = parameters.get("original_max_position_embeddings") or config.max_position_embeddings
         if parameters.get("rope_type") == "longrope" and longest > original:
-            yield f"rope_type='longrope' turns on the long factors for all sequences of a batch with one longer than {original}; a context_length of {original} has none"
+            yield (
+                "rope_type='longrope' turns on the long factors for all sequences of a batch with one longer than "
+                f"{original}; a context_length of {original} has none"
+            )
 
 
 def _yarn(config: "PretrainedConfig", architecture: str) -> Iterator[str]:

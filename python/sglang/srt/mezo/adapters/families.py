@@ -1,7 +1,7 @@
 """Model families that can be trained, and the linear layers of a checkpoint as Transformers names and shapes them.
 
-Both come from the checkpoint's configuration alone: an engine may fuse layers, or widen them for its parallel ranks, but an adapter's
-files are for the checkpoint.
+Both come from the checkpoint's configuration alone: an engine may fuse layers, or widen them for its parallel ranks,
+but an adapter's files are for the checkpoint.
 """
 
 from collections.abc import Iterable, Mapping
@@ -62,14 +62,17 @@ FAMILIES = {
     "MixtralForCausalLM": Family("Mixtral (attention)", mlp=()),
     "Olmo2ForCausalLM": Family("OLMo 2"),
     "OPTForCausalLM": Family("OPT", attention=("q_proj", "k_proj", "v_proj", "out_proj"), mlp=("fc1", "fc2")),
-    "Phi3ForCausalLM": Family("Phi-3", attention=("qkv_proj", "o_proj"), mlp=_GATED_IN_ONE, reads=("qkv_proj",), takes=_SILU),
+    "Phi3ForCausalLM": Family(
+        "Phi-3", attention=("qkv_proj", "o_proj"), mlp=_GATED_IN_ONE, reads=("qkv_proj",), takes=_SILU
+    ),
     "Qwen2ForCausalLM": Family("Qwen2", takes=_SILU),
     "Qwen3ForCausalLM": Family("Qwen3", takes=_SILU),
     "Qwen3MoeForCausalLM": Family("Qwen3-MoE (attention)", mlp=()),
     "StableLmForCausalLM": Family("StableLM", takes={"qk_layernorm": (False,)}),
     "Starcoder2ForCausalLM": Family("StarCoder2 (attention)", mlp=()),
 }
-"""By the architecture that a checkpoint's configuration names. ``test_families.py`` holds each against Transformers and PEFT."""
+"""By the architecture that a checkpoint's configuration names. ``test_families.py`` holds each against Transformers
+and PEFT."""
 
 _HEADS_FILL_HIDDEN = ("Cohere2ForCausalLM", "MixtralForCausalLM")
 
@@ -87,15 +90,20 @@ def family_of(config: "PretrainedConfig") -> Family:
     family = FAMILIES[architecture]
     for name, values in family.takes.items():
         if getattr(config, name, values[0]) not in values:
-            raise ConfigError(name, getattr(config, name), f"SGLang loads {architecture} with {' or '.join(map(repr, values))}")
+            raise ConfigError(
+                name, getattr(config, name), f"SGLang loads {architecture} with {' or '.join(map(repr, values))}"
+            )
     heads = config.hidden_size // config.num_attention_heads
     if architecture in _HEADS_FILL_HIDDEN and getattr(config, "head_dim", None) not in (None, heads):
-        raise ConfigError("head_dim", config.head_dim, f"SGLang loads {architecture} with hidden_size / num_attention_heads, {heads}")
+        raise ConfigError(
+            "head_dim", config.head_dim, f"SGLang loads {architecture} with hidden_size / num_attention_heads, {heads}"
+        )
     return family
 
 
 def require_modules(family: Family, target_modules: Iterable[str]) -> None:
-    """Raise ConfigError where ``target_modules`` names a layer that the family does not have, or that cannot be adapted."""
+    """Raise ConfigError where ``target_modules`` names a layer that the family does not have, or that cannot be
+    adapted."""
     unknown = sorted(set(target_modules) - set(family.modules))
     if unknown:
         raise ConfigError("target_modules", unknown, f"{family.name} has {', '.join(family.modules)}")
@@ -104,11 +112,7 @@ def require_modules(family: Family, target_modules: Iterable[str]) -> None:
 def model_modules(config: "PretrainedConfig") -> tuple[Site, ...]:
     """The linear layers of every transformer block, in the order of the model; the head is none of them."""
     import torch
-    from transformers import (
-        MODEL_FOR_CAUSAL_LM_MAPPING,
-        AutoConfig,
-        AutoModelForCausalLM,
-    )
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:  # of code that came with the checkpoint
         config = AutoConfig.for_model(**{name: value for name, value in config.to_dict().items() if name != "auto_map"})
@@ -116,5 +120,7 @@ def model_modules(config: "PretrainedConfig") -> tuple[Site, ...]:
         model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     linear = [(path, module) for path, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
     return tuple(
-        Site(path, module.in_features, module.out_features) for path, module in linear if any(part.isdigit() for part in path.split("."))
+        Site(path, module.in_features, module.out_features)
+        for path, module in linear
+        if any(part.isdigit() for part in path.split("."))
     )

@@ -1,6 +1,8 @@
-"""PEFT folders from outside: read, checked against the model before anything is taken, brought to one rank and one scale.
+"""PEFT folders from outside: read, checked against the model before anything is taken, brought to one rank and one
+scale.
 
-A folder that a user names can hold anything. Whatever it holds is an adapter that is applied as PEFT applies it, or a ConfigError.
+A folder that a user names can hold anything. Whatever it holds is an adapter that is applied as PEFT applies it, or a
+ConfigError.
 """
 
 import io
@@ -12,6 +14,7 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
+
 from sglang.srt.mezo.adapters.adapter import CONFIG, FILES, WEIGHTS, Site
 from sglang.srt.mezo.adapters.peft_config import PeftConfig, read_config
 from sglang.srt.mezo.core.errors import ConfigError, DamagedError, one_line
@@ -49,7 +52,8 @@ class ModelLayers:
 
 @dataclass(frozen=True)
 class PeftAdapter:
-    """One rank and one scale, ``lora_alpha / r``, for all matrices: (A [r, in], B [out, r]) by path. No path, no change of that layer."""
+    """One rank and one scale, ``lora_alpha / r``, for all matrices: (A [r, in], B [out, r]) by path. No path, no
+    change of that layer."""
 
     r: int
     lora_alpha: float
@@ -71,7 +75,9 @@ def read_adapter(folder: str, layers: ModelLayers) -> PeftAdapter:
     config = read_config(_read_json(directory / CONFIG))
     _refuse_added_tokens(directory / ADDED_TOKENS, layers.vocab_size)
     ranks = _ranks(config, layers)
-    room = sum(rank * (layers.sites[path].in_features + layers.sites[path].out_features) for path, (rank, _) in ranks.items())
+    room = sum(
+        rank * (layers.sites[path].in_features + layers.sites[path].out_features) for path, (rank, _) in ranks.items()
+    )
     tensors = _read_weights(directory, _MOST_BYTES_A_NUMBER * room + _MAX_HEADER_BYTES)
     _require_sums(directory)
     return _fit(config, ranks, tensors, layers)
@@ -85,7 +91,7 @@ def fit_adapter(fields: object, tensors: Mapping[str, torch.Tensor], layers: Mod
     return _fit(config, _ranks(config, layers), tensors, layers)
 
 
-# --- files -------------------------------------------------------------------------------------------------------------
+# --- files ------------------------------------------------------------------------------------------------------------
 
 
 def _directory(folder: str) -> Path:
@@ -97,13 +103,17 @@ def _directory(folder: str) -> Path:
     if is_folder:
         return path
     if exists or not _HUB_NAME.fullmatch(folder):
-        raise ConfigError("lora_path", folder, f"a folder with {CONFIG}, and " + ("this is a file" if exists else "there is none"))
+        raise ConfigError(
+            "lora_path", folder, f"a folder with {CONFIG}, and " + ("this is a file" if exists else "there is none")
+        )
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(folder, allow_patterns=[CONFIG, WEIGHTS, PICKLED_WEIGHTS, ADDED_TOKENS]))
     except Exception as error:  # of any kind that a network has
-        raise ConfigError("lora_path", folder, f"a folder with {CONFIG}, or a repository of the hub ({_reason(error)})") from error
+        raise ConfigError(
+            "lora_path", folder, f"a folder with {CONFIG}, or a repository of the hub ({_reason(error)})"
+        ) from error
 
 
 def _read_file(path: Path, most: int) -> bytes:
@@ -145,7 +155,8 @@ def _reason(error: Exception) -> str:
 
 
 def _refuse_added_tokens(path: Path, vocab_size: int) -> None:
-    """A tokenizer that lies beside an adapter may know more tokens than the model; requests are tokenised without them."""
+    """A tokenizer that lies beside an adapter may know more tokens than the model; requests are tokenised without
+    them."""
     if not path.exists():
         return
     tokens = _read_json(path)
@@ -171,7 +182,7 @@ def _read_weights(directory: Path, most: int) -> dict[str, torch.Tensor]:
     return tensors
 
 
-# --- against the model -------------------------------------------------------------------------------------------------
+# --- against the model ------------------------------------------------------------------------------------------------
 
 
 def _ranks(config: PeftConfig, layers: ModelLayers) -> dict[str, tuple[int, float]]:
@@ -179,7 +190,11 @@ def _ranks(config: PeftConfig, layers: ModelLayers) -> dict[str, tuple[int, floa
     paths = config.targets(list(layers.sites))
     if not paths:
         names = sorted({path.rpartition(".")[2] for path in layers.sites})
-        raise ConfigError("target_modules", config.target_modules, f"some of the model's linear layers, {', '.join(names)}, that nothing excludes")
+        raise ConfigError(
+            "target_modules",
+            config.target_modules,
+            f"some of the model's linear layers, {', '.join(names)}, that nothing excludes",
+        )
     ranks = dict(zip(paths, config.ranks_and_scales(paths), strict=True))
     most = max(rank for rank, _ in ranks.values())
     if layers.max_rank is not None and most > layers.max_rank:
@@ -187,12 +202,17 @@ def _ranks(config: PeftConfig, layers: ModelLayers) -> dict[str, tuple[int, floa
         raise ConfigError(field, value, f"at most {layers.max_rank}, the server's --max-lora-rank")
     last = max(config.invocation, default=0)
     if last >= layers.vocab_size:
-        raise ConfigError("alora_invocation_tokens", last, f"below {layers.vocab_size}, the size of the model's vocabulary")
+        raise ConfigError(
+            "alora_invocation_tokens", last, f"below {layers.vocab_size}, the size of the model's vocabulary"
+        )
     return ranks
 
 
-def _fit(config: PeftConfig, ranks: Mapping[str, tuple[int, float]], tensors: Mapping[str, torch.Tensor], layers: ModelLayers) -> PeftAdapter:
-    """Matrices of the adapter's own ranks and scales become ones of the largest rank and one scale, which they are multiplied with."""
+def _fit(
+    config: PeftConfig, ranks: Mapping[str, tuple[int, float]], tensors: Mapping[str, torch.Tensor], layers: ModelLayers
+) -> PeftAdapter:
+    """Matrices of the adapter's own ranks and scales become ones of the largest rank and one scale, which they are
+    multiplied with."""
     matrices = _of_targets(config, ranks, tensors, layers)
     for path, sides in matrices.items():
         _check(path, sides, ranks[path][0], config, layers)
@@ -202,7 +222,10 @@ def _fit(config: PeftConfig, ranks: Mapping[str, tuple[int, float]], tensors: Ma
     lora_alpha = config.lora_alpha if common == config.lora_alpha / r else r * common
     if not torch.tensor(common, dtype=torch.float64).to(layers.dtype).isfinite():
         raise ConfigError("lora_alpha", config.lora_alpha, f"one that gives a finite scale in {_name(layers.dtype)}")
-    fitted = {path: _brought(sides["A"], sides["B"], r, ranks[path][1] / common if common else 1.0) for path, sides in matrices.items()}
+    fitted = {
+        path: _brought(sides["A"], sides["B"], r, ranks[path][1] / common if common else 1.0)
+        for path, sides in matrices.items()
+    }
     for path, pair in fitted.items():
         for side, matrix in zip("AB", pair):
             require_finite(f"{path}.lora_{side}.weight", matrix, layers.dtype)
@@ -223,10 +246,18 @@ def _of_targets(
     outside = [path for path in matrices if path not in layers.adapted]
     if outside:
         names = sorted({path.rpartition(".")[2] for path in layers.adapted})
-        raise ConfigError("target_modules", outside[0], f"modules that the server adapts, {', '.join(names)}: name others in --lora-target-modules")
+        raise ConfigError(
+            "target_modules",
+            outside[0],
+            f"modules that the server adapts, {', '.join(names)}: name others in --lora-target-modules",
+        )
     absent = [path for path in ranks if path not in matrices]
     if absent and not (config.is_all_linear and matrices):
-        raise ConfigError("target_modules", config.target_modules, f"modules that the file has matrices of, and it has none of {absent[0]}")
+        raise ConfigError(
+            "target_modules",
+            config.target_modules,
+            f"modules that the file has matrices of, and it has none of {absent[0]}",
+        )
     return matrices
 
 
@@ -236,7 +267,11 @@ def _by_path(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.T
     for name, tensor in tensors.items():
         match = _TENSOR.fullmatch(name) if isinstance(name, str) and isinstance(tensor, torch.Tensor) else None
         if match is None:
-            raise ConfigError(str(name)[:200], _shape(tensor), "only lora_A.weight and lora_B.weight of linear layers, as PEFT names them")
+            raise ConfigError(
+                str(name)[:200],
+                _shape(tensor),
+                "only lora_A.weight and lora_B.weight of linear layers, as PEFT names them",
+            )
         sides = found.setdefault(match["path"], {})
         if match["side"] in sides:
             raise ConfigError(name[:200], _shape(tensor), "given once")
@@ -255,7 +290,11 @@ def _check(path: str, sides: Mapping[str, torch.Tensor], rank: int, config: Peft
             raise ConfigError(name, str(matrix.dtype), "numbers of type " + ", ".join(map(_name, _DTYPES)))
         if list(matrix.shape) != expected:
             says = f"{expected} by the model and r={rank} of {CONFIG}"
-            raise ConfigError(name, _shape(matrix), says if not config.rank_pattern else f"{expected} by the model and rank_pattern of {CONFIG}")
+            raise ConfigError(
+                name,
+                _shape(matrix),
+                says if not config.rank_pattern else f"{expected} by the model and rank_pattern of {CONFIG}",
+            )
 
 
 def _brought(a: torch.Tensor, b: torch.Tensor, r: int, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -268,7 +307,8 @@ def _brought(a: torch.Tensor, b: torch.Tensor, r: int, scale: float) -> tuple[to
 
 
 def require_finite(name: str, matrix: torch.Tensor, dtype: torch.dtype) -> None:
-    """Every matrix of an adapter from outside passes here: ConfigError where it is not finite as the engine keeps it."""
+    """Every matrix of an adapter from outside passes here: ConfigError where it is not finite as the engine keeps
+    it."""
     if not matrix.to(dtype).isfinite().all():
         raise ConfigError(name, "inf or nan", f"finite numbers in {_name(dtype)}")
 

@@ -1,6 +1,7 @@
 """adapter_config.json, field by field as PEFT 0.21 reads it: what is applied, what has no effect here, what is refused.
 
-A configuration either gives the function that PEFT computes with it, or it is refused with its field, value and what is allowed.
+A configuration either gives the function that PEFT computes with it, or it is refused with its field, value and what is
+allowed.
 """
 
 import math
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Optional, Union
 
 import regex
+
 from sglang.srt.mezo.core.errors import ConfigError
 from sglang.srt.mezo.core.kinds import described, fits
 
@@ -27,27 +29,54 @@ _APPLIED: dict[str, Any] = {
 }
 """Fields that say which layers are adapted, at which rank and scale, and from where on; their types."""
 
-_WITHOUT_EFFECT = frozenset({
-    "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "runtime_config",  # where it comes from
-    "lora_dropout", "loftq_config", "eva_config", "corda_config", "lora_ga_config",  # of training and of its start
-    "fan_in_fan_out", "megatron_core", "qalora_group_size", "ensure_weight_tying",  # nothing by themselves on the layers that are adapted
-})  # fmt: skip
+_WITHOUT_EFFECT = frozenset(
+    {
+        "auto_mapping",
+        "peft_version",
+        "base_model_name_or_path",
+        "revision",
+        "inference_mode",
+        "runtime_config",  # where it comes from
+        "lora_dropout",
+        "loftq_config",
+        "eva_config",
+        "corda_config",
+        "lora_ga_config",  # of training and of its start
+        "fan_in_fan_out",
+        "megatron_core",
+        "qalora_group_size",
+        "ensure_weight_tying",  # nothing by themselves on the layers that are adapted
+    }
+)
 """Fields whose values change nothing in what the adapter computes."""
 
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "task_type": ("CAUSAL_LM", "FEATURE_EXTRACTION", None),  # the others add a head
     "bias": ("none",),
-    # Of the others PEFT changes the base model's weights as it loads the adapter, or the adapter was fitted on changed ones.
+    # Of the others PEFT changes the base model's weights as it loads the adapter, or the adapter was fitted on changed
+    # ones.
     "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva", None),
 }
 """Fields of which only these values give plain LoRA."""
 
 _OFF = (
-    "use_dora", "lora_bias", "use_qalora", "velora_config", "monteclora_config", "use_bdlora", "arrow_config", "kasa_config", "megatron_config",
-    "layer_replication", "target_parameters", "modules_to_save", "trainable_token_indices",
-)  # fmt: skip
-"""Fields that make something else of LoRA, or adapt something else than linear layers: they must be null, false or empty."""
+    "use_dora",
+    "lora_bias",
+    "use_qalora",
+    "velora_config",
+    "monteclora_config",
+    "use_bdlora",
+    "arrow_config",
+    "kasa_config",
+    "megatron_config",
+    "layer_replication",
+    "target_parameters",
+    "modules_to_save",
+    "trainable_token_indices",
+)
+"""Fields that make something else of LoRA, or adapt something else than linear layers: they must be null, false or
+empty."""
 
 _REQUIRED = ("peft_type", "r", "lora_alpha", "target_modules")
 _MATCHING_SECONDS = 1.0  # for all names of the model; a regular expression can be made to take for ever
@@ -55,7 +84,8 @@ _MATCHING_SECONDS = 1.0  # for all names of the model; a regular expression can 
 
 @dataclass(frozen=True)
 class PeftConfig:
-    """A configuration that can be applied; ``read_config`` makes it. Names of modules are paths in the model of Transformers."""
+    """A configuration that can be applied; ``read_config`` makes it. Names of modules are paths in the model of
+    Transformers."""
 
     r: int
     lora_alpha: float
@@ -117,7 +147,11 @@ class PeftConfig:
         if layers is None or layers == []:
             return True
         patterns = [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern
-        forms = [rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\." for pattern in patterns if pattern] if patterns else [r".*?\.[^.]*\.(?P<idx>\d+)\."]
+        forms = (
+            [rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\." for pattern in patterns if pattern]
+            if patterns
+            else [r".*?\.[^.]*\.(?P<idx>\d+)\."]
+        )
         found = next(filter(None, (match("layers_pattern", form, path, regex.match) for form in forms)), None)
         return found is not None and int(found["idx"]) in ([layers] if isinstance(layers, int) else layers)
 
@@ -138,7 +172,11 @@ class _Matcher:
         try:
             return how(pattern, path, timeout=max(1e-3, self._deadline - time.monotonic()))
         except TimeoutError:
-            raise ConfigError(field, pattern, f"a regular expression that is done with the model's names within {_MATCHING_SECONDS:g} s") from None
+            raise ConfigError(
+                field,
+                pattern,
+                f"a regular expression that is done with the model's names within {_MATCHING_SECONDS:g} s",
+            ) from None
         except (regex.error, OverflowError, RecursionError, MemoryError) as error:
             raise ConfigError(field, pattern, f"a regular expression ({error})") from error
 
@@ -146,8 +184,8 @@ class _Matcher:
 def read_config(fields: object) -> PeftConfig:
     """Check what adapter_config.json holds.
 
-    A field that PEFT 0.21 does not know is refused unless it is null, false, 0 or empty: a later PEFT, or another program, may mean
-    something by it that would be left out here without a word.
+    A field that PEFT 0.21 does not know is refused unless it is null, false, 0 or empty: a later PEFT, or another
+    program, may mean something by it that would be left out here without a word.
 
     Raises:
         ConfigError: naming the first field at fault.
@@ -159,10 +197,20 @@ def read_config(fields: object) -> PeftConfig:
             raise ConfigError(name, None, "given in adapter_config.json, as PEFT writes it")
     for name, value in fields.items():
         if name in _APPLIED:
-            _require(name, value, fits(value, _APPLIED[name]), "an object" if _APPLIED[name] == Optional[dict] else described(_APPLIED[name]))
+            _require(
+                name,
+                value,
+                fits(value, _APPLIED[name]),
+                "an object" if _APPLIED[name] == Optional[dict] else described(_APPLIED[name]),
+            )
         elif name in _CHOICES:
             known = any(value == choice and type(value) is type(choice) for choice in _CHOICES[name])
-            _require(name, value, known, "one of " + ", ".join("null" if choice is None else str(choice) for choice in _CHOICES[name]))
+            _require(
+                name,
+                value,
+                known,
+                "one of " + ", ".join("null" if choice is None else str(choice) for choice in _CHOICES[name]),
+            )
         elif name in _OFF:
             _require(name, value, not value, "null, false or empty: only plain LoRA of linear layers is applied")
         elif name not in _WITHOUT_EFFECT:
@@ -179,13 +227,32 @@ def _check(config: PeftConfig, task_type: str | None) -> None:
     for name, value in (config.rank_pattern or {}).items():
         _require(f"rank_pattern.{str(name)[:100]}", value, fits(value, int) and value >= 1, "a whole number, 1 or more")
     for name, value in (config.alpha_pattern or {}).items():
-        _require(f"alpha_pattern.{str(name)[:100]}", value, fits(value, float) and math.isfinite(value), "a finite number")
+        _require(
+            f"alpha_pattern.{str(name)[:100]}", value, fits(value, float) and math.isfinite(value), "a finite number"
+        )
     for name in ("layers_to_transform", "layers_pattern"):
-        _require(name, getattr(config, name), getattr(config, name) is None or isinstance(config.target_modules, list), "null beside target_modules that are a string")
-    _require("layers_pattern", config.layers_pattern, not config.layers_pattern or config.layers_to_transform is not None, "null without layers_to_transform")
+        _require(
+            name,
+            getattr(config, name),
+            getattr(config, name) is None or isinstance(config.target_modules, list),
+            "null beside target_modules that are a string",
+        )
+    _require(
+        "layers_pattern",
+        config.layers_pattern,
+        not config.layers_pattern or config.layers_to_transform is not None,
+        "null without layers_to_transform",
+    )
     tokens = config.alora_invocation_tokens
-    _require("alora_invocation_tokens", tokens, tokens is None or (len(tokens) > 0 and min(tokens) >= 0), "at least one token id, or null")
-    _require("task_type", task_type, tokens is None or task_type == "CAUSAL_LM", "CAUSAL_LM beside alora_invocation_tokens")
+    _require(
+        "alora_invocation_tokens",
+        tokens,
+        tokens is None or (len(tokens) > 0 and min(tokens) >= 0),
+        "at least one token id, or null",
+    )
+    _require(
+        "task_type", task_type, tokens is None or task_type == "CAUSAL_LM", "CAUSAL_LM beside alora_invocation_tokens"
+    )
 
 
 def _require(name: str, value: object, condition: bool, allowed: str) -> None:

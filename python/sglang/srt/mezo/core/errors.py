@@ -46,7 +46,9 @@ class BaseModelError(ConfigError):
     """A run or an adapter belongs to another base model than the one that the engine has loaded."""
 
     def __init__(self, value: object, trained_on: object):
-        super().__init__("base_model", value, f"the run belongs to another one, {trained_on!r}, or to other weights under this name")
+        super().__init__(
+            "base_model", value, f"the run belongs to another one, {trained_on!r}, or to other weights under this name"
+        )
 
 
 class DataError(MezoError, ValueError):
@@ -84,4 +86,5 @@ class DamagedError(MezoError, ValueError):
 
 
 class DivergedError(MezoError, RuntimeError):
-    """A loss, or what a step makes of the adapter, is infinite or not a number; the adapter and the seed log are those of the step before."""
+    """A loss, or what a step makes of the adapter, is infinite or not a number; the adapter and the seed log are
+    those of the step before."""

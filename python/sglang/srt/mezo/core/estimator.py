@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import Literal
 
 Estimator = Literal["two_sided", "one_sided", "leave_one_out"]
-"""What the loss at theta + zo_eps z_k is compared with: that at theta - zo_eps z_k (SPSA), that at theta, which all directions
-share (FZOO, arXiv 2506.09034), or the mean over the other directions of the step. The last needs no further losses, and what
-all have in common falls out of it, curvature too: a baseline as in Kool et al., "Buy 4 REINFORCE Samples, Get a Baseline for
+"""What the loss at theta + zo_eps z_k is compared with: that at theta - zo_eps z_k (SPSA), that at theta, which all
+directions share (FZOO, arXiv 2506.09034), or the mean over the other directions of the step. The last needs no further
+losses, and what all have in common falls out of it, curvature too: a baseline as in Kool et al., "Buy 4 REINFORCE
+    Samples, Get a Baseline for
 Free!", 2019."""
 
 SIGNS: dict[Estimator, tuple[int, ...]] = {"two_sided": (1, -1), "one_sided": (1,), "leave_one_out": (1,)}
@@ -35,16 +36,24 @@ def paired(losses: Sequence[float], estimator: Estimator) -> tuple[list[float], 
 
 
 def projected_grads(
-    loss_plus: Sequence[float], loss_minus: Sequence[float], zo_eps: float, estimator: Estimator = "two_sided", scale_by_loss_std: bool = False
+    loss_plus: Sequence[float],
+    loss_minus: Sequence[float],
+    zo_eps: float,
+    estimator: Estimator = "two_sided",
+    scale_by_loss_std: bool = False,
 ) -> list[float]:
     """The estimate of z_k . grad L along every direction; leaving one out, of its difference to the mean of the others.
 
     Args:
         loss_plus, loss_minus: as ``paired`` gives them.
-        scale_by_loss_std: put the standard deviation of the losses beside theta in the place of ``zo_eps`` (FZOO): steps of one
-            length, whatever the slope. Zero where all losses are equal.
+        scale_by_loss_std: put the standard deviation of the losses beside theta in the place of ``zo_eps`` (FZOO):
+            steps of one length, whatever the slope. Zero where all losses are equal.
     """
     two_sided = estimator == "two_sided"
     differences = [plus - minus for plus, minus in zip(loss_plus, loss_minus, strict=True)]
-    radius = (statistics.stdev([*loss_plus, *(loss_minus if two_sided else ())]) or math.inf) if scale_by_loss_std else zo_eps
+    radius = (
+        (statistics.stdev([*loss_plus, *(loss_minus if two_sided else ())]) or math.inf)
+        if scale_by_loss_std
+        else zo_eps
+    )
     return [difference / (2 * radius if two_sided else radius) for difference in differences]

@@ -1,4 +1,5 @@
-"""Which model a folder holds: a digest that changes with the configuration or the weights, and is quick to take at any size.
+"""Which model a folder holds: a digest that changes with the configuration or the weights, and is quick to take at any
+size.
 
 The folder's name and place do not count, nor when its files were written.
 """
@@ -26,8 +27,9 @@ def fingerprint(path: Path, weights: bool = True) -> str:
         path: a model's folder, or its one file.
         weights: False for a model whose weights are made up from its configuration.
 
-    Where there is much of them, weights count with their files' sizes, the names and shapes of their tensors, and a few bytes of
-    each tensor, of a thousand at most: training changes them all, and a single number that somebody changes may be missed.
+    Where there is much of them, weights count with their files' sizes, the names and shapes of their tensors, and a few
+    bytes of each tensor, of a thousand at most: training changes them all, and a single number that somebody changes
+        may be missed.
 
     Raises:
         OSError, ValueError: a file cannot be read.

@@ -1,4 +1,5 @@
-"""Files that show whether they are as they were written: JSON with a checksum in it, folders with the sums of their files.
+"""Files that show whether they are as they were written: JSON with a checksum in it, folders with the sums of their
+files.
 
 Earlier versions wrote neither; what has none is taken as it is.
 """
@@ -22,7 +23,8 @@ _LINE = re.compile(r"([0-9a-f]{64})  ([\w.-]+)")
 
 
 def drop_half_line(path: Path) -> None:
-    """Cut off what a full disk, or a process that ended, has left of the last line of a file that lines are appended to."""
+    """Cut off what a full disk, or a process that ended, has left of the last line of a file that lines are appended
+    to."""
     if path.is_file():
         with open(path, "rb+") as file:
             start = max(0, path.stat().st_size - _LONGEST_LINE)
@@ -84,7 +86,9 @@ def require_sums(folder: Path, names: Sequence[str], sums: str = SUMS) -> None:
         if not path.is_file():
             raise DamagedError(path, "it is gone")
         if digest_of_file(path) != expected[name]:
-            raise DamagedError(path, f"it does not agree with {sums} (which can be deleted if the file was changed on purpose)")
+            raise DamagedError(
+                path, f"it does not agree with {sums} (which can be deleted if the file was changed on purpose)"
+            )
 
 
 def digest_of_file(path: Path) -> str:

@@ -1,4 +1,5 @@
-"""Types of settings: whether a value is of one, how a message calls it, and what a text on a command line stands for."""
+"""Types of settings: whether a value is of one, how a message calls it, and what a text on a command line stands
+for."""
 
 from collections.abc import Collection
 from dataclasses import fields
@@ -7,7 +8,14 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from sglang.srt.mezo.core.errors import ConfigError
 
-_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a string", list[str]: "a list of strings", list[int]: "a list of whole numbers"}
+_NAMES = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a string",
+    list[str]: "a list of strings",
+    list[int]: "a list of whole numbers",
+}
 _WORDS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 _NOTHING = ("none", "null")
 
@@ -44,7 +52,8 @@ def require_types(settings: Any, unset: Collection[str] = ()) -> None:
 
 
 def from_text(name: str, text: str, kind: Any) -> Any:
-    """What a text stands for, of several types in the first; ConfigError names the setting where it is no value of its type.
+    """What a text stands for, of several types in the first; ConfigError names the setting where it is no value of its
+    type.
 
     Items of a list have commas between.
     """
@@ -54,7 +63,13 @@ def from_text(name: str, text: str, kind: Any) -> Any:
         kind = next(choice for choice in get_args(kind) if choice is not NoneType)
     if get_origin(kind) is list:
         return [from_text(name, item.strip(), *get_args(kind)) for item in text.split(",") if item.strip()]
-    choices = {str(choice): choice for choice in get_args(kind)} if get_origin(kind) is Literal else _WORDS if kind is bool else None
+    choices = (
+        {str(choice): choice for choice in get_args(kind)}
+        if get_origin(kind) is Literal
+        else _WORDS
+        if kind is bool
+        else None
+    )
     try:
         return kind(text) if choices is None else choices[text if text in choices else text.lower()]
     except (KeyError, ValueError):

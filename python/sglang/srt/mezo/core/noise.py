@@ -1,11 +1,11 @@
 """Perturbation directions z from a counter-based stream.
 
-Element i of direction k under seed s is a pure function of (s, k, i): it does not depend on the batch, the order of drawing
-or how an adapter is sharded, so a step can be replayed from its seed alone. Directions are always drawn on the CPU; the
-logarithm and the cosine may differ by an ulp of float64 between kinds of processors, which changes about one number in
-10^9 after rounding to float32 (Rademacher directions are exact everywhere). The generator is NumPy's Philox4x64-10
-(Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), whose stream NumPy guarantees. Normal numbers
-come from the Box-Muller transform in float64, rounded once to float32.
+Element i of direction k under seed s is a pure function of (s, k, i): it does not depend on the batch, the order of
+drawing or how an adapter is sharded, so a step can be replayed from its seed alone. Directions are always drawn on the
+CPU; the logarithm and the cosine may differ by an ulp of float64 between kinds of processors, which changes about one
+number in 10^9 after rounding to float32 (Rademacher directions are exact everywhere). The generator is NumPy's
+Philox4x64-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), whose stream NumPy guarantees.
+Normal numbers come from the Box-Muller transform in float64, rounded once to float32.
 """
 
 import math
@@ -62,7 +62,9 @@ def direction(seed: int, index: int, numel: int, distribution: Distribution = "g
     return _draw(_generator(seed, _DIRECTION, index), numel, distribution)
 
 
-def low_rank_direction(seed: int, index: int, shapes: Shapes, rank: int, distribution: Distribution = "gaussian") -> torch.Tensor:
+def low_rank_direction(
+    seed: int, index: int, shapes: Shapes, rank: int, distribution: Distribution = "gaussian"
+) -> torch.Tensor:
     """Like ``direction``, but u v' / sqrt(rank) in every matrix (LOZO, arXiv 2410.07698, with Gaussian u and v).
 
     Args:
@@ -113,7 +115,13 @@ def _gaussian(generator: np.random.Philox, numel: int) -> torch.Tensor:
     out = torch.empty(numel)
     size = min(_BLOCKS_AT_ONCE, -(-numel // _BLOCK)) * _BLOCK
     for start in range(0, numel, size):
-        uniform = torch.from_numpy(_words(generator, size)).double().add_(2.0**31 + 0.5).mul_(2.0**-32).view(-1, 2, _BLOCK // 2)
+        uniform = (
+            torch.from_numpy(_words(generator, size))
+            .double()
+            .add_(2.0**31 + 0.5)
+            .mul_(2.0**-32)
+            .view(-1, 2, _BLOCK // 2)
+        )
         radius = uniform[:, 0].log_().mul_(-2.0).sqrt_()
         angle = uniform[:, 1].mul_(2.0 * math.pi)
         sine = angle.sin().mul_(radius)
@@ -126,4 +134,3 @@ def _rademacher(generator: np.random.Philox, numel: int) -> torch.Tensor:
     """One sign a bit, lowest bit first."""
     octets = generator.random_raw(-(-numel // 64)).astype("<u8", copy=False).view(np.uint8)
     return _SIGNS.index_select(0, torch.from_numpy(octets).int()).view(-1)[:numel]
-

@@ -1,4 +1,5 @@
-"""The update of MeZO (arXiv 2305.17333, algorithm 1) from the drawn directions: SGD, with momentum if wanted, or AdamW."""
+"""The update of MeZO (arXiv 2305.17333, algorithm 1) from the drawn directions: SGD, with momentum if wanted, or
+AdamW."""
 
 import math
 import struct
@@ -7,14 +8,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+
 from sglang.srt.mezo.core.errors import DivergedError, shown
-from sglang.srt.mezo.core.noise import (
-    Distribution,
-    Shapes,
-    direction,
-    low_rank_direction,
-    numel_of,
-)
+from sglang.srt.mezo.core.noise import Distribution, Shapes, direction, low_rank_direction, numel_of
 
 Optim = Literal["sgd", "adamw"]
 SchedulerType = Literal["constant", "linear", "cosine"]
@@ -62,8 +58,9 @@ class UpdateRule:
 class Optimizer:
     """Moves theta along mean_k projected_grad_k z_k, the estimate of the gradient.
 
-    Momentum and AdamW keep one or two vectors like theta. They are never stored: replaying the log makes them anew. A step
-    that would not end in finite numbers, or in too large ones, is not taken: theta and these vectors stay as they are.
+    Momentum and AdamW keep one or two vectors like theta. They are never stored: replaying the log makes them anew. A
+    step that would not end in finite numbers, or in too large ones, is not taken: theta and these vectors stay as they
+        are.
 
     Args:
         theta: float32 [parameters], the master copy; changed in place.
@@ -71,7 +68,9 @@ class Optimizer:
         largest: number that theta may hold.
     """
 
-    def __init__(self, theta: torch.Tensor, shapes: Shapes, rule: UpdateRule, largest: float = torch.finfo(torch.float32).max):
+    def __init__(
+        self, theta: torch.Tensor, shapes: Shapes, rule: UpdateRule, largest: float = torch.finfo(torch.float32).max
+    ):
         if theta.numel() != numel_of(shapes):
             raise ValueError(f"theta has {theta.numel()} parameters, and its shapes {numel_of(shapes)}")
         self._theta = theta
@@ -103,7 +102,9 @@ class Optimizer:
         """``prepare`` with the directions of ``seed``."""
         self.prepare([self.direction(seed, k) for k in range(len(projected_grads))], projected_grads, learning_rate)
 
-    def prepare(self, directions: Sequence[torch.Tensor], projected_grads: Sequence[float], learning_rate: float) -> None:
+    def prepare(
+        self, directions: Sequence[torch.Tensor], projected_grads: Sequence[float], learning_rate: float
+    ) -> None:
         """Work an update out, which ``commit`` takes then.
 
         Raises:
@@ -126,7 +127,8 @@ class Optimizer:
                 theta.add_(z, alpha=_float32(-learning_rate * weight))
         if not (is_finite(theta, self._largest) and all(map(is_finite, moments))):
             raise DivergedError(
-                f"a step with learning_rate={learning_rate:g} and projected_grad={shown(list(projected_grads))} does not end in finite numbers "
+                f"a step with learning_rate={learning_rate:g} and projected_grad={shown(list(projected_grads))} does "
+                "not end in finite numbers "
                 f"of at most {self._largest:.3g}: lower learning_rate"
             )
 
@@ -136,7 +138,14 @@ class Optimizer:
         self._theta.copy_(self._next[0])
         self._moments, self._next[1:] = self._next[1:], self._moments
 
-    def _adamw(self, theta: torch.Tensor, first: torch.Tensor, second: torch.Tensor, estimate: torch.Tensor, learning_rate: float) -> None:
+    def _adamw(
+        self,
+        theta: torch.Tensor,
+        first: torch.Tensor,
+        second: torch.Tensor,
+        estimate: torch.Tensor,
+        learning_rate: float,
+    ) -> None:
         rule, t = self._rule, self._steps + 1
         first.mul_(rule.adam_beta1).add_(estimate, alpha=1.0 - rule.adam_beta1)
         second.mul_(rule.adam_beta2).addcmul_(estimate, estimate, value=1.0 - rule.adam_beta2)

@@ -1,11 +1,12 @@
 """The log of a run: (seed, learning rate, projected gradients) a step, enough to rebuild the adapter bit for bit.
 
-A header (one JSON line) names what the log belongs to. Behind it, all little-endian: a checksum of the line (CRC-32, as all
-here), the number of records, a checksum of that. Records of fixed size follow: uint64 seed, float64 learning rate, float32
-projected gradient per direction, and a checksum of the line and all records up to here. So no record can change, go, come
-twice or change places unseen.
+A header (one JSON line) names what the log belongs to. Behind it, all little-endian: a checksum of the line (CRC-32, as
+all here), the number of records, a checksum of that. Records of fixed size follow: uint64 seed, float64 learning rate,
+float32 projected gradient per direction, and a checksum of the line and all records up to here. So no record can
+change, go, come twice or change places unseen.
 
-A record that a crash cut short while it was appended is dropped when the log is claimed. Whatever else does not agree is
+A record that a crash cut short while it was appended is dropped when the log is claimed. Whatever else does not agree
+is
 damage: it is named, the records before it can be read, and only ``recover`` cuts it off.
 """
 
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Self
 
 import torch
+
 from sglang.srt.mezo.core.errors import LogError
 from sglang.srt.mezo.core.noise import numel_of
 from sglang.srt.mezo.core.optimizer import Optimizer, UpdateRule
@@ -47,8 +49,12 @@ class LogHeader:
     """``digest_of`` the adapter that the first record moves; None in logs of earlier versions."""
 
     @classmethod
-    def from_json(cls, shapes: list[list[int]], num_perturbations: int, rule: dict[str, Any], initial_adapter: str | None) -> Self:
-        return cls(tuple((rows, columns) for rows, columns in shapes), num_perturbations, UpdateRule(**rule), initial_adapter)
+    def from_json(
+        cls, shapes: list[list[int]], num_perturbations: int, rule: dict[str, Any], initial_adapter: str | None
+    ) -> Self:
+        return cls(
+            tuple((rows, columns) for rows, columns in shapes), num_perturbations, UpdateRule(**rule), initial_adapter
+        )
 
 
 @dataclass(frozen=True)
@@ -61,7 +67,8 @@ class LogRecord:
 class _Contents(NamedTuple):
     """What a log holds.
 
-    checks: the checksum before the first record, and after each that is whole. torn: the last append did not come to its end.
+    checks: the checksum before the first record, and after each that is whole. torn: the last append did not come to
+        its end.
     """
 
     records: list[LogRecord]
@@ -153,7 +160,7 @@ class SeedLog:
     def starts_from(self, theta: torch.Tensor) -> bool:
         return self.header.initial_adapter in (None, digest_of(theta))
 
-    # --- writing ---------------------------------------------------------------------------------------------------------
+    # --- writing ------------------------------------------------------------------------------------------------------
 
     def claim(self) -> None:
         """Become the log's only writer until ``close``; raises LogError where another process is."""
@@ -238,7 +245,7 @@ class SeedLog:
     def _packed_count(self, count: int) -> bytes:
         return _COUNT.pack(count, zlib.crc32(_CHECK.pack(count), self._line_check))
 
-    # --- reading ---------------------------------------------------------------------------------------------------------
+    # --- reading ------------------------------------------------------------------------------------------------------
 
     def _read(self) -> _Contents:
         with open(self.path, "rb") as file:
@@ -266,7 +273,8 @@ class SeedLog:
 
 
 def _damage(whole: int, count: int | None, more: bool) -> str | None:
-    """What does not agree in a log whose first ``whole`` records do. more: there is at least one more, which does not."""
+    """What does not agree in a log whose first ``whole`` records do. more: there is at least one more, which does
+    not."""
     if not more and count is not None and whole >= count:
         return None
     where = f"record {whole + 1}" + (f" of {count}" if count is not None and count > whole else "")

@@ -1,6 +1,8 @@
 """Batched attention: through a kernel in C, or on plain PyTorch, a gather of KV and a product per group of rows."""
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
+
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
@@ -8,7 +10,6 @@ from sglang.srt.mezo.cpu import kernel
 from sglang.srt.mezo.cpu.attention_plan import Group, Row, plan
 from sglang.srt.mezo.cpu.linear import rounded_rows
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
-from torch.nn.functional import scaled_dot_product_attention
 
 # Up to these sizes two batched products are faster than PyTorch's attention kernel, which is made for long queries.
 FEW_QUERIES, FEW_KEYS = 32, 256
@@ -73,14 +74,18 @@ class CpuAttentionBackend(TorchNativeAttnBackend):
         in_c = kernel.LIBRARY is not None and all_in_pool and _plain_float32(query, *pool)
         planned = self._plan(forward_batch, causal, batch is None, in_c)
         if isinstance(planned, kernel.Batch):
-            planned.attend(query, *pool, output, layer.scaling, _window(layer) if causal else None, layer.logit_cap or 0.0)
+            planned.attend(
+                query, *pool, output, layer.scaling, _window(layer) if causal else None, layer.logit_cap or 0.0
+            )
         else:
             for group in planned:
                 keys, values = batch if group.fresh else pool
                 _attend_group(group, query, keys, values, output, layer, causal)
         return output[: len(query)].view(len(query), -1)
 
-    def _plan(self, forward_batch: ForwardBatch, causal: bool, from_pool: bool, in_c: bool) -> kernel.Batch | list[Group]:
+    def _plan(
+        self, forward_batch: ForwardBatch, causal: bool, from_pool: bool, in_c: bool
+    ) -> kernel.Batch | list[Group]:
         name = (causal, from_pool, in_c)
         if name not in self._plans:
             rows, table = _rows(forward_batch), self.req_to_token_pool.req_to_token
@@ -95,9 +100,7 @@ def _plain_float32(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
 
 
 def _rows(forward_batch: ForwardBatch) -> list[Row]:
-    lengths = (
-        forward_batch.seq_lens if forward_batch.seq_lens_cpu is None else forward_batch.seq_lens_cpu
-    ).tolist()
+    lengths = (forward_batch.seq_lens if forward_batch.seq_lens_cpu is None else forward_batch.seq_lens_cpu).tolist()
     if forward_batch.forward_mode.is_decode():
         fresh = [1] * len(lengths)
     else:
@@ -131,7 +134,9 @@ def _attend_group(
         result = _attention(q, k, v, hidden, layer.scaling, layer.logit_cap)
     else:
         mask = group.mask(causal, window, query.dtype)
-        result = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=layer.scaling, enable_gqa=heads != kv_heads)
+        result = scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, scale=layer.scaling, enable_gqa=heads != kv_heads
+        )
     if not result.isfinite().all():
         for bundle in zip(result.unbind(), q.split(1), k.split(1), v.split(1), hidden.split(1), strict=True):
             _attend_apart(*bundle, layer.scaling, layer.logit_cap)
@@ -167,11 +172,18 @@ def _attention(
 
 
 def _attend_apart(
-    result: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, hidden: torch.Tensor, scaling: float, cap: float
+    result: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    hidden: torch.Tensor,
+    scaling: float,
+    cap: float,
 ) -> None:
     """``_attention`` of one bundle into `result`, (heads, queries, dim), where some numbers are infinite or none.
 
-    A weight of 0 times such a value is no number either: who does not see it would be touched by it. Who sees it gets none.
+    A weight of 0 times such a value is no number either: who does not see it would be touched by it. Who sees it gets
+        none.
     """
     lost = ~v.isfinite().all(-1, keepdim=True)
     # In float32, where a product keeps rows apart (see ``linear.apart``).

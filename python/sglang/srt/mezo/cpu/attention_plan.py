@@ -89,7 +89,8 @@ class Group:
     _written: torch.Tensor | None = None
 
     def rows(self, places: torch.Tensor, heads: int) -> torch.Tensor:
-        """Rows of (places, heads) tensors, head after head: int64 (count * heads * n,) for `places` (count, n) of this group."""
+        """Rows of (places, heads) tensors, head after head: int64 (count * heads * n,) for `places` (count, n) of
+        this group."""
         name = (id(places), heads)
         if name not in self._rows:
             self._rows[name] = (places[:, None, :] * heads + torch.arange(heads)[:, None]).view(-1)
@@ -154,7 +155,9 @@ def cut_rows(rows: Sequence[Row], most: int) -> list[Row]:
     ]
 
 
-def bundle_rows(rows: Sequence[Row], table: np.ndarray, worth_it: Callable[[Bundle, Bundle, Bundle], bool]) -> list[Bundle]:
+def bundle_rows(
+    rows: Sequence[Row], table: np.ndarray, worth_it: Callable[[Bundle, Bundle, Bundle], bool]
+) -> list[Bundle]:
     """Join rows of one prefix as long as `worth_it(joined, one, other)`."""
     bundles: list[Bundle] = []
     last_with_prefix: dict[bytes, int] = {}

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+
 from sglang.srt.mezo.cpu.attention_plan import Row, bundle_rows, cut_rows
 from sglang.srt.mezo.cpu.library import load
 
@@ -22,7 +23,10 @@ class _Call(ctypes.Structure):
 
     _fields_ = (
         [(name, ctypes.c_void_p) for name in ("q", "k", "v", "out", "table", "rows", "bundles")]
-        + [(name, ctypes.c_int64) for name in ("q_stride", "table_stride", "heads", "kv_heads", "dim", "v_dim", "window", "causal")]
+        + [
+            (name, ctypes.c_int64)
+            for name in ("q_stride", "table_stride", "heads", "kv_heads", "dim", "v_dim", "window", "causal")
+        ]
         + [(name, ctypes.c_float) for name in ("scaling", "cap")]
     )
 
@@ -43,13 +47,22 @@ class Batch:
         if causal:
             rows = cut_rows(rows, _MOST_QUERIES)
         bundles = bundle_rows(rows, table.numpy(), lambda joined, *_: joined.queries * joined.keys <= _BUNDLE_SCORES)
-        self._rows = np.array([(row.request, row.prefix, row.fresh, row.start) for bundle in bundles for row in bundle.rows], np.int64)
+        self._rows = np.array(
+            [(row.request, row.prefix, row.fresh, row.start) for bundle in bundles for row in bundle.rows], np.int64
+        )
         self._bounds = np.cumsum([0] + [len(bundle.rows) for bundle in bundles], dtype=np.int64)
         self._table = table
         self._causal = causal
 
     def attend(
-        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, output: torch.Tensor, scaling: float, window: int | None, cap: float
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        output: torch.Tensor,
+        scaling: float,
+        window: int | None,
+        cap: float,
     ) -> None:
         """Write the rows' tokens of ``output``.
 
@@ -61,10 +74,23 @@ class Batch:
             cap: scores are cap tanh(score / cap); 0 for none.
         """
         call = _Call(
-            q=query.data_ptr(), k=keys.data_ptr(), v=values.data_ptr(), out=output.data_ptr(), table=self._table.data_ptr(),
-            rows=self._rows.ctypes.data, bundles=self._bounds.ctypes.data, q_stride=query.stride(0), table_stride=self._table.stride(0),
-            heads=query.shape[1], kv_heads=keys.shape[1], dim=query.shape[2], v_dim=values.shape[2],
-            window=-1 if window is None else window, causal=self._causal, scaling=scaling, cap=cap,
-        )  # fmt: skip
+            q=query.data_ptr(),
+            k=keys.data_ptr(),
+            v=values.data_ptr(),
+            out=output.data_ptr(),
+            table=self._table.data_ptr(),
+            rows=self._rows.ctypes.data,
+            bundles=self._bounds.ctypes.data,
+            q_stride=query.stride(0),
+            table_stride=self._table.stride(0),
+            heads=query.shape[1],
+            kv_heads=keys.shape[1],
+            dim=query.shape[2],
+            v_dim=values.shape[2],
+            window=-1 if window is None else window,
+            causal=self._causal,
+            scaling=scaling,
+            cap=cap,
+        )
         if LIBRARY.mezo_attend(ctypes.byref(call), len(self._bounds) - 1):
             raise MemoryError("attention: no memory for the scores")

@@ -1,6 +1,7 @@
 """Linear layers in float32, where PyTorch's choice is MKL: on AMD processors it reaches half of what they can do.
 
-With AVX2 they run in C (linear.c), with AVX-512, or where that was not built, through oneDNN. Either uses the weight as it
+With AVX2 they run in C (linear.c), with AVX-512, or where that was not built, through oneDNN. Either uses the weight as
+it
 lies: no second copy of it is packed. In the lower precisions PyTorch takes oneDNN by itself.
 """
 
@@ -9,14 +10,17 @@ import os
 from collections.abc import Callable
 
 import torch
-from sglang.srt.mezo.cpu.library import load
 from torch.nn.functional import linear as torch_linear
+
+from sglang.srt.mezo.cpu.library import load
 
 
 class _Call(ctypes.Structure):
     """The C structure of that name."""
 
-    _fields_ = [(name, ctypes.c_void_p) for name in ("x", "weight", "bias", "y")] + [(name, ctypes.c_int64) for name in ("rows", "columns", "outputs", "x_stride")]  # fmt: skip
+    _fields_ = [(name, ctypes.c_void_p) for name in ("x", "weight", "bias", "y")] + [
+        (name, ctypes.c_int64) for name in ("rows", "columns", "outputs", "x_stride")
+    ]
 
 
 _LIBRARY = load("_linear")
@@ -32,7 +36,8 @@ _ROUNDED_FROM, _MULTIPLE = 64, 16
 
 
 def bound_kernels() -> None:
-    """Keep fewer of oneDNN's kernels than its 1,024, unless the user says how many; to be called before its first use in a process."""
+    """Keep fewer of oneDNN's kernels than its 1,024, unless the user says how many; to be called before its first
+    use in a process."""
     if _CAPACITY.replace("ONEDNN", "DNNL") not in os.environ:
         os.environ.setdefault(_CAPACITY, str(_MOST_KERNELS))
 
@@ -40,8 +45,8 @@ def bound_kernels() -> None:
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x W' + b in float32; x: (..., in), weight: (out, in), bias: (out,) or None.
 
-    oneDNN compiles kernels for every number of rows that it meets, and never gives back half of their half a megabyte. For
-    requests of all lengths that would be a gigabyte, so numbers of rows are rounded up.
+    oneDNN compiles kernels for every number of rows that it meets, and never gives back half of their half a megabyte.
+    For requests of all lengths that would be a gigabyte, so numbers of rows are rounded up.
     """
     if not (x.numel() and weight.is_contiguous() and (IN_C or HAS_ONEDNN)):
         return torch_linear(x, weight, bias)
@@ -56,14 +61,21 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 
 
 def c_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """``linear`` in C, with a contiguous weight and bias. What comes out for a row is the same to the last bit whatever other rows there are."""
+    """``linear`` in C, with a contiguous weight and bias. What comes out for a row is the same to the last bit
+    whatever other rows there are."""
     rows = x.reshape(-1, x.shape[-1])
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     y = rows.new_empty(len(rows), len(weight))
     call = _Call(
-        x=rows.data_ptr(), weight=weight.data_ptr(), bias=None if bias is None else bias.data_ptr(), y=y.data_ptr(),
-        rows=len(rows), columns=rows.shape[1], outputs=len(weight), x_stride=rows.stride(0),
-    )  # fmt: skip
+        x=rows.data_ptr(),
+        weight=weight.data_ptr(),
+        bias=None if bias is None else bias.data_ptr(),
+        y=y.data_ptr(),
+        rows=len(rows),
+        columns=rows.shape[1],
+        outputs=len(weight),
+        x_stride=rows.stride(0),
+    )
     if _LIBRARY.mezo_linear(ctypes.byref(call)):
         raise MemoryError(f"a linear layer: no memory to lay out {len(rows)} rows of {rows.shape[1]} numbers")
     return y.view(*x.shape[:-1], -1)
@@ -95,7 +107,8 @@ def _with_more_rows(x: torch.Tensor, rows: int) -> torch.Tensor:
 def keeps_rows_apart(width: int, dtype: torch.dtype) -> bool:
     """Whether a product over so many columns leaves a row alone whatever the next one holds.
 
-    In bfloat16 oneDNN takes columns in pairs, and by 32 with AMX: behind the end of a row it reads on, and multiplies by 0 what
+    In bfloat16 oneDNN takes columns in pairs, and by 32 with AMX: behind the end of a row it reads on, and multiplies
+        by 0 what
     is the next row's. That is no number where the next row has none.
     """
     return dtype != torch.bfloat16 or width % 32 == 0 or (width < 32 and width % 2 == 0)
@@ -111,18 +124,24 @@ def apart(x: torch.Tensor) -> torch.Tensor:
     return room[..., :columns]
 
 
-def apply_linear(original: Callable, method, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+def apply_linear(
+    original: Callable, method, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
     """Around UnquantizedLinearMethod.apply."""
     if not _all_float32(x, layer.weight):
         return original(method, layer, apart(x), bias)
     return linear(x, layer.weight, bias)
 
 
-def compute_lm_head(original: Callable, processor, hidden: torch.Tensor, lm_head: torch.nn.Module, bias=None, **options) -> torch.Tensor:
+def compute_lm_head(
+    original: Callable, processor, hidden: torch.Tensor, lm_head: torch.nn.Module, bias=None, **options
+) -> torch.Tensor:
     """Around LogitsProcessor._compute_lm_head: the plain head in float32; all others are left to it."""
     from sglang.srt.layers.quantization.unquant import UnquantizedEmbeddingMethod
 
-    plain = isinstance(getattr(lm_head, "quant_method", None), UnquantizedEmbeddingMethod) and not hasattr(lm_head, "set_lora")
+    plain = isinstance(getattr(lm_head, "quant_method", None), UnquantizedEmbeddingMethod) and not hasattr(
+        lm_head, "set_lora"
+    )
     if plain and bias is None and options.get("out") is None and _all_float32(hidden, lm_head.weight):
         return linear(hidden, lm_head.weight)
     return original(processor, apart(hidden), lm_head, bias, **options)

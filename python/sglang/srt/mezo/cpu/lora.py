@@ -5,10 +5,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-from sglang.srt.lora.backend.torch_backend import (
-    TorchNativeLoRABackend,
-    TorchNativeLoRABatchInfo,
-)
+
+from sglang.srt.lora.backend.torch_backend import TorchNativeLoRABackend, TorchNativeLoRABatchInfo
 from sglang.srt.mezo.cpu.linear import keeps_rows_apart
 
 # Their layers look tokens up by other rows than the ones that a segment names (token ids, pruned rows).
@@ -154,7 +152,8 @@ def add_lora(
 
 
 def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a b of every slot, in which a row of `a` that holds no numbers leaves the others alone; rows may be other requests'."""
+    """a b of every slot, in which a row of `a` that holds no numbers leaves the others alone; rows may be other
+    requests'."""
     if keeps_rows_apart(a.shape[2], a.dtype):
         return torch.bmm(a, b)
     return torch.bmm(a.float(), b.float()).to(a.dtype)
@@ -205,12 +204,7 @@ class CpuLoRABackend(TorchNativeLoRABackend):
         )
 
     def prepare_lora_token_segments(
-        self,
-        *,
-        segment_lens: list[int],
-        weight_indices: list[int],
-        lora_ranks: list[int],
-        scalings: list[float],
+        self, *, segment_lens: list[int], weight_indices: list[int], lora_ranks: list[int], scalings: list[float]
     ) -> None:
         """Route runs of tokens to slots, whatever sequences they belong to."""
         segments = merge_segments(segment_lens, weight_indices)

@@ -1,18 +1,20 @@
-"""Which examples each step sees: a pure function of the step, so that a resumed run sees what the whole run would have seen."""
+"""Which examples each step sees: a pure function of the step, so that a resumed run sees what the whole run would
+have seen."""
 
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
+
 from sglang.srt.mezo.core.noise import step_seed
 
 
 class BatchStream:
     """Batches of a seeded order of the examples: step t takes places [t B, (t + 1) B).
 
-    Where a ``window`` is given, the order goes through windows of so many examples, each ``echoes`` times, before the next
-    (data echoing, arXiv 1907.05550): what is kept for an example is then made once for many steps. Examples that are added
-    start such an order anew, over all examples, at the step from which they count.
+    Where a ``window`` is given, the order goes through windows of so many examples, each ``echoes`` times, before the
+    next (data echoing, arXiv 1907.05550): what is kept for an example is then made once for many steps. Examples that
+    are added start such an order anew, over all examples, at the step from which they count.
 
     Args:
         window: examples in a window; all of them by default.
@@ -70,7 +72,8 @@ class BatchStream:
         return draws
 
     def first_epochs(self, step: int) -> list[int]:
-        """Steps before ``step`` in which an example may have come for the first time: an epoch from each start of the order."""
+        """Steps before ``step`` in which an example may have come for the first time: an epoch from each start of
+        the order."""
         starts = [first_step for first_step, _ in self.segments] + [step]
         lengths = [-(-self._order(segment).cycle // self.batch_size) for segment in range(len(self.segments))]
         spans = ((start, min(start + length, end, step)) for start, length, end in zip(starts, lengths, starts[1:]))
@@ -79,7 +82,9 @@ class BatchStream:
     def _places(self, step: int) -> list[int]:
         """Examples drawn before ``step`` in each segment."""
         ends = [first_step for first_step, _ in self.segments[1:]] + [step]
-        return [max(0, min(end, step) - first_step) * self.batch_size for (first_step, _), end in zip(self.segments, ends)]
+        return [
+            max(0, min(end, step) - first_step) * self.batch_size for (first_step, _), end in zip(self.segments, ends)
+        ]
 
     def _segment_of(self, step: int) -> int:
         return max(index for index, (first_step, _) in enumerate(self.segments) if first_step <= step)

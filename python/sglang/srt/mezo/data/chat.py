@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ChatSettings:
-    """What decides how SGLang renders a chat request: its server arguments of these names. Can be sent to another process."""
+    """What decides how SGLang renders a chat request: its server arguments of these names. Can be sent to another
+    process."""
 
     model_path: str = ""
     revision: str | None = None
@@ -31,7 +32,8 @@ class ChatSettings:
 
 
 def rendering(tokenizer: "PreTrainedTokenizerBase", settings: ChatSettings) -> str:
-    """A digest that changes with the tokenizer, its chat template or the settings: with anything that makes other tokens of a row."""
+    """A digest that changes with the tokenizer, its chat template or the settings: with anything that makes other
+    tokens of a row."""
     parts = {name: value for name, value in asdict(settings).items() if name not in ("model_path", "revision")}
     backend = getattr(tokenizer, "backend_tokenizer", None)
     vocabulary = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
@@ -40,10 +42,12 @@ def rendering(tokenizer: "PreTrainedTokenizerBase", settings: ChatSettings) -> s
 
 
 class Renderer(Protocol):
-    """Renders turns as a server renders requests. Each method raises DataError where the server would refuse the request."""
+    """Renders turns as a server renders requests. Each method raises DataError where the server would refuse the
+    request."""
 
     def answer(self, turn: Turn) -> Encoding[tuple[tuple[int, ...], tuple[int, ...]]]:
-        """Tokens of the request that asks for the answer, and of the answer as the template writes it after them, with its end.
+        """Tokens of the request that asks for the answer, and of the answer as the template writes it after them, with
+        its end.
 
         DataError too where the answer does not begin where the request ends.
         """

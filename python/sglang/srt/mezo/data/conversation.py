@@ -11,10 +11,7 @@ from sglang.srt.mezo.core.errors import DataError, shown
 
 _ROW_FIELDS = ("messages", "tools", "parallel_tool_calls")
 _MESSAGE_FIELDS = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content", "weight")
-_INSTEAD = {
-    "functions": "tools",
-    "function_call": "tool_calls",
-}
+_INSTEAD = {"functions": "tools", "function_call": "tool_calls"}
 """OpenAI's older names, which SGLang does not read in a request either."""
 
 
@@ -34,7 +31,8 @@ class Turn:
 
 
 def turns(fields: Mapping[str, Any]) -> list[Turn]:
-    """What a row trains on: its last message; where messages have a weight, every assistant message whose weight is not 0.
+    """What a row trains on: its last message; where messages have a weight, every assistant message whose weight is not
+    0.
 
     Raises:
         DataError: naming the field at fault.
@@ -47,7 +45,10 @@ def turns(fields: Mapping[str, Any]) -> list[Turn]:
         _require_message(f"messages[{number}]", message)
     clean = [{name: value for name, value in message.items() if name != "weight"} for message in messages]
     settings = {name: fields[name] for name in ("tools", "parallel_tool_calls") if fields.get(name) is not None}
-    return [Turn({"messages": clean[:number], **settings}, clean[number], f"messages[{number}]") for number in _targets(messages)]
+    return [
+        Turn({"messages": clean[:number], **settings}, clean[number], f"messages[{number}]")
+        for number in _targets(messages)
+    ]
 
 
 def _targets(messages: Sequence[Mapping[str, Any]]) -> list[int]:
@@ -65,7 +66,8 @@ def _targets(messages: Sequence[Mapping[str, Any]]) -> list[int]:
         message = messages[number]
         if not message.get("content") and not message.get("tool_calls"):
             raise DataError(
-                f"messages[{number}].content={shown(message.get('content'))} must be a non-empty string in an answer to learn, unless it has tool_calls"
+                f"messages[{number}].content={shown(message.get('content'))} must be a non-empty string in an answer "
+                "to learn, unless it has tool_calls"
             )
     return targets
 

@@ -65,11 +65,15 @@ class Encoder:
     @property
     def _renderer(self) -> Renderer:
         if self._chat is None:
-            raise DataError("messages need a renderer, such as chat=ChatRenderer(tokenizer, ChatSettings(model)) of sglang.srt.mezo.engine.chat")
+            raise DataError(
+                "messages need a renderer, such as chat=ChatRenderer(tokenizer, ChatSettings(model)) of "
+                "sglang.srt.mezo.engine.chat"
+            )
         return self._chat
 
     def generation_prompt(self, rows: Iterable[SourceRow], prompts: Iterable[Sequence[int]]) -> tuple[int, ...]:
-        """What the chat template appends to the rows' messages for the answer to follow, if all ``prompts`` end with it.
+        """What the chat template appends to the rows' messages for the answer to follow, if all ``prompts`` end with
+        it.
 
         Raises:
             DataError: it appends nothing or not always the same, or there are no messages.
@@ -110,7 +114,10 @@ class Encoder:
     def encode_each(self, rows: Sequence[SourceRow]) -> list[list[Example] | DataError]:
         """The examples of each row, or why it cannot be used; the rows are tokenised together."""
         outcomes = encode_together(self.tokenizer, [self._encoding_of(row) for row in rows])
-        return [_problem(outcome, row) if isinstance(outcome, Exception) else outcome for outcome, row in zip(outcomes, rows)]
+        return [
+            _problem(outcome, row) if isinstance(outcome, Exception) else outcome
+            for outcome, row in zip(outcomes, rows)
+        ]
 
     def encode(self, fields: Mapping[str, Any]) -> list[Example]:
         """Tokenise one row; a long text becomes several examples."""
@@ -142,10 +149,15 @@ class Encoder:
 
     def _encode_completion(self, fields: Mapping[str, Any]) -> Encoding[list[Example]]:
         if fields["prompt"] == "":
-            raise DataError("prompt='' must be a non-empty string: {\"text\"} instead of prompt and completion trains a text from its start")
+            raise DataError(
+                "prompt='' must be a non-empty string: {\"text\"} instead of prompt and completion trains a text from "
+                "its start"
+            )
         _require_text("prompt", fields["prompt"])
         _require_text("completion", fields["completion"])
-        return [self._with_end((yield from self._encode_text(TextExample(fields["prompt"], (fields["completion"],), 0))))]
+        return [
+            self._with_end((yield from self._encode_text(TextExample(fields["prompt"], (fields["completion"],), 0))))
+        ]
 
     def _encode_messages(self, fields: Mapping[str, Any]) -> Encoding[list[Example]]:
         examples = []
@@ -179,7 +191,9 @@ class Encoder:
         if not prompt:
             raise DataError("the prompt has no tokens")
         if len(prompt) >= self.max_length:  # before every option is tokenised together with it
-            raise DataError(f"a prompt of {len(prompt)} tokens and an option are more than the context of {self.max_length}")
+            raise DataError(
+                f"a prompt of {len(prompt)} tokens and an option are more than the context of {self.max_length}"
+            )
         options = yield from self._continuations(text, prompt)
         _require_distinct(text.options, options)
         return self._checked(Example(tuple(prompt), options, text.label))
@@ -219,7 +233,10 @@ def _require_distinct(options: Sequence[str], values: Sequence[Any]) -> None:
     for place, value in enumerate(values):
         if (earlier := first.setdefault(value, place)) != place:
             told = [shown(options[i]) for i in (earlier, place)]
-            raise DataError(f"options[{earlier}]={told[0]} and options[{place}]={told[1]} are the same tokens: nothing tells one from the other")
+            raise DataError(
+                f"options[{earlier}]={told[0]} and options[{place}]={told[1]} are the same tokens: nothing tells one "
+                "from the other"
+            )
 
 
 def _require_text(name: str, value: Any) -> None:

@@ -1,4 +1,5 @@
-"""Where an activated LoRA adapter starts to act (PEFT's ``alora_invocation_tokens``): one rule for training and serving.
+"""Where an activated LoRA adapter starts to act (PEFT's ``alora_invocation_tokens``): one rule for training and
+serving.
 
 The prompt decides, not the answer: that is what a served request sees.
 """
@@ -17,11 +18,14 @@ AUTO = "auto"
 
 def invocation_tokens(invocation: str | Sequence[int], tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:
     """What a setting stands for: the tokens of a text, or tokens."""
-    return tuple(tokenizer(invocation, add_special_tokens=False).input_ids if isinstance(invocation, str) else invocation)
+    return tuple(
+        tokenizer(invocation, add_special_tokens=False).input_ids if isinstance(invocation, str) else invocation
+    )
 
 
 def invocation_setting(tokens: Sequence[int], tokenizer: "PreTrainedTokenizerBase") -> str | list[int]:
-    """The text that stands for these tokens; they themselves where no text does, as it would be tokenised otherwise on its own."""
+    """The text that stands for these tokens; they themselves where no text does, as it would be tokenised otherwise
+    on its own."""
     text = tokenizer.decode(tokens)
     return text if text != AUTO and invocation_tokens(text, tokenizer) == tuple(tokens) else list(tokens)
 
@@ -39,5 +43,8 @@ def invocation_start(prompt: Sequence[int], invocation: Sequence[int]) -> int:
     """Like ``find_invocation``; raises DataError where the adapter would never act."""
     start = find_invocation(prompt, invocation)
     if start is None:
-        raise DataError(f"the prompt does not hold the invocation tokens {list(invocation)}; its last tokens are {list(prompt[-8:])}")
+        raise DataError(
+            f"the prompt does not hold the invocation tokens {list(invocation)}; its last tokens are "
+            f"{list(prompt[-8:])}"
+        )
     return start

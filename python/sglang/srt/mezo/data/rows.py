@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+
 from sglang.srt.mezo.core.errors import DataError, one_line
 from sglang.srt.mezo.data.tasks import Task
 
@@ -44,7 +45,8 @@ def sample_rows(rows: Sequence[SourceRow], count: int | None, seed: int) -> list
 
 
 def has_splits(path: str) -> bool:
-    """Whether a data set may have more splits than the one that is trained on: a file has not, nor a single stored ``Dataset``."""
+    """Whether a data set may have more splits than the one that is trained on: a file has not, nor a single stored
+    ``Dataset``."""
     local = Path(path).expanduser()
     return not local.is_file() and not (local / _STORED_DATASET).is_file()
 
@@ -53,8 +55,8 @@ def read_rows(path: str, split: str, task: Task | None = None) -> list[SourceRow
     """Read one split of a local file, a local folder or a hub data set.
 
     Args:
-        path: a file of one of the ``FORMATS``, which is then the whole split; a folder with ``<split>.jsonl`` or another of
-            them; a folder that ``datasets`` wrote; or anything that ``datasets.load_dataset`` takes.
+        path: a file of one of the ``FORMATS``, which is then the whole split; a folder with ``<split>.jsonl`` or
+            another of them; a folder that ``datasets`` wrote; or anything that ``datasets.load_dataset`` takes.
         split: name of the split.
         task: supplies the configuration of a hub data set.
 
@@ -86,7 +88,7 @@ def read_jsonl(path: Path, source: str, max_line_bytes: int = sys.maxsize - 1) -
         yield from _json_lines(file, source, max_line_bytes)
 
 
-# --- formats -----------------------------------------------------------------------------------------------------------
+# --- formats ----------------------------------------------------------------------------------------------------------
 
 
 def _json_lines(file: IO[bytes], source: str, max_line_bytes: int = sys.maxsize - 1) -> Iterator[SourceRow]:
@@ -136,7 +138,8 @@ _JSON_COLUMNS = ("options", "messages", "tools", "functions")
 
 
 def _table(file: IO[bytes], source: str, delimiter: str) -> Iterator[SourceRow]:
-    """A row for every line below the header. All columns are text, but for the label, a number, and lists, which are JSON."""
+    """A row for every line below the header. All columns are text, but for the label, a number, and lists, which are
+    JSON."""
     csv.field_size_limit(sys.maxsize)
     reader = csv.DictReader(io.StringIO(_decoded(file, source), newline=""), delimiter=delimiter, strict=True)
     line = 1
@@ -207,7 +210,8 @@ _COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zip": "zip"}
 
 
 def _parts(path: Path) -> tuple[str, str, str]:
-    """A file's name without its ends; the end that tells the format and the one that tells the compression, in small letters."""
+    """A file's name without its ends; the end that tells the format and the one that tells the compression, in small
+    letters."""
     compression = path.suffix.lower() if path.suffix.lower() in _COMPRESSED else ""
     inner = path.with_suffix("") if compression else path
     return inner.stem, inner.suffix.lower(), compression
@@ -218,19 +222,27 @@ def _read_file(path: Path) -> list[SourceRow]:
 
     _, ending, compression = _parts(path)
     if ending not in FORMATS:
-        raise DataError(f"the end of a file's name tells its format: {', '.join(FORMATS)}, and after it {', '.join(_COMPRESSED)}", str(path))
+        raise DataError(
+            f"the end of a file's name tells its format: {', '.join(FORMATS)}, and after it {', '.join(_COMPRESSED)}",
+            str(path),
+        )
     try:
-        with open(path, "rb") as raw, compr[_COMPRESSED[compression]](raw, mode="rb") if compression else nullcontext(raw) as file:
+        with (
+            open(path, "rb") as raw,
+            compr[_COMPRESSED[compression]](raw, mode="rb") if compression else nullcontext(raw) as file,
+        ):
             return list(FORMATS[ending](file, str(path)))
     except (EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile) as error:
         raise DataError(f"cannot be decompressed: {error}", str(path)) from error
 
 
-# --- folders and the hub -----------------------------------------------------------------------------------------------
+# --- folders and the hub ----------------------------------------------------------------------------------------------
 
 
 def _read_folder(folder: Path, split: str, path: str, task: Task | None) -> list[SourceRow]:
-    files = sorted(file for file in folder.iterdir() if _parts(file)[0] == split and _parts(file)[1] in FORMATS and file.is_file())
+    files = sorted(
+        file for file in folder.iterdir() if _parts(file)[0] == split and _parts(file)[1] in FORMATS and file.is_file()
+    )
     if len(files) > 1:
         raise DataError(f"more than one file for split {split!r}: {', '.join(file.name for file in files)}", path)
     if files:

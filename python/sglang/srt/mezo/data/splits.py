@@ -1,4 +1,5 @@
-"""What a run trains on, chooses its adapter on and reports: splits of a data set, or rows held out of one, tokenised."""
+"""What a run trains on, chooses its adapter on and reports: splits of a data set, or rows held out of one,
+tokenised."""
 
 import logging
 import re
@@ -10,14 +11,7 @@ from sglang.srt.mezo.core.config import Objective
 from sglang.srt.mezo.core.errors import ConfigError, DataError
 from sglang.srt.mezo.core.kinds import require_types
 from sglang.srt.mezo.data.chat import Renderer
-from sglang.srt.mezo.data.examples import (
-    Encoder,
-    Example,
-    OnBadRow,
-    count_shared,
-    default_objective,
-    get_task,
-)
+from sglang.srt.mezo.data.examples import Encoder, Example, OnBadRow, count_shared, default_objective, get_task
 from sglang.srt.mezo.data.rows import SourceRow, has_splits, read_rows, sample_rows
 from sglang.srt.mezo.data.tasks import Task
 
@@ -34,14 +28,29 @@ _DATA_SEED = 0  # which rows are drawn is the same in every run, as in the MeZO 
 class DataArguments:
     """Where examples come from, and how many are used; ConfigError names the field at fault."""
 
-    task: Optional[str] = field(default=None, metadata={"help": "Task that renders the rows; none for files of prompts."})
-    dataset: Optional[str] = field(default=None, metadata={"help": "Hub name, folder or file; the task's own by default."})
-    dev_split: Optional[str] = field(default=None, metadata={"help": "Split to choose the adapter on; held out of train by default, and of a file."})
-    test_split: Optional[str] = field(default=None, metadata={"help": "Split to report; the task's by default, else held out of train, and of a file."})
+    task: Optional[str] = field(
+        default=None, metadata={"help": "Task that renders the rows; none for files of prompts."}
+    )
+    dataset: Optional[str] = field(
+        default=None, metadata={"help": "Hub name, folder or file; the task's own by default."}
+    )
+    dev_split: Optional[str] = field(
+        default=None, metadata={"help": "Split to choose the adapter on; held out of train by default, and of a file."}
+    )
+    test_split: Optional[str] = field(
+        default=None,
+        metadata={"help": "Split to report; the task's by default, else held out of train, and of a file."},
+    )
     num_train: Optional[int] = field(default=1000, metadata={"help": "Training rows to use, or none for all."})
-    num_dev: int = field(default=500, metadata={"help": "Development rows to use; where held out, of what is left at most a fifth."})
-    num_test: Optional[int] = field(default=1000, metadata={"help": "Test rows to use, or none for all; where held out, at most a fifth."})
-    on_bad_row: OnBadRow = field(default="raise", metadata={"help": "raise: stop before training; skip: leave the row out."})
+    num_dev: int = field(
+        default=500, metadata={"help": "Development rows to use; where held out, of what is left at most a fifth."}
+    )
+    num_test: Optional[int] = field(
+        default=1000, metadata={"help": "Test rows to use, or none for all; where held out, at most a fifth."}
+    )
+    on_bad_row: OnBadRow = field(
+        default="raise", metadata={"help": "raise: stop before training; skip: leave the row out."}
+    )
 
     def __post_init__(self):
         require_types(self)
@@ -51,7 +60,11 @@ class DataArguments:
         for name in ("dev_split", "test_split"):
             split = getattr(self, name)
             if split is not None and {_TRAIN, "all"} & set(re.findall(r"[^\[\]+]+(?=\[|\+|$)", split)):
-                raise ConfigError(name, split, f"another split than {_TRAIN}, which is trained on; rows are held out of it where none is named")
+                raise ConfigError(
+                    name,
+                    split,
+                    f"another split than {_TRAIN}, which is trained on; rows are held out of it where none is named",
+                )
 
 
 @dataclass(frozen=True)
@@ -72,7 +85,11 @@ class Splits:
 
 
 def load_splits(
-    tokenizer: "PreTrainedTokenizerBase", max_length: int, invocation: Sequence[int] | None, data: DataArguments, chat: Renderer | None = None
+    tokenizer: "PreTrainedTokenizerBase",
+    max_length: int,
+    invocation: Sequence[int] | None,
+    data: DataArguments,
+    chat: Renderer | None = None,
 ) -> Splits:
     """Read and tokenise, as ``Encoder`` does. Examples that are in more than one split are counted in a warning.
 
@@ -80,7 +97,8 @@ def load_splits(
         invocation: None for the chat template's generation prompt.
 
     Raises:
-        ConfigError: there is no data set, or it has no splits and one is named; or the prompts end with no common generation prompt.
+        ConfigError: there is no data set, or it has no splits and one is named; or the prompts end with no common
+            generation prompt.
         DataError: names the file and line of the first bad row.
     """
     task = get_task(data.task) if data.task else None
@@ -105,14 +123,20 @@ def _generation_prompt(encoder: Encoder, rows: list[SourceRow], examples: list[E
         raise ConfigError("invocation", None, needed) from error
 
 
-def _read(dataset: str, task: Task | None, data: DataArguments) -> tuple[list[SourceRow], list[SourceRow], list[SourceRow]]:
+def _read(
+    dataset: str, task: Task | None, data: DataArguments
+) -> tuple[list[SourceRow], list[SourceRow], list[SourceRow]]:
     """Rows to train on, to choose on and to report."""
     test_split = data.test_split or (task.eval_split if task and has_splits(dataset) else None)
     if not has_splits(dataset):
         for name, count in (("dev_split", "num_dev"), ("test_split", "num_test")):
             if getattr(data, name) is not None:
-                raise ConfigError(name, getattr(data, name), f"none for {dataset}, which has no splits: {count} of its rows are held out. "
-                                  f"Or put a file for each split into a folder: {_TRAIN}.jsonl, validation.jsonl, test.jsonl")  # fmt: skip
+                raise ConfigError(
+                    name,
+                    getattr(data, name),
+                    f"none for {dataset}, which has no splits: {count} of its rows are held out. "
+                    f"Or put a file for each split into a folder: {_TRAIN}.jsonl, validation.jsonl, test.jsonl",
+                )
     train = sample_rows(read_rows(dataset, _TRAIN, task), None, _DATA_SEED)
     if test_split:
         test = sample_rows(read_rows(dataset, test_split, task), data.num_test, _DATA_SEED)
@@ -145,5 +169,7 @@ def _shared(train: list[Example], dev: list[Example], test: list[Example]) -> di
         if count := count_shared(held_out, others):
             shared[name] = count
             split, _, other = name.split()
-            logger.warning("%d of %d %s examples are %s examples too: %s", count, len(held_out), split, other, consequence)
+            logger.warning(
+                "%d of %d %s examples are %s examples too: %s", count, len(held_out), split, other, consequence
+            )
     return shared

@@ -1,7 +1,7 @@
 """Many rows to tokens in few calls of the tokenizer: a call costs as much as tokenising a hundred short texts.
 
-A row is encoded by a generator that yields the `Texts` it needs and is sent their tokens. The generators of many rows go on
-together, and what they ask for at the same time is tokenised at once.
+A row is encoded by a generator that yields the `Texts` it needs and is sent their tokens. The generators of many rows
+go on together, and what they ask for at the same time is tokenised at once.
 """
 
 from collections.abc import Generator, Sequence
@@ -23,7 +23,8 @@ BAD_ROW = (KeyError, TypeError, ValueError, AttributeError, RecursionError)
 
 
 class Texts(NamedTuple):
-    """What a row asks for: the tokens of each text, with the special tokens that the tokenizer adds by itself or without."""
+    """What a row asks for: the tokens of each text, with the special tokens that the tokenizer adds by itself or
+    without."""
 
     texts: Sequence[str]
     special_tokens: bool = True
@@ -32,7 +33,9 @@ class Texts(NamedTuple):
 Encoding = Generator[Texts, list[TokenIds], Result]
 
 
-def encode_together(tokenizer: "PreTrainedTokenizerBase", encodings: Sequence[Encoding[Result]]) -> list[Result | Exception]:
+def encode_together(
+    tokenizer: "PreTrainedTokenizerBase", encodings: Sequence[Encoding[Result]]
+) -> list[Result | Exception]:
     """What each encoding returns, or the error of a bad row that it ends with."""
     outcomes: dict[int, Result | Exception] = {}
     waiting: list[tuple[int, Texts]] = []
@@ -64,7 +67,8 @@ def _require_texts(asked: Texts) -> None:
 
 
 def _newest(waiting: list[tuple[int, Texts]]) -> list[tuple[int, Texts]]:
-    """Take the last to ask, as many as go into one call: rows that are nearly done are finished before others are begun."""
+    """Take the last to ask, as many as go into one call: rows that are nearly done are finished before others are
+    begun."""
     group, characters = [waiting.pop()], 0
     while waiting and characters < _MAX_CHARACTERS:
         group.append(waiting.pop())
@@ -90,7 +94,8 @@ def _tokenised(tokenizer: "PreTrainedTokenizerBase", asked: Sequence[Texts]) -> 
 
 
 def _token_ids(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], special_tokens: bool) -> list[TokenIds]:
-    """As a call of the tokenizer gives them. Where that would only pass the texts on to its backend, nothing but them is asked for."""
+    """As a call of the tokenizer gives them. Where that would only pass the texts on to its backend, nothing but
+    them is asked for."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     passes_on = backend is not None and _passes_on(type(tokenizer)) and not (backend.truncation or backend.padding)
     if passes_on and backend.encode_special_tokens == tokenizer.split_special_tokens:

@@ -1,6 +1,8 @@
-"""What training needs of an engine on an accelerator where SGLang's own defaults would not do, and what such an engine cannot do.
+"""What training needs of an engine on an accelerator where SGLang's own defaults would not do, and what such an engine
+cannot do.
 
-A value that the user gives is never changed. A platform that brings defaults of its own, as ours does on the CPU, is left alone.
+A value that the user gives is never changed. A platform that brings defaults of its own, as ours does on the CPU, is
+left alone.
 """
 
 import os
@@ -26,7 +28,11 @@ def fill_open_fields(server_args: "ServerArgs") -> None:
     if server_args.cuda_graph_backend_prefill is None:
         server_args.cuda_graph_backend_prefill = "disabled"  # a captured prefill routes whole requests
     in_float32 = server_args.dtype in _FLOAT32
-    chosen = (server_args.attention_backend, server_args.prefill_attention_backend, server_args.decode_attention_backend)
+    chosen = (
+        server_args.attention_backend,
+        server_args.prefill_attention_backend,
+        server_args.decode_attention_backend,
+    )
     # FlashAttention and FlashInfer take half precision only; what Blackwell gets by itself needs pages of 64 tokens.
     if chosen == (None, None, None) and (in_float32 or get_platform().is_sm100):
         server_args.attention_backend = "triton"
@@ -35,7 +41,8 @@ def fill_open_fields(server_args: "ServerArgs") -> None:
 
 
 def serving_flags(alora: bool, dtype: str) -> list[str]:
-    """What a server of SGLang's that does not train needs here, beside --enable-lora, to serve an adapter as it was trained."""
+    """What a server of SGLang's that does not train needs here, beside --enable-lora, to serve an adapter as it was
+    trained."""
     from sglang.srt.platforms import current_platform
 
     if current_platform.is_out_of_tree():
@@ -47,11 +54,7 @@ def serving_flags(alora: bool, dtype: str) -> list[str]:
 def why_no_alora(manager: "LoRAManager") -> str | None:
     """Why this engine cannot apply activated LoRA adapters, and what to start it with; None where it can."""
     from sglang.srt.lora.backend.base_backend import BaseLoRABackend
-    from sglang.srt.model_executor.cuda_graph_config import (
-        Backend,
-        Phase,
-        check_cuda_graph_backend,
-    )
+    from sglang.srt.model_executor.cuda_graph_config import Backend, Phase, check_cuda_graph_backend
     from sglang.srt.runtime_context import get_disagg, get_parallel
 
     backend = manager.lora_backend

@@ -16,7 +16,8 @@ _ATTRIBUTE = "mezo_base_model"  # of a model runner
 
 
 def base_model(model_runner: "ModelRunner") -> str:
-    """The fingerprint of the weights that have been loaded. It is taken when it is first asked for: soon after they were."""
+    """The fingerprint of the weights that have been loaded. It is taken when it is first asked for: soon after they
+    were."""
     if not hasattr(model_runner, _ATTRIBUTE):
         setattr(model_runner, _ATTRIBUTE, _taken(model_runner))
     return getattr(model_runner, _ATTRIBUTE)
@@ -36,7 +37,8 @@ def after_load_from_disk(result: tuple[bool, str], updater, *args, **kwargs) -> 
 
 
 def after_load(result: object, updater, *args, **kwargs) -> None:
-    """Weights have come from another process: whatever they are, they are no longer those that were loaded from files."""
+    """Weights have come from another process: whatever they are, they are no longer those that were loaded from
+    files."""
     setattr(updater.get_model_runner(), _ATTRIBUTE, f"replaced:{secrets.token_hex(16)}")
 
 

@@ -1,7 +1,7 @@
 """Turns of conversations as tokens: what a chat request would be rendered to, and the answer that follows on it.
 
-SGLang renders both (``chat_templates``). Their texts are tokenised with those of other rows, as the server tokenises them:
-without special tokens where a Jinja template has written its own.
+SGLang renders both (``chat_templates``). Their texts are tokenised with those of other rows, as the server tokenises
+them: without special tokens where a Jinja template has written its own.
 """
 
 import threading
@@ -16,8 +16,9 @@ from sglang.srt.mezo.data.conversation import Turn
 from sglang.srt.mezo.data.texts import Encoding, Texts
 
 if TYPE_CHECKING:
-    from sglang.srt.mezo.engine.chat_templates import LoadedTemplate, Template
     from transformers import PreTrainedTokenizerBase
+
+    from sglang.srt.mezo.engine.chat_templates import LoadedTemplate, Template
 
 _rendering = threading.Lock()  # SGLang's settings belong to the process
 
@@ -38,7 +39,7 @@ class ChatRenderer:
         self._tokenizer = tokenizer
         self._settings = settings
         if settings.chat_template is not None:
-            self._loaded
+            _ = self._loaded
 
     def answer(self, turn: Turn) -> Encoding[tuple[tuple[int, ...], tuple[int, ...]]]:
         """The request keeps its tokens as they are served, even where the tokenizer would merge across the border."""
@@ -73,4 +74,3 @@ class ChatRenderer:
         from sglang.srt.mezo.engine.chat_templates import LoadedTemplate
 
         return LoadedTemplate(self._tokenizer, self._settings)
-

@@ -9,10 +9,9 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pydantic import ValidationError
-from sglang.srt.entrypoints.openai.protocol import (
-    ChatCompletionMessageGenericParam,
-    ChatCompletionRequest,
-)
+from transformers import PretrainedConfig
+
+from sglang.srt.entrypoints.openai.protocol import ChatCompletionMessageGenericParam, ChatCompletionRequest
 from sglang.srt.entrypoints.openai.serving_chat import OpenAIServingChat
 from sglang.srt.mezo.core.errors import ConfigError, DataError, shown
 from sglang.srt.mezo.data.chat import ChatSettings
@@ -22,7 +21,6 @@ from sglang.srt.parser.template_manager import TemplateManager
 from sglang.srt.runtime_context import create_context, get_context, use_context
 from sglang.srt.server_args import ServerArgs
 from sglang.srt.utils.hf_transformers_utils import get_config
-from transformers import PretrainedConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -82,7 +80,7 @@ class LoadedTemplate:
         return nullcontext() if self._context is None else use_context(self._context)
 
 
-# --- SGLang's handler --------------------------------------------------------------------------------------------------
+# --- SGLang's handler -------------------------------------------------------------------------------------------------
 
 
 class _Handler(OpenAIServingChat):
@@ -103,12 +101,18 @@ class _Handler(OpenAIServingChat):
     def render(self, messages, *, tools, template_kwargs, add_generation_prompt, **_) -> str:
         """As the method above does it for the server, which encodes the text then."""
         return self.tokenizer_manager.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt, tools=tools, return_dict=False, **template_kwargs
+            messages,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            tools=tools,
+            return_dict=False,
+            **template_kwargs,
         )
 
 
 class _ModelConfig:
-    """Of SGLang's ModelConfig what rendering reads. Text is trained on, so other parts are refused as a text model does it."""
+    """Of SGLang's ModelConfig what rendering reads. Text is trained on, so other parts are refused as a text model
+    does it."""
 
     is_multimodal = False
 
@@ -141,7 +145,9 @@ def _hf_config(settings: ChatSettings) -> PretrainedConfig:
     try:
         return get_config(settings.model_path, settings.trust_remote_code, settings.revision)
     except (OSError, ValueError) as error:
-        raise ConfigError("model_path", settings.model_path, f"a hub name or a folder with a model ({error})") from error
+        raise ConfigError(
+            "model_path", settings.model_path, f"a hub name or a folder with a model ({error})"
+        ) from error
 
 
 def _load(tokenizer: "PreTrainedTokenizerBase", settings: ChatSettings) -> Template:
@@ -150,12 +156,14 @@ def _load(tokenizer: "PreTrainedTokenizerBase", settings: ChatSettings) -> Templ
     try:
         templates.load_chat_template(manager, settings.chat_template, settings.model_path)
     except Exception as error:  # of another type for every way in which a file can be wrong
-        raise ConfigError("chat_template", settings.chat_template, f"a name that SGLang knows, or a .jinja or .json file ({error})") from error
+        raise ConfigError(
+            "chat_template", settings.chat_template, f"a name that SGLang knows, or a .jinja or .json file ({error})"
+        ) from error
     handler = _Handler(manager, templates)
     return _JinjaTemplate(handler) if templates.chat_template_name is None else _ConversationTemplate(handler)
 
 
-# --- templates ---------------------------------------------------------------------------------------------------------
+# --- templates --------------------------------------------------------------------------------------------------------
 
 
 class _JinjaTemplate:
@@ -169,7 +177,10 @@ class _JinjaTemplate:
 
     def ask(self, turn: Turn) -> Asked:
         if self._handler.chat_encoding_spec is not None:
-            raise DataError(f"SGLang writes this model's chats without a chat template ({self._handler.chat_encoding_spec}), and no answers")
+            raise DataError(
+                f"SGLang writes this model's chats without a chat template ({self._handler.chat_encoding_spec}), and "
+                "no answers"
+            )
         if self._tokenizer.chat_template is None:
             raise DataError("the tokenizer has no chat template, which messages need")
         if self._handler._prompt_text_round_trip_is_lossy:
@@ -227,7 +238,7 @@ class _ConversationTemplate:
         return conversation.get_prompt()
 
 
-# --- requests ----------------------------------------------------------------------------------------------------------
+# --- requests ---------------------------------------------------------------------------------------------------------
 
 
 def _request(handler: _Handler, turn: Turn) -> tuple[ChatCompletionRequest, ChatCompletionMessageGenericParam]:
@@ -270,7 +281,9 @@ def _problem(error: ValidationError, messages: Sequence[Mapping[str, Any]]) -> s
         if place[0] == "messages":  # which have two schemas, of which that of the message's role counts
             if any("UserParam" in str(part) for part in place) != (messages[place[1]].get("role") == "user"):
                 continue
-        names = [part for part in place if isinstance(part, int) or part.isidentifier() and part.islower() and part != "str"]  # no types
+        names = [
+            part for part in place if isinstance(part, int) or part.isidentifier() and part.islower() and part != "str"
+        ]  # no types
         if len(names) > found[0]:
             path = "".join(f"[{name}]" if isinstance(name, int) else f".{name}" for name in names).removeprefix(".")
             found = (len(names), f"{path}={shown(problem['input'])} is not allowed: {problem['msg']}")

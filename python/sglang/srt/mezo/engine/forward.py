@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+
 from sglang.srt.mezo.core.errors import CapacityError
 from sglang.srt.mezo.engine.handle import EngineHandle
 
@@ -17,8 +18,8 @@ class Sequenced:
         cached: int64 [prefix], KV indices of the tokens before ``tokens``.
         tokens: token ids to run, at least one.
         segments: (adapter id or None for the base model, number of tokens), covering ``tokens`` in order.
-        follows: instead of ``cached``, (earlier sequence of the batch, how many of its tokens): those come before ``tokens``.
-            The attention backend must write the KV of a batch before it reads it.
+        follows: instead of ``cached``, (earlier sequence of the batch, how many of its tokens): those come before
+            ``tokens``. The attention backend must write the KV of a batch before it reads it.
     """
 
     cached: torch.Tensor
@@ -41,10 +42,15 @@ def extend(handle: EngineHandle, sequences: Sequence[Sequenced]) -> tuple[torch.
 
     num_tokens = sum(len(sequence.tokens) for sequence in sequences)
     if num_tokens > handle.free_kv_tokens:
-        raise CapacityError(f"{num_tokens} KV tokens are needed and {handle.free_kv_tokens} of {handle.kv_capacity} are free: raise max_total_tokens or lower the batch size")
+        raise CapacityError(
+            f"{num_tokens} KV tokens are needed and {handle.free_kv_tokens} of {handle.kv_capacity} are free: raise "
+            "max_total_tokens or lower the batch size"
+        )
     rows = handle.req_to_token_pool.alloc_rows(len(sequences))
     if rows is None:
-        raise CapacityError(f"{len(sequences)} request rows are needed and {handle.free_rows} are free: raise max_running_requests")
+        raise CapacityError(
+            f"{len(sequences)} request rows are needed and {handle.free_rows} are free: raise max_running_requests"
+        )
     kv_indices = None
     try:
         kv_indices = alloc_token_slots(handle.tree_cache, num_tokens)
@@ -58,11 +64,10 @@ def extend(handle: EngineHandle, sequences: Sequence[Sequenced]) -> tuple[torch.
     return hidden, kv_indices
 
 
-def _run(handle: EngineHandle, sequences: Sequence[Sequenced], rows: list[int], kv_indices: torch.Tensor) -> torch.Tensor:
-    from sglang.srt.model_executor.forward_context import (
-        ForwardContext,
-        forward_context,
-    )
+def _run(
+    handle: EngineHandle, sequences: Sequence[Sequenced], rows: list[int], kv_indices: torch.Tensor
+) -> torch.Tensor:
+    from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
 
     runner = handle.model_runner
     with torch.inference_mode():
@@ -74,11 +79,7 @@ def _run(handle: EngineHandle, sequences: Sequence[Sequenced], rows: list[int], 
 
 
 def _forward_batch(handle: EngineHandle, sequences: Sequence[Sequenced], rows: list[int], kv_indices: torch.Tensor):
-    from sglang.srt.model_executor.forward_batch_info import (
-        CaptureHiddenMode,
-        ForwardBatch,
-        ForwardMode,
-    )
+    from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode, ForwardBatch, ForwardMode
     from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
     extends = [len(sequence.tokens) for sequence in sequences]
@@ -129,7 +130,13 @@ def _before(sequences: Sequence[Sequenced], new: Sequence[torch.Tensor]) -> list
     return before
 
 
-def _fill_rows(table: torch.Tensor, rows: list[int], lengths: list[int], cached: Sequence[torch.Tensor], new: Sequence[torch.Tensor]) -> None:
+def _fill_rows(
+    table: torch.Tensor,
+    rows: list[int],
+    lengths: list[int],
+    cached: Sequence[torch.Tensor],
+    new: Sequence[torch.Tensor],
+) -> None:
     """Write the KV indices of every sequence into its row of the table, all in one go."""
     indices = torch.cat([part for pair in zip(cached, new) for part in pair if part.numel()])
     row_of = torch.tensor(rows).repeat_interleave(torch.tensor(lengths))
@@ -145,4 +152,6 @@ def _route_adapters(handle: EngineHandle, batch, sequences: Sequence[Sequenced])
     if len(segments) == len(sequences):
         manager.prepare_lora_batch(batch)
     else:
-        manager.prepare_lora_token_segments(lora_ids=[lora_id for lora_id, _ in segments], segment_lens=[length for _, length in segments])
+        manager.prepare_lora_token_segments(
+            lora_ids=[lora_id for lora_id, _ in segments], segment_lens=[length for _, length in segments]
+        )

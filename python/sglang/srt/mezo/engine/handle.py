@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
+
 from sglang.srt.mezo.adapters.differences import differences
 from sglang.srt.mezo.adapters.families import family_of, require_modules
 from sglang.srt.mezo.core.errors import CapacityError, ConfigError
@@ -15,12 +16,13 @@ from sglang.srt.mezo.engine.allocator import keep_freed_memory
 from sglang.srt.mezo.engine.base_model import base_model, precision
 
 if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
     from sglang.srt.lora.lora_manager import LoRAManager
     from sglang.srt.managers.scheduler import Scheduler
     from sglang.srt.mem_cache.base_prefix_cache import BasePrefixCache
     from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
     from sglang.srt.model_executor.model_runner import ModelRunner
-    from transformers import PretrainedConfig
 
 logger = logging.getLogger(__name__)
 
@@ -82,9 +84,14 @@ class EngineHandle:
 
     @property
     def base_model(self) -> dict[str, str]:
-        """What tells the loaded model from others: ``name`` is for people, ``fingerprint`` and ``precision`` must agree."""
+        """What tells the loaded model from others: ``name`` is for people, ``fingerprint`` and ``precision`` must
+        agree."""
         runner = self.model_runner
-        return {"name": runner.model_config.model_path, "fingerprint": base_model(runner), "precision": precision(runner)}
+        return {
+            "name": runner.model_config.model_path,
+            "fingerprint": base_model(runner),
+            "precision": precision(runner),
+        }
 
     @property
     def context_length(self) -> int:
@@ -109,7 +116,8 @@ class EngineHandle:
 
     @property
     def writes_kv_first(self) -> bool:
-        """Whether attention finds the KV of a batch's own tokens in the pool. FlashInfer's, for one, writes it afterwards."""
+        """Whether attention finds the KV of a batch's own tokens in the pool. FlashInfer's, for one, writes it
+        afterwards."""
         return type(self.model_runner.attn_backend).__name__ in _WRITE_KV_FIRST
 
     @property
@@ -179,10 +187,17 @@ class MezoEngine:
 
 def config_source(server_args) -> tuple[Any, ...]:
     """The arguments of ``checkpoint_config`` in SGLang's ServerArgs."""
-    return server_args.model_path, server_args.trust_remote_code, server_args.revision, server_args.json_model_override_args
+    return (
+        server_args.model_path,
+        server_args.trust_remote_code,
+        server_args.revision,
+        server_args.json_model_override_args,
+    )
 
 
-def checkpoint_config(model_path: str, trust_remote_code: bool, revision: str | None, overrides: str) -> "PretrainedConfig":
+def checkpoint_config(
+    model_path: str, trust_remote_code: bool, revision: str | None, overrides: str
+) -> "PretrainedConfig":
     """The configuration of a checkpoint; what SGLang makes of it for a number of ranks is another.
 
     Args:
@@ -200,7 +215,8 @@ def checkpoint_config(model_path: str, trust_remote_code: bool, revision: str | 
 
 
 def warn_of_differences(config: "PretrainedConfig", context_length: int | None) -> None:
-    """What of a model SGLang computes otherwise than Transformers: adapters made for the one do something else in the other."""
+    """What of a model SGLang computes otherwise than Transformers: adapters made for the one do something else in
+    the other."""
     for difference in differences(config, context_length):
         logger.warning(f"{config.architectures[0]} in SGLang is not quite the model of its configuration: {difference}")
 
@@ -224,8 +240,12 @@ def require_pool(handle: EngineHandle, slots: int, r: int) -> None:
     manager = handle.lora_manager
     if slots > free_slots(handle):
         raise CapacityError(
-            f"{slots} adapter slots are needed, but {free_slots(handle)} of the pool's {manager.max_loras_per_batch} are free: "
+            f"{slots} adapter slots are needed, but {free_slots(handle)} of the pool's {manager.max_loras_per_batch} "
+            "are free: "
             "raise max_loras_per_batch"
         )
     if r > manager.max_lora_rank:
-        raise CapacityError(f"an adapter of rank {r} does not fit the pool's rank of {manager.max_lora_rank}: lower r or raise max_lora_rank")
+        raise CapacityError(
+            f"an adapter of rank {r} does not fit the pool's rank of {manager.max_lora_rank}: lower r or raise "
+            "max_lora_rank"
+        )

@@ -1,6 +1,7 @@
 """From hidden states to the scores of chosen tokens, in float32, only where they are needed."""
 
 import torch
+
 from sglang.srt.mezo.engine.handle import EngineHandle
 
 # Rows whose logits over the vocabulary exist at once; on CPU so few that they stay in the cache.

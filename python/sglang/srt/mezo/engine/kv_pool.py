@@ -1,4 +1,5 @@
-"""KV that nobody may read any more: attention kernels also read places that are free, and multiply what they hold by 0."""
+"""KV that nobody may read any more: attention kernels also read places that are free, and multiply what they hold by
+0."""
 
 import torch
 

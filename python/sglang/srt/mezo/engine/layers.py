@@ -6,18 +6,21 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
+
 from sglang.srt.mezo.adapters.adapter import Site
 from sglang.srt.mezo.adapters.families import model_modules
 from sglang.srt.mezo.core.errors import ConfigError
 from sglang.srt.mezo.engine.handle import EngineHandle, checkpoint_config, config_source
 
 _STACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-"""SGLang's fused linear layers and the layers in them, in the order of their rows. Some models have them fused themselves."""
+"""SGLang's fused linear layers and the layers in them, in the order of their rows. Some models have them fused
+themselves."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """Rows first .. first + rows of the checkpoint's linear layer ``site``; SGLang's layer has ``width`` rows for them, zeros last."""
+    """Rows first .. first + rows of the checkpoint's linear layer ``site``; SGLang's layer has ``width`` rows for
+    them, zeros last."""
 
     site: Site
     first: int
@@ -86,7 +89,11 @@ def adapted_layers(handle: EngineHandle, target_modules: Sequence[str]) -> list[
             layers.append(replace(layer, adapted=adapted))
     missing = sorted(set(target_modules) - {site.name for layer in layers for site in layer.sites})
     if missing:
-        raise ConfigError("target_modules", list(target_modules), f"the engine's LoRA pool has {adaptable_modules(handle)}, not {missing}")
+        raise ConfigError(
+            "target_modules",
+            list(target_modules),
+            f"the engine's LoRA pool has {adaptable_modules(handle)}, not {missing}",
+        )
     return layers
 
 
@@ -106,7 +113,8 @@ def _wrapped(handle: EngineHandle) -> Iterator[Layer]:
 
 
 def model_layers(model: torch.nn.Module) -> Iterator[Layer]:
-    """Every linear layer in the blocks of SGLang's model, wrapped for LoRA or not, that holds something of the checkpoint's."""
+    """Every linear layer in the blocks of SGLang's model, wrapped for LoRA or not, that holds something of the
+    checkpoint's."""
     from sglang.srt.layers.linear import LinearBase
     from sglang.srt.layers.utils import get_layer_id
     from sglang.srt.runtime_context import get_server_args
@@ -122,17 +130,22 @@ def model_layers(model: torch.nn.Module) -> Iterator[Layer]:
 
 @lru_cache(maxsize=1)
 def checkpoint_sites(*source) -> Mapping[str, Site]:
-    """The checkpoint's linear layers by their paths, from what ``config_source`` gives; the engine's own copy of the configuration holds the engine's widths."""
+    """The checkpoint's linear layers by their paths, from what ``config_source`` gives; the engine's own copy of the
+    configuration holds the engine's widths."""
     return {site.path: site for site in model_modules(checkpoint_config(*source))}
 
 
 def _parts(name: str, base: torch.nn.Module, modules: Mapping[str, Site]) -> Iterator[Part]:
-    """The checkpoint's layers in one of SGLang's, by full widths whatever the degree of parallelism; none in experts and routers."""
+    """The checkpoint's layers in one of SGLang's, by full widths whatever the degree of parallelism; none in experts
+    and routers."""
     parent, _, leaf = name.rpartition(".")
     if name in modules:
         widths = _output_widths(base)
         rows = _rows_of_fused(modules[name], widths)
-        yield from (Part(modules[name], first, own, width) for first, own, width in zip(itertools.accumulate([0, *rows]), rows, widths))
+        yield from (
+            Part(modules[name], first, own, width)
+            for first, own, width in zip(itertools.accumulate([0, *rows]), rows, widths)
+        )
     elif (paths := [f"{parent}.{part}" for part in _STACKED.get(leaf, (leaf,))])[0] in modules:
         for path, width in zip(paths, _output_widths(base), strict=True):
             yield Part(modules[path], 0, modules[path].out_features, width)
@@ -143,7 +156,12 @@ def _rows_of_fused(site: Site, widths: Sequence[int]) -> list[int]:
     if sum(widths) == site.out_features:
         return list(widths)
     if len(set(widths)) > 1:
-        raise ConfigError("target_modules", site.name, f"a layer of {site.out_features} rows; SGLang gave it {sum(widths)}: choose a tp_size that divides the heads")
+        raise ConfigError(
+            "target_modules",
+            site.name,
+            f"a layer of {site.out_features} rows; SGLang gave it {sum(widths)}: choose a tp_size that divides the "
+            "heads",
+        )
     return [site.out_features // len(widths)] * len(widths)
 
 

@@ -1,13 +1,15 @@
-"""PEFT adapters and the model of an engine: what they can act on there, and their matrices as SGLang's loader takes them."""
+"""PEFT adapters and the model of an engine: what they can act on there, and their matrices as SGLang's loader takes
+them."""
 
 from typing import TYPE_CHECKING
 
 import torch
+from torch.nn.functional import pad
+
 from sglang.srt.mezo.adapters.families import FAMILIES
 from sglang.srt.mezo.adapters.peft_adapter import ModelLayers, PeftAdapter
 from sglang.srt.mezo.engine.handle import checkpoint_config, config_source
 from sglang.srt.mezo.engine.layers import Layer, Part, checkpoint_sites, model_layers
-from torch.nn.functional import pad
 
 if TYPE_CHECKING:
     from sglang.srt.lora.lora_manager import LoRAManager
@@ -23,13 +25,25 @@ def is_known(manager: "LoRAManager") -> bool:
 
 
 def layers_for_adapters(manager: "LoRAManager") -> ModelLayers:
-    """What an adapter may act on: any layer before SGLang has laid out its pool, which it does for the adapters that it starts with."""
+    """What an adapter may act on: any layer before SGLang has laid out its pool, which it does for the adapters that
+    it starts with."""
     from sglang.srt.runtime_context import get_server_args
 
     any_layer = not hasattr(manager, "lora_modules")
-    adapted = [part.site.path for layer in model_layers(manager.base_model) if any_layer or layer.is_wrapped for part in layer.parts]
+    adapted = [
+        part.site.path
+        for layer in model_layers(manager.base_model)
+        if any_layer or layer.is_wrapped
+        for part in layer.parts
+    ]
     max_rank = getattr(manager, "max_lora_rank", None)
-    return ModelLayers(checkpoint_sites(*config_source(get_server_args())), frozenset(adapted), max_rank, manager.dtype, manager.base_hf_config.vocab_size)
+    return ModelLayers(
+        checkpoint_sites(*config_source(get_server_args())),
+        frozenset(adapted),
+        max_rank,
+        manager.dtype,
+        manager.base_hf_config.vocab_size,
+    )
 
 
 def layers_of_checkpoint(server_args) -> ModelLayers | None:
@@ -43,11 +57,14 @@ def layers_of_checkpoint(server_args) -> ModelLayers | None:
     if not set(config.architectures or ()) & FAMILIES.keys():
         return None
     sites = checkpoint_sites(*source)
-    return ModelLayers(sites, sites.keys(), server_args.max_lora_rank, torch.float32, config.get_text_config().vocab_size)
+    return ModelLayers(
+        sites, sites.keys(), server_args.max_lora_rank, torch.float32, config.get_text_config().vocab_size
+    )
 
 
 def as_sglang_takes_it(manager: "LoRAManager", adapter: PeftAdapter) -> tuple[CheckedFields, dict[str, torch.Tensor]]:
-    """Configuration and tensors. Of a fused layer all parts are there, all as wide as SGLang's: zeros where the adapter has nothing."""
+    """Configuration and tensors. Of a fused layer all parts are there, all as wide as SGLang's: zeros where the
+    adapter has nothing."""
     tensors: dict[str, torch.Tensor] = {}
     for layer in model_layers(manager.base_model):
         if any(part.site.path in adapter.matrices for part in layer.parts):

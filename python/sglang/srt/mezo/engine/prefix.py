@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+
 from sglang.srt.mezo.core.errors import CapacityError, DivergedError
 from sglang.srt.mezo.core.passes import Passes, drain
 from sglang.srt.mezo.core.tokens import Tokens, common_length
@@ -69,7 +70,8 @@ class BasePrefixes:
             pieces = self._pieces(missing)
             self._compute(list(pieces.values()))
             yield
-            # What was computed is not looked at again: in a pool that is too small one prefix would evict another for ever.
+            # What was computed is not looked at again: in a pool that is too small one prefix would evict another for
+            # ever.
             missing = self._missing(prefix for prefix in missing if pieces.get(prefix) != prefix)
 
     @contextmanager
@@ -88,7 +90,9 @@ class BasePrefixes:
         kept = self._make_room(wanted, beside)
         held: dict[Tokens, _Locked] = {}
         try:
-            held |= {prefix: found for prefix in wanted if prefix not in kept and (found := self._lock(prefix)) is not None}
+            held |= {
+                prefix: found for prefix in wanted if prefix not in kept and (found := self._lock(prefix)) is not None
+            }
             missing = [prefix for prefix in wanted if prefix not in kept and prefix not in held]
             drain(self.prepare(missing))
             for prefix in missing:
@@ -135,7 +139,9 @@ class BasePrefixes:
         match = self._match(prefix)
         if match.device_prefix_len < len(prefix):
             return None
-        return _Locked(tree.path_device_indices(match.last_device_node)[: len(prefix)], tree.lock(match.last_device_node))
+        return _Locked(
+            tree.path_device_indices(match.last_device_node)[: len(prefix)], tree.lock(match.last_device_node)
+        )
 
     def _raise_evicted(self, prefix: Tokens):
         raise CapacityError(
@@ -189,13 +195,18 @@ class BasePrefixes:
             if not hidden.isfinite().all():
                 erase(self._handle.kv_allocator.get_kvcache(), new)
                 self._handle.kv_allocator.free(new)
-                raise DivergedError(f"the base model does not give finite numbers in {hidden.dtype} for one of {len(prefixes)} prompts: serve it in another dtype")
+                raise DivergedError(
+                    f"the base model does not give finite numbers in {hidden.dtype} for one of {len(prefixes)} "
+                    "prompts: serve it in another dtype"
+                )
             self._stats.computed += new.numel()
             parts = list(new.split([len(sequence.tokens) for sequence in sequences]))
             try:
                 for prefix, hit, indices in zip(prefixes, hits, cached):
                     # The tree owns the new KV from here on, and frees what another prefix of the batch brought already.
-                    tree.insert(InsertParams(key=_key(prefix), value=torch.cat((indices, parts[0])), prev_prefix_len=hit))
+                    tree.insert(
+                        InsertParams(key=_key(prefix), value=torch.cat((indices, parts[0])), prev_prefix_len=hit)
+                    )
                     del parts[0]
             finally:
                 for part in parts:  # what the tree did not take

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from uuid import uuid4
 
 import torch
+
 from sglang.srt.mezo.adapters.adapter import Adapter, AdapterSpec
 from sglang.srt.mezo.core.errors import CapacityError
 from sglang.srt.mezo.core.estimator import SIGNS, Estimator
@@ -36,7 +37,9 @@ class Slot:
 
     def _claim(self, spec: AdapterSpec, name: str) -> None:
         manager = self._handle.lora_manager
-        config = CheckedFields(peft_type="LORA", r=spec.r, lora_alpha=spec.lora_alpha, target_modules=self._layout.targets_in_pool)
+        config = CheckedFields(
+            peft_type="LORA", r=spec.r, lora_alpha=spec.lora_alpha, target_modules=self._layout.targets_in_pool
+        )
         result = manager.load_lora_adapter_from_tensors(self._ref, self._layout.empty(), config)
         if not result.success:
             raise CapacityError(f"adapter slot {name!r}: {result.error_message}")
@@ -76,11 +79,12 @@ class _Block:
 class SlotLayout:
     """Where each number of the flat vector lies in a slot of this rank's pool; one for all slots of an adapter.
 
-    The flat vector's positions are stacked and cut for this tensor-parallel rank by the same methods that SGLang applies to
-    weights. What comes out are blocks of it, so a write is a copy of each, whatever the layer.
+    The flat vector's positions are stacked and cut for this tensor-parallel rank by the same methods that SGLang
+    applies to weights. What comes out are blocks of it, so a write is a copy of each, whatever the layer.
 
     Attributes:
-        room: float32 [numel] on the CPU, for an adapter that is made only to be written; elsewhere it is copied once more.
+        room: float32 [numel] on the CPU, for an adapter that is made only to be written; elsewhere it is copied once
+            more.
     """
 
     def __init__(self, handle: EngineHandle, adapter: Adapter):
@@ -92,13 +96,18 @@ class SlotLayout:
         matrices = {site.path: (a, b) for site, a, b in positions.matrices()}
         stacked = []
         for layer in self._layers:
-            a, b = zip(*(_placed(part, layer.in_features, matrices.get(part.site.path), self._r) for part in layer.parts))
+            a, b = zip(
+                *(_placed(part, layer.in_features, matrices.get(part.site.path), self._r) for part in layer.parts)
+            )
             stacked.append(layer.module.slice_lora_a_weights(torch.cat(a)))
             stacked.append(layer.module.slice_lora_b_weights(torch.cat(b)))
         self._blocks = [block for buffer, places in enumerate(stacked) for block in _blocks(buffer, places)]
         self.room = torch.zeros(adapter.numel)
         self._weights = self.room.to(handle.device)  # the same memory where that is the CPU
-        self._views = [self._weights.as_strided((block.end - block.first, block.columns), (block.stride, 1), block.offset) for block in self._blocks]
+        self._views = [
+            self._weights.as_strided((block.end - block.first, block.columns), (block.stride, 1), block.offset)
+            for block in self._blocks
+        ]
 
     @property
     def targets_in_pool(self) -> list[str]:
@@ -106,7 +115,8 @@ class SlotLayout:
         return sorted({layer.target for layer in self._layers})
 
     def empty(self) -> dict[str, torch.Tensor]:
-        """Zeros for all that the adapter's layers have in a slot, under SGLang's names, so that its loader has nothing to arrange."""
+        """Zeros for all that the adapter's layers have in a slot, under SGLang's names, so that its loader has
+        nothing to arrange."""
         state = {}
         for layer in self._layers:
             state[f"base_model.model.{layer.name}.lora_A.weight"] = torch.zeros(self._r, layer.in_features)
@@ -120,7 +130,8 @@ class SlotLayout:
         return self._views
 
     def targets(self, handle: EngineHandle, slot: int) -> list[torch.Tensor]:
-        """Views of the pool where the blocks lie in slot ``slot``. What else the adapter's layers have there becomes zero."""
+        """Views of the pool where the blocks lie in slot ``slot``. What else the adapter's layers have there becomes
+        zero."""
         buffers = list(self._buffers(handle, slot))
         torch._foreach_zero_(buffers)
         return [buffers[block.buffer][block.first : block.end, : block.columns] for block in self._blocks]
@@ -136,8 +147,11 @@ class SlotLayout:
 _NOWHERE = -1  # position of what SGLang's layer has for parts that are not adapted, and beyond the checkpoint's widths
 
 
-def _placed(part: Part, in_features: int, positions: tuple[torch.Tensor, torch.Tensor] | None, r: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Positions of A and B of the checkpoint's layer, or None where it is not adapted, as SGLang has them for one part of its own."""
+def _placed(
+    part: Part, in_features: int, positions: tuple[torch.Tensor, torch.Tensor] | None, r: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions of A and B of the checkpoint's layer, or None where it is not adapted, as SGLang has them for one
+    part of its own."""
     a, b = torch.full((r, in_features), _NOWHERE), torch.full((part.width, r), _NOWHERE)
     if positions is not None:
         a[:, : part.site.in_features] = positions[0]
@@ -150,13 +164,18 @@ def _blocks(buffer: int, positions: torch.Tensor) -> Iterator[_Block]:
     columns = int((positions != _NOWHERE).any(0).sum())
     starts = positions[:, 0].tolist()
     somewhere = positions[positions[:, 0] != _NOWHERE]
-    if not torch.equal(somewhere[:, :columns], somewhere[:, :1] + torch.arange(columns)) or (positions[:, columns:] != _NOWHERE).any():
+    if (
+        not torch.equal(somewhere[:, :columns], somewhere[:, :1] + torch.arange(columns))
+        or (positions[:, columns:] != _NOWHERE).any()
+    ):
         raise ValueError("a row of a LoRA weight lies in parts in SGLang's pool, where whole rows are copied")
     first = 0
     while first < len(starts):
         stride = starts[first + 1] - starts[first] if first + 1 < len(starts) else columns
         end = first + 1
-        while starts[first] != _NOWHERE and stride > 0 and end < len(starts) and starts[end] == starts[end - 1] + stride:
+        while (
+            starts[first] != _NOWHERE and stride > 0 and end < len(starts) and starts[end] == starts[end - 1] + stride
+        ):
             end += 1
         if starts[first] != _NOWHERE:
             yield _Block(buffer, first, end, columns, starts[first], stride if end > first + 1 else columns)
@@ -174,7 +193,9 @@ class PerturbedSlots:
         CapacityError: the pool could not hold those of one direction even without requests.
     """
 
-    def __init__(self, handle: EngineHandle, adapter: Adapter, num_perturbations: int, estimator: Estimator, spare: int = 0):
+    def __init__(
+        self, handle: EngineHandle, adapter: Adapter, num_perturbations: int, estimator: Estimator, spare: int = 0
+    ):
         self._estimator: Estimator = estimator
         self._signs = SIGNS[estimator]
         require_pool(handle, 1 + len(self._signs) + spare, adapter.spec.r)
@@ -194,7 +215,9 @@ class PerturbedSlots:
 
     def claim(self) -> None:
         """Take the slots. Between two batches, and only where the adapters of requests in flight leave the room."""
-        names = ["mezo-current"] + [f"mezo-{k}{'+' if sign > 0 else '-'}" for k, sign in itertools.product(range(self.width), self._signs)]
+        names = ["mezo-current"] + [
+            f"mezo-{k}{'+' if sign > 0 else '-'}" for k, sign in itertools.product(range(self.width), self._signs)
+        ]
         with ExitStack() as release_on_error:
             slots = []
             for name in names:
@@ -215,7 +238,8 @@ class PerturbedSlots:
     def groups(self, first: int, end: int) -> list[tuple[str, ...]]:
         """Adapter ids to score for directions ``first`` to below ``end`` of a step, at most ``width`` of them.
 
-        Those of a group are best scored in one pass, as they are compared. One-sided, theta comes before the first direction.
+        Those of a group are best scored in one pass, as they are compared. One-sided, theta comes before the first
+        direction.
         """
         theta = [(self.current.lora_id,)] if first == 0 and self._estimator == "one_sided" else []
         return theta + [tuple(slot.lora_id for slot in self.of_direction(place)) for place in range(end - first)]

@@ -1,7 +1,8 @@
 """Every adapter that SGLang loads is read by us: applied as PEFT applies it, or refused before anything is taken.
 
-SGLang's own loader leaves out or misreads much of what PEFT knows, and notices that tensors do not fit when a request needs them,
-which ends the server. It gets what it takes without a question: all parts of a layer, one rank, one scale, plain fields.
+SGLang's own loader leaves out or misreads much of what PEFT knows, and notices that tensors do not fit when a request
+needs them, which ends the server. It gets what it takes without a question: all parts of a layer, one rank, one scale,
+plain fields.
 """
 
 import logging
@@ -36,13 +37,24 @@ def _around_loading(original: Callable, manager: "LoRAManager", lora_ref: "LoRAR
 
 
 def _around_loading_from_tensors(
-    original: Callable, manager: "LoRAManager", lora_ref: "LoRARef", tensors: Mapping, config_dict: Mapping, added_tokens_config: Any = None
+    original: Callable,
+    manager: "LoRAManager",
+    lora_ref: "LoRARef",
+    tensors: Mapping,
+    config_dict: Mapping,
+    added_tokens_config: Any = None,
 ) -> "LoRAUpdateOutput":
     """An adapter in a request, or one that has been checked."""
     if isinstance(config_dict, CheckedFields) or not is_known(manager):
         return _served(manager, lora_ref, original(manager, lora_ref, tensors, config_dict, added_tokens_config))
     if added_tokens_config:
-        return _refused(manager, lora_ref, ConfigError("added_tokens_config", added_tokens_config, "nothing, as the server's tokenizer has its own tokens"))
+        return _refused(
+            manager,
+            lora_ref,
+            ConfigError(
+                "added_tokens_config", added_tokens_config, "nothing, as the server's tokenizer has its own tokens"
+            ),
+        )
     return _load(manager, lora_ref, lambda: fit_adapter(config_dict, tensors, layers_for_adapters(manager)))
 
 
@@ -60,7 +72,8 @@ def _load(manager: "LoRAManager", lora_ref: "LoRARef", make: Callable[[], PeftAd
 
 
 def _served(manager: "LoRAManager", lora_ref: "LoRARef", result: "LoRAUpdateOutput") -> "LoRAUpdateOutput":
-    """Take note of an adapter that SGLang has loaded, or have it forget one that it has not, or that it would serve wrongly."""
+    """Take note of an adapter that SGLang has loaded, or have it forget one that it has not, or that it would serve
+    wrongly."""
     if not result.success:
         return _refused(manager, lora_ref, result.error_message)
     invocation = tuple(manager.configs[lora_ref.lora_id].hf_config.get("alora_invocation_tokens") or ())
@@ -112,13 +125,21 @@ def _around_tensors(original: Callable, worker, request) -> "LoRAUpdateOutput":
     try:
         return original(worker, request)
     except Exception as error:
-        return manager.create_lora_update_result(success=False, error_message=f"serialized_named_tensors: {type(error).__name__}: {error}")
+        return manager.create_lora_update_result(
+            success=False, error_message=f"serialized_named_tensors: {type(error).__name__}: {error}"
+        )
 
 
 _MANAGER = "sglang.srt.lora.lora_manager"
 
 HOOKS = (
-    Hook(_MANAGER, "LoRAManager._load_lora_adapter", "around", _around_loading, "applies adapters as PEFT does, or refuses them"),
+    Hook(
+        _MANAGER,
+        "LoRAManager._load_lora_adapter",
+        "around",
+        _around_loading,
+        "applies adapters as PEFT does, or refuses them",
+    ),
     Hook(
         _MANAGER,
         "LoRAManager._load_lora_adapter_from_tensors",

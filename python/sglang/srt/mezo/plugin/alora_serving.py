@@ -5,8 +5,8 @@ that are the base model's, so their KV is shared with all other traffic: the req
 radix tree, and from the invocation on its keys are *tagged* token ids that no tokenizer produces. One path of the tree
 then holds base prefix and adapter suffix, and locks, eviction and splitting work as for any other request.
 
-An ordinary adapter keeps a namespace of its own. Tag and namespace are new with every load of an adapter: a version of it
-never meets the KV of another.
+An ordinary adapter keeps a namespace of its own. Tag and namespace are new with every load of an adapter: a version of
+it never meets the KV of another.
 """
 
 from array import array
@@ -173,9 +173,7 @@ def _route_segments(manager, lora_ids: Sequence[str | None], lengths: Sequence[i
     """Run `lengths[i]` tokens under `lora_ids[i]`; None may stand without a slot of its own, which SGLang's
     prepare_lora_token_segments asks for: any slot that this batch leaves alone applies nothing."""
     segments = [(lora_id, length) for lora_id, length in zip(lora_ids, lengths, strict=True) if length]
-    slots = {
-        lora_id: manager.memory_pool.get_buffer_id(lora_id) for lora_id, _ in segments if lora_id is not None
-    }
+    slots = {lora_id: manager.memory_pool.get_buffer_id(lora_id) for lora_id, _ in segments if lora_id is not None}
     unused = next(slot for slot in range(manager.max_loras_per_batch) if slot not in slots.values())
     ranks, scalings = [0] * manager.max_loras_per_batch, [0.0] * manager.max_loras_per_batch
     for lora_id, slot in slots.items():
@@ -191,7 +189,8 @@ def _route_segments(manager, lora_ids: Sequence[str | None], lengths: Sequence[i
 
 
 def _around_admission(original: Callable, manager, lora_ids: set[str | None]) -> bool:
-    """A batch with an aLoRA request needs a slot that applies nothing beside those of its adapters; a job may need some too."""
+    """A batch with an aLoRA request needs a slot that applies nothing beside those of its adapters; a job may need
+    some too."""
     if not slot_room.admits(manager, lora_ids):
         return False
     activated = any(lora_id in _SERVED and _SERVED[lora_id].invocation for lora_id in lora_ids if lora_id is not None)
@@ -203,7 +202,9 @@ def _around_admission(original: Callable, manager, lora_ids: set[str | None]) ->
 _MANAGER = "sglang.srt.lora.lora_manager"
 
 HOOKS = (
-    Hook(_MANAGER, "LoRAManager.unload_lora_adapter", "after", _after_unloading, "forgets what was known of the adapter"),
+    Hook(
+        _MANAGER, "LoRAManager.unload_lora_adapter", "after", _after_unloading, "forgets what was known of the adapter"
+    ),
     Hook(
         _MANAGER,
         "LoRAManager.validate_lora_batch",
@@ -218,13 +219,7 @@ HOOKS = (
         _after_request_created,
         "finds the invocation and names the request's namespace in the cache",
     ),
-    Hook(
-        "sglang.srt.mem_cache.common",
-        "_req_radix_key",
-        "around",
-        _around_radix_key,
-        "looks KV up by tagged tokens",
-    ),
+    Hook("sglang.srt.mem_cache.common", "_req_radix_key", "around", _around_radix_key, "looks KV up by tagged tokens"),
     Hook(
         "sglang.srt.mem_cache.unified_radix_cache",
         "UnifiedRadixCache.checkpoint_into_tree",

@@ -1,14 +1,16 @@
-"""Puts the attention, LoRA and linear layers of ``cpu/`` in the place of upstream's, where our CPU platform is active."""
+"""Puts the attention, LoRA and linear layers of ``cpu/`` in the place of upstream's, where our CPU platform is
+active."""
 
 from collections.abc import Callable
 from types import ModuleType
 
 import torch
+from torch.overrides import TorchFunctionMode
+
 from sglang.srt.mezo.cpu.linear import apply_linear, bound_kernels, compute_lm_head
 from sglang.srt.mezo.plugin import overlay
 from sglang.srt.mezo.plugin.hooks import Hook
 from sglang.srt.mezo.plugin.hooks import install as install_hook
-from torch.overrides import TorchFunctionMode
 
 BACKEND_NAME = "torch_native"
 

@@ -68,7 +68,8 @@ def _apply(hook: Hook) -> None:
     try:
         is_method = isinstance(pkgutil.resolve_name(hook.target.rpartition(".")[0]), type)
         with _no_search() if is_method else nullcontext():
-            # Only this target: apply_hooks() would wrap another plugin's target twice if its own application has led here.
+            # Only this target: apply_hooks() would wrap another plugin's target twice if its own application has led
+            # here.
             HookRegistry._apply_target(hook.target, HookRegistry._hooks[hook.target])
     except Exception as error:
         raise StartRefused(f"the hook on {hook.target} did not take hold ({hook.why}): {error}") from error
@@ -77,7 +78,8 @@ def _apply(hook: Hook) -> None:
 
 @contextmanager
 def _no_search():
-    """Without SGLang's search of all modules for copies of a hooked function: 0.05 s, and modules hold no copies of methods."""
+    """Without SGLang's search of all modules for copies of a hooked function: 0.05 s, and modules hold no copies of
+    methods."""
     from sglang.srt.plugins import hook_registry
 
     search = hook_registry._propagate_patch

@@ -1,9 +1,13 @@
-"""One adapter's numbers stay with it: a request whose outputs are not finite ends with an error and leaves nothing behind.
+"""One adapter's numbers stay with it: a request whose outputs are not finite ends with an error and leaves nothing
+behind.
 
-Weights are finite where they are loaded, and still can overflow. Attention kernels multiply what a token does not see by 0, and
-0 times what is no number is none: so the tokens before an invocation, which are the base model's, may be spoiled by those after
-it. What is spoiled shows in a token's own last hidden state. So every token that ran beside an adapter is looked at, on the
-device, before its KV may enter the radix tree; what does not enter it is overwritten before other requests get its place.
+Weights are finite where they are loaded, and still can overflow. Attention kernels multiply what a token does not see
+by 0, and
+0 times what is no number is none: so the tokens before an invocation, which are the base model's, may be spoiled by
+    those after
+it. What is spoiled shows in a token's own last hidden state. So every token that ran beside an adapter is looked at, on
+the device, before its KV may enter the radix tree; what does not enter it is overwritten before other requests get its
+place.
 
 Not with speculative decoding and pipeline parallelism, which have no aLoRA adapters.
 """
@@ -12,10 +16,11 @@ from collections.abc import Callable
 from http import HTTPStatus
 
 import torch
+
 from sglang.srt.mezo.engine.kv_pool import erase
 from sglang.srt.mezo.plugin.hooks import Hook
 
-# --- forward -----------------------------------------------------------------------------------------------------------
+# --- forward ----------------------------------------------------------------------------------------------------------
 
 
 def _before_logits(processor, input_ids, hidden_states, lm_head, logits_metadata, *args, **kwargs) -> None:
@@ -31,13 +36,16 @@ def _before_logits(processor, input_ids, hidden_states, lm_head, logits_metadata
 
 
 def _after_forward(output, runner, forward_batch, *args, **kwargs) -> None:
-    """Note which sequences are finite, and let those that are not be sampled like others: the sampler takes numbers only."""
+    """Note which sequences are finite, and let those that are not be sampled like others: the sampler takes numbers
+    only."""
     runner.mezo_finite = None
     if not _has_adapter(forward_batch) or not forward_batch.spec_algorithm.is_none() or runner.pp_group.world_size > 1:
         return
     finite = getattr(forward_batch, "mezo_finite", None)
     logits = getattr(output.logits_output, "next_token_logits", None)
-    if logits is not None and len(logits) == forward_batch.batch_size:  # there may be none, or of several places in a sequence
+    if (
+        logits is not None and len(logits) == forward_batch.batch_size
+    ):  # there may be none, or of several places in a sequence
         of_logits = logits.amax(-1).isfinite()
         finite = of_logits if finite is None else finite & of_logits
         if logits.device.type != "cpu" or not finite.all():
@@ -65,7 +73,7 @@ def _before_copy(result, *args, **kwargs) -> None:
         result.mezo_finite = _async_d2h(finite)
 
 
-# --- scheduler ---------------------------------------------------------------------------------------------------------
+# --- scheduler --------------------------------------------------------------------------------------------------------
 
 
 def _before_result(scheduler, batch, result) -> None:
@@ -96,11 +104,14 @@ def _message(scheduler, req) -> str:
     if ref is None:
         return "the model's outputs for this request are not finite numbers"
     name = ref.lora_name.removesuffix(f"@{ref.lora_id}")  # a version of a published adapter
-    return f"adapter {name!r} does not give finite numbers for this request: its weights have diverged, or are too large"
+    return (
+        f"adapter {name!r} does not give finite numbers for this request: its weights have diverged, or are too large"
+    )
 
 
 def _around_chunk(original: Callable, scheduler, req) -> None:
-    """A chunk of a prompt is kept before its result is known. Where it ran under an adapter it is kept with the whole prompt."""
+    """A chunk of a prompt is kept before its result is known. Where it ran under an adapter it is kept with the
+    whole prompt."""
     skips, known = req.skip_radix_cache_insert, not _acts_before(req, req.extend_end)
     req.skip_radix_cache_insert = skips or not known
     try:
@@ -124,11 +135,14 @@ def _after_overlap(result: None, scheduler) -> None:
 
 
 def _before_release(req, tree_cache, *, checkpoint: bool) -> None:
-    """Overwrite what a request that is not finite gives back, behind the batch in flight, which may write more of it."""
+    """Overwrite what a request that is not finite gives back, behind the batch in flight, which may write more of
+    it."""
     if not getattr(req, "mezo_not_finite", False) or req.session is not None or not req.kv.holds_kv:
         return  # a session keeps its KV, and is told the same each time
     row = tree_cache.req_to_token_pool.req_to_token[req.kv.req_pool_idx]
-    places = row[req.kv.cache_protected_len : req.kv.kv_allocated_len].to(torch.int64)  # a copy: the row gets another owner
+    places = row[req.kv.cache_protected_len : req.kv.kv_allocated_len].to(
+        torch.int64
+    )  # a copy: the row gets another owner
     pool = tree_cache.token_to_kv_pool_allocator.get_kvcache()
     if not _streams:
         erase(pool, places)
@@ -143,12 +157,54 @@ def _before_release(req, tree_cache, *, checkpoint: bool) -> None:
 _SCHEDULER = "sglang.srt.managers.scheduler"
 
 HOOKS = (
-    Hook("sglang.srt.layers.logits_processor", "LogitsProcessor.forward", "before", _before_logits, "looks whether a prefill beside an adapter is finite"),
-    Hook("sglang.srt.model_executor.model_runner", "ModelRunner.forward", "after", _after_forward, "looks whether logits beside an adapter are finite"),
-    Hook("sglang.srt.managers.tp_worker", "TpModelWorker.forward_batch_generation", "around", _around_generation, "hands on what is finite with the batch's result"),
-    Hook("sglang.srt.managers.utils", "GenerationBatchResult.copy_to_cpu", "before", _before_copy, "copies it to the host with the tokens"),
-    Hook(_SCHEDULER, "Scheduler.process_batch_result", "before", _before_result, "ends requests whose outputs are not finite"),
-    Hook(_SCHEDULER, "Scheduler.stash_chunked_request", "around", _around_chunk, "keeps a chunk under an adapter once the whole prompt is finite"),
+    Hook(
+        "sglang.srt.layers.logits_processor",
+        "LogitsProcessor.forward",
+        "before",
+        _before_logits,
+        "looks whether a prefill beside an adapter is finite",
+    ),
+    Hook(
+        "sglang.srt.model_executor.model_runner",
+        "ModelRunner.forward",
+        "after",
+        _after_forward,
+        "looks whether logits beside an adapter are finite",
+    ),
+    Hook(
+        "sglang.srt.managers.tp_worker",
+        "TpModelWorker.forward_batch_generation",
+        "around",
+        _around_generation,
+        "hands on what is finite with the batch's result",
+    ),
+    Hook(
+        "sglang.srt.managers.utils",
+        "GenerationBatchResult.copy_to_cpu",
+        "before",
+        _before_copy,
+        "copies it to the host with the tokens",
+    ),
+    Hook(
+        _SCHEDULER,
+        "Scheduler.process_batch_result",
+        "before",
+        _before_result,
+        "ends requests whose outputs are not finite",
+    ),
+    Hook(
+        _SCHEDULER,
+        "Scheduler.stash_chunked_request",
+        "around",
+        _around_chunk,
+        "keeps a chunk under an adapter once the whole prompt is finite",
+    ),
     Hook(_SCHEDULER, "Scheduler.init_overlap", "after", _after_overlap, "learns on which stream KV is written"),
-    Hook("sglang.srt.mem_cache.common", "release_kv_cache", "before", _before_release, "overwrites the KV of requests that are not finite"),
+    Hook(
+        "sglang.srt.mem_cache.common",
+        "release_kv_cache",
+        "before",
+        _before_release,
+        "overwrites the KV of requests that are not finite",
+    ),
 )

@@ -19,13 +19,7 @@ from sglang.srt.mezo.plugin import overlay
 from sglang.srt.mezo.plugin.adapter_loading import require_adapters
 from sglang.srt.mezo.plugin.hooks import Hook, StartRefused, install, wrap_static
 from sglang.srt.mezo.service.store import folder
-from sglang.srt.mezo.service.wire.settings import (
-    ENABLE_FLAG,
-    ENABLE_VARIABLE,
-    SETTINGS,
-    ServiceSettings,
-    default,
-)
+from sglang.srt.mezo.service.wire.settings import ENABLE_FLAG, ENABLE_VARIABLE, SETTINGS, ServiceSettings, default
 
 if TYPE_CHECKING:
     from sglang.srt.mezo.service.scheduler.runner import MezoRunner
@@ -41,9 +35,27 @@ def register() -> None:
 
     The process that parses the command line learns of the flag after this, and asks again when it matters.
     """
-    overlay.on_import("sglang.srt.server_args", lambda module: wrap_static(module, "ServerArgs", "add_cli_args", _add_flags))
-    install(Hook("sglang.srt.server_args", "ServerArgs.resolve_once", "before", _fill_server_args, "room for adapters in training"))
-    install(Hook(_CONTROL, "TokenizerControlMixin.init_communicators", "around", _around_communicators, "commands to the scheduler, and its events"))
+    overlay.on_import(
+        "sglang.srt.server_args", lambda module: wrap_static(module, "ServerArgs", "add_cli_args", _add_flags)
+    )
+    install(
+        Hook(
+            "sglang.srt.server_args",
+            "ServerArgs.resolve_once",
+            "before",
+            _fill_server_args,
+            "room for adapters in training",
+        )
+    )
+    install(
+        Hook(
+            _CONTROL,
+            "TokenizerControlMixin.init_communicators",
+            "around",
+            _around_communicators,
+            "commands to the scheduler, and its events",
+        )
+    )
     overlay.on_import("sglang.srt.entrypoints.http_server", _extend_app)
     if _settings().enabled:
         for hook in SCHEDULER_HOOKS:
@@ -57,7 +69,7 @@ def _settings() -> ServiceSettings:
         raise StartRefused(str(error)) from error
 
 
-# --- command line ------------------------------------------------------------------------------------------------------
+# --- command line -----------------------------------------------------------------------------------------------------
 
 
 class _ToEnvironment(argparse.Action):
@@ -74,7 +86,9 @@ class _ToEnvironment(argparse.Action):
 def _add_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("sglang-mezo", "Fine-tuning with forward passes, in the server.")
     common = {"action": _ToEnvironment, "default": argparse.SUPPRESS}
-    group.add_argument(ENABLE_FLAG, nargs=0, variable=ENABLE_VARIABLE, help=f"Serve the fine-tuning API. [{ENABLE_VARIABLE}]", **common)
+    group.add_argument(
+        ENABLE_FLAG, nargs=0, variable=ENABLE_VARIABLE, help=f"Serve the fine-tuning API. [{ENABLE_VARIABLE}]", **common
+    )
     for setting in SETTINGS:
         help = f"{setting.help} [{setting.variable}; {default(setting.name)}]".replace("%", "%%")
         group.add_argument(setting.flag, type=setting.kind, variable=setting.variable, help=help, **common)
@@ -90,11 +104,7 @@ def _fill_server_args(server_args) -> None:
     if not settings.enabled:
         return
     from sglang.srt.mezo.adapters.families import family_of
-    from sglang.srt.mezo.engine.handle import (
-        checkpoint_config,
-        config_source,
-        warn_of_differences,
-    )
+    from sglang.srt.mezo.engine.handle import checkpoint_config, config_source, warn_of_differences
 
     try:  # before a model is loaded for nothing
         folder.make(settings.directory)
@@ -107,9 +117,12 @@ def _fill_server_args(server_args) -> None:
         if getattr(server_args, field) != allowed:
             raise StartRefused(f"{ENABLE_FLAG} needs {field}={allowed}, not {getattr(server_args, field)}")
     if server_args.page_size not in (None, 1):
-        raise StartRefused(f"{ENABLE_FLAG} needs page_size=1, not {server_args.page_size}: prefixes are cut at any token")
+        raise StartRefused(
+            f"{ENABLE_FLAG} needs page_size=1, not {server_args.page_size}: prefixes are cut at any token"
+        )
     server_args.page_size = 1
-    # A model may give logits that are no numbers, as in float16, and a request that samples from those ends SGLang's scheduler.
+    # A model may give logits that are no numbers, as in float16, and a request that samples from those ends SGLang's
+    # scheduler.
     os.environ.setdefault("SGLANG_SANITIZE_NAN_LOGITS", "1")
     if not server_args.lora_paths:
         server_args.enable_lora = True
@@ -120,15 +133,18 @@ def _fill_server_args(server_args) -> None:
 
 
 def _leave_slots(server_args) -> None:
-    """Have room for all directions of a default job at once, and for other adapters beside them, where SGLang's default stands."""
+    """Have room for all directions of a default job at once, and for other adapters beside them, where SGLang's
+    default stands."""
     from sglang.srt.server_args import _declared_default
 
     loaded = server_args.max_loaded_loras
-    if server_args.max_loras_per_batch == _declared_default("max_loras_per_batch") and (loaded is None or loaded >= _DEFAULT_SLOTS):
+    if server_args.max_loras_per_batch == _declared_default("max_loras_per_batch") and (
+        loaded is None or loaded >= _DEFAULT_SLOTS
+    ):
         server_args.max_loras_per_batch = _DEFAULT_SLOTS
 
 
-# --- HTTP process ------------------------------------------------------------------------------------------------------
+# --- HTTP process -----------------------------------------------------------------------------------------------------
 
 
 def _around_communicators(original: Callable, manager) -> None:
@@ -153,7 +169,8 @@ def _dispatch(manager, event) -> None:
 
 
 async def _around_shutdown(original: Callable, manager) -> None:
-    """SGLang waits here for SIGTERM and until its requests are answered, and looks every 5 s; then it ends the scheduler.
+    """SGLang waits here for SIGTERM and until its requests are answered, and looks every 5 s; then it ends the
+    scheduler.
 
     New requests are refused meanwhile: else their answers are waited for as well.
     """
@@ -163,7 +180,11 @@ async def _around_shutdown(original: Callable, manager) -> None:
         await asyncio.sleep(_LOOK_SECONDS)
     if manager.mezo_service is not None:
         manager.mezo_service.requests.refuse()
-    while manager.rid_to_state and manager.server_status.name != "UnHealthy" and not get_bool_env_var("SGL_FORCE_SHUTDOWN"):
+    while (
+        manager.rid_to_state
+        and manager.server_status.name != "UnHealthy"
+        and not get_bool_env_var("SGL_FORCE_SHUTDOWN")
+    ):
         await asyncio.sleep(_LOOK_SECONDS)
     try:
         await original(manager)
@@ -174,7 +195,8 @@ async def _around_shutdown(original: Callable, manager) -> None:
 
 
 def _end_within(seconds: float) -> None:
-    """Whatever thread is still at work then, such as one that waits for a disk: all that has been acknowledged is stored."""
+    """Whatever thread is still at work then, such as one that waits for a disk: all that has been acknowledged is
+    stored."""
     timer = threading.Timer(seconds, os._exit, (0,))
     timer.daemon = True
     timer.start()
@@ -192,17 +214,64 @@ def _extend_app(http_server: ModuleType) -> None:
     routes.install(http_server.app, service)
     native.install(http_server.app, service)
     page.install(http_server.app)
-    install(Hook(_TOKENIZER, "TokenizerManager._handle_batch_output", "around", latency.around_batch_output, "latency of served requests"))
+    install(
+        Hook(
+            _TOKENIZER,
+            "TokenizerManager._handle_batch_output",
+            "around",
+            latency.around_batch_output,
+            "latency of served requests",
+        )
+    )
     http_server.app.add_middleware(service.requests.middleware)
-    install(Hook(_TOKENIZER, "TokenizerManager.sigterm_watchdog", "around", _around_shutdown, "nothing waits for an engine that has ended"))
-    every, version = "the adapter that a model's name says, on every route", "an answer names the version of its adapter"
-    install(Hook("sglang.srt.entrypoints.openai.serving_base", "OpenAIServingBase.handle_request", "around", answers.around_request, every))
-    install(Hook("sglang.srt.entrypoints.openai.serving_responses", "OpenAIServingResponses.create_responses", "around", answers.around_responses, every))
+    install(
+        Hook(
+            _TOKENIZER,
+            "TokenizerManager.sigterm_watchdog",
+            "around",
+            _around_shutdown,
+            "nothing waits for an engine that has ended",
+        )
+    )
+    every, version = (
+        "the adapter that a model's name says, on every route",
+        "an answer names the version of its adapter",
+    )
+    install(
+        Hook(
+            "sglang.srt.entrypoints.openai.serving_base",
+            "OpenAIServingBase.handle_request",
+            "around",
+            answers.around_request,
+            every,
+        )
+    )
+    install(
+        Hook(
+            "sglang.srt.entrypoints.openai.serving_responses",
+            "OpenAIServingResponses.create_responses",
+            "around",
+            answers.around_responses,
+            every,
+        )
+    )
     for name in ("handle_chat", "handle_generate"):
-        install(Hook("sglang.srt.entrypoints.ollama.serving", f"OllamaServing.{name}", "around", answers.around_ollama, every))
+        install(
+            Hook(
+                "sglang.srt.entrypoints.ollama.serving", f"OllamaServing.{name}", "around", answers.around_ollama, every
+            )
+        )
     install(Hook(_TOKENIZER, "TokenizerManager.generate_request", "before", answers.before_generating, every))
     install(Hook(_TOKENIZER, "TokenizerManager._resolve_lora_path", "around", answers.around_resolving, version))
-    install(Hook("sglang.srt.utils.auth", "add_api_key_middleware", "after", page.after_keys, "the page asks for the key itself"))
+    install(
+        Hook(
+            "sglang.srt.utils.auth",
+            "add_api_key_middleware",
+            "after",
+            page.after_keys,
+            "the page asks for the key itself",
+        )
+    )
     upstream = http_server.app.router.lifespan_context
 
     @asynccontextmanager
@@ -220,7 +289,7 @@ def _extend_app(http_server: ModuleType) -> None:
     http_server.app.router.lifespan_context = lifespan
 
 
-# --- scheduler ---------------------------------------------------------------------------------------------------------
+# --- scheduler --------------------------------------------------------------------------------------------------------
 
 
 def _after_dispatcher(result: None, scheduler) -> None:
@@ -230,7 +299,9 @@ def _after_dispatcher(result: None, scheduler) -> None:
 
     messages.register()
     scheduler.mezo_runner = None
-    scheduler._request_dispatcher += TypeBasedDispatcher([(messages.MezoReqInput, lambda request: _runner(scheduler).handle(request))])
+    scheduler._request_dispatcher += TypeBasedDispatcher(
+        [(messages.MezoReqInput, lambda request: _runner(scheduler).handle(request))]
+    )
 
 
 def _runner(scheduler) -> "MezoRunner":
@@ -259,7 +330,8 @@ def _around_flush(original: Callable, scheduler, *args, **kwargs) -> bool:
 
 
 def _before_queue(scheduler, request, *args, **kwargs) -> None:
-    """The time of the first token is sent along with --enable-metrics only, and not to be seen from outside if nothing streams."""
+    """The time of the first token is sent along with --enable-metrics only, and not to be seen from outside if
+    nothing streams."""
     if not request.stream:
         request.time_stats.has_timing_data = True
 
@@ -273,11 +345,43 @@ _WEIGHTS = "sglang.srt.model_executor.model_runner_components.weight_updater"
 SCHEDULER_HOOKS = (
     Hook(_SCHEDULER, "Scheduler.init_request_dispatcher", "after", _after_dispatcher, "takes commands about training"),
     Hook(_SCHEDULER, "Scheduler.get_next_batch_to_run", "before", _before_batch, "runs a piece of training"),
-    Hook(_SCHEDULER, "Scheduler.maybe_sleep_on_idle", "around", _around_sleep, "keeps the loop awake while a job has work"),
+    Hook(
+        _SCHEDULER,
+        "Scheduler.maybe_sleep_on_idle",
+        "around",
+        _around_sleep,
+        "keeps the loop awake while a job has work",
+    ),
     Hook(_SCHEDULER, "Scheduler.flush_cache", "around", _around_flush, "training gives up its locks with the cache"),
-    Hook(_SCHEDULER, "Scheduler._add_request_to_queue", "before", _before_queue, "tells when the first token was there"),
-    Hook(_WEIGHTS, "WeightUpdater.update_weights_from_disk", "after", base_model.after_load_from_disk, "another base model is noticed"),
-    Hook(_WEIGHTS, "WeightUpdater.load_weights_from_distributed", "after", base_model.after_load, "another base model is noticed"),
-    Hook(_WEIGHTS, "WeightUpdater.update_weights_from_tensor", "after", base_model.after_load, "another base model is noticed"),
-    Hook(_WEIGHTS, "WeightUpdater.update_weights_from_ipc", "after", base_model.after_load, "another base model is noticed"),
+    Hook(
+        _SCHEDULER, "Scheduler._add_request_to_queue", "before", _before_queue, "tells when the first token was there"
+    ),
+    Hook(
+        _WEIGHTS,
+        "WeightUpdater.update_weights_from_disk",
+        "after",
+        base_model.after_load_from_disk,
+        "another base model is noticed",
+    ),
+    Hook(
+        _WEIGHTS,
+        "WeightUpdater.load_weights_from_distributed",
+        "after",
+        base_model.after_load,
+        "another base model is noticed",
+    ),
+    Hook(
+        _WEIGHTS,
+        "WeightUpdater.update_weights_from_tensor",
+        "after",
+        base_model.after_load,
+        "another base model is noticed",
+    ),
+    Hook(
+        _WEIGHTS,
+        "WeightUpdater.update_weights_from_ipc",
+        "after",
+        base_model.after_load,
+        "another base model is noticed",
+    ),
 )

@@ -9,6 +9,7 @@ import os
 from collections.abc import Sequence
 
 import torch
+
 from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import SRTPlatform

@@ -1,7 +1,7 @@
 """Losses from what the scorer reads off the model: option scores, cross-entropy over options, token likelihood.
 
-Every function works on small CPU tensors in float64, so that what is lost in the model's float32 is not lost again here.
-The first dimension is always the adapter slot (direction and sign).
+Every function works on small CPU tensors in float64, so that what is lost in the model's float32 is not lost again
+here. The first dimension is always the adapter slot (direction and sign).
 """
 
 import torch
@@ -24,10 +24,13 @@ def option_scores(values: torch.Tensor, option_of_read: torch.Tensor, option_len
 
 
 def split_options(scores: torch.Tensor, option_counts: list[int]) -> torch.Tensor:
-    """Lay the options of each example side by side: [slots, options] to [slots, examples, most options], -inf beyond."""
+    """Lay the options of each example side by side: [slots, options] to [slots, examples, most options], -inf
+    beyond."""
     rows = scores.split(option_counts, dim=1)
     width = max(option_counts)
-    return torch.stack([torch.nn.functional.pad(row, (0, width - row.shape[1]), value=-torch.inf) for row in rows], dim=1)
+    return torch.stack(
+        [torch.nn.functional.pad(row, (0, width - row.shape[1]), value=-torch.inf) for row in rows], dim=1
+    )
 
 
 def option_cross_entropy(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -25,7 +25,8 @@ class PrefixScope(Enum):
     """The adapter does not act on the prefix: base-model KV, shared by all slots, steps and ordinary traffic."""
 
     SLOT = "slot"
-    """The adapter acts on every token: KV holds for the rows of one slot in one pass only, which share what they begin with.
+    """The adapter acts on every token: KV holds for the rows of one slot in one pass only, which share what they begin
+    with.
 
     Sharing it between the two signs would lose the term z . dL/dtheta of the prompt at every eps.
     """

@@ -4,12 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+
 from sglang.srt.mezo.core.config import Objective
-from sglang.srt.mezo.scoring.losses import (
-    option_cross_entropy,
-    option_scores,
-    split_options,
-)
+from sglang.srt.mezo.scoring.losses import option_cross_entropy, option_scores, split_options
 from sglang.srt.mezo.scoring.plan import ExamplePlan
 
 

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+
 from sglang.srt.mezo.core.config import Objective
 from sglang.srt.mezo.core.passes import Passes
 from sglang.srt.mezo.core.tokens import common_length
@@ -41,12 +42,15 @@ class Scorer:
 
     Args:
         scope: where the prefixes of the plans hold; see ``plan.PREFIX_SCOPE``.
-        max_tokens: most tokens run in one forward pass; a single example may exceed it. May be set anew between two passes.
+        max_tokens: most tokens run in one forward pass; a single example may exceed it. May be set anew between two
+            passes.
         prefix_reuse: False runs every prefix anew in every row: same losses, no sharing, to check the sharing by.
         kept_tokens: most tokens of base-model prefixes that stay locked in the tree between passes.
     """
 
-    def __init__(self, handle: EngineHandle, scope: PrefixScope, max_tokens: int, prefix_reuse: bool = True, kept_tokens: int = 0):
+    def __init__(
+        self, handle: EngineHandle, scope: PrefixScope, max_tokens: int, prefix_reuse: bool = True, kept_tokens: int = 0
+    ):
         self._handle = handle
         self.scope = scope
         most = int(_MOST_PREFIX_SHARE * handle.kv_capacity)
@@ -99,7 +103,8 @@ class Scorer:
             yield
 
     def _batches(self, plans: Sequence[ExamplePlan], groups: Sequence[SlotGroup]) -> Iterator[list[_Item]]:
-        """Pack (example, slot group) units up to the token budget, the free rows and the room for prefixes, slot after slot."""
+        """Pack (example, slot group) units up to the token budget, the free rows and the room for prefixes, slot
+        after slot."""
         batch: list[_Item] = []
         tokens, prefixes, before = 0, _Prefixes(), None
         for unit in _units(plans, groups, slots_first=self.scope is PrefixScope.SLOT):
@@ -118,7 +123,8 @@ class Scorer:
     def _cost(self, unit: "_Unit", before: "_Unit | None") -> int:
         """Tokens that the unit runs, after ``before`` in the same pass.
 
-        A base-model prefix is not counted, as it is computed once for many steps, nor what slots share with the unit before.
+        A base-model prefix is not counted, as it is computed once for many steps, nor what slots share with the unit
+        before.
         """
         if not self._prefix_reuse:
             return sum(len(item.row.prefix) + len(item.row.suffix) for item in unit.items)
@@ -172,7 +178,9 @@ class Scorer:
         with self.base_prefixes.acquire((item.row.prefix for item in items), tokens, keep) as base:
             yield base
 
-    def _sequences(self, items: Sequence[_Item], borrowed: dict[int, Borrowed], base: dict[tuple[int, ...], torch.Tensor]) -> list[Sequenced]:
+    def _sequences(
+        self, items: Sequence[_Item], borrowed: dict[int, Borrowed], base: dict[tuple[int, ...], torch.Tensor]
+    ) -> list[Sequenced]:
         """In the order of ``borrowed``."""
         place = {number: place for place, number in enumerate(borrowed)}
         sequences = []
@@ -187,7 +195,9 @@ class Scorer:
             sequences.append(Sequenced(cached, on_base + own, segments, follows))
         return sequences
 
-    def _read(self, hidden: torch.Tensor, items: Sequence[_Item], borrowed: dict[int, Borrowed], normalise: bool) -> torch.Tensor:
+    def _read(
+        self, hidden: torch.Tensor, items: Sequence[_Item], borrowed: dict[int, Borrowed], normalise: bool
+    ) -> torch.Tensor:
         """The values of the items, one after the other; a token that was borrowed is read where it ran."""
         rows_of = self._hidden_rows(items, borrowed)
         rows = [rows_of[number][position] for number, item in enumerate(items) for position, _ in item.row.reads]
@@ -240,7 +250,9 @@ def _units(plans: Sequence[ExamplePlan], groups: Sequence[SlotGroup], slots_firs
     else:
         order = ((plan, group) for plan in range(len(plans)) for group in range(len(groups)))
     for plan, group in order:
-        yield _Unit(plans[plan], groups[group], _items(plans[plan], groups[group], first_slots[group], first_reads[plan]))
+        yield _Unit(
+            plans[plan], groups[group], _items(plans[plan], groups[group], first_slots[group], first_reads[plan])
+        )
 
 
 def _items(plan: ExamplePlan, group: SlotGroup, first_slot: int, first_read: int) -> list[_Item]:

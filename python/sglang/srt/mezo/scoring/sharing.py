@@ -1,7 +1,7 @@
 """Beginnings that rows have in common, to be run once: a template, a passage in it, the prompt of several options.
 
-A forward pass writes the KV of all its tokens, layer by layer, before it attends to it. So a row can follow on tokens that
-another row of the same pass runs: its first tokens are then that row's.
+A forward pass writes the KV of all its tokens, layer by layer, before it attends to it. So a row can follow on tokens
+that another row of the same pass runs: its first tokens are then that row's.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,8 @@ class Borrowed:
 
 
 def share(rows: Sequence[Sequence[int]], groups: Sequence[int]) -> dict[int, Borrowed]:
-    """Decide what each row borrows, so that a token that rows of a group have in common runs once. No row borrows all it has.
+    """Decide what each row borrows, so that a token that rows of a group have in common runs once. No row borrows all
+    it has.
 
     Args:
         rows: the tokens of each row.
@@ -32,7 +33,11 @@ def share(rows: Sequence[Sequence[int]], groups: Sequence[int]) -> dict[int, Bor
     before = None
     for row in sorted(range(len(rows)), key=lambda row: (groups[row], rows[row])):
         # In this order no earlier row has more in common with a row than the one before it.
-        length = 0 if before is None or groups[before] != groups[row] else min(common_length(rows[before], rows[row]), len(rows[row]) - 1)
+        length = (
+            0
+            if before is None or groups[before] != groups[row]
+            else min(common_length(rows[before], rows[row]), len(rows[row]) - 1)
+        )
         borrowed[row] = Borrowed(before if length else None, length)
         before = row
     return borrowed

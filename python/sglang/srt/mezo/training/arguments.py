@@ -1,4 +1,5 @@
-"""The command line of a run: one flag for every field of some dataclasses, and what other programs call the same things.
+"""The command line of a run: one flag for every field of some dataclasses, and what other programs call the same
+things.
 
 Whatever is typed wrong ends in an error of one line, before anything starts.
 """
@@ -15,15 +16,38 @@ from sglang.srt.mezo.core.errors import ConfigError, MezoError, UsageError
 from sglang.srt.mezo.core.kinds import from_text
 
 SAME = {
-    "model_name": "model", "model_name_or_path": "model", "model_path": "model", "torch_dtype": "dtype",
-    "task_name": "task", "dataset_name": "dataset", "train_file": "dataset", "dataset_test_split": "test_split",
-    "max_train_samples": "num_train", "num_eval": "num_test", "max_eval_samples": "num_dev", "max_predict_samples": "num_test",
-    "adapter_name_or_path": "init_from", "lora_r": "r", "lora_rank": "r", "rank": "r", "lora_target_modules": "target_modules",
-    "lr": "learning_rate", "epochs": "num_train_epochs", "num_epochs": "num_train_epochs", "n_epochs": "num_train_epochs",
-    "lr_scheduler": "lr_scheduler_type", "batch_size": "per_device_train_batch_size", "train_batch_size": "per_device_train_batch_size",
-    "eval_batch_size": "per_device_eval_batch_size", "per_gpu_train_batch_size": "per_device_train_batch_size",
-    "eps": "zo_eps", "optimizer": "optim", "output": "output_dir", "resume": "resume_from_checkpoint", "overwrite": "overwrite_output_dir",
-}  # fmt: skip
+    "model_name": "model",
+    "model_name_or_path": "model",
+    "model_path": "model",
+    "torch_dtype": "dtype",
+    "task_name": "task",
+    "dataset_name": "dataset",
+    "train_file": "dataset",
+    "dataset_test_split": "test_split",
+    "max_train_samples": "num_train",
+    "num_eval": "num_test",
+    "max_eval_samples": "num_dev",
+    "max_predict_samples": "num_test",
+    "adapter_name_or_path": "init_from",
+    "lora_r": "r",
+    "lora_rank": "r",
+    "rank": "r",
+    "lora_target_modules": "target_modules",
+    "lr": "learning_rate",
+    "epochs": "num_train_epochs",
+    "num_epochs": "num_train_epochs",
+    "n_epochs": "num_train_epochs",
+    "lr_scheduler": "lr_scheduler_type",
+    "batch_size": "per_device_train_batch_size",
+    "train_batch_size": "per_device_train_batch_size",
+    "eval_batch_size": "per_device_eval_batch_size",
+    "per_gpu_train_batch_size": "per_device_train_batch_size",
+    "eps": "zo_eps",
+    "optimizer": "optim",
+    "output": "output_dir",
+    "resume": "resume_from_checkpoint",
+    "overwrite": "overwrite_output_dir",
+}
 """Names of MeZO's, Transformers', PEFT's and TRL's programs for fields of ours that mean the same."""
 
 MEANT: dict[str, dict[str, dict[str, str]]] = {
@@ -55,23 +79,28 @@ MEANT: dict[str, dict[str, dict[str, str]]] = {
 
 INSTEAD = {
     "max_length": "no row is cut: one longer than the model's context is an error, or left out with --on_bad_row skip",
-    "max_seq_length": "no row is cut: one longer than the model's context is an error, or left out with --on_bad_row skip",
-    "validation_file": "put the files into one folder as train.jsonl and validation.jsonl: --dataset FOLDER --dev_split validation",
+    "max_seq_length": "no row is cut: one longer than the model's context is an error, or left out with --on_bad_row "
+    "skip",
+    "validation_file": "put the files into one folder as train.jsonl and validation.jsonl: --dataset FOLDER "
+    "--dev_split validation",
     "test_file": "put the files into one folder as train.jsonl and test.jsonl: --dataset FOLDER --test_split test",
     "train_split": "a run trains on the split named train of --dataset, or on a file",
     "dataset_train_split": "a run trains on the split named train of --dataset, or on a file",
-    "train_set_seed": "the same rows are drawn in every run; --seed is that of the adapter, the order and the directions",
-    "num_train_sets": "the same rows are drawn in every run; --seed is that of the adapter, the order and the directions",
+    "train_set_seed": "the same rows are drawn in every run; --seed is that of the adapter, the order and the "
+    "directions",
+    "num_train_sets": "the same rows are drawn in every run; --seed is that of the adapter, the order and the "
+    "directions",
     "prefix_tuning": "an adapter is what is trained: --tuning alora or lora",
     "load_in_8bit": "--dtype is the type of the weights",
     "load_in_4bit": "--dtype is the type of the weights",
     "load_int8": "--dtype is the type of the weights",
-}  # fmt: skip
+}
 """Flags of theirs that have no meaning here, and what there is instead."""
 
 
 def read(arguments: Sequence[str], kinds: Sequence[type], description: str | None = None) -> dict[str, Any]:
-    """The fields of the dataclasses ``kinds`` that a command line gives, each with its type. ``--help`` prints and exits.
+    """The fields of the dataclasses ``kinds`` that a command line gives, each with its type. ``--help`` prints and
+    exits.
 
     Raises:
         UsageError: an unknown flag, or one without its value.
@@ -113,10 +142,16 @@ def status_of(work: Callable[[], None]) -> int:
 
 
 def _joined(arguments: Sequence[str], types: Mapping[str, Any]) -> list[str]:
-    """With ``--flag=value`` for a flag that takes one value: argparse has no value that begins with a dash, such as -1e-3."""
+    """With ``--flag=value`` for a flag that takes one value: argparse has no value that begins with a dash, such as
+    -1e-3."""
     named = {**types, **{name: types.get(ours) for name, ours in SAME.items()}, **dict.fromkeys([*MEANT, *INSTEAD])}
     flags = {spelling for name in named for spelling in _spellings(name)}
-    single = {spelling for name, kind in named.items() for spelling in _spellings(name) if kind not in (None, bool) and not _is_list(kind)}
+    single = {
+        spelling
+        for name, kind in named.items()
+        for spelling in _spellings(name)
+        if kind not in (None, bool) and not _is_list(kind)
+    }
     joined: list[str] = []
     for argument in arguments:
         if joined and joined[-1] in single and argument.startswith("-") and argument not in flags:
@@ -139,8 +174,14 @@ def _parser(kinds: Sequence[type], types: Mapping[str, Any], description: str | 
         for field in fields(kind):
             _add(group, field.name, types[field.name], _help(field))
             if field.default is True:
-                group.add_argument(*_spellings(f"no_{field.name}"), dest=field.name, action="store_const", const="false",
-                                   default=argparse.SUPPRESS, help=argparse.SUPPRESS)  # fmt: skip
+                group.add_argument(
+                    *_spellings(f"no_{field.name}"),
+                    dest=field.name,
+                    action="store_const",
+                    const="false",
+                    default=argparse.SUPPRESS,
+                    help=argparse.SUPPRESS,
+                )
     for name, ours in SAME.items():
         if ours in types and name not in types:
             _add(parser, name, types[ours], argparse.SUPPRESS, dest=ours)
@@ -153,10 +194,26 @@ def _parser(kinds: Sequence[type], types: Mapping[str, Any], description: str | 
 def _add(parser: Any, name: str, kind: Any, help: str, dest: str | None = None) -> None:
     """A flag that keeps its value as text; that of a boolean may be left out, a list may have several."""
     several = {"nargs": "*"} if _is_list(kind) else {"nargs": "?", "const": "true"} if kind is bool else {}
-    parser.add_argument(*_spellings(name), dest=dest or name, default=argparse.SUPPRESS, help=help, metavar=_METAVARS.get(kind), **several)
+    parser.add_argument(
+        *_spellings(name),
+        dest=dest or name,
+        default=argparse.SUPPRESS,
+        help=help,
+        metavar=_METAVARS.get(kind),
+        **several,
+    )
 
 
-_METAVARS = {int: "N", Optional[int]: "N", float: "X", Optional[float]: "X", bool: "true|false", str: "TEXT", Optional[str]: "TEXT", Optional[Union[str, list[int]]]: "TEXT"}
+_METAVARS = {
+    int: "N",
+    Optional[int]: "N",
+    float: "X",
+    Optional[float]: "X",
+    bool: "true|false",
+    str: "TEXT",
+    Optional[str]: "TEXT",
+    Optional[Union[str, list[int]]]: "TEXT",
+}
 
 
 def _is_list(kind: Any) -> bool:

@@ -49,7 +49,9 @@ def _require_files(model: str, folder: Path) -> None:
     if not (folder / "config.json").is_file():
         raise ConfigError("model", model, "the folder of a model, and there is no config.json in this one")
     if not any(any(folder.glob(pattern)) for pattern in _WEIGHTS):
-        raise ConfigError("model", model, f"the folder of a model with its weights, and there is no {', '.join(_WEIGHTS)} in this one")
+        raise ConfigError(
+            "model", model, f"the folder of a model with its weights, and there is no {', '.join(_WEIGHTS)} in this one"
+        )
     for path in folder.glob("*.safetensors"):
         _require_header(model, path)
 
@@ -61,7 +63,9 @@ def _require_header(model: str, path: Path) -> None:
         with safetensors.safe_open(path, framework="pt"):  # reads the header, and that the file is as long as it says
             pass
     except (OSError, safetensors.SafetensorError) as error:
-        raise ConfigError("model", model, f"a model whose weights can be read ({path.name}: {one_line(error)})") from error
+        raise ConfigError(
+            "model", model, f"a model whose weights can be read ({path.name}: {one_line(error)})"
+        ) from error
 
 
 def _without_retries_in_view() -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Optional
 
 import torch
+
 from sglang.srt.mezo.adapters.adapter import AdapterSpec
 from sglang.srt.mezo.adapters.families import family_of, model_modules, require_modules
 from sglang.srt.mezo.adapters.peft_adapter import ModelLayers
@@ -44,9 +45,15 @@ class ModelArguments:
 
     model: str = field(metadata={"help": "Hub name or folder of the base model."})
     dtype: Dtype = field(default="auto", metadata={"help": "Weights and activations; float32 for the smallest zo_eps."})
-    max_total_tokens: Optional[int] = field(default=None, metadata={"help": "KV tokens to keep; the machine's default if absent."})
-    chat_template: Optional[str] = field(default=None, metadata={"help": "As the server's: a .jinja file, or a name that SGLang knows."})
-    default_chat_template_kwargs: Optional[str] = field(default=None, metadata={"help": "As the server's: JSON for the chat template."})
+    max_total_tokens: Optional[int] = field(
+        default=None, metadata={"help": "KV tokens to keep; the machine's default if absent."}
+    )
+    chat_template: Optional[str] = field(
+        default=None, metadata={"help": "As the server's: a .jinja file, or a name that SGLang knows."}
+    )
+    default_chat_template_kwargs: Optional[str] = field(
+        default=None, metadata={"help": "As the server's: JSON for the chat template."}
+    )
 
     def __post_init__(self):
         require_types(self)
@@ -58,8 +65,8 @@ def finetune(model: ModelArguments, data: DataArguments, config: MezoConfig) -> 
     """Run ``config`` and write ``summary.json`` beside the adapter.
 
     Raises:
-        ConfigError, DataError, CapacityError: bad input is found before training, and before the engine starts but for what only
-            an engine can tell: whether its pools have room.
+        ConfigError, DataError, CapacityError: bad input is found before training, and before the engine starts but for
+            what only an engine can tell: whether its pools have room.
 
     Returns:
         The content of ``summary.json``.
@@ -68,7 +75,9 @@ def finetune(model: ModelArguments, data: DataArguments, config: MezoConfig) -> 
     with closing(trainer):
         zero_shot = _zero_shot(trainer, splits.test)
         result = trainer.train()
-        summary = _summary(trainer, result, zero_shot, trainer.evaluate(splits.test) if splits.test else {}) | {"shared_examples": splits.shared}
+        summary = _summary(trainer, result, zero_shot, trainer.evaluate(splits.test) if splits.test else {}) | {
+            "shared_examples": splits.shared
+        }
     write_json(RunDirectory(config).path / "summary.json", summary)
     return summary
 
@@ -80,11 +89,25 @@ def open_trainer(model: ModelArguments, data: DataArguments, config: MezoConfig)
     config, target_modules = _with_targets(model_config, settled(config, origin, tokenizer))
     RunDirectory(config).check()
     invocation = _invocation_tokens(tokenizer, data, config)
-    splits = load_splits(tokenizer, model_config.max_position_embeddings, invocation, data, ChatRenderer(tokenizer, _chat_settings(model)))
-    require_objective(config, config.objective or splits.objective, (len(example.options) for example in splits.train + splits.dev + splits.test))
-    longest = max(len(example.prompt) + max(map(len, example.options)) for example in splits.train + splits.dev + splits.test)
+    splits = load_splits(
+        tokenizer,
+        model_config.max_position_embeddings,
+        invocation,
+        data,
+        ChatRenderer(tokenizer, _chat_settings(model)),
+    )
+    require_objective(
+        config,
+        config.objective or splits.objective,
+        (len(example.options) for example in splits.train + splits.dev + splits.test),
+    )
+    longest = max(
+        len(example.prompt) + max(map(len, example.options)) for example in splits.train + splits.dev + splits.test
+    )
     if model.max_total_tokens is not None and model.max_total_tokens < longest:
-        raise ConfigError("max_total_tokens", model.max_total_tokens, f"at least {longest}, the tokens of the longest example")
+        raise ConfigError(
+            "max_total_tokens", model.max_total_tokens, f"at least {longest}, the tokens of the longest example"
+        )
     engine = MezoEngine(
         model.model,
         r=config.r,
@@ -129,7 +152,9 @@ def _chat_settings(model: ModelArguments) -> ChatSettings:
     return ChatSettings(model.model, chat_template=model.chat_template, default_chat_template_kwargs=kwargs)
 
 
-def _invocation_tokens(tokenizer: "PreTrainedTokenizerBase", data: DataArguments, config: MezoConfig) -> tuple[int, ...] | None:
+def _invocation_tokens(
+    tokenizer: "PreTrainedTokenizerBase", data: DataArguments, config: MezoConfig
+) -> tuple[int, ...] | None:
     """Token ids from which an aLoRA adapter acts; none for ordinary LoRA, and None where the chat template has them."""
     given = None if config.invocation == AUTO else config.invocation
     if config.tuning == "lora":
@@ -148,10 +173,16 @@ def _zero_shot(trainer: MezoTrainer, tests: Sequence[Example]) -> dict[str, floa
     """Loss and accuracy of the base model; nothing without examples."""
     if not tests:
         return {}
-    return drain(evaluation_passes(trainer.scorer, trainer.plan(tests), None, trainer.objective, trainer.config.per_device_eval_batch_size))
+    return drain(
+        evaluation_passes(
+            trainer.scorer, trainer.plan(tests), None, trainer.objective, trainer.config.per_device_eval_batch_size
+        )
+    )
 
 
-def _summary(trainer: MezoTrainer, result: TrainResult, zero_shot: dict[str, float], trained: dict[str, float]) -> dict[str, Any]:
+def _summary(
+    trainer: MezoTrainer, result: TrainResult, zero_shot: dict[str, float], trained: dict[str, float]
+) -> dict[str, Any]:
     stats = trainer.scorer.prefix_stats
     directory = RunDirectory(trainer.config)
     return {

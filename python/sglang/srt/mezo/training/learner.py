@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
 import torch
+
 from sglang.srt.mezo.adapters.adapter import Adapter, AdapterSpec
 from sglang.srt.mezo.adapters.peft_adapter import PeftAdapter
 from sglang.srt.mezo.core.config import MezoConfig, Objective
@@ -34,7 +35,8 @@ class Learner:
     """An adapter, its examples, and the steps that fit it to them.
 
     Args:
-        handle: the engine. With ``config.num_slots`` free slots in its LoRA pool all directions of a step are scored at once.
+        handle: the engine. With ``config.num_slots`` free slots in its LoRA pool all directions of a step are scored at
+            once.
         config: settings of the run; what the adapter is, is read from ``spec``.
         spec: the adapter, as PEFT would describe it. ``spec.invocation`` must be set for aLoRA.
         train_dataset, eval_dataset: tokenised examples. Without ``eval_dataset`` the last adapter is kept.
@@ -73,7 +75,9 @@ class Learner:
         self.eval_plans = self.plan(eval_dataset)
         (_, initial), *later = segments or [(0, len(self.train_plans))]
         if initial + sum(added for _, added in later) != len(self.train_plans):
-            raise ConfigError("segments", list(segments), f"{len(self.train_plans)} examples, as many as there are, in all")
+            raise ConfigError(
+                "segments", list(segments), f"{len(self.train_plans)} examples, as many as there are, in all"
+            )
         self.max_steps = config.steps_for(initial)
         kept_tokens = handle.kv_capacity // 2 if kept_tokens is None else kept_tokens
         window = window_of(handle, config, self.train_plans, kept_tokens)
@@ -81,10 +85,17 @@ class Learner:
         for first_step, added in later:
             self.stream.extend(first_step, added)
         sites = adapted_sites(handle, spec.target_modules)
-        self.adapter = Adapter.initial(spec, sites, config.seed) if start is None else Adapter.holding(spec, sites, start.matrices)
+        self.adapter = (
+            Adapter.initial(spec, sites, config.seed) if start is None else Adapter.holding(spec, sites, start.matrices)
+        )
         self.scorer = Scorer(handle, self.planner.scope, config.max_tokens_per_batch, config.prefix_reuse, kept_tokens)
         self.window = PrefixWindow(handle, config, self.scorer, self.stream)
-        self.optimizer = Optimizer(self.adapter.theta, self.adapter.shapes, config.update_rule, _largest_weight(spec, handle.model_runner.dtype))
+        self.optimizer = Optimizer(
+            self.adapter.theta,
+            self.adapter.shapes,
+            config.update_rule,
+            _largest_weight(spec, handle.model_runner.dtype),
+        )
         self.slots = PerturbedSlots(handle, self.adapter, config.num_perturbations, config.estimator, spare_slots)
         self.probe = Probe(handle, config, self.objective, self.optimizer, self.slots, self.scorer)
         if claim_slots:
@@ -92,7 +103,7 @@ class Learner:
         self.slot_dtype = handle.model_runner.dtype
         self.global_step = 0
 
-    # --- steps -----------------------------------------------------------------------------------------------------------
+    # --- steps --------------------------------------------------------------------------------------------------------
 
     def step_passes(self, batch: Sequence[ExamplePlan]) -> Passes[StepResult]:
         """One step of algorithm 1 on a batch. Of z only the seed outlives it; theta moves in the last piece."""
@@ -125,7 +136,8 @@ class Learner:
         self.global_step += 1
 
     def lost_perturbations(self, z: torch.Tensor) -> float:
-        """Share of parameters for which theta + eps z and theta - eps z round to the same number in the slot's dtype."""
+        """Share of parameters for which theta + eps z and theta - eps z round to the same number in the slot's
+        dtype."""
         theta, eps = self.adapter.theta, self.config.zo_eps
         plus, minus = (torch.add(theta, z, alpha=sign * eps).to(self.slot_dtype) for sign in (1, -1))
         return (plus == minus).float().mean().item()
@@ -142,7 +154,9 @@ class Learner:
         try:
             return round_to_log(projected_grad)
         except OverflowError:
-            raise DivergedError(f"the projected gradient of step {self.global_step} is {projected_grad}: lower learning_rate or zo_eps") from None
+            raise DivergedError(
+                f"the projected gradient of step {self.global_step} is {projected_grad}: lower learning_rate or zo_eps"
+            ) from None
 
     def _learning_rate(self) -> float:
         return learning_rate_at(
@@ -153,7 +167,7 @@ class Learner:
             max_steps=self.max_steps,
         )
 
-    # --- examples --------------------------------------------------------------------------------------------------------
+    # --- examples -----------------------------------------------------------------------------------------------------
 
     def plan(self, examples: Sequence[Example]) -> list[ExamplePlan]:
         """How the examples are scored; raises ConfigError or DataError for one that this run cannot score."""
@@ -168,8 +182,8 @@ class Learner:
     def extend(self, examples: Sequence[Example], record: Callable[[], None] = lambda: None) -> int:
         """Add training examples; returns the first step that draws from them, the one after the step in progress.
 
-        It is later where examples that were added before count from later on. ``max_steps`` stays as it is. Where ``record``,
-        which is called once they are added, raises, they are not.
+        It is later where examples that were added before count from later on. ``max_steps`` stays as it is. Where
+        ``record``, which is called once they are added, raises, they are not.
         """
         plans = self.plan(examples)
         segments, before = list(self.stream.segments), len(self.train_plans)
@@ -198,7 +212,8 @@ class Learner:
         return self.window.restore(self.global_step, self.train_plans, self.eval_plans, self.slots)
 
     def trained_tokens(self) -> int:
-        """Tokens of the examples drawn so far; a prompt counts once for each of its options that has a row of its own."""
+        """Tokens of the examples drawn so far; a prompt counts once for each of its options that has a row of its
+        own."""
         lengths = (sum(len(row.prefix) + len(row.suffix) for row in plan.rows) for plan in self.train_plans)
         return sum(length * draws for length, draws in zip(lengths, self.stream.draws(self.global_step)))
 
@@ -210,14 +225,19 @@ class Learner:
 
 
 def _largest_weight(spec: AdapterSpec, dtype: torch.dtype) -> float:
-    """Of an adapter whose layers can still give finite numbers: products of two weights, scaled, are finite in float32."""
+    """Of an adapter whose layers can still give finite numbers: products of two weights, scaled, are finite in
+    float32."""
     return min(torch.finfo(dtype).max, math.sqrt(torch.finfo(torch.float32).max / spec.lora_alpha))
 
 
 def _check_invocation(config: MezoConfig, spec: AdapterSpec) -> None:
     if config.tuning is None:
-        raise ConfigError("tuning", None, "what the adapter of init_from is: sglang.srt.mezo.training.start.settled says it")
+        raise ConfigError(
+            "tuning", None, "what the adapter of init_from is: sglang.srt.mezo.training.start.settled says it"
+        )
     if config.tuning == "alora" and not spec.invocation:
-        raise ConfigError("invocation", config.invocation, "activated LoRA needs the text from which it acts, such as ' It was'")
+        raise ConfigError(
+            "invocation", config.invocation, "activated LoRA needs the text from which it acts, such as ' It was'"
+        )
     if config.tuning == "lora" and spec.invocation:
         raise ConfigError("invocation", config.invocation, "ordinary LoRA acts on every token and takes no invocation")

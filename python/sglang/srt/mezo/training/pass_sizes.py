@@ -1,9 +1,10 @@
-"""How many tokens the forward passes of each step were allowed, where a server has changed it: a step's last bits depend on it.
+"""How many tokens the forward passes of each step were allowed, where a server has changed it: a step's last bits
+depend on it.
 
 ``passes.jsonl`` of a run has a line wherever that differs from the step before:
-``{"step": 12, "max_tokens": [[4096, 9], [32, 17]]}`` says that 9 pieces of step 12 ran with ``max_tokens_per_batch`` of 4,096
-and the others, 17, with 32. A line holds until the next one, its last size for as many pieces as there are. Before the first
-line all passes are of the configuration's ``max_tokens_per_batch``.
+``{"step": 12, "max_tokens": [[4096, 9], [32, 17]]}`` says that 9 pieces of step 12 ran with ``max_tokens_per_batch`` of
+4,096 and the others, 17, with 32. A line holds until the next one, its last size for as many pieces as there are.
+Before the first line all passes are of the configuration's ``max_tokens_per_batch``.
 """
 
 import json

@@ -8,7 +8,8 @@ from sglang.srt.mezo.training.tracking import parse_metrics
 
 
 def plot_run(directory: Path) -> str | None:
-    """Draw ``metrics.jsonl`` of a run directory to ``curves.png``; None where matplotlib (extra ``plots``) is missing."""
+    """Draw ``metrics.jsonl`` of a run directory to ``curves.png``; None where matplotlib (extra ``plots``) is
+    missing."""
     if importlib.util.find_spec("matplotlib") is None:
         return None
     import matplotlib

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+
 from sglang.srt.mezo.core.config import MezoConfig, Objective
 from sglang.srt.mezo.core.estimator import paired, projected_grads
 from sglang.srt.mezo.core.optimizer import Optimizer
@@ -37,7 +38,8 @@ class Probe:
     def paired_passes(
         self, batch: Sequence[ExamplePlan], z: Sequence[torch.Tensor], zo_eps: float
     ) -> Passes[tuple[list[float], list[float]]]:
-        """Losses at theta + zo_eps z_k and what they are compared with, of as many directions in the same packed passes as there are slots for.
+        """Losses at theta + zo_eps z_k and what they are compared with, of as many directions in the same packed passes
+        as there are slots for.
 
         Args:
             z: float32 [numel] for each direction.
@@ -57,11 +59,17 @@ class Probe:
             losses += batch_loss(batch, values, self.objective).mean.tolist()
         return paired(self.handle.share(losses), self.config.estimator)
 
-    def passes(self, batch: Sequence[ExamplePlan], zo_random_seed: int, zo_eps: float) -> Passes[dict[str, list[float]]]:
+    def passes(
+        self, batch: Sequence[ExamplePlan], zo_random_seed: int, zo_eps: float
+    ) -> Passes[dict[str, list[float]]]:
         """``loss_plus``, ``loss_minus`` and ``projected_grad`` along the directions of a seed."""
         z = yield from self.directions(zo_random_seed)
         loss_plus, loss_minus = yield from self.paired_passes(batch, z, zo_eps)
-        return {"loss_plus": loss_plus, "loss_minus": loss_minus, "projected_grad": self.estimate(loss_plus, loss_minus, zo_eps)}
+        return {
+            "loss_plus": loss_plus,
+            "loss_minus": loss_minus,
+            "projected_grad": self.estimate(loss_plus, loss_minus, zo_eps),
+        }
 
     def estimate(self, loss_plus: Sequence[float], loss_minus: Sequence[float], zo_eps: float) -> list[float]:
         """One projected gradient for each direction, from what ``paired_passes`` returns."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+
 from sglang.srt.mezo.core.config import MezoConfig
 from sglang.srt.mezo.core.errors import DamagedError, DataError
 from sglang.srt.mezo.core.seed_log import LogRecord, SeedLog
@@ -30,7 +31,14 @@ class RunRecord:
     """``open`` makes one; its methods are called in the order in which the run does what they record."""
 
     def __init__(
-        self, learner: Learner, directory: RunDirectory, log: SeedLog, state: dict[str, Any], warnings: Sequence[str], make_tracker: MakeTracker, first_step: int
+        self,
+        learner: Learner,
+        directory: RunDirectory,
+        log: SeedLog,
+        state: dict[str, Any],
+        warnings: Sequence[str],
+        make_tracker: MakeTracker,
+        first_step: int,
     ):
         self._learner = learner
         self._config = learner.config
@@ -77,7 +85,10 @@ class RunRecord:
     def greet(self) -> None:
         """Say what there is to know before the first step."""
         if self.window is not None:
-            self._tracker.say(f"the KV pool has room for the prefixes of {self.window} examples at a time: each part is gone over {self._config.echoes} times")
+            self._tracker.say(
+                f"the KV pool has room for the prefixes of {self.window} examples at a time: each part is gone over "
+                f"{self._config.echoes} times"
+            )
         for warning in self._warnings:
             self._tracker.warn(warning, self._learner.global_step)
 
@@ -129,7 +140,8 @@ class RunRecord:
         share = self._learner.lost_perturbations(self._learner.optimizer.direction(result.zo_random_seed, 0))
         if share > _MAX_LOST_SHARE:
             self._tracker.warn(
-                f"zo_eps={self._config.zo_eps:g} is lost in {self._learner.slot_dtype} for {share:.0%} of the parameters: "
+                f"zo_eps={self._config.zo_eps:g} is lost in {self._learner.slot_dtype} for {share:.0%} of the "
+                "parameters: "
                 "raise zo_eps or serve the model in float32",
                 self._learner.global_step,
             )
@@ -181,7 +193,8 @@ class RunRecord:
         self._tracker.checkpoint(self._learner.global_step, folder)
 
     def best(self) -> tuple[int, torch.Tensor, list[LogRecord]]:
-        """The step whose adapter is kept, an adapter, and the records that lead from there to it: none, unless its files are damaged."""
+        """The step whose adapter is kept, an adapter, and the records that lead from there to it: none, unless its
+        files are damaged."""
         adapter, step = self._learner.adapter, self._state["best_global_step"]
         if not self._config.load_best_model_at_end or step is None:
             return self._learner.global_step, adapter.theta, []
@@ -189,7 +202,9 @@ class RunRecord:
             adapter.load_weights(self._directory.best(step))
             return step, adapter.theta, []
         except DamagedError as error:
-            self._tracker.warn(f"{error}; the adapter of step {step} is made anew from the seed log", self._learner.global_step)
+            self._tracker.warn(
+                f"{error}; the adapter of step {step} is made anew from the seed log", self._learner.global_step
+            )
         adapter.load_weights(self._directory.initial_adapter)
         return step, adapter.theta, self._log.records(step)
 
@@ -202,13 +217,17 @@ class RunRecord:
         return self._state
 
 
-def _take_up(learner: Learner, directory: RunDirectory, log: SeedLog, served_only: bool) -> tuple[dict[str, Any], list[str]]:
+def _take_up(
+    learner: Learner, directory: RunDirectory, log: SeedLog, served_only: bool
+) -> tuple[dict[str, Any], list[str]]:
     """The state of the run so far, in agreement with its log, and what the user should be told of it."""
     state = {"global_step": 0, "evaluated_at": None, "best_global_step": None, "best_metric": None, "log_history": []}
     stored, warnings = directory.load_state(), []
     state |= stored or {}
     if stored is None and len(log):
-        warnings.append(f"{directory.path} has no trainer_state.json: what was evaluated before step {len(log)} does not count")
+        warnings.append(
+            f"{directory.path} has no trainer_state.json: what was evaluated before step {len(log)} does not count"
+        )
     if not served_only:
         _require_same_examples(learner, directory, state)
         warnings += _recover(log, state)
@@ -219,7 +238,8 @@ def _take_up(learner: Learner, directory: RunDirectory, log: SeedLog, served_onl
 
 
 def _require_same_examples(learner: Learner, directory: RunDirectory, state: dict[str, Any]) -> None:
-    """Those that the run has drawn from, part by part; what has been added since is new. Of earlier versions there is no record."""
+    """Those that the run has drawn from, part by part; what has been added since is new. Of earlier versions there
+    is no record."""
     plans, first = learner.train_plans, 0
     for count, digest in state.setdefault("examples", []):
         if digest_of_plans(plans[first : first + count]) != digest:

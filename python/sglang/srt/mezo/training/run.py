@@ -53,8 +53,9 @@ class TrainingRun:
             served_only: of a run that ended with an earlier step's adapter, only to that step.
 
         Raises:
-            ConfigError, LogError, DamagedError: what ``RunDirectory.open`` and ``load_state`` raise; with ``served_only`` also
-                where a record of the log is damaged. Otherwise the run goes on from the records before it, with a warning.
+            ConfigError, LogError, DamagedError: what ``RunDirectory.open`` and ``load_state`` raise; with
+                ``served_only`` also where a record of the log is damaged. Otherwise the run goes on from the records
+                before it, with a warning.
         """
         record: RunRecord | None = None
 
@@ -101,7 +102,8 @@ class TrainingRun:
             self._record.close()
 
     def apply(self, record: LogRecord) -> None:
-        """Take a step that somebody else has worked out; DivergedError where it does not end in finite numbers, and nothing has changed."""
+        """Take a step that somebody else has worked out; DivergedError where it does not end in finite numbers, and
+        nothing has changed."""
         self.learner.prepare(record)
         self._on_leader(RunRecord.append_update, record)
         self.learner.commit()
@@ -122,7 +124,8 @@ class TrainingRun:
         self.last_step = result
 
     def _timed(self, passes: Passes[StepResult], pieces: list[int]) -> Passes[StepResult]:
-        """Pass on a step and count the time of its pieces, not the time between them; ``pieces`` gets what each may run through the model."""
+        """Pass on a step and count the time of its pieces, not the time between them; ``pieces`` gets what each may
+        run through the model."""
         while True:
             pieces.append(self.learner.scorer.max_tokens)
             started = time.perf_counter()
@@ -148,5 +151,9 @@ class TrainingRun:
         last_batch = learner.batch(max(0, learner.global_step - 1))
         metrics = yield from learner.evaluation_passes(learner.eval_plans or last_batch)
         if not math.isfinite(metrics["eval_loss"]):
-            raise DivergedError(f"the loss after step {learner.global_step} is {metrics['eval_loss']}: lower learning_rate or zo_eps")
-        return TrainResult(learner.global_step, best_step, self.train_seconds, rate, metrics if learner.eval_plans else {})
+            raise DivergedError(
+                f"the loss after step {learner.global_step} is {metrics['eval_loss']}: lower learning_rate or zo_eps"
+            )
+        return TrainResult(
+            learner.global_step, best_step, self.train_seconds, rate, metrics if learner.eval_plans else {}
+        )

@@ -11,17 +11,21 @@ from typing import Any
 from sglang.srt.mezo.adapters.adapter import Adapter, atomic_directory
 from sglang.srt.mezo.core.config import MezoConfig
 from sglang.srt.mezo.core.errors import BaseModelError, ConfigError, DamagedError
-from sglang.srt.mezo.core.integrity import (
-    read_checked_json,
-    write_checked_json,
-    write_json,
-)
+from sglang.srt.mezo.core.integrity import read_checked_json, write_checked_json, write_json
 from sglang.srt.mezo.core.seed_log import LogHeader, SeedLog, digest_of
 
 _MAY_DIFFER_ON_RESUME = {
-    "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "max_steps", "num_train_epochs", "logging_steps", "save_steps",
-    "report_to", "disable_tqdm", "per_device_eval_batch_size",
-}  # fmt: skip
+    "output_dir",
+    "overwrite_output_dir",
+    "resume_from_checkpoint",
+    "max_steps",
+    "num_train_epochs",
+    "logging_steps",
+    "save_steps",
+    "report_to",
+    "disable_tqdm",
+    "per_device_eval_batch_size",
+}
 
 
 class RunDirectory:
@@ -37,7 +41,8 @@ class RunDirectory:
         self._base_model = base_model
 
     def best(self, step: int) -> Path:
-        """The adapter of the best step so far; the step is in the name, so that a new one never replaces what is needed."""
+        """The adapter of the best step so far; the step is in the name, so that a new one never replaces what is
+        needed."""
         return self.path / f"best-{step}"
 
     @property
@@ -68,8 +73,8 @@ class RunDirectory:
             ConfigError: the folder holds a run and the configuration does not say what to do with it, or the earlier
                 run's settings differ.
             BaseModelError: it was trained on another base model.
-            LogError: another process runs in the folder, the log's header is damaged, or the initial adapter is not the one
-                that it starts from.
+            LogError: another process runs in the folder, the log's header is damaged, or the initial adapter is not the
+                one that it starts from.
             DamagedError: the initial adapter is not as it was written.
         """
         self.check()
@@ -92,12 +97,18 @@ class RunDirectory:
             self._require_same_settings()
         elif self.path.exists() and any(self.path.iterdir()):
             if not self._config.overwrite_output_dir:
-                raise ConfigError("output_dir", str(self.path), "a new or empty folder; or set overwrite_output_dir or resume_from_checkpoint")
+                raise ConfigError(
+                    "output_dir",
+                    str(self.path),
+                    "a new or empty folder; or set overwrite_output_dir or resume_from_checkpoint",
+                )
             self._require_run()
 
     def _create(self, adapter: Adapter) -> SeedLog:
         self.path.mkdir(parents=True, exist_ok=True)
-        header = LogHeader(adapter.shapes, self._config.num_perturbations, self._config.update_rule, digest_of(adapter.theta))
+        header = LogHeader(
+            adapter.shapes, self._config.num_perturbations, self._config.update_rule, digest_of(adapter.theta)
+        )
         try:
             log = SeedLog.create(self.path / "seed_log", header)
             log.claim()
@@ -106,7 +117,9 @@ class RunDirectory:
             adapter.save_pretrained(self.initial_adapter)
             return log
         except FileExistsError as error:  # which nobody's file is deleted for
-            raise ConfigError("output_dir", str(self.path), "a folder that no other run begins in at the same moment") from error
+            raise ConfigError(
+                "output_dir", str(self.path), "a folder that no other run begins in at the same moment"
+            ) from error
         except BaseException:  # half a run could neither be resumed nor overwritten
             shutil.rmtree(self.path, ignore_errors=True)
             raise
@@ -114,7 +127,9 @@ class RunDirectory:
     def _require_run(self) -> None:
         """Only a folder that a run made is ever deleted or resumed."""
         if not (self.path / "config.json").is_file() or not (self.path / "seed_log").is_file():
-            raise ConfigError("output_dir", str(self.path), "a folder that an earlier run made (config.json and seed_log)")
+            raise ConfigError(
+                "output_dir", str(self.path), "a folder that an earlier run made (config.json and seed_log)"
+            )
 
     def _require_same_settings(self) -> None:
         try:
@@ -144,7 +159,9 @@ class RunDirectory:
         if earlier.get("fingerprint") != self._base_model["fingerprint"]:
             raise BaseModelError(self._base_model["name"], earlier.get("name"))
         if earlier.get("precision") != self._base_model["precision"]:
-            raise ConfigError("dtype", self._base_model["precision"], f"the run to resume has {earlier.get('precision')!r}")
+            raise ConfigError(
+                "dtype", self._base_model["precision"], f"the run to resume has {earlier.get('precision')!r}"
+            )
 
     def checkpoint(self, step: int) -> Path:
         return self.path / f"checkpoint-{step}"

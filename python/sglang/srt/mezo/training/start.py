@@ -42,7 +42,11 @@ def require_whole(adapter: PeftAdapter, sites: Collection[Site], name: str) -> N
     """A run trains its modules in all layers: an adapter of some of them would become another."""
     absent = [site.path for site in sites if site.name in adapter.target_modules and site.path not in adapter.matrices]
     if absent:
-        raise ConfigError("init_from", name, f"an adapter of {', '.join(adapter.target_modules)} in all layers, and it has nothing for {absent[0]}")
+        raise ConfigError(
+            "init_from",
+            name,
+            f"an adapter of {', '.join(adapter.target_modules)} in all layers, and it has nothing for {absent[0]}",
+        )
 
 
 def of_adapter(adapter: PeftAdapter) -> dict[str, Any]:
@@ -55,7 +59,9 @@ def of_adapter(adapter: PeftAdapter) -> dict[str, Any]:
     }
 
 
-def contradiction(given: Mapping[str, Any], adapter: PeftAdapter, tokenizer: "PreTrainedTokenizerBase | None") -> tuple[str, Any] | None:
+def contradiction(
+    given: Mapping[str, Any], adapter: PeftAdapter, tokenizer: "PreTrainedTokenizerBase | None"
+) -> tuple[str, Any] | None:
     """A setting that was given otherwise than the adapter has it, and what that is; None where all agree.
 
     Args:
@@ -64,7 +70,13 @@ def contradiction(given: Mapping[str, Any], adapter: PeftAdapter, tokenizer: "Pr
     """
     for name, value in of_adapter(adapter).items():
         sent = given.get(name, value)
-        same = math.isclose(sent, value, rel_tol=1e-6) if name == "lora_alpha" else sorted(sent) == value if name == "target_modules" else sent == value
+        same = (
+            math.isclose(sent, value, rel_tol=1e-6)
+            if name == "lora_alpha"
+            else sorted(sent) == value
+            if name == "target_modules"
+            else sent == value
+        )
         if not same:
             return name, value
     sent = given.get("invocation", AUTO)
@@ -86,4 +98,8 @@ def settled(config: MezoConfig, adapter: PeftAdapter | None, tokenizer: "PreTrai
     if (wrong := contradiction(given, adapter, tokenizer)) is not None:
         name, value = wrong
         raise ConfigError(name, given[name], f"{value!r}, as the adapter of init_from has it")
-    return replace(config, **of_adapter(adapter), invocation=invocation_setting(adapter.invocation, tokenizer) if adapter.invocation else None)
+    return replace(
+        config,
+        **of_adapter(adapter),
+        invocation=invocation_setting(adapter.invocation, tokenizer) if adapter.invocation else None,
+    )

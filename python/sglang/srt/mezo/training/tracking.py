@@ -6,9 +6,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from tqdm.auto import tqdm
+
 from sglang.srt.mezo.core.config import MezoConfig
 from sglang.srt.mezo.core.integrity import drop_half_line
-from tqdm.auto import tqdm
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +26,14 @@ class Tracker:
     def __init__(self, config: MezoConfig, path: Path, first_step: int, max_steps: int):
         drop_half_line(path)
         self._file = open(path, "a", encoding="utf-8")
-        self._bar = tqdm(total=max_steps, initial=first_step, disable=config.disable_tqdm, unit="step", desc="MeZO", dynamic_ncols=True)
+        self._bar = tqdm(
+            total=max_steps,
+            initial=first_step,
+            disable=config.disable_tqdm,
+            unit="step",
+            desc="MeZO",
+            dynamic_ncols=True,
+        )
         self._board = _tensorboard(config) if config.report_to == "tensorboard" else None
 
     def advance(self, **shown: Any) -> None:

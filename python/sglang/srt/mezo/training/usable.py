@@ -26,4 +26,6 @@ def require_objective(config: MezoConfig, objective: Objective, option_counts: I
         raise ConfigError("objective", objective, "completion, as an example has one option only: its loss would be 0")
     metrics = ["eval_loss", "eval_accuracy"] if objective == "classification" else ["eval_loss"]
     if config.metric_for_best_model not in (None, *metrics):
-        raise ConfigError("metric_for_best_model", config.metric_for_best_model, f"one of {', '.join(metrics)} for {objective}")
+        raise ConfigError(
+            "metric_for_best_model", config.metric_for_best_model, f"one of {', '.join(metrics)} for {objective}"
+        )

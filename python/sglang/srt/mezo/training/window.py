@@ -1,4 +1,5 @@
-"""Prefixes of the base model over a run: which examples' are in the KV pool at a time, and how they come back after a restart."""
+"""Prefixes of the base model over a run: which examples' are in the KV pool at a time, and how they come back after
+a restart."""
 
 from collections.abc import Sequence
 
@@ -44,10 +45,13 @@ class PrefixWindow:
             self._in_pool = window
             self._scorer.base_prefixes.release()
 
-    def restore(self, steps: int, train: Sequence[ExamplePlan], dev: Sequence[ExamplePlan], slots: PerturbedSlots) -> Passes[None]:
+    def restore(
+        self, steps: int, train: Sequence[ExamplePlan], dev: Sequence[ExamplePlan], slots: PerturbedSlots
+    ) -> Passes[None]:
         """Compute base-model prefixes in the batches in which the first ``steps`` steps met them.
 
-        KV differs in its last bits between batches, and a long run magnifies that: with this a run that goes on in a new
+        KV differs in its last bits between batches, and a long run magnifies that: with this a run that goes on in a
+            new
         engine ends as the whole run would have. Nothing to do where the pool cannot hold them all.
         """
         if not self._config.prefix_reuse or self._scorer.scope is not PrefixScope.BASE:

@@ -13,5 +13,7 @@ class SST2(Task):
 
     def render(self, row: Mapping[str, Any]) -> TextExample:
         return TextExample(
-            prompt=f"{text_of(row, 'sentence').strip()}{self.invocation}", options=(" terrible", " great"), label=row["label"]
+            prompt=f"{text_of(row, 'sentence').strip()}{self.invocation}",
+            options=(" terrible", " great"),
+            label=row["label"],
         )

@@ -1,7 +1,8 @@
 """Which adapter a request's ``model`` names, on every route of SGLang's, and which version of it has answered.
 
-SGLang reads the adapter from the model's name on some routes. On the others (/v1/responses, /v1/score, Ollama's and more) the base model
-would answer for any name. Here the name counts on all of them: its adapter answers, or the request ends with status 404.
+SGLang reads the adapter from the model's name on some routes. On the others (/v1/responses, /v1/score, Ollama's and
+more) the base model would answer for any name. Here the name counts on all of them: its adapter answers, or the request
+ends with status 404.
 """
 
 import hashlib
@@ -15,21 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastapi.responses import Response, StreamingResponse
+
 from sglang.srt.mezo.core.errors import shown
 from sglang.srt.mezo.service.jobs import publish
-from sglang.srt.mezo.service.wire.upstream import (
-    ChatCompletionResponse,
-    CompletionResponse,
-    SGLangORJSONResponse,
-)
+from sglang.srt.mezo.service.wire.upstream import ChatCompletionResponse, CompletionResponse, SGLangORJSONResponse
 
 if TYPE_CHECKING:
-    from sglang.srt.mezo.service.wire.upstream import (
-        EmbeddingReqInput,
-        GenerateReqInput,
-        LoRARef,
-        TokenizerManager,
-    )
+    from sglang.srt.mezo.service.wire.upstream import EmbeddingReqInput, GenerateReqInput, LoRARef, TokenizerManager
+
 
 @dataclass
 class _Answer:
@@ -45,21 +39,26 @@ class _Answer:
 
 
 _answer: ContextVar[_Answer | None] = ContextVar("mezo_answer", default=None)
-"""What a request's task sets, the tasks that it starts inherit: answers that are streamed, or made in the background."""
+"""What a request's task sets, the tasks that it starts inherit: answers that are streamed, or made in the
+background."""
 
 
-# --- hooks -------------------------------------------------------------------------------------------------------------
+# --- hooks ------------------------------------------------------------------------------------------------------------
 
 
 async def around_request(original: Callable[..., Awaitable[Any]], handler: Any, request: Any, raw_request: Any) -> Any:
     """OpenAIServingBase.handle_request: all of OpenAI's routes but /v1/responses."""
-    _, adapter = handler._parse_model_parameter(getattr(request, "model", None) or "")  # some of these requests have no model
+    _, adapter = handler._parse_model_parameter(
+        getattr(request, "model", None) or ""
+    )  # some of these requests have no model
     if not _begin(handler.tokenizer_manager, adapter):
         return _no_such_model(request.model)
     return _sign(await original(handler, request, raw_request), _answer.get())
 
 
-async def around_responses(original: Callable[..., Awaitable[Any]], handler: Any, request: Any, raw_request: Any = None) -> Any:
+async def around_responses(
+    original: Callable[..., Awaitable[Any]], handler: Any, request: Any, raw_request: Any = None
+) -> Any:
     """OpenAIServingResponses.create_responses."""
     _, adapter = handler._parse_model_parameter(request.model or "")
     if not _begin(handler.tokenizer_manager, adapter):
@@ -77,14 +76,18 @@ async def around_ollama(original: Callable[..., Awaitable[Any]], handler: Any, r
     return await original(handler, request, raw_request)
 
 
-def before_generating(manager: "TokenizerManager", obj: "GenerateReqInput | EmbeddingReqInput", *args: Any, **kwargs: Any) -> None:
+def before_generating(
+    manager: "TokenizerManager", obj: "GenerateReqInput | EmbeddingReqInput", *args: Any, **kwargs: Any
+) -> None:
     """TokenizerManager.generate_request: where every route comes to."""
     answer = _answer.get()
     if answer is not None and answer.adapter is not None and not obj.lora_path:
         obj.lora_path = answer.adapter
 
 
-async def around_resolving(original: Callable[..., Awaitable[None]], manager: "TokenizerManager", obj: "GenerateReqInput | EmbeddingReqInput") -> None:
+async def around_resolving(
+    original: Callable[..., Awaitable[None]], manager: "TokenizerManager", obj: "GenerateReqInput | EmbeddingReqInput"
+) -> None:
     """TokenizerManager._resolve_lora_path: from now on the request has the version that the name stands for."""
     await original(manager, obj)
     answer = _answer.get()
@@ -94,7 +97,7 @@ async def around_resolving(original: Callable[..., Awaitable[None]], manager: "T
         answer.fingerprint = fingerprint(versions[0]) if versions else None
 
 
-# --- which adapter -----------------------------------------------------------------------------------------------------
+# --- which adapter ----------------------------------------------------------------------------------------------------
 
 
 def _begin(manager: "TokenizerManager", adapter: str | None) -> bool:
@@ -109,14 +112,14 @@ def _no_such_model(name: str) -> Response:
     return SGLangORJSONResponse({"error": content}, HTTPStatus.NOT_FOUND)
 
 
-# --- which version -----------------------------------------------------------------------------------------------------
+# --- which version ----------------------------------------------------------------------------------------------------
 
 
 def fingerprint(version: "LoRARef") -> str:
     """A name for an adapter's weights: the same as long as they are, after a restart too.
 
-    Jobs keep each version in a folder of its own, ``<job>/adapters/v<n>``, which is never written again. Of an adapter from elsewhere
-    nothing is known but which loading of it this is.
+    Jobs keep each version in a folder of its own, ``<job>/adapters/v<n>``, which is never written again. Of an adapter
+    from elsewhere nothing is known but which loading of it this is.
     """
     parts = Path(version.lora_path or "").parts[-3:]
     of_job = len(parts) == 3 and parts[0].startswith("ftjob-")
@@ -132,7 +135,9 @@ def _sign(response: Any, answer: _Answer) -> Any:
         return response
     if answer.fingerprint is None or not isinstance(response, ChatCompletionResponse | CompletionResponse):
         return response
-    return SGLangORJSONResponse({**response.model_dump(mode="json", by_alias=True), "system_fingerprint": answer.fingerprint})
+    return SGLangORJSONResponse(
+        {**response.model_dump(mode="json", by_alias=True), "system_fingerprint": answer.fingerprint}
+    )
 
 
 _ANSWER = re.compile(r'data: \{"id": ?"[^"]*", ?"object": ?"(chat\.completion\.chunk|text_completion)"')

@@ -48,7 +48,9 @@ class Service:
             await self._start(tokenizer_manager)
         except Exception as error:
             # SGLang would wait minutes for the first answer of an application that does not start, and not say why.
-            logger.critical("sglang-mezo refuses to start: %s", error, exc_info=None if isinstance(error, MezoError) else error)
+            logger.critical(
+                "sglang-mezo refuses to start: %s", error, exc_info=None if isinstance(error, MezoError) else error
+            )
             kill_process_tree(os.getpid(), include_parent=False, wait_timeout=None)
             os._exit(1)
 
@@ -65,7 +67,9 @@ class Service:
         self.engine = self.manager.engine
         self.ready = True
         sizes = self.engine.micro_step_tokens, self.engine.idle_step_tokens
-        logger.info("fine-tuning is on: %s, pieces of %d tokens beside requests and of %d while none come", directory, *sizes)
+        logger.info(
+            "fine-tuning is on: %s, pieces of %d tokens beside requests and of %d while none come", directory, *sizes
+        )
 
     async def stop(self) -> None:
         self.ready = False

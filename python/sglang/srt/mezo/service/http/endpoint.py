@@ -13,6 +13,10 @@ from fastapi import Depends, FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict, ValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+
 from sglang.srt.mezo.core.errors import CapacityError, ConfigError, DataError, shown
 from sglang.srt.mezo.service.http.latency import LatencyRecorder
 from sglang.srt.mezo.service.jobs.client import EngineClient
@@ -23,14 +27,7 @@ from sglang.srt.mezo.service.store.store import Store
 from sglang.srt.mezo.service.wire.errors import RequestError, StoreBusy
 from sglang.srt.mezo.service.wire.messages import EngineDescription
 from sglang.srt.mezo.service.wire.settings import ServiceSettings
-from sglang.srt.mezo.service.wire.upstream import (
-    AuthLevel,
-    SGLangORJSONResponse,
-    auth_level,
-)
-from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response
+from sglang.srt.mezo.service.wire.upstream import AuthLevel, SGLangORJSONResponse, auth_level
 
 logger = logging.getLogger(__name__)
 
@@ -79,8 +76,8 @@ class Endpoint(NamedTuple):
 def add_routes(app: FastAPI, endpoints: Iterable[Endpoint], service: Service | None = None) -> None:
     """Put the endpoints on the app itself: a router that is included would lose their authorisation levels.
 
-    service: they answer 503 until it is ready, and those that change something while its store is locked; None for endpoints
-        that do without it.
+    service: they answer 503 until it is ready, and those that change something while its store is locked; None for
+        endpoints that do without it.
     """
     for method, path, handler in endpoints:
         level = getattr(handler, "_auth_level", None)
@@ -100,7 +97,9 @@ def add_routes(app: FastAPI, endpoints: Iterable[Endpoint], service: Service | N
 def _needed(service: Service, method: str) -> list[Handler]:
     async def ready() -> None:
         if not service.ready:
-            raise RequestError(HTTPStatus.SERVICE_UNAVAILABLE, "the training service is not ready yet; ask again", None, "not_ready")
+            raise RequestError(
+                HTTPStatus.SERVICE_UNAVAILABLE, "the training service is not ready yet; ask again", None, "not_ready"
+            )
 
     async def writable() -> None:
         await require_writable(service)
@@ -146,7 +145,9 @@ def _explain(request: Request, error: Exception) -> Response:
     known = _request_error(error)
     if known is None:
         logger.exception("%s %s failed", request.method, request.url.path)
-        known = RequestError(HTTPStatus.INTERNAL_SERVER_ERROR, "the server failed to answer; its log says why", None, "internal_error")
+        known = RequestError(
+            HTTPStatus.INTERNAL_SERVER_ERROR, "the server failed to answer; its log says why", None, "internal_error"
+        )
     # A part of the body may be unread. To close the connection is what keeps the client from sending the rest.
     headers = {} if request.method == "GET" else {"Connection": "close"}
     if isinstance(known, StoreBusy):
@@ -204,7 +205,12 @@ async def read_json(request: Request, model: type[WireModel], max_bytes: int = M
         RequestError: 413 as soon as the body is known to be longer, 400 where it is not JSON or not as ``model`` says.
     """
     if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
-        raise RequestError(400, "the body must be JSON, sent with Content-Type: application/json", "Content-Type", "invalid_content_type")
+        raise RequestError(
+            400,
+            "the body must be JSON, sent with Content-Type: application/json",
+            "Content-Type",
+            "invalid_content_type",
+        )
     require_length(request, max_bytes)
     body = bytearray()
     async for chunk in request.stream():
@@ -230,7 +236,9 @@ def _parsed(body: bytearray) -> Any:
     except orjson.JSONDecodeError as error:
         raise RequestError(400, f"the body is not JSON: {error}", None, "invalid_json") from error
     try:
-        orjson.dumps(content)  # it writes less deep a nesting than it reads, and what Python could neither show nor store ends here
+        orjson.dumps(
+            content
+        )  # it writes less deep a nesting than it reads, and what Python could neither show nor store ends here
     except orjson.JSONEncodeError as error:
         raise RequestError(400, "the body is nested too deeply", None, "invalid_json") from error
     return content
@@ -248,4 +256,6 @@ def says_longer(request: Request, max_bytes: int) -> bool:
 
 
 def too_large(max_bytes: int, param: str | None = None) -> RequestError:
-    return RequestError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"at most {max_bytes} bytes are taken", param, "file_too_large")
+    return RequestError(
+        HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"at most {max_bytes} bytes are taken", param, "file_too_large"
+    )

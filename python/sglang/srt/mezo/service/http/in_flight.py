@@ -2,8 +2,9 @@
 
 import asyncio
 
-from sglang.srt.mezo.service.wire.upstream import SGLangORJSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from sglang.srt.mezo.service.wire.upstream import SGLangORJSONResponse
 
 _ENDED = {"message": "the server is shutting down", "type": "server_error", "param": None, "code": "shutting_down"}
 
@@ -11,7 +12,8 @@ _ENDED = {"message": "the server is shutting down", "type": "server_error", "par
 class RequestsInFlight:
     """Every HTTP request of the application, SGLang's routes and ours.
 
-    A web server that is asked to end waits for all of them, without a bound: for a publication whose adapter no scheduler
+    A web server that is asked to end waits for all of them, without a bound: for a publication whose adapter no
+        scheduler
     will load any more, for rows that a client sends slowly.
     """
 

@@ -11,11 +11,7 @@ from contextlib import contextmanager
 from math import ceil
 from typing import TYPE_CHECKING, Any
 
-from sglang.srt.mezo.service.wire.upstream import (
-    BatchEmbeddingOutput,
-    BatchStrOutput,
-    BatchTokenIDOutput,
-)
+from sglang.srt.mezo.service.wire.upstream import BatchEmbeddingOutput, BatchStrOutput, BatchTokenIDOutput
 
 if TYPE_CHECKING:
     from sglang.srt.mezo.service.wire.upstream import ReqState, TokenizerManager
@@ -40,7 +36,11 @@ class _Requests:
             self._tpot.append(tpot)
 
     def summary(self) -> dict[str, Any]:
-        return {"count": len(self._ttft), "ttft_seconds": _percentiles(self._ttft), "tpot_seconds": _percentiles(self._tpot)}
+        return {
+            "count": len(self._ttft),
+            "ttft_seconds": _percentiles(self._ttft),
+            "tpot_seconds": _percentiles(self._tpot),
+        }
 
 
 class LatencyRecorder:
@@ -122,7 +122,7 @@ def _percentiles(values: Sequence[float]) -> dict[str, float | None]:
 _NOTHING = _Requests().summary()
 
 
-# --- where SGLang knows -------------------------------------------------------------------------------------------------
+# --- where SGLang knows -----------------------------------------------------------------------------------------------
 
 
 Output = BatchStrOutput | BatchTokenIDOutput | BatchEmbeddingOutput
@@ -152,7 +152,8 @@ def _harmless() -> Iterator[None]:
 
 
 def _finished(manager: "TokenizerManager", output: Output) -> list[tuple["ReqState", int]]:
-    """States, which SGLang is about to drop, and numbers of tokens. Health checks, aborts and what has no token are left out."""
+    """States, which SGLang is about to drop, and numbers of tokens. Health checks, aborts and what has no token are
+    left out."""
     if isinstance(output, BatchEmbeddingOutput):
         return []
     finished = []

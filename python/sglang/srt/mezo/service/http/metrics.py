@@ -15,7 +15,9 @@ class JobMetrics:
         )
 
         self._store = store
-        self._jobs = Gauge("sglang:mezo_jobs", "Fine-tuning jobs in each state.", ["status"], multiprocess_mode="mostrecent")
+        self._jobs = Gauge(
+            "sglang:mezo_jobs", "Fine-tuning jobs in each state.", ["status"], multiprocess_mode="mostrecent"
+        )
 
     def update(self) -> None:
         """To be called whenever a job has changed its state."""

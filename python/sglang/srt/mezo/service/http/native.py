@@ -1,7 +1,6 @@
 """Routes beyond OpenAI's: more examples for a running job, its adapter as it is now, single evaluations and updates."""
 
 import itertools
-import json
 import math
 from collections.abc import Coroutine
 from pathlib import Path
@@ -10,23 +9,16 @@ from typing import Annotated, Any, TypeVar
 import msgspec
 from fastapi import FastAPI, Query
 from pydantic import Field
+from starlette.requests import Request
+
 from sglang.srt.mezo.core.config import LARGEST, SMALLEST_ZO_EPS
 from sglang.srt.mezo.core.errors import shown
-from sglang.srt.mezo.service.http.endpoint import (
-    Endpoint,
-    Service,
-    Wire,
-    add_routes,
-    changes,
-    read_json,
-    reads,
-)
+from sglang.srt.mezo.service.http.endpoint import Endpoint, Service, Wire, add_routes, changes, read_json, reads
 from sglang.srt.mezo.service.http.protocol import Json, job_object
 from sglang.srt.mezo.service.jobs.job_data import MAX_EXAMPLES
 from sglang.srt.mezo.service.wire.errors import RequestError
 from sglang.srt.mezo.service.wire.records import StoredJob
 from sglang.srt.mezo.training.tracking import parse_metrics
-from starlette.requests import Request
 
 _MAX_ROWS_BYTES = 4 << 20  # of a request: far more than it may have tokens, and parsing it holds up serving
 _MAX_LINES = 1000  # of metrics in one answer
@@ -109,7 +101,8 @@ class _Native:
 
     @reads
     async def metrics(self, job_id: str, after: Line = 0) -> Json:
-        """Lines of the job's metrics.jsonl behind the first ``after``; ``next`` is the ``after`` of the next request."""
+        """Lines of the job's metrics.jsonl behind the first ``after``; ``next`` is the ``after`` of the next
+        request."""
         return await self._service.threads.read(self._metrics, job_id, after)
 
     def _metrics(self, job_id: str, after: int) -> Json:
@@ -119,7 +112,8 @@ class _Native:
 
     @changes
     async def append_examples(self, job_id: str, request: Request) -> Json:
-        """``step``: the first that draws from the rows; null where the job does not run, and they count once it does."""
+        """``step``: the first that draws from the rows; null where the job does not run, and they count once it
+        does."""
         await self._job(job_id)
         body = await read_json(request, AppendExamples, self._max_rows_bytes)
         appended = await self._run(self._service.manager.append_rows(job_id, body.rows))
@@ -138,7 +132,9 @@ class _Native:
         zo_eps = job.config["zo_eps"] if body.zo_eps is None else body.zo_eps
         losses = await self._run(self._service.manager.evaluate(job_id, body.rows, body.zo_random_seed, zo_eps))
         if not all(map(math.isfinite, losses["loss_plus"] + losses["loss_minus"])):
-            raise RequestError(400, f"the losses at zo_eps={zo_eps} are {shown(losses)}: lower zo_eps", "zo_eps", "diverged")
+            raise RequestError(
+                400, f"the losses at zo_eps={zo_eps} are {shown(losses)}: lower zo_eps", "zo_eps", "diverged"
+            )
         return losses
 
     @changes
@@ -147,7 +143,9 @@ class _Native:
         body = await read_json(request, Update)
         _require_directions(job, body.projected_grad)
         manager = self._service.manager
-        return await self._run(manager.update(job_id, body.zo_random_seed, body.projected_grad, body.learning_rate, body.publish))
+        return await self._run(
+            manager.update(job_id, body.zo_random_seed, body.projected_grad, body.learning_rate, body.publish)
+        )
 
     async def _job(self, job_id: str) -> StoredJob:
         return await self._service.threads.read(self._service.store.job, job_id)
@@ -163,7 +161,9 @@ class _Native:
 def _require_directions(job: StoredJob, projected_grad: list[float]) -> None:
     count = job.config["num_perturbations"]
     if len(projected_grad) != count:
-        message = f"projected_grad has {len(projected_grad)} numbers, and the job's num_perturbations={count} needs as many"
+        message = (
+            f"projected_grad has {len(projected_grad)} numbers, and the job's num_perturbations={count} needs as many"
+        )
         raise RequestError(400, message, "projected_grad", "invalid_value")
 
 

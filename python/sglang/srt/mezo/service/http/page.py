@@ -9,10 +9,11 @@ import hashlib
 from pathlib import Path
 
 from fastapi import FastAPI
-from sglang.srt.mezo.service.http.endpoint import reads
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
+
+from sglang.srt.mezo.service.http.endpoint import reads
 
 _FOLDER = Path(__file__).parent
 
@@ -59,7 +60,8 @@ _ENDPOINTS = {"/mezo/": _page, "/mezo": _to_page}
 
 
 def _document() -> tuple[str, str]:
-    """The page, and a Content-Security-Policy that allows its own style and scripts by their digests, and nothing else."""
+    """The page, and a Content-Security-Policy that allows its own style and scripts by their digests, and nothing
+    else."""
     html = _read("page.html")
     allowed: dict[str, list[str]] = {"style": [], "script": []}
     for kind, name in (("style", "page.css"), ("script", "chart.js"), ("script", "page.js")):

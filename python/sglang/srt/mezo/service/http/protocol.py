@@ -4,15 +4,11 @@ from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field
+
 from sglang.srt.mezo.service.http.endpoint import Wire
 from sglang.srt.mezo.service.jobs.hyperparameters import reported
 from sglang.srt.mezo.service.store.database import Page
-from sglang.srt.mezo.service.wire.records import (
-    StoredCheckpoint,
-    StoredEvent,
-    StoredFile,
-    StoredJob,
-)
+from sglang.srt.mezo.service.wire.records import StoredCheckpoint, StoredEvent, StoredFile, StoredJob
 
 OWNER = "sglang-mezo"
 
@@ -138,7 +134,10 @@ def checkpoint_object(checkpoint: StoredCheckpoint, served_model_name: str) -> J
 def checkpoint_page_object(page: Page[StoredCheckpoint], served_model_name: str) -> Json:
     """Checkpoints are the one list that says where it begins and ends."""
     ids = [checkpoint.id for checkpoint in page.data] or [None]
-    return page_object(page, lambda checkpoint: checkpoint_object(checkpoint, served_model_name)) | {"first_id": ids[0], "last_id": ids[-1]}
+    return page_object(page, lambda checkpoint: checkpoint_object(checkpoint, served_model_name)) | {
+        "first_id": ids[0],
+        "last_id": ids[-1],
+    }
 
 
 def model_name(served_model_name: str, adapter_name: str) -> str:

@@ -9,6 +9,9 @@ from urllib.parse import quote
 
 from fastapi import FastAPI, Query
 from fastapi.routing import APIRoute
+from starlette.requests import Request
+from starlette.responses import FileResponse
+
 from sglang.srt.mezo.core.errors import shown
 from sglang.srt.mezo.service.http.endpoint import (
     Endpoint,
@@ -38,15 +41,7 @@ from sglang.srt.mezo.service.jobs.fit import limits
 from sglang.srt.mezo.service.jobs.hyperparameters import resolve
 from sglang.srt.mezo.service.store.store import Store
 from sglang.srt.mezo.service.wire.errors import NotFound, RequestError
-from sglang.srt.mezo.service.wire.records import (
-    ServedAdapter,
-    StoredFile,
-    StoredJob,
-    new_id,
-    now,
-)
-from starlette.requests import Request
-from starlette.responses import FileResponse
+from sglang.srt.mezo.service.wire.records import ServedAdapter, StoredFile, StoredJob, new_id, now
 
 Result = TypeVar("Result")
 Limit = Annotated[int, Query(ge=1, le=100)]
@@ -60,7 +55,9 @@ def install(app: FastAPI, service: Service) -> None:
     """Add the routes to SGLang's app, those for models in front of SGLang's own."""
     add_routes(app, _Files(service).endpoints(), service)
     add_routes(app, _Jobs(service).endpoints(), service)
-    upstream = {route.path: route for route in app.router.routes if isinstance(route, APIRoute) and "GET" in route.methods}
+    upstream = {
+        route.path: route for route in app.router.routes if isinstance(route, APIRoute) and "GET" in route.methods
+    }
     first = min(app.router.routes.index(upstream[path]) for path in ("/v1/models", "/v1/models/{model:path}"))
     models = _Models(service, upstream["/v1/models"].endpoint, upstream["/v1/models/{model:path}"].endpoint)
     present = len(app.router.routes)
@@ -90,7 +87,11 @@ class _Files:
 
     @reads
     async def list(
-        self, after: str | None = None, limit: FileLimit = 10_000, order: Literal["asc", "desc"] = "desc", purpose: str | None = None
+        self,
+        after: str | None = None,
+        limit: FileLimit = 10_000,
+        order: Literal["asc", "desc"] = "desc",
+        purpose: str | None = None,
     ) -> Json:
         return await self._service.threads.read(self._page, after, limit, order, purpose)
 
@@ -105,7 +106,9 @@ class _Files:
     async def content(self, file_id: str) -> FileResponse:
         file, path = await self._service.threads.read(self._file_and_content, file_id)
         headers = {
-            "Content-Disposition": f"attachment; filename={file.id}{'.csv' if file.purpose == results.PURPOSE else '.jsonl'}; filename*=UTF-8''{quote(file.filename, safe='')}",
+            "Content-Disposition": "attachment; "
+            f"filename={file.id}{'.csv' if file.purpose == results.PURPOSE else '.jsonl'}; "
+            f"filename*=UTF-8''{quote(file.filename, safe='')}",
             "X-Content-Type-Options": "nosniff",
         }
         return FileResponse(path, headers=headers, media_type="application/octet-stream")
@@ -191,7 +194,9 @@ class _Jobs:
 
     @reads
     async def list(self, request: Request, after: str | None = None, limit: Limit = 20) -> Json:
-        return await self._read(lambda store: page_object(store.jobs(after, limit, _metadata_filter(request)), self._object))
+        return await self._read(
+            lambda store: page_object(store.jobs(after, limit, _metadata_filter(request)), self._object)
+        )
 
     @reads
     async def retrieve(self, job_id: str) -> Json:
@@ -241,7 +246,9 @@ def _metadata_filter(request: Request) -> dict[str, str] | None:
     query = request.query_params
     pairs = {key[9:-1]: value for key, value in query.items() if key.startswith("metadata[") and key.endswith("]")}
     if len(pairs) > _MAX_PAIRS:
-        raise RequestError(400, f"{len(pairs)} pairs of metadata are not allowed: at most {_MAX_PAIRS}", "metadata", "invalid_value")
+        raise RequestError(
+            400, f"{len(pairs)} pairs of metadata are not allowed: at most {_MAX_PAIRS}", "metadata", "invalid_value"
+        )
     if "metadata" not in query:
         return pairs or None
     if query["metadata"] != "null" or pairs:
@@ -290,8 +297,11 @@ class _Models:
         return await self._service.threads.read(read, *args) if self._service.ready else read(*args)
 
     def _adapter_name(self, model: str) -> str:
-        # Of a job that did not succeed there may be checkpoints alone, which go by the name that its model would have had.
-        names = {name for served in self._service.store.served() for name in (served.name, served.name.partition(":")[0])}
+        # Of a job that did not succeed there may be checkpoints alone, which go by the name that its model would have
+        # had.
+        names = {
+            name for served in self._service.store.served() for name in (served.name, served.name.partition(":")[0])
+        }
         name = next((name for name in names if self._model_name(name) == model), None)
         if name is None:
             raise RequestError(404, f"there is no fine-tuned model {shown(model)}", "model", "model_not_found")
@@ -300,7 +310,11 @@ class _Models:
     def _served(self) -> dict[str, ServedAdapter]:
         if not self._service.ready:
             return {}
-        return {adapter.name: adapter for adapter in self._service.store.served() if self._service.manager.serves(adapter.name)}
+        return {
+            adapter.name: adapter
+            for adapter in self._service.store.served()
+            if self._service.manager.serves(adapter.name)
+        }
 
     def _served_and_final(self) -> tuple[dict[str, ServedAdapter], Sequence[ServedAdapter]]:
         served = self._served()

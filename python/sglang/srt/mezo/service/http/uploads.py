@@ -10,13 +10,14 @@ from typing import Any
 from python_multipart import MultipartParser
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import parse_options_header
+from starlette.requests import Request
+
 from sglang.srt.mezo.core.errors import shown
 from sglang.srt.mezo.service.http.endpoint import says_longer, too_large
 from sglang.srt.mezo.service.jobs.threads import ServiceThreads
 from sglang.srt.mezo.service.store.store import Store
 from sglang.srt.mezo.service.wire.errors import RequestError
 from sglang.srt.mezo.service.wire.records import StoredFile, new_id, now
-from starlette.requests import Request
 
 PURPOSE = "fine-tune"
 _ANCHOR, _SECONDS = "expires_after[anchor]", "expires_after[seconds]"
@@ -47,7 +48,9 @@ async def receive_file(request: Request, store: Store, threads: ServiceThreads, 
             await asyncio.to_thread(form.finish)
         created_at, lifetime = now(), form.lifetime
         expires_at = None if lifetime is None else created_at + lifetime
-        file = StoredFile(file_id, form.filename, PURPOSE, form.file_bytes, created_at, "processed", form.sha256, expires_at)
+        file = StoredFile(
+            file_id, form.filename, PURPOSE, form.file_bytes, created_at, "processed", form.sha256, expires_at
+        )
         return await asyncio.shield(threads.call(store.add_file, file))  # once begun, it is done whoever waits for it
     finally:
         # Where the request is cancelled meanwhile, too.
@@ -106,11 +109,21 @@ class _Form:
         """Seconds until the file expires; None where it does not."""
         if _ANCHOR not in self._fields and _SECONDS not in self._fields:
             return None
-        for name, allowed in ((_ANCHOR, "created_at"), (_SECONDS, f"a whole number from {_LIFETIMES[0]} to {_LIFETIMES[-1]}")):
+        for name, allowed in (
+            (_ANCHOR, "created_at"),
+            (_SECONDS, f"a whole number from {_LIFETIMES[0]} to {_LIFETIMES[-1]}"),
+        ):
             if name not in self._fields:
-                raise _bad(f"the form has no {name}, which goes with {_SECONDS if name == _ANCHOR else _ANCHOR}: {allowed}", name)
+                raise _bad(
+                    f"the form has no {name}, which goes with {_SECONDS if name == _ANCHOR else _ANCHOR}: {allowed}",
+                    name,
+                )
             text = self._text(name)
-            if not (text == "created_at" if name == _ANCHOR else text.isascii() and text.isdecimal() and int(text) in _LIFETIMES):
+            if not (
+                text == "created_at"
+                if name == _ANCHOR
+                else text.isascii() and text.isdecimal() and int(text) in _LIFETIMES
+            ):
                 raise RequestError(400, f"{name}={shown(text)} is not allowed: {allowed}", name, "invalid_value")
         return int(self._text(_SECONDS))
 
@@ -133,7 +146,7 @@ class _Form:
             if name not in self._fields:
                 raise _bad(f"the form has no {name}", name)
         _require_purpose(self._text("purpose"))
-        self.lifetime  # raises where it cannot be
+        _ = self.lifetime  # raises where it cannot be
         if self.file_bytes == 0:
             raise _bad(f"the file {self.filename!r} is empty", "file")
         self._file.flush()
@@ -142,7 +155,7 @@ class _Form:
     def _text(self, name: str) -> str:
         return self._fields[name].decode(errors="replace")
 
-    # --- called by the parser ------------------------------------------------------------------------------------------
+    # --- called by the parser -----------------------------------------------------------------------------------------
 
     def _on_part_begin(self) -> None:
         self._headers = {}
@@ -161,7 +174,10 @@ class _Form:
         _, options = parse_options_header(disposition)
         self._name = options.get(b"name", b"").decode(errors="replace")
         if self._name not in _FIELDS:
-            raise _bad(f"the form's field {self._name[:100]!r} is not supported: {', '.join(_FIELDS)} are", self._name[:100] or None)
+            raise _bad(
+                f"the form's field {self._name[:100]!r} is not supported: {', '.join(_FIELDS)} are",
+                self._name[:100] or None,
+            )
         if self._name in self._fields:
             raise _bad(f"the form has more than one {self._name}", self._name)
         self._fields[self._name] = bytearray()

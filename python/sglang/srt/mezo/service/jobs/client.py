@@ -10,15 +10,17 @@ from sglang.srt.mezo.service.wire.errors import DiskFull, EngineRefused
 from sglang.srt.mezo.service.wire.messages import Command, MezoReqInput
 
 if TYPE_CHECKING:
-    from sglang.srt.mezo.service.wire.upstream import TokenizerManager
     from transformers import PreTrainedTokenizerBase
+
+    from sglang.srt.mezo.service.wire.upstream import TokenizerManager
 
 
 Result = TypeVar("Result")
 
 
 class EngineClient:
-    """The engine as the service sees it, from whatever thread. To be made in SGLang's event loop, where it is spoken to."""
+    """The engine as the service sees it, from whatever thread. To be made in SGLang's event loop, where it is spoken
+    to."""
 
     def __init__(self, tokenizer_manager: "TokenizerManager"):
         self.tokenizer_manager = tokenizer_manager
@@ -31,7 +33,9 @@ class EngineClient:
     @property
     def chat_settings(self) -> ChatSettings:
         """How the server renders chat requests."""
-        return ChatSettings(**{name: self.tokenizer_manager.config_value(name) for name in ChatSettings.__dataclass_fields__})
+        return ChatSettings(
+            **{name: self.tokenizer_manager.config_value(name) for name in ChatSettings.__dataclass_fields__}
+        )
 
     @property
     def served_model_name(self) -> str:

@@ -1,4 +1,5 @@
-"""Whether this server can go on with what an earlier one has begun: that may have had other flags, or another base model."""
+"""Whether this server can go on with what an earlier one has begun: that may have had other flags, or another base
+model."""
 
 from typing import Any
 
@@ -13,9 +14,16 @@ BASE_MODEL_CHANGED = "base_model_changed"
 DOES_NOT_FIT = "does_not_fit"
 
 _LIMITS = (
-    "base_model", "dtype", "context_length", "kv_capacity", "max_lora_rank", "max_loras_per_batch", "target_modules", "no_alora",
+    "base_model",
+    "dtype",
+    "context_length",
+    "kv_capacity",
+    "max_lora_rank",
+    "max_loras_per_batch",
+    "target_modules",
+    "no_alora",
     "rendering",
-)  # fmt: skip
+)
 
 
 def limits(engine: EngineDescription) -> dict[str, Any]:
@@ -38,7 +46,8 @@ class Fit:
         return self._reason(job, to_serve=False)
 
     def of_failure(self, job: StoredJob, failure: RequestError) -> RequestError | None:
-        """In the way of a job that has failed here, where the server that took it had another base model or other limits.
+        """In the way of a job that has failed here, where the server that took it had another base model or other
+        limits.
 
         None where they are the same, or the failure is of the numbers, so that it would fail anywhere.
         """
@@ -58,12 +67,15 @@ class Fit:
     def _reason(self, job: StoredJob, to_serve: bool) -> RequestError | None:
         engine = self._engine
         if job.engine.get("base_model", engine.base_model) != engine.base_model:
-            message = f"it belongs to another base model than {engine.model_path!r} is now, by its configuration or its weights"
+            now = f"than {engine.model_path!r} is now, by its configuration or its weights"
+            message = f"it belongs to another base model {now}"
             return RequestError(409, message, None, BASE_MODEL_CHANGED)
         try:
             config = MezoConfig(**job.config)
         except ConfigError as error:
             return RequestError(409, str(error), error.field, DOES_NOT_FIT)
         for name, allowed in beyond(engine, config, to_serve):
-            return RequestError(409, f"{name}={shown(getattr(config, name))} is not allowed: {allowed}", name, DOES_NOT_FIT)
+            return RequestError(
+                409, f"{name}={shown(getattr(config, name))} is not allowed: {allowed}", name, DOES_NOT_FIT
+            )
         return None

@@ -1,4 +1,5 @@
-"""Tasks in processes of their own, which can be killed at any moment and take no time from the event loops of this one."""
+"""Tasks in processes of their own, which can be killed at any moment and take no time from the event loops of this
+one."""
 
 import asyncio
 import hashlib
@@ -19,7 +20,12 @@ from sglang.srt.mezo.service.wire.errors import RequestError
 logger = logging.getLogger(__name__)
 
 _ATTEMPTS = 2
-_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
+_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "RAYON_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "CUDA_VISIBLE_DEVICES": "",
+}
 """One thread, as the other cores are for requests, and no accelerator."""
 
 
@@ -77,7 +83,12 @@ class Forks:
             if "os_error" in answer:
                 raise OSError(*answer["os_error"])
             if "error" in answer:
-                raise RequestError(500, f"{answer['error']} in the process that tokenises, and the server's log has more", None, "internal_error")
+                raise RequestError(
+                    500,
+                    f"{answer['error']} in the process that tokenises, and the server's log has more",
+                    None,
+                    "internal_error",
+                )
             how = answer["ended"]
             logger.error("a process that tokenises has ended: %s", how)
         raise TaskEnded(how)

@@ -20,13 +20,39 @@ from sglang.srt.mezo.service.wire.messages import SPARE_SLOTS, EngineDescription
 from sglang.srt.mezo.training.start import contradiction
 
 _SETTINGS = (
-    "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "clip_projected_grad",
-    "optim", "momentum", "adam_beta1", "adam_beta2", "adam_epsilon",
-    "zo_eps", "num_perturbations", "estimator", "scale_by_loss_std", "perturbation", "perturbation_rank", "perturbation_interval",
-    "tuning", "invocation", "r", "lora_alpha", "target_modules",
-    "max_steps", "objective", "gradient_accumulation_steps", "max_tokens_per_batch", "echoes",
-    "eval_steps", "logging_steps", "save_steps", "load_best_model_at_end", "metric_for_best_model",
-)  # fmt: skip
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "weight_decay",
+    "clip_projected_grad",
+    "optim",
+    "momentum",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "zo_eps",
+    "num_perturbations",
+    "estimator",
+    "scale_by_loss_std",
+    "perturbation",
+    "perturbation_rank",
+    "perturbation_interval",
+    "tuning",
+    "invocation",
+    "r",
+    "lora_alpha",
+    "target_modules",
+    "max_steps",
+    "objective",
+    "gradient_accumulation_steps",
+    "max_tokens_per_batch",
+    "echoes",
+    "eval_steps",
+    "logging_steps",
+    "save_steps",
+    "load_best_model_at_end",
+    "metric_for_best_model",
+)
 """Fields of ``MezoConfig`` that a job may set; the others name files, or are the server's business."""
 
 _TYPES = get_type_hints(MezoConfig)
@@ -37,7 +63,8 @@ KINDS: dict[str, Any] = {
     **{name: _TYPES[name] for name in _SETTINGS},
     "target_modules": list[str],
 }
-"""Every hyperparameter and its type; where it takes null, that is a value like others, such as no bound. What a server decides takes none."""
+"""Every hyperparameter and its type; where it takes null, that is a value like others, such as no bound. What a
+server decides takes none."""
 
 _PLACES = ("hyperparameters", "method.supervised.hyperparameters")
 _WIRE_NAMES = {"per_device_train_batch_size": "batch_size", "num_train_epochs": "n_epochs"}
@@ -49,7 +76,12 @@ _MOST_EXAMPLES = 4096  # of a step, which works on its list of examples in one p
 _MOST_DIRECTIONS = 64  # which are all in memory during a step
 _MOST_RANK = 64  # of directions, which are drawn in one piece
 _MOST_CHARACTERS = 1000  # of an invocation
-_COUNTS = {"n_epochs": _MOST_STEPS, "max_steps": _MOST_STEPS, "batch_size": _MOST_EXAMPLES, "max_tokens_per_batch": MAX_PASS_TOKENS}
+_COUNTS = {
+    "n_epochs": _MOST_STEPS,
+    "max_steps": _MOST_STEPS,
+    "batch_size": _MOST_EXAMPLES,
+    "max_tokens_per_batch": MAX_PASS_TOKENS,
+}
 _MOST = {
     "learning_rate_multiplier": int(LARGEST),
     "num_perturbations": _MOST_DIRECTIONS,
@@ -92,7 +124,10 @@ def resolve(
     batch_size = values.pop("batch_size", min(16, num_train))
     most_batches = _MOST_EXAMPLES // batch_size
     if not 1 <= values.get("gradient_accumulation_steps", 1) <= most_batches:
-        raise _refusal(given["gradient_accumulation_steps"], f"from 1 to {most_batches}, as a step takes {_MOST_EXAMPLES} examples at most")
+        raise _refusal(
+            given["gradient_accumulation_steps"],
+            f"from 1 to {most_batches}, as a step takes {_MOST_EXAMPLES} examples at most",
+        )
     multiplier = values.pop("learning_rate_multiplier", 1)
     n_epochs = values.pop("n_epochs", None)
 
@@ -118,13 +153,16 @@ def resolve(
     return stored, {"n_epochs": n_epochs, "batch_size": batch_size, "learning_rate_multiplier": multiplier}
 
 
-def settle(config: Mapping[str, Any], request: Mapping[str, Any], engine: EngineDescription, found: str | list[int] | DataError) -> dict[str, Any]:
+def settle(
+    config: Mapping[str, Any], request: Mapping[str, Any], engine: EngineDescription, found: str | list[int] | DataError
+) -> dict[str, Any]:
     """Settle how an adapter acts whose invocation is open.
 
     Args:
         config: from ``resolve``.
         request: body of the job's creation.
-        found: the invocation that the job's rows suggest, or why they suggest none; then the adapter acts on every token.
+        found: the invocation that the job's rows suggest, or why they suggest none; then the adapter acts on every
+            token.
 
     Raises:
         RequestError: they suggest none, and the client wants activated LoRA.
@@ -133,7 +171,9 @@ def settle(config: Mapping[str, Any], request: Mapping[str, Any], engine: Engine
         return {**config, "invocation": found}
     given = _given(request)
     if "tuning" in given:
-        raise _refused("invocation", AUTO, f"the text from which activated LoRA acts, such as ' It was', as {found.reason}", given)
+        raise _refused(
+            "invocation", AUTO, f"the text from which activated LoRA acts, such as ' It was', as {found.reason}", given
+        )
     targets = given["target_modules"].value if "target_modules" in given else _default_targets("lora", engine)
     return {**config, "tuning": "lora", "invocation": None, "target_modules": targets}
 
@@ -152,7 +192,9 @@ def _given(request: Mapping[str, Any]) -> dict[str, _Given]:
         for name, value in (sent or {}).items():
             path = f"{place}.{name[:100]}"
             if name not in KINDS:
-                raise RequestError(400, f"{path} is not a hyperparameter; there are {', '.join(KINDS)}", path, "unknown_parameter")
+                raise RequestError(
+                    400, f"{path} is not a hyperparameter; there are {', '.join(KINDS)}", path, "unknown_parameter"
+                )
             if name in given:
                 raise _refusal(given[name], f"it is given as {path} as well; one place is enough")
             if value != "auto":
@@ -187,13 +229,16 @@ def _check_together(given: Mapping[str, _Given]) -> None:
 
 
 def _check_origin(origin: Origin, given: Mapping[str, _Given]) -> None:
-    if (wrong := contradiction({name: sent.value for name, sent in given.items()}, origin.adapter, origin.tokenizer)) is not None:
+    if (
+        wrong := contradiction({name: sent.value for name, sent in given.items()}, origin.adapter, origin.tokenizer)
+    ) is not None:
         name, value = wrong
         raise _refusal(given[name], f"{value!r}, as the adapter has it that the job goes on from")
 
 
 def _online_defaults(values: Mapping[str, Any], engine: EngineDescription) -> dict[str, Any]:
-    """Where a server has a better answer than ``MezoConfig``. What a job leaves open of its invocation its rows decide (``settle``)."""
+    """Where a server has a better answer than ``MezoConfig``. What a job leaves open of its invocation its rows
+    decide (``settle``)."""
     is_open = "invocation" not in values
     act_on_all = bool(engine.no_alora) if is_open else values["invocation"] is None
     tuning = values.get("tuning", "lora" if act_on_all else "alora")
@@ -233,7 +278,9 @@ def _multiplied(config: MezoConfig, multiplier: float, given: Mapping[str, _Give
     try:
         return replace(config, learning_rate=multiplier * config.learning_rate)
     except ConfigError as error:
-        raise _refusal(given["learning_rate_multiplier"], f"one that leaves the learning rate {error.allowed}") from error
+        raise _refusal(
+            given["learning_rate_multiplier"], f"one that leaves the learning rate {error.allowed}"
+        ) from error
 
 
 def _check_against(engine: EngineDescription, config: MezoConfig, given: Mapping[str, _Given]) -> None:
@@ -265,7 +312,11 @@ def beyond(engine: EngineDescription, config: MezoConfig, to_serve: bool = False
     if to_serve:
         return
     if (slots := _slots(config.estimator)) > engine.max_loras_per_batch:
-        yield "estimator", f"one that the server's --max-loras-per-batch={engine.max_loras_per_batch} has room for: this one needs {slots}"
+        yield (
+            "estimator",
+            f"one that the server's --max-loras-per-batch={engine.max_loras_per_batch} has room for: this one needs "
+            f"{slots}",
+        )
     if config.max_tokens_per_batch > engine.kv_capacity:
         yield "max_tokens_per_batch", f"from 1 to {engine.kv_capacity}, the size of the KV pool"
 

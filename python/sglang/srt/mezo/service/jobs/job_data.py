@@ -1,4 +1,5 @@
-"""From a job's files, and the rows that it was given later, to examples. The same rows give the same examples every time."""
+"""From a job's files, and the rows that it was given later, to examples. The same rows give the same examples every
+time."""
 
 import copy
 import itertools
@@ -14,12 +15,7 @@ from sglang.srt.mezo.core.config import Objective, Tuning
 from sglang.srt.mezo.core.errors import DataError
 from sglang.srt.mezo.core.integrity import require_sums, write_sums
 from sglang.srt.mezo.data.chat import ChatSettings
-from sglang.srt.mezo.data.examples import (
-    Encoder,
-    Example,
-    count_shared,
-    default_objective,
-)
+from sglang.srt.mezo.data.examples import Encoder, Example, count_shared, default_objective
 from sglang.srt.mezo.data.invocation import AUTO, invocation_setting, invocation_tokens
 from sglang.srt.mezo.data.rows import SourceRow, read_jsonl
 from sglang.srt.mezo.engine.chat import ChatRenderer
@@ -41,7 +37,8 @@ _ROWS_TOGETHER = 256  # are tokenised at a time
 
 
 def shared_tokenizer(tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedTokenizerBase":
-    """A copy that threads can share. What another user of ``tokenizer`` sets would be an error in the midst of a call."""
+    """A copy that threads can share. What another user of ``tokenizer`` sets would be an error in the midst of a
+    call."""
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer("Settles truncation and padding, which no later call changes.")
     return tokenizer
@@ -121,7 +118,9 @@ class JobReader:
         try:
             examples = self._encode(job, sources)
         except DataError as error:
-            raise RequestError(400, f"rows[{error.line}]: {error.reason}", f"rows.{error.line}", "invalid_row") from error
+            raise RequestError(
+                400, f"rows[{error.line}]: {error.reason}", f"rows.{error.line}", "invalid_row"
+            ) from error
         tokens = sum(map(num_tokens, examples))
         if len(examples) > MAX_EXAMPLES or tokens > MAX_TOKENS:
             raise RequestError(
@@ -152,7 +151,8 @@ class JobReader:
             return self._tokenised(rows, invocation)
 
     def _suggested(self, encoded: Sequence[RowExample]) -> tuple[Tuning, tuple[int, ...], str | list[int] | DataError]:
-        """How an adapter acts that leaves it open: from the chat template's generation prompt on, or else on every token."""
+        """How an adapter acts that leaves it open: from the chat template's generation prompt on, or else on every
+        token."""
         encoder = Encoder(self._tokenizer, self._max_length, chat=self._chat)
         try:
             tokens = encoder.generation_prompt((row for row, _ in encoded), (example.prompt for _, example in encoded))
@@ -180,7 +180,9 @@ class JobReader:
                 encoded += [(row, example) for example in outcome]
             if len(few) < len(together):
                 row = together[len(few)]
-                raise DataError(f"{len(row.fields['options'])} options are too many: at most {MAX_OPTIONS}", row.source, row.line)
+                raise DataError(
+                    f"{len(row.fields['options'])} options are too many: at most {MAX_OPTIONS}", row.source, row.line
+                )
         return encoded
 
     def _checked(
@@ -189,14 +191,18 @@ class JobReader:
         with _names(param):
             return self._usable(encoded, planner, objective)
 
-    def _usable(self, encoded: Sequence[RowExample], planner: Planner, objective: Objective | None) -> tuple[list[Example], Objective]:
+    def _usable(
+        self, encoded: Sequence[RowExample], planner: Planner, objective: Objective | None
+    ) -> tuple[list[Example], Objective]:
         """Examples, and the objective that they suggest where the job names none."""
         examples = [example for _, example in encoded]
         objective = objective or default_objective(examples, [row for row, _ in encoded])
         for row, example in encoded:
             self._require_one_pass(planner, example, row)
             if objective == "classification" and len(example.options) < 2:
-                raise DataError("one option leaves nothing to choose from, which classification needs", row.source, row.line)
+                raise DataError(
+                    "one option leaves nothing to choose from, which classification needs", row.source, row.line
+                )
         return examples, objective
 
     def _require_one_pass(self, planner: Planner, example: Example, row: SourceRow) -> None:

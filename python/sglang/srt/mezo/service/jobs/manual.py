@@ -1,4 +1,5 @@
-"""Single evaluations and updates of a job that does not train: it has the engine while they come, and a little longer."""
+"""Single evaluations and updates of a job that does not train: it has the engine while they come, and a little
+longer."""
 
 import asyncio
 import sqlite3
@@ -18,11 +19,7 @@ from sglang.srt.mezo.service.jobs.training import Training
 from sglang.srt.mezo.service.store.disk import disk_full
 from sglang.srt.mezo.service.store.store import Store
 from sglang.srt.mezo.service.wire.errors import RequestError
-from sglang.srt.mezo.service.wire.messages import (
-    ApplyUpdate,
-    EvaluatePerturbed,
-    SaveAdapter,
-)
+from sglang.srt.mezo.service.wire.messages import ApplyUpdate, EvaluatePerturbed, SaveAdapter
 from sglang.srt.mezo.service.wire.records import StoredEvent, StoredJob, new_id
 
 _IDLE_SECONDS = 30.0
@@ -87,7 +84,10 @@ class ManualWork:
         async with self._session(job_id, "update") as session:
             result = await self._client.call(
                 ApplyUpdate(
-                    job_id=job_id, zo_random_seed=zo_random_seed, projected_grad=list(projected_grad), learning_rate=learning_rate
+                    job_id=job_id,
+                    zo_random_seed=zo_random_seed,
+                    projected_grad=list(projected_grad),
+                    learning_rate=learning_rate,
                 )
             )
             session.step = result["step"]
@@ -108,7 +108,8 @@ class ManualWork:
                 return await self.publish_current(job_id)
 
     async def publish_current(self, job_id: str) -> str:
-        """Serve the adapter that the engine holds, as it is now. Called with ``state`` held; returns the model's name."""
+        """Serve the adapter that the engine holds, as it is now. Called with ``state`` held; returns the model's
+        name."""
         name = self._published.model_name(self._store.job(job_id).adapter_name)
         step = 0
 
@@ -117,7 +118,9 @@ class ManualWork:
             step = (await self._client.call(SaveAdapter(job_id=job_id, directory=str(directory))))["step"]
 
         def record(version: int) -> StoredJob:
-            event = StoredEvent(job_id, f"The adapter of step {step} is served as {name}", data={"step": step, "version": version})
+            event = StoredEvent(
+                job_id, f"The adapter of step {step} is served as {name}", data={"step": step, "version": version}
+            )
             return self._store.update_job(job_id, event, version=version)
 
         await self._published.add_version(job_id, save, record)
@@ -132,7 +135,9 @@ class ManualWork:
             raise reason
         other = self._training.current
         if other is not None and self._store.job(other).status in ("queued", "running"):  # others are on their way out
-            raise RequestError(409, f"cannot {action} job {job_id} now: job {other} has the engine", None, "engine_busy")
+            raise RequestError(
+                409, f"cannot {action} job {job_id} now: job {other} has the engine", None, "engine_busy"
+            )
         async with self._sessions.lock:
             job = self._store.job(job_id)
             require(job, action)
@@ -153,7 +158,9 @@ class ManualWork:
             started = await asyncio.wait_for(session.started(), _TIMEOUT_SECONDS)
         except TimeoutError as error:
             await self._sessions.stop(job.id)
-            raise RequestError(503, "the engine did not find the time to take the adapter up", None, "timeout") from error
+            raise RequestError(
+                503, "the engine did not find the time to take the adapter up", None, "timeout"
+            ) from error
         if not started:
             event = await session.ended()
             reason = event.message if event else "the job was stopped"
@@ -172,4 +179,6 @@ def _only_stepped(step: int, error: Exception) -> RequestError:
     """Of an update that is in the seed log already: to ask for it again would be another one."""
     known = error if isinstance(error, RequestError) else disk_full(error)
     status, reason, code = (known.status, known.message, known.code) if known else (500, str(error), "internal_error")
-    return RequestError(status, f"the step is taken, and the adapter is at step {step}, but not served: {reason}", None, code)
+    return RequestError(
+        status, f"the step is taken, and the adapter is at step {step}, but not served: {reason}", None, code
+    )

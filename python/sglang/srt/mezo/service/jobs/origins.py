@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+
 from sglang.srt.mezo.adapters.adapter import Adapter, AdapterSpec
 from sglang.srt.mezo.adapters.peft_adapter import ModelLayers, PeftAdapter, read_adapter
 from sglang.srt.mezo.core.errors import ConfigError, shown
@@ -52,7 +53,9 @@ class Origins:
         tokenizer: from ``shared_tokenizer``.
     """
 
-    def __init__(self, store: Store, client: EngineClient, engine: EngineDescription, tokenizer: "PreTrainedTokenizerBase"):
+    def __init__(
+        self, store: Store, client: EngineClient, engine: EngineDescription, tokenizer: "PreTrainedTokenizerBase"
+    ):
         self._store = store
         self._client = client
         self._engine = engine
@@ -68,20 +71,29 @@ class Origins:
         known = dict.fromkeys((base, self._engine.model_path))
         if model in known:
             return None
-        folder = publish.folder_of(self._client.tokenizer_manager, model.removeprefix(f"{base}:")) if model.startswith(f"{base}:") else None
+        folder = (
+            publish.folder_of(self._client.tokenizer_manager, model.removeprefix(f"{base}:"))
+            if model.startswith(f"{base}:")
+            else None
+        )
         if folder is None:
-            trains = f"this server trains {' or '.join(map(repr, known))}, or goes on from an adapter that it has in a folder, {f'{base}:<name>'!r}"
+            goes_on = f"goes on from an adapter that it has in a folder, {f'{base}:<name>'!r}"
+            trains = f"this server trains {' or '.join(map(repr, known))}, or {goes_on}"
             raise RequestError(404, f"the model {shown(model)} does not exist: {trains}", "model", "model_not_found")
         try:
             adapter = read_adapter(folder, self._layers)
             require_whole(adapter, self._layers.sites.values(), model)
         except ConfigError as error:
-            raise RequestError(400, f"model={shown(model)} cannot be trained further: {error}", "model", "invalid_value") from error
+            raise RequestError(
+                400, f"model={shown(model)} cannot be trained further: {error}", "model", "invalid_value"
+            ) from error
         return Origin(model, adapter, self._tokenizer)
 
     def keep(self, job_id: str, adapter: PeftAdapter) -> None:
         """Put an adapter with a job that goes on from it."""
-        spec = AdapterSpec(self._engine.model_path, adapter.r, adapter.lora_alpha, tuple(adapter.target_modules), adapter.invocation)
+        spec = AdapterSpec(
+            self._engine.model_path, adapter.r, adapter.lora_alpha, tuple(adapter.target_modules), adapter.invocation
+        )
         sites = [self._layers.sites[path] for path in adapter.matrices]
         Adapter.holding(spec, sites, adapter.matrices).save_pretrained(origin_directory(self._store, job_id))
 

@@ -11,11 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sglang.srt.mezo.service.wire.errors import PublishError
-from sglang.srt.mezo.service.wire.upstream import (
-    LoadLoRAAdapterReqInput,
-    LoRARef,
-    UnloadLoRAAdapterReqInput,
-)
+from sglang.srt.mezo.service.wire.upstream import LoadLoRAAdapterReqInput, LoRARef, UnloadLoRAAdapterReqInput
 
 if TYPE_CHECKING:
     from sglang.srt.mezo.service.wire.upstream import TokenizerManager
@@ -52,7 +48,10 @@ def announce(tokenizer_manager: "TokenizerManager", name: str, directory: Path) 
 
 
 async def publish(
-    tokenizer_manager: "TokenizerManager", name: str, directory: Path, record: Callable[[], Awaitable[None]] | None = None
+    tokenizer_manager: "TokenizerManager",
+    name: str,
+    directory: Path,
+    record: Callable[[], Awaitable[None]] | None = None,
 ) -> None:
     """Load an adapter and let ``name`` stand for it.
 
@@ -60,7 +59,8 @@ async def publish(
         record: puts on record that it does; awaited once the adapter is loaded.
 
     Raises:
-        PublishError: it cannot be loaded; the name stands for what it stood for before, as it does where ``record`` raises.
+        PublishError: it cannot be loaded; the name stands for what it stood for before, as it does where ``record``
+            raises.
     """
     # Where this were cancelled halfway, the next command would get the scheduler's answer.
     await asyncio.shield(_publish(tokenizer_manager, name, directory, record))
@@ -71,7 +71,9 @@ async def withdraw(tokenizer_manager: "TokenizerManager", name: str) -> None:
     await asyncio.shield(_withdraw(tokenizer_manager, name))
 
 
-async def _publish(tokenizer_manager: "TokenizerManager", name: str, directory: Path, record: Callable[[], Awaitable[None]] | None) -> None:
+async def _publish(
+    tokenizer_manager: "TokenizerManager", name: str, directory: Path, record: Callable[[], Awaitable[None]] | None
+) -> None:
     tokenizer_manager.auto_create_handle_loop()
     async with tokenizer_manager.lora_update_lock:
         # SGLang unloads the adapter used least under --max-loaded-loras by the name that the scheduler knows, which is

@@ -13,12 +13,7 @@ from sglang.srt.mezo.service.jobs.fit import Fit
 from sglang.srt.mezo.service.jobs.threads import run_in
 from sglang.srt.mezo.service.store.store import Store
 from sglang.srt.mezo.service.wire.errors import RequestError
-from sglang.srt.mezo.service.wire.records import (
-    LIVE,
-    StoredCheckpoint,
-    StoredEvent,
-    StoredJob,
-)
+from sglang.srt.mezo.service.wire.records import LIVE, StoredCheckpoint, StoredEvent, StoredJob
 
 logger = logging.getLogger(__name__)
 
@@ -138,7 +133,9 @@ class PublishedAdapters:
         async def recorded() -> None:
             record()
 
-        await self._client.run(publish.publish(self._client.tokenizer_manager, name, directory, lambda: run_in(here, recorded())))
+        await self._client.run(
+            publish.publish(self._client.tokenizer_manager, name, directory, lambda: run_in(here, recorded()))
+        )
 
     async def add_version(
         self, job_id: str, write: Callable[[Path], Awaitable[Any]], record: Callable[[int], StoredJob]
@@ -178,9 +175,13 @@ class PublishedAdapters:
             message = f"model={name!r} cannot be deleted: a checkpoint goes with its model, {adapter_name!r}"
             raise RequestError(400, message, "model", "invalid_value")
         if job.status in LIVE:
-            raise RequestError(409, f"model={name!r} cannot be deleted: its job {job.id} is {job.status}", "model", "invalid_state")
+            raise RequestError(
+                409, f"model={name!r} cannot be deleted: its job {job.id} is {job.status}", "model", "invalid_state"
+            )
         names = [adapter.name for adapter in self._store.served() if adapter.job_id == job.id]
-        self._store.update_job(job.id, StoredEvent(job.id, f"Deleted model: {self.model_name(name)}"), adapter_name="", version=0)
+        self._store.update_job(
+            job.id, StoredEvent(job.id, f"Deleted model: {self.model_name(name)}"), adapter_name="", version=0
+        )
         for served in names:
             self._unserved.pop(served, None)
             await self._client.run(publish.withdraw(self._client.tokenizer_manager, served))

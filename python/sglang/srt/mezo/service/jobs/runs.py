@@ -80,7 +80,8 @@ class Runs:
             appended.append(pack(examples))
             count += len(examples)
         if count != expected or segments[0][1] != of_files:
-            message = f"job {job.id} has {count} examples, and its run has drawn from {segments}: a file with examples has changed, or is gone"
+            cause = "a file with examples has changed, or is gone"
+            message = f"job {job.id} has {count} examples, and its run has drawn from {segments}: {cause}"
             raise RequestError(500, message, None, "examples_lost")
         return RunData(files, appended, segments)
 
@@ -88,7 +89,8 @@ class Runs:
         return self._reader.encode_file(job, path)
 
     def start_command(self, job: StoredJob, segments: list[tuple[int, int]], manual: bool = False) -> StartJob:
-        """Begin the run, or go on with it where there is one. For manual work nothing is drawn, and ``segments`` is empty.
+        """Begin the run, or go on with it where there is one. For manual work nothing is drawn, and ``segments`` is
+        empty.
 
         Raises:
             RequestError: there is a run, without its configuration or its seed log.
@@ -112,12 +114,14 @@ class Runs:
 
 
 def _clear(directory: Path) -> None:
-    """Make room for a run where there is none yet: what a server that was stopped in its first moment has left is none."""
+    """Make room for a run where there is none yet: what a server that was stopped in its first moment has left is
+    none."""
     if not directory.exists():
         return
     left = sorted(path.name for path in directory.iterdir() if not path.name.startswith("."))
     if not {"config.json", "initial_adapter", "seed_log"}.issuperset(left):
         missing = "config.json" if not (directory / "config.json").is_file() else "seed_log"
-        message = f"the run in {directory} has lost its {missing}: put it back. Beside it lie {', '.join(left)}, which stay as they are"
+        beside = f"Beside it lie {', '.join(left)}, which stay as they are"
+        message = f"the run in {directory} has lost its {missing}: put it back. {beside}"
         raise RequestError(500, message, None, "run_damaged")
     shutil.rmtree(directory)

@@ -7,13 +7,7 @@ from typing import Any
 from sglang.srt.mezo.service.jobs.client import EngineClient
 from sglang.srt.mezo.service.store.example_files import ExampleFiles, Split
 from sglang.srt.mezo.service.wire.errors import EngineRefused, RequestError
-from sglang.srt.mezo.service.wire.messages import (
-    EvaluatePerturbed,
-    LoadExamples,
-    MezoEvent,
-    StartJob,
-    StopJob,
-)
+from sglang.srt.mezo.service.wire.messages import EvaluatePerturbed, LoadExamples, MezoEvent, StartJob, StopJob
 
 
 class Session:
@@ -117,7 +111,9 @@ class Sessions:
             answer = await asyncio.wait_for(result, timeout)
         except TimeoutError as error:
             await self.stop(session.job_id)  # or the engine would still be at it when the next one comes
-            raise RequestError(503, f"the engine did not find the time within {timeout:g} s", None, "timeout") from error
+            raise RequestError(
+                503, f"the engine did not find the time within {timeout:g} s", None, "timeout"
+            ) from error
         finally:
             del session.operations[command.operation]
         if "error" in answer:

@@ -4,18 +4,24 @@ from typing import Any, Literal, NamedTuple
 
 from sglang.srt.mezo.service.store.store import Store
 from sglang.srt.mezo.service.wire.errors import RequestError
-from sglang.srt.mezo.service.wire.records import (
-    LIVE,
-    JobStatus,
-    StoredEvent,
-    StoredJob,
-    now,
-)
+from sglang.srt.mezo.service.wire.records import LIVE, JobStatus, StoredEvent, StoredJob, now
 
 Action = Literal[
-    "queue", "start", "succeed", "fail", "requeue", "hold", "release",
-    "cancel", "pause", "resume", "append rows to", "publish", "evaluate", "update",
-]  # fmt: skip
+    "queue",
+    "start",
+    "succeed",
+    "fail",
+    "requeue",
+    "hold",
+    "release",
+    "cancel",
+    "pause",
+    "resume",
+    "append rows to",
+    "publish",
+    "evaluate",
+    "update",
+]
 
 
 class Rule(NamedTuple):
@@ -63,19 +69,34 @@ def change(store: Store, job_id: str, action: Action, *events: StoredEvent, **ch
 def set_back(store: Store, job_id: str, error: RequestError) -> None:
     """Let a job that has lost the engine wait for its turn again, unless it has been stopped in the meantime."""
     if store.job(job_id).status in RULES["requeue"].allowed:
-        change(store, job_id, "requeue", StoredEvent(job_id, f"The job waits: {error.message}", level="warn", data=error.to_dict()))
+        change(
+            store,
+            job_id,
+            "requeue",
+            StoredEvent(job_id, f"The job waits: {error.message}", level="warn", data=error.to_dict()),
+        )
 
 
 def hold(store: Store, job_id: str, reason: RequestError) -> None:
     """Let a job wait that this server cannot train, unless it has been stopped in the meantime."""
     if store.job(job_id).status in RULES["hold"].allowed:
-        message = f"The job is paused: {reason.message}. It is tried again when the server starts anew, and when it is resumed"
-        change(store, job_id, "hold", StoredEvent(job_id, message, level="warn", data=reason.to_dict()), error=reason.to_dict())
+        again = "It is tried again when the server starts anew, and when it is resumed"
+        message = f"The job is paused: {reason.message}. {again}"
+        change(
+            store,
+            job_id,
+            "hold",
+            StoredEvent(job_id, message, level="warn", data=reason.to_dict()),
+            error=reason.to_dict(),
+        )
 
 
 def release(store: Store, job_id: str) -> StoredJob:
-    """Let a job that the server has held go on, if it is one that this server can train: that is found out from its files on."""
-    return change(store, job_id, "release", StoredEvent(job_id, "The job goes on, and its files are validated again"), error=None)
+    """Let a job that the server has held go on, if it is one that this server can train: that is found out from its
+    files on."""
+    return change(
+        store, job_id, "release", StoredEvent(job_id, "The job goes on, and its files are validated again"), error=None
+    )
 
 
 def fail(store: Store, job_id: str, error: RequestError) -> None:

@@ -1,7 +1,7 @@
 """Where the service works: beside SGLang's event loop, in which tokens are streamed and nothing may block.
 
-What changes the store runs in an event loop of its own, in one thread, and so in the order in which it comes. It may wait there
-for the disk, or for another process that has locked the database. What only reads runs in threads beside it.
+What changes the store runs in an event loop of its own, in one thread, and so in the order in which it comes. It may
+wait there for the disk, or for another process that has locked the database. What only reads runs in threads beside it.
 """
 
 import asyncio
@@ -37,7 +37,9 @@ class ServiceThreads:
         """Await what belongs into the service's loop."""
         return await run_in(self._loop, work)
 
-    async def call(self, function: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+    async def call(
+        self, function: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs
+    ) -> Result:
         """Call a function in the service's thread, after what came before."""
 
         async def called() -> Result:
@@ -45,7 +47,9 @@ class ServiceThreads:
 
         return await self.run(called())
 
-    async def read(self, function: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+    async def read(
+        self, function: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs
+    ) -> Result:
         """Call a function that changes nothing, and waits for nothing that does."""
         return await asyncio.get_running_loop().run_in_executor(self._readers, lambda: function(*args, **kwargs))
 
@@ -54,7 +58,8 @@ class ServiceThreads:
         self._loop.call_soon_threadsafe(function, *args)
 
     def close(self) -> None:
-        """Cancel whatever is still at work. Blocks, for some seconds at most: a thread that hangs ends with the process."""
+        """Cancel whatever is still at work. Blocks, for some seconds at most: a thread that hangs ends with the
+        process."""
         self._readers.shutdown(wait=False)
         cancelled = asyncio.run_coroutine_threadsafe(_cancel_others(), self._loop)
         cancelled.add_done_callback(lambda _: self._loop.call_soon_threadsafe(self._loop.stop))

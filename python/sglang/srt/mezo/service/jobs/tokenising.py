@@ -7,12 +7,7 @@ from typing import Any
 from sglang.srt.mezo.core.errors import DataError
 from sglang.srt.mezo.service.jobs.forks import Forks, Shared
 from sglang.srt.mezo.service.jobs.job_data import JobReader, SourceFile
-from sglang.srt.mezo.service.store.example_files import (
-    ExampleFiles,
-    read_examples,
-    remove_examples,
-    write_examples,
-)
+from sglang.srt.mezo.service.store.example_files import ExampleFiles, read_examples, remove_examples, write_examples
 from sglang.srt.mezo.service.store.store import Store
 from sglang.srt.mezo.service.wire.errors import RequestError
 from sglang.srt.mezo.service.wire.records import StoredJob
@@ -22,7 +17,8 @@ _SMALL_BYTES = 128 << 10  # of files that take a moment, in a thread: less than 
 
 
 class Tokenising:
-    """Used in one event loop. What is small is tokenised in a thread of this process, the rest in processes of their own."""
+    """Used in one event loop. What is small is tokenised in a thread of this process, the rest in processes of their
+    own."""
 
     def __init__(self, store: Store, reader: JobReader, forks: Forks):
         self._store = store
@@ -80,7 +76,11 @@ class Tokenising:
     async def _examples(self, job: StoredJob) -> ExampleFiles:
         if self._shared is None:
             self._shared = await asyncio.to_thread(Shared, self._reader)
-        made_from = {"training_file": job.training_file, "validation_file": job.validation_file, "reader": self._shared.digest.hex()}
+        made_from = {
+            "training_file": job.training_file,
+            "validation_file": job.validation_file,
+            "reader": self._shared.digest.hex(),
+        }
         known = await asyncio.to_thread(read_examples, self._directory(job.id), made_from)
         if known is not None:
             return known
@@ -104,9 +104,15 @@ class Tokenising:
 
 
 def tokenise(
-    reader: JobReader, job: StoredJob, training_file: SourceFile, validation_file: SourceFile | None, directory: Path, made_from: dict[str, Any]
+    reader: JobReader,
+    job: StoredJob,
+    training_file: SourceFile,
+    validation_file: SourceFile | None,
+    directory: Path,
+    made_from: dict[str, Any],
 ) -> dict[str, Any] | None:
-    """Write the examples of a job's files; the fields of a RequestError where they cannot be used. Called in any process."""
+    """Write the examples of a job's files; the fields of a RequestError where they cannot be used. Called in any
+    process."""
     try:
         data = reader.read(job, training_file, validation_file)
     except RequestError as error:

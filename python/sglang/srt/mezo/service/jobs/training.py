@@ -21,12 +21,7 @@ from sglang.srt.mezo.service.jobs.states import change
 from sglang.srt.mezo.service.jobs.tokenising import Tokenising
 from sglang.srt.mezo.service.store import folder
 from sglang.srt.mezo.service.store.store import Store
-from sglang.srt.mezo.service.wire.errors import (
-    DiskFull,
-    EngineRefused,
-    NotFound,
-    RequestError,
-)
+from sglang.srt.mezo.service.wire.errors import DiskFull, EngineRefused, NotFound, RequestError
 from sglang.srt.mezo.service.wire.messages import AppendExamples, MezoEvent
 from sglang.srt.mezo.service.wire.records import StoredEvent, StoredFile, StoredJob, now
 
@@ -36,8 +31,8 @@ _CHECKPOINT_METRICS = {
     "eval_loss": ("valid_loss", "full_valid_loss"),
     "eval_accuracy": ("valid_mean_token_accuracy", "full_valid_mean_token_accuracy"),
 }
-"""Ours to OpenAI's: the validation file is used as a whole each time. Accuracy is the share of its rows whose right option is
-the likeliest."""
+"""Ours to OpenAI's: the validation file is used as a whole each time. Accuracy is the share of its rows whose right
+option is the likeliest."""
 
 
 class Training:
@@ -104,8 +99,8 @@ class Training:
         begun = self._runs.has_begun(job_id)
         message = "Fine-tuning job goes on from its last step" if begun else "Fine-tuning job started"
         job = change(self._store, job_id, "start", StoredEvent(job_id, message))
-        for step, folder in self._runs.checkpoints(job_id):  # of which a server that was stopped has not heard
-            self._published.add_checkpoint(job, step, folder, {})
+        for step, path in self._runs.checkpoints(job_id):  # of which a server that was stopped has not heard
+            self._published.add_checkpoint(job, step, path, {})
         command = await asyncio.to_thread(self._runs.start_command, job, segments)
         return await self._sessions.open(command, applied)
 
@@ -138,7 +133,9 @@ class Training:
                 break
             examples = await asyncio.to_thread(self._runs.encode_appended, job, path)
             try:
-                result = await self._client.call(AppendExamples(job_id=job.id, examples=list(map(to_message, examples))))
+                result = await self._client.call(
+                    AppendExamples(job_id=job.id, examples=list(map(to_message, examples)))
+                )
             except EngineRefused as error:
                 answers[path] = error
                 self._runs.appended(job.id).drop(path)
@@ -160,7 +157,7 @@ class Training:
         except sqlite3.Error as error:
             logger.error("an event of job %s was not recorded (%s): %s", job_id, error, message)
 
-    # --- what a job reports ----------------------------------------------------------------------------------------------
+    # --- what a job reports -------------------------------------------------------------------------------------------
 
     def on_event(self, event: MezoEvent) -> None:
         """Keep record of progress, as long as the job is running."""
@@ -178,8 +175,15 @@ class Training:
             case "evaluated_dev":
                 accuracy = f", accuracy={event.data['eval_accuracy']:.4f}" if "eval_accuracy" in event.data else ""
                 message = f"{_progress(event)}: validation loss={event.data['eval_loss']:.4f}{accuracy}"
-                self._metrics(job_id, step, message, {"step": step, "valid_loss": event.data["eval_loss"], **event.data})
-                metrics = {name: event.data[ours] for ours, names in _CHECKPOINT_METRICS.items() if ours in event.data for name in names}
+                self._metrics(
+                    job_id, step, message, {"step": step, "valid_loss": event.data["eval_loss"], **event.data}
+                )
+                metrics = {
+                    name: event.data[ours]
+                    for ours, names in _CHECKPOINT_METRICS.items()
+                    if ours in event.data
+                    for name in names
+                }
                 self._store.add_checkpoint_metrics(job_id, step, metrics)  # which is made before its step is evaluated
             case "checkpoint":
                 self._store.update_job(job_id, step=step)
@@ -192,13 +196,18 @@ class Training:
         self._store.update_job(job_id, StoredEvent(job_id, message, type="metrics", data=data), step=step)
 
     async def _finish(self, event: MezoEvent | None) -> None:
-        """Of a job that is still running. Where it was stopped (None), the state that it was stopped for has not been stored."""
+        """Of a job that is still running. Where it was stopped (None), the state that it was stopped for has not
+        been stored."""
         if event is None:
             raise DiskFull("it was stopped, and that could not be stored")
         if event.kind == "failed":
-            raise DiskFull(event.message) if event.data["code"] == "disk_full" else RequestError(400, event.message, None, event.data["code"])
-        for step, folder in self._runs.checkpoints(event.job_id):
-            self._published.add_checkpoint(self._store.job(event.job_id), step, folder, {})
+            raise (
+                DiskFull(event.message)
+                if event.data["code"] == "disk_full"
+                else RequestError(400, event.message, None, event.data["code"])
+            )
+        for step, path in self._runs.checkpoints(event.job_id):
+            self._published.add_checkpoint(self._store.job(event.job_id), step, path, {})
         name = self._published.model_name(self._store.job(event.job_id).adapter_name)
 
         async def copy(directory: Path) -> None:
@@ -211,7 +220,9 @@ class Training:
                 self._store,
                 event.job_id,
                 "succeed",
-                StoredEvent(event.job_id, f"New fine-tuned model created: {name}", data={"best_step": event.data["best_step"]}),
+                StoredEvent(
+                    event.job_id, f"New fine-tuned model created: {name}", data={"best_step": event.data["best_step"]}
+                ),
                 StoredEvent(event.job_id, "The job has successfully completed"),
                 fine_tuned_model=name,
                 trained_tokens=event.data["trained_tokens"],
@@ -227,7 +238,8 @@ class Training:
             raise
 
     async def _keep_results(self, job_id: str) -> str:
-        """Write the metrics of a job's steps into a file, which is its user's then; returns its id, the same for the same job."""
+        """Write the metrics of a job's steps into a file, which is its user's then; returns its id, the same for the
+        same job."""
         file_id = folder.FILE_PREFIX + job_id.removeprefix(folder.JOB_PREFIX)
         with suppress(NotFound):  # or it is there, of an end that was interrupted
             return self._store.file(file_id).id
@@ -243,7 +255,8 @@ class Training:
 
 def shared_examples(job_id: str, shared: int, examples: int, where: str) -> StoredEvent:
     """The warning that a job is evaluated on what it learns."""
-    message = f"{shared} of {examples} examples of the validation file are {where}: the validation loss is in part of what is learned"
+    consequence = "the validation loss is in part of what is learned"
+    message = f"{shared} of {examples} examples of the validation file are {where}: {consequence}"
     return StoredEvent(job_id, message, level="warn", data={"shared_examples": shared})
 
 

@@ -1,10 +1,12 @@
-"""What this engine can train, and how many tokens make a piece of training short enough, beside requests and without."""
+"""What this engine can train, and how many tokens make a piece of training short enough, beside requests and
+without."""
 
 import time
 from typing import Any
 
 import msgspec
 import torch
+
 from sglang.srt.mezo.adapters.families import family_of
 from sglang.srt.mezo.engine.accelerator import why_no_alora
 from sglang.srt.mezo.engine.forward import Sequenced, extend
@@ -22,7 +24,9 @@ _PROBE = 8  # times as many tokens as a short piece has, to see what a token cos
 def describe(handle: EngineHandle, settings: ServiceSettings) -> dict[str, Any]:
     """The fields of ``EngineDescription``. Called on every rank, as it runs the model."""
     manager, runner = handle.lora_manager, handle.model_runner
-    micro_step_tokens, idle_step_tokens = pass_sizes(handle, settings.micro_step_ms / 1000, settings.idle_step_ms / 1000)
+    micro_step_tokens, idle_step_tokens = pass_sizes(
+        handle, settings.micro_step_ms / 1000, settings.idle_step_ms / 1000
+    )
     modules = adaptable_modules(handle)
     family = family_of(checkpoint_config(*config_source(runner.server_args)))
     defaults = {tuning: family.default_targets(tuning) for tuning in ("alora", "lora")}
@@ -35,7 +39,9 @@ def describe(handle: EngineHandle, settings: ServiceSettings) -> dict[str, Any]:
             max_lora_rank=manager.max_lora_rank,
             max_loras_per_batch=manager.max_loras_per_batch,
             target_modules=modules,
-            default_target_modules={tuning: [name for name in names if name in modules] for tuning, names in defaults.items()},
+            default_target_modules={
+                tuning: [name for name in names if name in modules] for tuning, names in defaults.items()
+            },
             micro_step_tokens=micro_step_tokens,
             idle_step_tokens=idle_step_tokens,
             no_alora=why_no_alora(manager) or "",
@@ -45,10 +51,11 @@ def describe(handle: EngineHandle, settings: ServiceSettings) -> dict[str, Any]:
 
 
 def pass_sizes(handle: EngineHandle, beside_requests: float, idle: float) -> tuple[int, int]:
-    """Tokens of a forward pass that takes so many seconds: beside requests the largest power of two, by measuring it, and while
-    none come, from what a token costs in a pass of some more.
+    """Tokens of a forward pass that takes so many seconds: beside requests the largest power of two, by measuring it,
+    and while none come, from what a token costs in a pass of some more.
 
-    Where even the shortest pass takes long, as the weights are read for it, twice its time is allowed: a new request waits
+    Where even the shortest pass takes long, as the weights are read for it, twice its time is allowed: a new request
+        waits
     as long for a batch of others.
     """
     tokens = _MIN_TOKENS

@@ -43,7 +43,13 @@ class Job:
 
     @classmethod
     def start(
-        cls, handle: EngineHandle, command: StartJob, train: Sequence[Example], evaluation: Sequence[Example], emit: Emit, kept_tokens: int
+        cls,
+        handle: EngineHandle,
+        command: StartJob,
+        train: Sequence[Example],
+        evaluation: Sequence[Example],
+        emit: Emit,
+        kept_tokens: int,
     ) -> Self:
         """Build the job; its slots are to be claimed before it advances.
 
@@ -51,14 +57,27 @@ class Job:
             ConfigError, DataError, CapacityError: it could never run.
         """
         config = MezoConfig(**command.config)
-        origin = None if config.init_from is None else read_start(config, layers_for_adapters(handle.lora_manager), command.start)
+        origin = (
+            None
+            if config.init_from is None
+            else read_start(config, layers_for_adapters(handle.lora_manager), command.start)
+        )
         if origin is not None:
             _require_agreement(command, config, origin)
         spec = AdapterSpec(
             command.base_model, config.r, config.lora_alpha, tuple(command.target_modules), tuple(command.invocation)
         )
         learner = Learner(
-            handle, config, spec, train, evaluation, command.objective, kept_tokens, command.segments, claim_slots=False, spare_slots=SPARE_SLOTS,
+            handle,
+            config,
+            spec,
+            train,
+            evaluation,
+            command.objective,
+            kept_tokens,
+            command.segments,
+            claim_slots=False,
+            spare_slots=SPARE_SLOTS,
             start=origin,
         )
 
@@ -123,11 +142,14 @@ class Job:
         run = self._require_manual()
         directions = self.learner.config.num_perturbations
         if len(projected_grad) != directions:
-            raise ConfigError("projected_grad", list(projected_grad), f"{directions} numbers, as many as num_perturbations")
+            raise ConfigError(
+                "projected_grad", list(projected_grad), f"{directions} numbers, as many as num_perturbations"
+            )
         try:
             run.apply(LogRecord(zo_random_seed, learning_rate, tuple(map(round_to_log, projected_grad))))
         except DivergedError as error:
-            allowed = f"numbers so small that with learning_rate={learning_rate:g} the adapter's weights, and their products, stay finite"
+            finite = "the adapter's weights, and their products, stay finite"
+            allowed = f"numbers so small that with learning_rate={learning_rate:g} {finite}"
             raise ConfigError("projected_grad", list(projected_grad), allowed) from error
         return self.learner.global_step
 
@@ -148,9 +170,13 @@ class Job:
 
     def _emit_success(self, result: TrainResult) -> None:
         self.emit(
-            "succeeded", result.global_step, best_step=result.best_step, metrics=result.metrics,
-            train_seconds=result.train_seconds, trained_tokens=self.learner.trained_tokens(),
-        )  # fmt: skip
+            "succeeded",
+            result.global_step,
+            best_step=result.best_step,
+            metrics=result.metrics,
+            train_seconds=result.train_seconds,
+            trained_tokens=self.learner.trained_tokens(),
+        )
 
     def _fail_operation(self, reason: str) -> None:
         operation, self._operation, self._work = self._operation, None, None
@@ -175,7 +201,9 @@ def _require_agreement(command: StartJob, config: MezoConfig, origin: PeftAdapte
         name, value = wrong
         raise ConfigError(name, given[name], f"{value!r}, as the adapter of init_from has it")
     if tuple(command.invocation) != origin.invocation:
-        raise ConfigError("invocation", command.invocation, f"{list(origin.invocation)}, as the adapter of init_from has it")
+        raise ConfigError(
+            "invocation", command.invocation, f"{list(origin.invocation)}, as the adapter of init_from has it"
+        )
 
 
 class EventTracker(Tracker):
@@ -191,7 +219,9 @@ class EventTracker(Tracker):
         super().record(step, metrics)
         if "eval_loss" in metrics:
             self._emit("evaluated_dev", step, max_steps=self._max_steps, **metrics)
-        elif "loss" in metrics and (step == self._max_steps or time.monotonic() - self._last_event > _SECONDS_BETWEEN_EVENTS):
+        elif "loss" in metrics and (
+            step == self._max_steps or time.monotonic() - self._last_event > _SECONDS_BETWEEN_EVENTS
+        ):
             self._last_event = time.monotonic()
             self._emit("step", step, max_steps=self._max_steps, **metrics)
 

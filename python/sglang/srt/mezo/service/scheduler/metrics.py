@@ -26,13 +26,23 @@ class TrainingMetrics:
         self._share = gauge("share", "Share of the time that training may take beside requests now.")
         self._kept_tokens = gauge("kept_prefix_tokens", "Tokens of prefixes that training keeps locked in the KV pool.")
         self._steps = Counter("sglang:mezo_steps_total", "Training steps.")
-        self._computed = Counter("sglang:mezo_prefix_tokens_computed_total", "Prefix tokens that training ran through the model.")
-        self._reused = Counter("sglang:mezo_prefix_tokens_reused_total", "Prefix tokens that training read from the cache.")
-        self._backoffs = Counter("sglang:mezo_backoffs_total", "Times that training halved its share because requests waited.")
-        self._piece_seconds = Histogram("sglang:mezo_piece_seconds", "Time of one uninterrupted piece of training.", buckets=_BUCKETS)
-        self._step_seconds = Histogram("sglang:mezo_step_seconds", "Time that the pieces of one step took.", buckets=_BUCKETS)
+        self._computed = Counter(
+            "sglang:mezo_prefix_tokens_computed_total", "Prefix tokens that training ran through the model."
+        )
+        self._reused = Counter(
+            "sglang:mezo_prefix_tokens_reused_total", "Prefix tokens that training read from the cache."
+        )
+        self._backoffs = Counter(
+            "sglang:mezo_backoffs_total", "Times that training halved its share because requests waited."
+        )
+        self._piece_seconds = Histogram(
+            "sglang:mezo_piece_seconds", "Time of one uninterrupted piece of training.", buckets=_BUCKETS
+        )
+        self._step_seconds = Histogram(
+            "sglang:mezo_step_seconds", "Time that the pieces of one step took.", buckets=_BUCKETS
+        )
         self._seen: dict[str, float] = {}
-        self._job: "Job | None" = None
+        self._job: Job | None = None
 
     def piece(self, seconds: float, pacer: Pacer) -> None:
         self._piece_seconds.observe(seconds)

@@ -1,7 +1,7 @@
 """Training inside SGLang's scheduler: one bounded piece before a batch is chosen, wherever the pacer allows one.
 
-Every tensor-parallel rank runs the same pieces at the same iterations: what depends on clocks or files is decided by the
-leader and shared.
+Every tensor-parallel rank runs the same pieces at the same iterations: what depends on clocks or files is decided by
+the leader and shared.
 """
 
 import itertools
@@ -12,12 +12,7 @@ from contextlib import contextmanager
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from sglang.srt.mezo.core.errors import (
-    BaseModelError,
-    CapacityError,
-    ConfigError,
-    MezoError,
-)
+from sglang.srt.mezo.core.errors import BaseModelError, CapacityError, ConfigError, MezoError
 from sglang.srt.mezo.data.examples import Example
 from sglang.srt.mezo.engine import slot_room
 from sglang.srt.mezo.engine.handle import EngineHandle
@@ -28,18 +23,10 @@ from sglang.srt.mezo.service.scheduler.pacing import Pacer
 from sglang.srt.mezo.service.scheduler.stopwatch import Stopwatch
 from sglang.srt.mezo.service.store.disk import disk_full
 from sglang.srt.mezo.service.wire import messages
-from sglang.srt.mezo.service.wire.messages import (
-    MezoEvent,
-    MezoReqInput,
-    MezoReqOutput,
-    TokenizedExample,
-)
+from sglang.srt.mezo.service.wire.messages import MezoEvent, MezoReqInput, MezoReqOutput, TokenizedExample
 from sglang.srt.mezo.service.wire.packed import unpack
 from sglang.srt.mezo.service.wire.settings import ServiceSettings
-from sglang.srt.mezo.service.wire.upstream import (
-    HEALTH_CHECK_RID_PREFIX,
-    get_observability,
-)
+from sglang.srt.mezo.service.wire.upstream import HEALTH_CHECK_RID_PREFIX, get_observability
 
 if TYPE_CHECKING:
     from sglang.srt.mezo.service.wire.upstream import Req, Scheduler
@@ -128,13 +115,14 @@ class MezoRunner:
         if self._job is not None:
             self._job.restart_work()
 
-    # --- commands --------------------------------------------------------------------------------------------------------
+    # --- commands -----------------------------------------------------------------------------------------------------
 
     def _describe(self, command: messages.Describe | None = None) -> dict[str, Any]:
         if self._description is None:
             with self._forward_stream():
                 self._description = self._handle.share(describe(self._handle, self._settings))
-            # What writes adapters takes a while to import: neither the start nor, at the first adapter, a request waits for it.
+            # What writes adapters takes a while to import: neither the start nor, at the first adapter, a request waits
+            # for it.
             threading.Thread(target=import_module, args=("peft",), daemon=True).start()
         return self._description
 
@@ -177,10 +165,12 @@ class MezoRunner:
 
     def _require(self, job_id: str) -> Job:
         if self._job is None or self._job.job_id != job_id:
-            raise ConfigError("job", job_id, f"the job that has the engine ({self._job.job_id if self._job else 'none has'})")
+            raise ConfigError(
+                "job", job_id, f"the job that has the engine ({self._job.job_id if self._job else 'none has'})"
+            )
         return self._job
 
-    # --- pieces ----------------------------------------------------------------------------------------------------------
+    # --- pieces -------------------------------------------------------------------------------------------------------
 
     def _claim(self) -> bool:
         """Take the job's slots once the adapters of requests in flight leave the room; new ones wait for that."""
@@ -202,14 +192,17 @@ class MezoRunner:
         return len(self._batched()), len(self._scheduler.waiting_queue) + len(self._scheduler.grammar_manager)
 
     def _batched(self) -> list["Req"]:
-        """Requests that have their place; after a prefill they are in the last batch only, later in the running one, or both."""
+        """Requests that have their place; after a prefill they are in the last batch only, later in the running one,
+        or both."""
         last, running = self._scheduler.last_batch, self._scheduler.running_batch
         return [*running.reqs, *(last.reqs if last is not None and last is not running else ())]
 
     def _has_requests(self) -> bool:
         """Whether anybody is served; probes of the server's health are nobody, and come all the time."""
         requests = itertools.chain(self._batched(), self._scheduler.waiting_queue)
-        return len(self._scheduler.grammar_manager) > 0 or any(not req.rid.startswith(HEALTH_CHECK_RID_PREFIX) for req in requests)
+        return len(self._scheduler.grammar_manager) > 0 or any(
+            not req.rid.startswith(HEALTH_CHECK_RID_PREFIX) for req in requests
+        )
 
     def _max_tokens(self, running: int, waiting: int) -> int:
         """Tokens that the next piece may run through the model; 0 where there may be none now."""
@@ -238,7 +231,8 @@ class MezoRunner:
                 self._end_job()
 
     def _make_room(self, error: CapacityError) -> None:
-        """Begin the step anew once requests have made room; where there are none, without kept prefixes, and only once."""
+        """Begin the step anew once requests have made room; where there are none, without kept prefixes, and only
+        once."""
         job = self._job
         attempt = (job.job_id, job.learner.global_step)
         idle = not any(self._load())
@@ -256,7 +250,9 @@ class MezoRunner:
         if full is None and not isinstance(error, MezoError):
             logger.error("job %s failed", job.job_id, exc_info=error)
         self._end_job()
-        message, code = (full.message, full.code) if full else (str(error) or type(error).__name__, type(error).__name__)
+        message, code = (
+            (full.message, full.code) if full else (str(error) or type(error).__name__, type(error).__name__)
+        )
         job.emit("failed", job.learner.global_step, message, code=code)
 
     @contextmanager

@@ -7,12 +7,17 @@ import torch
 
 
 class Stopwatch:
-    """Measures its block: on an accelerator from when the current stream has come to it, so that what was queued before is not counted."""
+    """Measures its block: on an accelerator from when the current stream has come to it, so that what was queued
+    before is not counted."""
 
     seconds: float
 
     def __init__(self, device: torch.device):
-        self._events = None if device.type == "cpu" else [torch.get_device_module(device).Event(enable_timing=True) for _ in range(2)]
+        self._events = (
+            None
+            if device.type == "cpu"
+            else [torch.get_device_module(device).Event(enable_timing=True) for _ in range(2)]
+        )
 
     def __enter__(self) -> Self:
         if self._events:

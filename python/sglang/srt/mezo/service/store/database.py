@@ -1,6 +1,7 @@
 """Frozen dataclasses in SQLite: one table a kind, a row a record, numbered in the order in which they came.
 
-A row that is damaged, in its JSON or its types, takes no other down: lists leave it out with a logged line, and who asks for
+A row that is damaged, in its JSON or its types, takes no other down: lists leave it out with a logged line, and who
+    asks for
 it gets an error that names it.
 """
 
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 import msgspec
+
 from sglang.srt.mezo.core.errors import ConfigError
 from sglang.srt.mezo.service.store import folder
 from sglang.srt.mezo.service.store.migrations import migrate
@@ -56,7 +58,8 @@ class _Reader:
 
 
 class Database:
-    """Thread-safe. A transaction is on disk when its block ends; it waits for one of another thread, or of another process.
+    """Thread-safe. A transaction is on disk when its block ends; it waits for one of another thread, or of another
+    process.
 
     What reads outside of a transaction waits for neither: each thread has a connection of its own for that.
 
@@ -86,7 +89,9 @@ class Database:
             raise _unusable(path, " ".join(str(error).split())) from error
 
     def _connected(self) -> sqlite3.Connection:
-        connection = sqlite3.connect(self._path, _LOCK_SECONDS, check_same_thread=False, isolation_level=None)  # ours to begin transactions
+        connection = sqlite3.connect(
+            self._path, _LOCK_SECONDS, check_same_thread=False, isolation_level=None
+        )  # ours to begin transactions
         connection.row_factory = sqlite3.Row
         # Text comes as bytes: what is not UTF-8 is then an error of its row, not of the whole query.
         connection.text_factory = bytes
@@ -99,7 +104,9 @@ class Database:
         for setting in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON"):
             self._connection.execute(f"PRAGMA {setting}")
         (version,) = self._connection.execute("PRAGMA user_version").fetchone()
-        tables = {name.decode() for (name,) in self._connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        tables = {
+            name.decode() for (name,) in self._connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
+        }
         if version == 0 and not tables:
             folder.require_database(self._path.parent, missing=True)
         elif version == 0 or not {"files", "jobs", "events", "checkpoints"} <= tables:
@@ -107,11 +114,13 @@ class Database:
         migrate(self._connection, self._path)
 
     def stop_waiting(self) -> None:
-        """A transaction that waits for another process ends with its error, within seconds, and later ones do not wait."""
+        """A transaction that waits for another process ends with its error, within seconds, and later ones do not
+        wait."""
         self._closed = True
 
     def close(self) -> None:
-        """What threads are at now is done first: to close a connection under a statement of another thread ends the process."""
+        """What threads are at now is done first: to close a connection under a statement of another thread ends the
+        process."""
         self.stop_waiting()
         with self._lock:
             self._connection.close()
@@ -121,7 +130,8 @@ class Database:
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """All changes of the block, or none. Where another process has locked the database, it begins when that has let go."""
+        """All changes of the block, or none. Where another process has locked the database, it begins when that has
+        let go."""
         with self._lock:
             assert self._writer is None, "a transaction in a transaction"
             self._begin()
@@ -162,7 +172,8 @@ class Database:
 
     @contextmanager
     def _current(self) -> Iterator[sqlite3.Connection]:
-        """Sees what a transaction of this thread has done, or else what has been committed. Stays open until the end of the block."""
+        """Sees what a transaction of this thread has done, or else what has been committed. Stays open until the end
+        of the block."""
         if self._writer == threading.get_ident():
             yield self._connection
         else:
@@ -192,7 +203,9 @@ class Database:
             columns = ", ".join(f"{name} = ?" for name in changes)
             self.execute(f"UPDATE {table} SET {columns} WHERE id = ?", (*_encoded(changes), id))
 
-    def select(self, kind: type[Record], query: str, values: Sequence[Any] = (), limit: int | None = None) -> list[Record]:
+    def select(
+        self, kind: type[Record], query: str, values: Sequence[Any] = (), limit: int | None = None
+    ) -> list[Record]:
         """Records of a query that selects whole rows of their table, up to ``limit`` of them."""
         with self._current() as connection:
             return list(itertools.islice(self._records(kind, connection.execute(query, tuple(values))), limit))
@@ -233,7 +246,9 @@ class Database:
         try:
             return _record(kind, rows[0])
         except _Damaged as error:
-            raise RequestError(500, f"the record of {what} {id!r} in the server's store is damaged: {error}", param, "damaged_record") from error
+            raise RequestError(
+                500, f"the record of {what} {id!r} in the server's store is damaged: {error}", param, "damaged_record"
+            ) from error
 
     def page(
         self,
@@ -251,8 +266,13 @@ class Database:
             rows = self.execute(f"SELECT number FROM {table} WHERE id = ? AND {condition}", (after, *values))
             if not rows:
                 raise NotFound(what, after, "after")
-            condition, values = f"number {'<' if order == 'desc' else '>'} ? AND {condition}", (rows[0]["number"], *values)
-        records = self.select(kind, f"SELECT * FROM {table} WHERE {condition} ORDER BY number {order}", values, limit + 1)
+            condition, values = (
+                f"number {'<' if order == 'desc' else '>'} ? AND {condition}",
+                (rows[0]["number"], *values),
+            )
+        records = self.select(
+            kind, f"SELECT * FROM {table} WHERE {condition} ORDER BY number {order}", values, limit + 1
+        )
         return Page(records[:limit], len(records) > limit)
 
 
@@ -262,7 +282,8 @@ def is_locked(error: sqlite3.Error) -> bool:
 
 
 def _require_journal(path: Path) -> None:
-    """Of a database whose first page says that it has no write-ahead log SQLite would ignore one, and lose what is in it."""
+    """Of a database whose first page says that it has no write-ahead log SQLite would ignore one, and lose what is
+    in it."""
     journal = path.with_name(f"{path.name}-wal")
     if not journal.is_file() or not journal.stat().st_size:
         return
@@ -273,11 +294,24 @@ def _require_journal(path: Path) -> None:
 
 
 def _unusable(path: Path, reason: str) -> ConfigError:
-    return folder.unusable(path.parent, f"a folder whose {path.name} can be read and written ({reason}); nothing has been changed")
+    return folder.unusable(
+        path.parent, f"a folder whose {path.name} can be read and written ({reason}); nothing has been changed"
+    )
 
 
 # A seed is an unsigned 64-bit number, and SQLite's are signed.
-_JSON = {"seed", "metadata", "request", "hyperparameters", "config", "error", "engine", "result_files", "data", "metrics"}
+_JSON = {
+    "seed",
+    "metadata",
+    "request",
+    "hyperparameters",
+    "config",
+    "error",
+    "engine",
+    "result_files",
+    "data",
+    "metrics",
+}
 
 
 def _encoded(columns: dict[str, Any]) -> list[Any]:

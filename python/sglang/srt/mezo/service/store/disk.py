@@ -1,5 +1,5 @@
-"""A disk that does not take what is written to it, being full, over a quota, failing, or read-only by now; and what else goes wrong
-with the files of the store."""
+"""A disk that does not take what is written to it, being full, over a quota, failing, or read-only by now; and what
+else goes wrong with the files of the store."""
 
 import errno
 import os
@@ -37,10 +37,15 @@ def storage_error(error: BaseException) -> RequestError | None:
             return full
         case sqlite3.Error() if is_locked(error):
             return StoreBusy()
-        case sqlite3.DatabaseError() if getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+        case sqlite3.DatabaseError() if getattr(error, "sqlite_errorcode", 0) & 0xFF in (
+            sqlite3.SQLITE_CORRUPT,
+            sqlite3.SQLITE_NOTADB,
+        ):
             return RequestError(500, f"the server's store (mezo.sqlite) is damaged: {error}", None, "store_damaged")
         case OSError() if error.errno and error.filename:
-            return RequestError(500, f"{os.strerror(error.errno)} on the server: {shown(error.filename)}", None, "storage_failed")
+            return RequestError(
+                500, f"{os.strerror(error.errno)} on the server: {shown(error.filename)}", None, "storage_failed"
+            )
         case _:
             return None
 

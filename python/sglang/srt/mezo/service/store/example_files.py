@@ -1,4 +1,5 @@
-"""A job's files as examples, tokenised once: what validation has made of them is what the engine is sent when the job begins.
+"""A job's files as examples, tokenised once: what validation has made of them is what the engine is sent when the job
+begins.
 
 They lie in a folder of the job, which can be made anew at any time and goes when the job ends.
 """
@@ -13,12 +14,7 @@ from typing import Any, Literal
 
 from sglang.srt.mezo.adapters.adapter import atomic_directory
 from sglang.srt.mezo.core.errors import DamagedError
-from sglang.srt.mezo.core.integrity import (
-    read_checked_json,
-    require_sums,
-    write_checked_json,
-    write_sums,
-)
+from sglang.srt.mezo.core.integrity import read_checked_json, require_sums, write_checked_json, write_sums
 from sglang.srt.mezo.data.examples import Example
 from sglang.srt.mezo.service.wire.packed import pack, parts, unpack
 
@@ -66,7 +62,9 @@ def write_examples(
     """
     with atomic_directory(directory) as partial:
         counts = {split: _write(partial / split, splits[split]) for split in _SPLITS}
-        write_checked_json(partial / _DESCRIPTION, {"format": _FORMAT, "made_from": made_from, "counts": counts, "found": found})
+        write_checked_json(
+            partial / _DESCRIPTION, {"format": _FORMAT, "made_from": made_from, "counts": counts, "found": found}
+        )
         write_sums(partial, _SPLITS)
 
 

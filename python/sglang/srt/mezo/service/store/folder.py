@@ -1,8 +1,10 @@
 """What must hold of a store's folder before anything in it is opened. Nothing here changes what lies there."""
 
+import fcntl
 import os
 import tempfile
 from pathlib import Path
+from typing import IO
 
 from sglang.srt.mezo.core.errors import ConfigError
 
@@ -31,7 +33,9 @@ def make(directory: Path) -> None:
                 raise unusable(directory, f"a folder whose {name} is a file, not a folder")
         _require_access(directory, parts)
     except OSError as error:
-        raise unusable(directory, f"a folder that can be read and written ({error.strerror}: {error.filename})") from error
+        raise unusable(
+            directory, f"a folder that can be read and written ({error.strerror}: {error.filename})"
+        ) from error
     require_database(directory, missing=False)
 
 
@@ -62,7 +66,10 @@ def require_database(directory: Path, missing: bool) -> None:
     if not missing and path.is_file() and path.stat().st_size:
         with open(path, "rb") as file:
             if not file.read(_SMALLEST).startswith(_MAGIC) or path.stat().st_size < _SMALLEST:
-                raise unusable(directory, f"a folder whose {DATABASE} is a database; this one is damaged, or another program's file")
+                raise unusable(
+                    directory,
+                    f"a folder whose {DATABASE} is a database; this one is damaged, or another program's file",
+                )
         return
     left = [
         f"{what} ({len(names)})"
@@ -76,8 +83,10 @@ def require_database(directory: Path, missing: bool) -> None:
         known = f" ({', '.join(copies)} is one)" if copies else ""
         raise unusable(
             directory,
-            f"a folder whose {DATABASE} is whole; it is {'empty' if path.is_file() else 'gone'}, and beside it lie {' and '.join(left)}. "
-            f"Put it back from a copy{known}, or move what lies beside it elsewhere to begin anew; nothing has been deleted",
+            f"a folder whose {DATABASE} is whole; it is {'empty' if path.is_file() else 'gone'}, and beside it lie "
+            f"{' and '.join(left)}. "
+            f"Put it back from a copy{known}, or move what lies beside it elsewhere to begin anew; nothing has been "
+            "deleted",
         )
 
 
@@ -89,3 +98,17 @@ def uploads(directory: Path) -> set[str]:
 def jobs(directory: Path) -> set[str]:
     """Names of folders of jobs."""
     return {path.name for path in (directory / JOBS).glob(f"{JOB_PREFIX}*")}
+
+
+def claim(directory: Path) -> IO[bytes]:
+    """An open file whose lock says that the directory is in use; the system drops it with the process.
+
+    Raises ConfigError where another server has it.
+    """
+    file = open(directory / LOCK, "ab")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise unusable(directory, "a folder that no other server uses") from error
+    return file

@@ -1,9 +1,11 @@
 """The format of the store's database, one step for each version.
 
-To change the format, add a step at the end of ``STEPS`` and never change one before it: step n takes a database of version
-n - 1 to version n. A step is SQL, and happens whole or not at all, after a copy of the database has been written beside it
-(``mezo.sqlite.v<n - 1>``). A new column may be NULL or has a DEFAULT, which is what the rows of before get, and is a field of
-its table's dataclass in ``records``. A new database goes through all steps; a test takes one of each earlier version to the last.
+To change the format, add a step at the end of ``STEPS`` and never change one before it: step n takes a database of
+    version
+n - 1 to version n. A step is SQL, and happens whole or not at all, after a copy of the database has been written beside
+it (``mezo.sqlite.v<n - 1>``). A new column may be NULL or has a DEFAULT, which is what the rows of before get, and is a
+field of its table's dataclass in ``records``. A new database goes through all steps; a test takes one of each earlier
+version to the last.
 """
 
 import itertools
@@ -101,7 +103,11 @@ def migrate(connection: sqlite3.Connection, path: Path) -> None:
     """
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     if version > VERSION:
-        raise ConfigError("--mezo-dir", str(path.parent), f"a folder of format {VERSION} or earlier; this one is of {version}, which a later sglang-mezo has made")
+        raise ConfigError(
+            "--mezo-dir",
+            str(path.parent),
+            f"a folder of format {VERSION} or earlier; this one is of {version}, which a later sglang-mezo has made",
+        )
     if 0 < version < VERSION:
         names = (f"{path.name}.v{version}{f'-{number}' if number > 1 else ''}" for number in itertools.count(1))
         _copy(connection, next(copy for copy in map(path.with_name, names) if not copy.exists()))

@@ -1,12 +1,12 @@
 """Files, jobs, events and checkpoints, and where their content lies on disk.
 
-What a method has returned from survives the end of the process at any moment. Whatever may be deleted is marked first, in
-the transaction that makes it superfluous, or by its name: ``.<id>.partial`` is an upload that nobody has been told of. What a
-server that was stopped in the middle has left is put in order at the next start. What is there without a row or a mark, as
-beside a database that was lost or is an earlier one, is never touched.
+What a method has returned from survives the end of the process at any moment. Whatever may be deleted is marked first,
+in the transaction that makes it superfluous, or by its name: ``.<id>.partial`` is an upload that nobody has been told
+    of. What a
+server that was stopped in the middle has left is put in order at the next start. What is there without a row or a mark,
+as beside a database that was lost or is an earlier one, is never touched.
 """
 
-import fcntl
 import json
 import logging
 import os
@@ -15,12 +15,13 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 from sglang.srt.mezo.core.integrity import digest_of_file
 from sglang.srt.mezo.service.store import folder
 from sglang.srt.mezo.service.store.database import Database, Page, Where
 from sglang.srt.mezo.service.store.deletions import VERSION, Deletions
+from sglang.srt.mezo.service.store.upkeep import put_in_order
 from sglang.srt.mezo.service.wire.errors import NotFound, RequestError
 from sglang.srt.mezo.service.wire.records import (
     LIVE,
@@ -35,8 +36,18 @@ from sglang.srt.mezo.service.wire.records import (
 )
 
 __all__ = [
-    "LIVE", "JobStatus", "Page", "ServedAdapter", "Store", "StoredCheckpoint", "StoredEvent", "StoredFile", "StoredJob", "new_id", "now",
-]  # fmt: skip
+    "LIVE",
+    "JobStatus",
+    "Page",
+    "ServedAdapter",
+    "Store",
+    "StoredCheckpoint",
+    "StoredEvent",
+    "StoredFile",
+    "StoredJob",
+    "new_id",
+    "now",
+]
 
 
 logger = logging.getLogger(__name__)
@@ -62,8 +73,8 @@ class Store:
         listener: called when a job has been added or has changed its status.
 
     Raises:
-        ConfigError: another server uses the directory, one of a later version has, or it cannot be used; nothing in it has
-            been deleted then.
+        ConfigError: another server uses the directory, one of a later version has, or it cannot be used; nothing in it
+            has been deleted then.
     """
 
     def __init__(self, directory: Path):
@@ -72,11 +83,11 @@ class Store:
         self._files = self.directory / folder.FILES
         self._jobs = self.directory / folder.JOBS
         folder.make(self.directory)
-        self._claim = _claimed(self.directory)
+        self._claim = folder.claim(self.directory)
         try:
             self._database = Database(self.directory / folder.DATABASE)
             self._deletions = Deletions(self._database, self.directory)
-            self._put_in_order()
+            put_in_order(self._database, self._deletions, self.directory)
         except BaseException as error:
             self._claim.close()
             if isinstance(error, (OSError, sqlite3.Error)):
@@ -88,47 +99,15 @@ class Store:
         self._database.require_unlocked()
 
     def stop_waiting(self) -> None:
-        """For another process that has locked the database: what changes the store ends with an error, within seconds."""
+        """For another process that has locked the database: what changes the store ends with an error, within
+        seconds."""
         self._database.stop_waiting()
 
     def close(self) -> None:
         self._database.close()
         self._claim.close()
 
-    # --- at the start ----------------------------------------------------------------------------------------------------
-
-    def _put_in_order(self) -> None:
-        """End what a server that was stopped in the middle had begun, and say what does not agree."""
-        self._deletions.carry_out()
-        for partial in self._files.glob(f".{folder.FILE_PREFIX}*.partial"):
-            path = self.file_path(partial.name[1:].removesuffix(".partial"))
-            if self._database.execute("SELECT 1 FROM files WHERE id = ?", (path.name,)) and not path.exists():
-                os.rename(partial, path)
-            elif partial.is_file():
-                partial.unlink()
-        self._fail_damaged()
-        self._report_strays()
-
-    def _fail_damaged(self) -> None:
-        """A job whose row cannot be read is not going on; what of the row can be read stays."""
-        for number, reason in self._database.damaged(StoredJob, "jobs").items():
-            message = f"the job's record is damaged: {reason}"
-            logger.error("job number %d has failed: %s", number, message)
-            with self._database.transaction():
-                live = "status NOT IN ('succeeded', 'failed', 'cancelled')"
-                error = json.dumps({"code": "damaged_record", "message": message, "param": None})
-                self._database.execute(f"UPDATE jobs SET status = 'failed', error = ? WHERE number = ? AND {live}", (error, number))
-
-    def _report_strays(self) -> None:
-        """Content without a row, and rows without content."""
-        rows = {kind: {id.decode() for (id,) in self._database.execute(f"SELECT id FROM {kind}")} for kind in ("files", "jobs")}
-        for what, there, known in (("files", folder.uploads(self.directory), rows["files"]), ("jobs", folder.jobs(self.directory), rows["jobs"])):
-            if unknown := sorted(there - known):
-                logger.warning("%d %s in %s are not in the database, such as %s: they stay as they are", len(unknown), what, self.directory, unknown[0])
-        if lost := sorted(rows["files"] - folder.uploads(self.directory)):
-            logger.error("the content of %d uploaded files is gone from %s, such as %s", len(lost), self._files, lost[0])
-
-    # --- where things lie ------------------------------------------------------------------------------------------------
+    # --- where things lie ---------------------------------------------------------------------------------------------
 
     def file_path(self, file_id: str) -> Path:
         """Where the content of a file lies; ``file_id`` is one that the store has given out."""
@@ -145,7 +124,7 @@ class Store:
         """PEFT folder of one published version of a job's adapter."""
         return self.job_directory(job_id) / "adapters" / f"v{version}"
 
-    # --- files -----------------------------------------------------------------------------------------------------------
+    # --- files --------------------------------------------------------------------------------------------------------
 
     def add_file(self, file: StoredFile) -> StoredFile:
         """Acknowledge a file whose content lies, synced, at ``partial_path(file.id)``."""
@@ -161,16 +140,28 @@ class Store:
         return file
 
     def content(self, file: StoredFile, param: str | None = None) -> Path:
-        """Where a file's content lies; raises RequestError, named by the field ``param``, where it is not what was uploaded."""
+        """Where a file's content lies; raises RequestError, named by the field ``param``, where it is not what was
+        uploaded."""
         path = self.file_path(file.id)
         size = path.stat().st_size if path.is_file() else None
         if size != file.bytes:
-            left = "is gone" if size is None else f"has {size} bytes left of {file.bytes}" if size < file.bytes else f"has {size} bytes, not {file.bytes}"
+            left = (
+                "is gone"
+                if size is None
+                else f"has {size} bytes left of {file.bytes}"
+                if size < file.bytes
+                else f"has {size} bytes, not {file.bytes}"
+            )
         elif file.sha256 is not None and digest_of_file(path) != file.sha256:
             left = "is not what was uploaded"
         else:
             return path
-        raise RequestError(500, f"the content of file {file.id!r} ({file.filename}) {left} on the server's disk: upload it again", param, "file_lost")
+        raise RequestError(
+            500,
+            f"the content of file {file.id!r} ({file.filename}) {left} on the server's disk: upload it again",
+            param,
+            "file_lost",
+        )
 
     def file(self, file_id: str, param: str | None = None) -> StoredFile:
         """One that has not expired; named by the field ``param`` where there is none."""
@@ -212,12 +203,17 @@ class Store:
     def _delete_file(self, file_id: str) -> None:
         with self._database.transaction():
             for job in self._users(file_id):
-                raise RequestError(409, f"file {file_id!r} is in use by job {job.id!r}, which is {job.status}", "file_id", "file_in_use")
+                raise RequestError(
+                    409,
+                    f"file {file_id!r} is in use by job {job.id!r}, which is {job.status}",
+                    "file_id",
+                    "file_in_use",
+                )
             self._database.execute("DELETE FROM files WHERE id = ?", (file_id,))
             self._deletions.mark(self.file_path(file_id))
         self._deletions.carry_out(self.file_path(file_id))
 
-    # --- jobs ------------------------------------------------------------------------------------------------------------
+    # --- jobs ---------------------------------------------------------------------------------------------------------
 
     def add_job(self, job: StoredJob, *events: StoredEvent) -> StoredJob:
         """Raises NotFound where one of its files has been deleted."""
@@ -233,12 +229,15 @@ class Store:
     def job(self, job_id: str) -> StoredJob:
         return self._database.one(StoredJob, "jobs", "fine-tuning job", job_id)
 
-    def jobs(self, after: str | None = None, limit: int = 20, metadata: Mapping[str, str] | None = None) -> Page[StoredJob]:
+    def jobs(
+        self, after: str | None = None, limit: int = 20, metadata: Mapping[str, str] | None = None
+    ) -> Page[StoredJob]:
         """Newest first. metadata: pairs that a job must have; an empty mapping asks for jobs without metadata."""
         where = Where()
         if metadata is not None:
             # Of a damaged row json_each would be an error of the whole query.
-            has_pair = "CASE WHEN json_valid(metadata) THEN EXISTS (SELECT 1 FROM json_each(metadata) WHERE key = ? AND value = ?) END"
+            pair = "SELECT 1 FROM json_each(metadata) WHERE key = ? AND value = ?"
+            has_pair = f"CASE WHEN json_valid(metadata) THEN EXISTS ({pair}) END"
             values = tuple(part for pair in metadata.items() for part in pair)
             where = Where(" AND ".join([has_pair] * len(metadata)) or "metadata = '{}'", values)
         return self._database.page(StoredJob, "jobs", "fine-tuning job", where, after, limit)
@@ -246,7 +245,9 @@ class Store:
     def with_status(self, *statuses: JobStatus) -> list[StoredJob]:
         """Oldest first."""
         marks = ", ".join("?" * len(statuses))
-        return self._database.select(StoredJob, f"SELECT * FROM jobs WHERE status IN ({marks}) ORDER BY number", statuses)
+        return self._database.select(
+            StoredJob, f"SELECT * FROM jobs WHERE status IN ({marks}) ORDER BY number", statuses
+        )
 
     def job_counts(self) -> dict[JobStatus, int]:
         """How many jobs are in each state that has any."""
@@ -254,12 +255,16 @@ class Store:
         return {count.status: count.jobs for count in counts}
 
     def oldest(self, status: JobStatus) -> StoredJob | None:
-        jobs = self._database.select(StoredJob, "SELECT * FROM jobs WHERE status = ? ORDER BY number", (status,), limit=1)
+        jobs = self._database.select(
+            StoredJob, "SELECT * FROM jobs WHERE status = ? ORDER BY number", (status,), limit=1
+        )
         return jobs[0] if jobs else None
 
     def job_by_adapter(self, name: str) -> StoredJob:
         """The newest job whose adapter has that name."""
-        jobs = self._database.select(StoredJob, "SELECT * FROM jobs WHERE adapter_name = ? ORDER BY number DESC", (name,), limit=1)
+        jobs = self._database.select(
+            StoredJob, "SELECT * FROM jobs WHERE adapter_name = ? ORDER BY number DESC", (name,), limit=1
+        )
         if not name or not jobs:
             raise NotFound("model", name, "model")
         return jobs[0]
@@ -270,7 +275,8 @@ class Store:
             self._database.execute("UPDATE jobs SET engine = ? WHERE engine = '{}'", (json.dumps(engine),))
 
     def update_job(self, job_id: str, *events: StoredEvent, **changes: Any) -> StoredJob:
-        """Change fields and add events in one transaction. Of the versions of its adapter the one before may then be deleted."""
+        """Change fields and add events in one transaction. Of the versions of its adapter the one before may then be
+        deleted."""
         with self._database.transaction():
             before = self.job(job_id)
             job = replace(before, **changes)
@@ -285,8 +291,13 @@ class Store:
         return job
 
     def new_version(self, job_id: str) -> int:
-        """A number for the next version of a job's adapter. Until it is the job's ``version``, what lies in its folder may be deleted."""
-        there = [int(match[1]) for path in self.version_directory(job_id, 1).parent.glob("v*") if (match := VERSION.fullmatch(path.name))]
+        """A number for the next version of a job's adapter. Until it is the job's ``version``, what lies in its
+        folder may be deleted."""
+        there = [
+            int(match[1])
+            for path in self.version_directory(job_id, 1).parent.glob("v*")
+            if (match := VERSION.fullmatch(path.name))
+        ]
         version = 1 + max([self.job(job_id).version, *there])
         with self._database.transaction():
             self._deletions.mark(self.version_directory(job_id, version))
@@ -296,7 +307,7 @@ class Store:
         """Delete the folder of a version that is not, or no longer, the job's."""
         self._deletions.carry_out(self.version_directory(job_id, version))
 
-    # --- what a job leaves -------------------------------------------------------------------------------------------------
+    # --- what a job leaves --------------------------------------------------------------------------------------------
 
     def add_event(
         self, job_id: str, level: str, message: str, type: str = "message", data: Mapping[str, Any] | None = None
@@ -333,10 +344,13 @@ class Store:
     def checkpoints(self, job_id: str, after: str | None = None, limit: int = 10) -> Page[StoredCheckpoint]:
         """Newest first."""
         self.job(job_id)
-        return self._database.page(StoredCheckpoint, "checkpoints", "checkpoint", Where("job_id = ?", (job_id,)), after, limit)
+        return self._database.page(
+            StoredCheckpoint, "checkpoints", "checkpoint", Where("job_id = ?", (job_id,)), after, limit
+        )
 
     def served(self) -> list[ServedAdapter]:
-        """Every name that the server answers to: published adapters and checkpoints, of models that were not deleted."""
+        """Every name that the server answers to: published adapters and checkpoints, of models that were not
+        deleted."""
         adapters = []
         for job in self._database.select(StoredJob, "SELECT * FROM jobs WHERE adapter_name != '' ORDER BY number"):
             if job.version:
@@ -357,14 +371,3 @@ def _rename(partial: Path, path: Path) -> None:
         os.fsync(directory)
     finally:
         os.close(directory)
-
-
-def _claimed(directory: Path) -> IO[bytes]:
-    """An open file whose lock says that the directory is in use; the system drops it with the process."""
-    file = open(directory / folder.LOCK, "ab")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        file.close()
-        raise folder.unusable(directory, "a folder that no other server uses") from error
-    return file

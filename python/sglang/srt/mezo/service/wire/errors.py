@@ -45,19 +45,26 @@ class EngineRefused(RequestError):
 
 
 class DiskFull(RequestError):
-    """The disk did not take what was to be written: none of it is there, and once there is room it can be asked for again."""
+    """The disk did not take what was to be written: none of it is there, and once there is room it can be asked for
+    again."""
 
     def __init__(self, message: str):
         super().__init__(HTTPStatus.INSUFFICIENT_STORAGE, message, None, "disk_full")
 
 
 class StoreBusy(RequestError):
-    """Another process, such as a backup, has locked the store; nothing has been changed. Ask again in ``RETRY_SECONDS``."""
+    """Another process, such as a backup, has locked the store; nothing has been changed. Ask again in
+    ``RETRY_SECONDS``."""
 
     RETRY_SECONDS = 5
 
     def __init__(self):
-        super().__init__(HTTPStatus.SERVICE_UNAVAILABLE, "the server's store (mezo.sqlite) is locked by another process: ask again", None, "store_busy")
+        super().__init__(
+            HTTPStatus.SERVICE_UNAVAILABLE,
+            "the server's store (mezo.sqlite) is locked by another process: ask again",
+            None,
+            "store_busy",
+        )
 
 
 class PublishError(RequestError):

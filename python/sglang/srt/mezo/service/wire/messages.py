@@ -7,6 +7,7 @@ does by itself, comes back as a `MezoEvent` from rank 0.
 from typing import Any, Literal, Union
 
 from msgspec import Struct
+
 from sglang.srt.mezo.service.wire.upstream import BaseReq, hook_custom_types
 
 TokenizedExample = tuple[list[int], list[list[int]], int]
@@ -29,7 +30,8 @@ class StartJob(Struct, tag=True, kw_only=True):
     """Train, from the start or from where the seed log in ``config["output_dir"]`` ends.
 
     config: fields of ``MezoConfig``. segments: (step, number of examples) from which each part of the training data
-    counts; the first is step 0. start: folder of the adapter that ``config["init_from"]`` names. manual: hold the adapter ready for ``EvaluatePerturbed`` and ``ApplyUpdate`` instead.
+    counts; the first is step 0. start: folder of the adapter that ``config["init_from"]`` names. manual: hold the
+    adapter ready for ``EvaluatePerturbed`` and ``ApplyUpdate`` instead.
     """
 
     job_id: str
@@ -96,10 +98,10 @@ class EngineDescription(Struct, kw_only=True):
     """What a job may ask of this engine.
 
     target_modules: Hugging Face names of the linear layers that the LoRA pool can adapt. default_target_modules: for
-    each tuning, what a job gets that names none. micro_step_tokens, idle_step_tokens: tokens of one forward pass that keep to the
-    server's bounds on a piece, beside requests and while none come. no_alora: why it cannot serve aLoRA adapters, empty where it
-    can. base_model: the fingerprint of the weights, which may be replaced while the server runs. rendering: a digest of the
-    tokenizer and of how messages are rendered; the HTTP process knows it.
+    each tuning, what a job gets that names none. micro_step_tokens, idle_step_tokens: tokens of one forward pass that
+    keep to the server's bounds on a piece, beside requests and while none come. no_alora: why it cannot serve aLoRA
+    adapters, empty where it can. base_model: the fingerprint of the weights, which may be replaced while the server
+    runs. rendering: a digest of the tokenizer and of how messages are rendered; the HTTP process knows it.
     """
 
     model_path: str
@@ -117,9 +119,7 @@ class EngineDescription(Struct, kw_only=True):
     rendering: str = ""
 
 
-Command = Union[
-    Describe, LoadExamples, StartJob, StopJob, AppendExamples, SaveAdapter, EvaluatePerturbed, ApplyUpdate
-]
+Command = Union[Describe, LoadExamples, StartJob, StopJob, AppendExamples, SaveAdapter, EvaluatePerturbed, ApplyUpdate]
 
 
 class MezoReqInput(BaseReq, kw_only=True):
@@ -142,7 +142,8 @@ class MezoEvent(BaseReq, kw_only=True):
     kind: "started", "step" (at most a few a second; data as in metrics.jsonl), "evaluated_dev" (eval_loss, ...),
         "checkpoint" (data["directory"], a PEFT folder), "warning", "succeeded" (data: best_step, metrics),
         "base_model" (of no job; data["fingerprint"]: the weights have been replaced),
-        "failed" (message; data["code"], "disk_full" where the disk took no more), "evaluated" (data: operation and loss_plus, loss_minus, projected_grad, or error).
+        "failed" (message; data["code"], "disk_full" where the disk took no more), "evaluated" (data: operation and
+        loss_plus, loss_minus, projected_grad, or error).
     """
 
     job_id: str

@@ -40,10 +40,13 @@ class StoredFile:
 class StoredJob:
     """A fine-tuning job.
 
-    adapter_name: what the server answers to; "" once the model has been deleted. request: the body that created the job.
+    adapter_name: what the server answers to; "" once the model has been deleted. request: the body that created the
+        job.
     hyperparameters: resolved n_epochs, batch_size, learning_rate_multiplier. config: fields of ``MezoConfig`` without
-    ``output_dir``. error: code, message and param; of a paused job why the server keeps it waiting, None where a user does.
-    version: of the adapter that is served, 0 for none. engine: the base model and the limits of the server that took the job, as ``fit`` has them.
+    ``output_dir``. error: code, message and param; of a paused job why the server keeps it waiting, None where a user
+    does.
+    version: of the adapter that is served, 0 for none. engine: the base model and the limits of the server that took
+        the job, as ``fit`` has them.
     result_files: ids of the files that a succeeded job has left.
     """
 

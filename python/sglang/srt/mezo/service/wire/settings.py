@@ -32,8 +32,18 @@ ENABLE_VARIABLE = "SGLANG_ENABLE_MEZO"
 SETTINGS = (
     Setting("dir", str, "Where files, jobs and adapters are kept."),
     Setting("share", float, "Share of the time that training may take while requests run; 0 trains in idle time only."),
-    Setting("micro_step_ms", float, "What one uninterrupted piece of training may take, if that is more than two of the shortest forward passes: what a new request may wait for it."),
-    Setting("idle_step_ms", float, "The same while no request has come for ten seconds: what the first one may wait for it. Up to micro_step_ms pieces never grow."),
+    Setting(
+        "micro_step_ms",
+        float,
+        "What one uninterrupted piece of training may take, if that is more than two of the shortest forward passes: "
+        "what a new request may wait for it.",
+    ),
+    Setting(
+        "idle_step_ms",
+        float,
+        "The same while no request has come for ten seconds: what the first one may wait for it. Up to micro_step_ms "
+        "pieces never grow.",
+    ),
     Setting("kv_share", float, "Share of the KV pool that training may keep locked between steps."),
     Setting("max_file_mb", int, "Largest file that can be uploaded."),
     Setting("on_restart", str, "What becomes of a job that the server's end interrupted: resume or fail."),

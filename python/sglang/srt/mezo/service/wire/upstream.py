@@ -3,10 +3,7 @@
 from typing import TYPE_CHECKING
 
 from sglang.srt.constants import HEALTH_CHECK_RID_PREFIX
-from sglang.srt.entrypoints.openai.protocol import (
-    ChatCompletionResponse,
-    CompletionResponse,
-)
+from sglang.srt.entrypoints.openai.protocol import ChatCompletionResponse, CompletionResponse
 from sglang.srt.lora.lora_registry import LoRARef
 from sglang.srt.managers.io_struct import (
     BaseReq,
@@ -30,7 +27,26 @@ if TYPE_CHECKING:
     from sglang.srt.managers.tokenizer_manager import ReqState, TokenizerManager
 
 __all__ = [
-    "HEALTH_CHECK_RID_PREFIX", "AuthLevel", "BaseReq", "BatchEmbeddingOutput", "BatchStrOutput", "BatchTokenIDOutput", "ChatCompletionResponse",
-    "CompletionResponse", "EmbeddingReqInput", "GenerateReqInput", "LoRARef", "LoadLoRAAdapterReqInput", "Req", "ReqState", "SGLangORJSONResponse",
-    "Scheduler", "TokenizerManager", "UnloadLoRAAdapterReqInput", "auth_level", "get_observability", "hook_custom_types", "kill_process_tree",
-]  # fmt: skip
+    "HEALTH_CHECK_RID_PREFIX",
+    "AuthLevel",
+    "BaseReq",
+    "BatchEmbeddingOutput",
+    "BatchStrOutput",
+    "BatchTokenIDOutput",
+    "ChatCompletionResponse",
+    "CompletionResponse",
+    "EmbeddingReqInput",
+    "GenerateReqInput",
+    "LoRARef",
+    "LoadLoRAAdapterReqInput",
+    "Req",
+    "ReqState",
+    "SGLangORJSONResponse",
+    "Scheduler",
+    "TokenizerManager",
+    "UnloadLoRAAdapterReqInput",
+    "auth_level",
+    "get_observability",
+    "hook_custom_types",
+    "kill_process_tree",
+]
