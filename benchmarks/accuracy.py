@@ -14,12 +14,14 @@ import os
 import platform
 import statistics
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Optional
 
 from sglang.srt.mezo.core.config import MezoConfig
 from sglang.srt.mezo.core.integrity import write_json
+from sglang.srt.mezo.core.settings import setting
 from sglang.srt.mezo.training.arguments import build, read, status_of
 from sglang.srt.mezo.training.finetune import DataArguments, ModelArguments, finetune
 
@@ -40,14 +42,14 @@ _MEASURED = (
 
 @dataclass(frozen=True)
 class AccuracyArguments:
-    json: Path = field(metadata={"help": "Results file; a row is added to it per seed."})
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds to run."})
+    json: Path = setting(help="Results file; a row is added to it per seed.")
+    seeds: Optional[list[int]] = setting(None, "Seeds to run; 0, 1 and 2 by default.")
 
 
 def main() -> None:
     kinds = (ModelArguments, DataArguments, MezoConfig, AccuracyArguments)
     model, data, config, arguments = build(kinds, read(sys.argv[1:], kinds, __doc__))
-    for seed in arguments.seeds:
+    for seed in arguments.seeds or (0, 1, 2):
         if all(row["seed"] != seed for row in load(arguments.json)["rows"]):
             run_in_new_process(model, data, config_of_seed(config, seed, arguments.json), arguments.json)
     show(load(arguments.json)["rows"])

@@ -3,13 +3,15 @@ started then."""
 
 import subprocess
 import sys
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Optional
 
 import pytest
 
 from sglang.srt.mezo.core.config import MezoConfig
 from sglang.srt.mezo.core.errors import ConfigError, UsageError
+from sglang.srt.mezo.core.settings import setting
 from sglang.srt.mezo.training.arguments import INSTEAD, MEANT, SAME, build, read, status_of
 from sglang.srt.mezo.training.finetune import DataArguments, ModelArguments
 
@@ -99,10 +101,10 @@ def test_other_programs_names_are_for_what_is_there():
 def test_fields_of_other_dataclasses_are_flags_too():
     @dataclass
     class More:
-        file: Path = field(metadata={"help": "A file."})
-        seeds: list[int] = field(default_factory=lambda: [0, 1])
+        file: Path = setting(help="A file.")
+        seeds: Optional[list[int]] = setting(None, "Several.")
 
-    assert build([More], read(["--file", "a/b"], [More])) == (More(Path("a/b"), [0, 1]),)
+    assert build([More], read(["--file", "a/b"], [More])) == (More(Path("a/b"), None),)
     assert build([More], read(["--file", "a", "--seeds", "3", "4"], [More])) == (More(Path("a"), [3, 4]),)
     with pytest.raises(ConfigError, match="file=None is not allowed: --file is needed. A file."):
         build([More], {})
@@ -150,8 +152,8 @@ def test_what_cannot_be_read_is_named(line, message):
         ({}, "model=None is not allowed: --model is needed. Hub name or folder of the base model."),
         ({"model": "a", "max_total_tokens": 0}, "max_total_tokens=0 is not allowed: at least 1"),
         ({"model": "a", "num_train": 0}, "num_train=0 is not allowed: at least 1"),
-        ({"model": "a", "num_dev": -1}, "num_dev=-1 is not allowed: at least 0"),
-        ({"model": "a", "num_test": -1}, "num_test=-1 is not allowed: at least 0"),
+        ({"model": "a", "num_dev": -1}, "num_dev=-1 is not allowed: zero or more"),
+        ({"model": "a", "num_test": -1}, "num_test=-1 is not allowed: zero or more"),
         ({"model": "a", "num_dev": None}, "num_dev=None is not allowed: a whole number"),
         ({"model": "a", "num_train": "5"}, "num_train='5' is not allowed: a whole number, null"),
         ({"model": 5}, "model=5 is not allowed: a string"),

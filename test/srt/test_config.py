@@ -7,6 +7,7 @@ import pytest
 
 from sglang.srt.mezo.core.config import MezoConfig
 from sglang.srt.mezo.core.errors import ConfigError, DataError, MezoError
+from sglang.srt.mezo.core.settings import setting_of
 
 
 @pytest.mark.parametrize(
@@ -162,7 +163,7 @@ def test_settings_cannot_change_after_validation():
 def test_every_setting_explains_itself_in_one_sentence():
     assert [field.name for field in fields(MezoConfig)] == list(MezoConfig().to_dict())
     for field in fields(MezoConfig):
-        assert field.metadata["help"].endswith("."), field.name
+        assert setting_of(field).help.endswith("."), field.name
 
 
 @pytest.mark.parametrize(

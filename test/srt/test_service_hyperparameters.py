@@ -6,9 +6,11 @@ import pytest
 
 from sglang.srt.mezo.core.config import MezoConfig
 from sglang.srt.mezo.core.errors import DataError, shown
-from sglang.srt.mezo.service.jobs.hyperparameters import KINDS, reported, resolve, settle
+from sglang.srt.mezo.service.jobs.hyperparameters import kinds, reported, resolve, settle
 from sglang.srt.mezo.service.wire.errors import RequestError
 from sglang.srt.mezo.service.wire.messages import EngineDescription
+
+KINDS = {name: kind for name, (kind, _) in kinds().items()}
 
 ENGINE = EngineDescription(
     model_path="/models/tiny",

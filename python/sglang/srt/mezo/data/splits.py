@@ -4,12 +4,12 @@ tokenised."""
 import logging
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Optional
 
 from sglang.srt.mezo.core.config import Objective
 from sglang.srt.mezo.core.errors import ConfigError, DataError
-from sglang.srt.mezo.core.kinds import require_types
+from sglang.srt.mezo.core.settings import require_settings, setting
 from sglang.srt.mezo.data.chat import Renderer
 from sglang.srt.mezo.data.examples import Encoder, Example, OnBadRow, count_shared, default_objective, get_task
 from sglang.srt.mezo.data.rows import SourceRow, has_splits, read_rows, sample_rows
@@ -28,35 +28,23 @@ _DATA_SEED = 0  # which rows are drawn is the same in every run, as in the MeZO 
 class DataArguments:
     """Where examples come from, and how many are used; ConfigError names the field at fault."""
 
-    task: Optional[str] = field(
-        default=None, metadata={"help": "Task that renders the rows; none for files of prompts."}
+    task: Optional[str] = setting(None, "Task that renders the rows; none for files of prompts.")
+    dataset: Optional[str] = setting(None, "Hub name, folder or file; the task's own by default.")
+    dev_split: Optional[str] = setting(
+        None, "Split to choose the adapter on; held out of train by default, and of a file."
     )
-    dataset: Optional[str] = field(
-        default=None, metadata={"help": "Hub name, folder or file; the task's own by default."}
+    test_split: Optional[str] = setting(
+        None, "Split to report; the task's by default, else held out of train, and of a file."
     )
-    dev_split: Optional[str] = field(
-        default=None, metadata={"help": "Split to choose the adapter on; held out of train by default, and of a file."}
+    num_train: Optional[int] = setting(1000, "Training rows to use, or none for all.", at_least=1)
+    num_dev: int = setting(500, "Development rows to use; where held out, of what is left at most a fifth.", at_least=0)
+    num_test: Optional[int] = setting(
+        1000, "Test rows to use, or none for all; where held out, at most a fifth.", at_least=0
     )
-    test_split: Optional[str] = field(
-        default=None,
-        metadata={"help": "Split to report; the task's by default, else held out of train, and of a file."},
-    )
-    num_train: Optional[int] = field(default=1000, metadata={"help": "Training rows to use, or none for all."})
-    num_dev: int = field(
-        default=500, metadata={"help": "Development rows to use; where held out, of what is left at most a fifth."}
-    )
-    num_test: Optional[int] = field(
-        default=1000, metadata={"help": "Test rows to use, or none for all; where held out, at most a fifth."}
-    )
-    on_bad_row: OnBadRow = field(
-        default="raise", metadata={"help": "raise: stop before training; skip: leave the row out."}
-    )
+    on_bad_row: OnBadRow = setting("raise", "raise: stop before training; skip: leave the row out.")
 
     def __post_init__(self):
-        require_types(self)
-        for name, least in (("num_train", 1), ("num_dev", 0), ("num_test", 0)):
-            if (getattr(self, name) or 0) < least and getattr(self, name) is not None:
-                raise ConfigError(name, getattr(self, name), f"at least {least}")
+        require_settings(self)
         for name in ("dev_split", "test_split"):
             split = getattr(self, name)
             if split is not None and {_TRAIN, "all"} & set(re.findall(r"[^\[\]+]+(?=\[|\+|$)", split)):

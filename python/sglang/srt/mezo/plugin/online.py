@@ -9,17 +9,19 @@ import os
 import threading
 from collections.abc import Callable
 from contextlib import asynccontextmanager
+from dataclasses import fields
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_type_hints
 
 from sglang.srt.mezo.core.errors import ConfigError
+from sglang.srt.mezo.core.settings import setting_of
 from sglang.srt.mezo.engine import base_model
 from sglang.srt.mezo.engine.accelerator import fill_open_fields
 from sglang.srt.mezo.plugin import overlay
 from sglang.srt.mezo.plugin.adapter_loading import require_adapters
 from sglang.srt.mezo.plugin.hooks import Hook, StartRefused, install, wrap_static
 from sglang.srt.mezo.service.store import folder
-from sglang.srt.mezo.service.wire.settings import ENABLE_FLAG, ENABLE_VARIABLE, SETTINGS, ServiceSettings, default
+from sglang.srt.mezo.service.wire.settings import ENABLE_FLAG, ENABLE_VARIABLE, ServiceSettings, flag, served, variable
 
 if TYPE_CHECKING:
     from sglang.srt.mezo.service.scheduler.runner import MezoRunner
@@ -89,9 +91,14 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         ENABLE_FLAG, nargs=0, variable=ENABLE_VARIABLE, help=f"Serve the fine-tuning API. [{ENABLE_VARIABLE}]", **common
     )
-    for setting in SETTINGS:
-        help = f"{setting.help} [{setting.variable}; {default(setting.name)}]".replace("%", "%%")
-        group.add_argument(setting.flag, type=setting.kind, variable=setting.variable, help=help, **common)
+    kinds = get_type_hints(ServiceSettings)
+    for one in fields(ServiceSettings):
+        if one.name in served():
+            own, name = setting_of(one), variable(one.name)
+            bounds = f"; {own.bounds}" if str(own.bounds) else ""
+            help = f"{own.help} [{name}; {one.default}{bounds}]".replace("%", "%%")
+            kind = kinds[one.name] if kinds[one.name] in (int, float) else str
+            group.add_argument(flag(one.name), type=kind, variable=name, help=help, **common)
 
 
 def _fill_server_args(server_args) -> None:

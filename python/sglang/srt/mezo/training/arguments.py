@@ -14,6 +14,7 @@ from typing import Any, NoReturn, Optional, Union, get_args, get_origin, get_typ
 
 from sglang.srt.mezo.core.errors import ConfigError, MezoError, UsageError
 from sglang.srt.mezo.core.kinds import from_text
+from sglang.srt.mezo.core.settings import setting_of
 
 SAME = {
     "model_name": "model",
@@ -122,8 +123,8 @@ def build(kinds: Sequence[type], given: Mapping[str, Any]) -> tuple[Any, ...]:
     for kind in kinds:
         own = {field.name: given[field.name] for field in fields(kind) if field.name in given}
         for field in fields(kind):
-            if field.name not in own and field.default is MISSING and field.default_factory is MISSING:
-                raise ConfigError(field.name, None, f"--{field.name} is needed. {field.metadata.get('help', '')}")
+            if field.name not in own and field.default is MISSING:
+                raise ConfigError(field.name, None, f"--{field.name} is needed. {setting_of(field).help}")
         built.append(kind(**own))
     return tuple(built)
 
@@ -226,9 +227,10 @@ def _spellings(name: str) -> list[str]:
 
 
 def _help(field: Any) -> str:
-    text = field.metadata.get("help", "")
-    default = field.default_factory() if field.default_factory is not MISSING else field.default
-    return (text if default in (None, MISSING) else f"{text} [{default}]").replace("%", "%%")
+    own = setting_of(field)
+    default = [] if field.default in (None, MISSING) else [str(field.default)]
+    notes = "; ".join([*default, *filter(None, [str(own.bounds)])])
+    return (f"{own.help} [{notes}]" if notes else own.help).replace("%", "%%")
 
 
 def _text(value: str | list[str]) -> str:

@@ -4,7 +4,7 @@ import json
 import resource
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, Optional
 
 import torch
@@ -15,8 +15,8 @@ from sglang.srt.mezo.adapters.peft_adapter import ModelLayers
 from sglang.srt.mezo.core.config import MezoConfig
 from sglang.srt.mezo.core.errors import ConfigError
 from sglang.srt.mezo.core.integrity import write_json
-from sglang.srt.mezo.core.kinds import require_types
 from sglang.srt.mezo.core.passes import drain
+from sglang.srt.mezo.core.settings import require_settings, setting
 from sglang.srt.mezo.data.chat import ChatSettings
 from sglang.srt.mezo.data.examples import Example, get_task
 from sglang.srt.mezo.data.invocation import AUTO, invocation_tokens
@@ -43,22 +43,14 @@ Dtype = Literal["auto", "half", "float16", "bfloat16", "float", "float32"]
 class ModelArguments:
     """The base model and the engine that runs it; ConfigError names the field at fault."""
 
-    model: str = field(metadata={"help": "Hub name or folder of the base model."})
-    dtype: Dtype = field(default="auto", metadata={"help": "Weights and activations; float32 for the smallest zo_eps."})
-    max_total_tokens: Optional[int] = field(
-        default=None, metadata={"help": "KV tokens to keep; the machine's default if absent."}
-    )
-    chat_template: Optional[str] = field(
-        default=None, metadata={"help": "As the server's: a .jinja file, or a name that SGLang knows."}
-    )
-    default_chat_template_kwargs: Optional[str] = field(
-        default=None, metadata={"help": "As the server's: JSON for the chat template."}
-    )
+    model: str = setting(help="Hub name or folder of the base model.")
+    dtype: Dtype = setting("auto", "Weights and activations; float32 for the smallest zo_eps.")
+    max_total_tokens: Optional[int] = setting(None, "KV tokens to keep; the machine's default if absent.", at_least=1)
+    chat_template: Optional[str] = setting(None, "As the server's: a .jinja file, or a name that SGLang knows.")
+    default_chat_template_kwargs: Optional[str] = setting(None, "As the server's: JSON for the chat template.")
 
     def __post_init__(self):
-        require_types(self)
-        if self.max_total_tokens is not None and self.max_total_tokens < 1:
-            raise ConfigError("max_total_tokens", self.max_total_tokens, "at least 1")
+        require_settings(self)
 
 
 def finetune(model: ModelArguments, data: DataArguments, config: MezoConfig) -> dict[str, Any]:

@@ -13,19 +13,7 @@ from sglang.srt.mezo.core.config import MezoConfig
 from sglang.srt.mezo.core.errors import BaseModelError, ConfigError, DamagedError
 from sglang.srt.mezo.core.integrity import read_checked_json, write_checked_json, write_json
 from sglang.srt.mezo.core.seed_log import LogHeader, SeedLog, digest_of
-
-_MAY_DIFFER_ON_RESUME = {
-    "output_dir",
-    "overwrite_output_dir",
-    "resume_from_checkpoint",
-    "max_steps",
-    "num_train_epochs",
-    "logging_steps",
-    "save_steps",
-    "report_to",
-    "disable_tqdm",
-    "per_device_eval_batch_size",
-}
+from sglang.srt.mezo.core.settings import names
 
 
 class RunDirectory:
@@ -136,8 +124,9 @@ class RunDirectory:
             earlier = dict(json.loads((self.path / "config.json").read_text()))
         except (TypeError, ValueError) as error:
             raise ConfigError("output_dir", str(self.path), f"a run whose config.json can be read ({error})") from error
+        fixed = names(type(self._config), resume="same")
         for name, value in json.loads(json.dumps(self._config.to_dict())).items():
-            if name not in _MAY_DIFFER_ON_RESUME and earlier.get(name) != value:
+            if name in fixed and earlier.get(name) != value:
                 raise ConfigError(name, value, f"the run to resume has {earlier.get(name)!r}")
         self._require_base_model(earlier.get("base_model"))
 

@@ -5,90 +5,51 @@ OpenAI's three come beside the settings of ``MezoConfig`` that a job may choose;
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any, NamedTuple, get_type_hints
 
-from sglang.srt.mezo.core.config import LARGEST, NEW_ADAPTER, MezoConfig, defaults
+from sglang.srt.mezo.core.config import LARGEST, MOST_STEPS, NEW_ADAPTER, MezoConfig, defaults
 from sglang.srt.mezo.core.errors import ConfigError, DataError, shown
 from sglang.srt.mezo.core.estimator import SIGNS, Estimator
 from sglang.srt.mezo.core.kinds import described, fits
+from sglang.srt.mezo.core.settings import Bounds, names, setting_of
 from sglang.srt.mezo.data.invocation import AUTO
-from sglang.srt.mezo.service.jobs.job_data import MAX_PASS_TOKENS
 from sglang.srt.mezo.service.jobs.origins import Origin
 from sglang.srt.mezo.service.wire.errors import RequestError
 from sglang.srt.mezo.service.wire.messages import SPARE_SLOTS, EngineDescription
 from sglang.srt.mezo.training.start import contradiction
 
-_SETTINGS = (
-    "learning_rate",
-    "lr_scheduler_type",
-    "warmup_steps",
-    "weight_decay",
-    "clip_projected_grad",
-    "optim",
-    "momentum",
-    "adam_beta1",
-    "adam_beta2",
-    "adam_epsilon",
-    "zo_eps",
-    "num_perturbations",
-    "estimator",
-    "scale_by_loss_std",
-    "perturbation",
-    "perturbation_rank",
-    "perturbation_interval",
-    "tuning",
-    "invocation",
-    "r",
-    "lora_alpha",
-    "target_modules",
-    "max_steps",
-    "objective",
-    "gradient_accumulation_steps",
-    "max_tokens_per_batch",
-    "echoes",
-    "eval_steps",
-    "logging_steps",
-    "save_steps",
-    "load_best_model_at_end",
-    "metric_for_best_model",
-)
-"""Fields of ``MezoConfig`` that a job may set; the others name files, or are the server's business."""
+MOST_EXAMPLES = 4096
+"""Of a step, which works on its list of examples in one piece."""
 
-_TYPES = get_type_hints(MezoConfig)
-KINDS: dict[str, Any] = {
-    "n_epochs": int,
-    "batch_size": int,
-    "learning_rate_multiplier": float,
-    **{name: _TYPES[name] for name in _SETTINGS},
-    "target_modules": list[str],
+_OPENAI: dict[str, tuple[Any, Bounds]] = {
+    "n_epochs": (int, Bounds(at_least=1, at_most=MOST_STEPS)),
+    "batch_size": (int, Bounds(at_least=1, at_most=MOST_EXAMPLES)),
+    "learning_rate_multiplier": (float, Bounds(above=0, at_most=LARGEST)),
 }
-"""Every hyperparameter and its type; where it takes null, that is a value like others, such as no bound. What a
-server decides takes none."""
+"""OpenAI's hyperparameters, with their types and bounds."""
 
+
+def kinds(config: type[MezoConfig] = MezoConfig) -> dict[str, tuple[Any, Bounds]]:
+    """Every hyperparameter, with its type and the bounds of a server beside those of ``config``.
+
+    Where a type takes null, that is a value like others, such as no bound. What a server decides takes none.
+    """
+    types = get_type_hints(config)
+    own = {
+        one.name: (types[one.name], setting_of(one).job) for one in fields(config) if setting_of(one).job is not None
+    }
+    return {**_OPENAI, **own, "target_modules": (list[str], Bounds())}
+
+
+_KINDS = kinds()
+_SETTINGS = names(MezoConfig, job=True)
 _PLACES = ("hyperparameters", "method.supervised.hyperparameters")
 _WIRE_NAMES = {"per_device_train_batch_size": "batch_size", "num_train_epochs": "n_epochs"}
 _UNSTORED = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint")  # where a run lies, and whether it goes on
 _AUTO_STEPS = 250
 
-_MOST_STEPS = 10**9
-_MOST_EXAMPLES = 4096  # of a step, which works on its list of examples in one piece
-_MOST_DIRECTIONS = 64  # which are all in memory during a step
-_MOST_RANK = 64  # of directions, which are drawn in one piece
 _MOST_CHARACTERS = 1000  # of an invocation
-_COUNTS = {
-    "n_epochs": _MOST_STEPS,
-    "max_steps": _MOST_STEPS,
-    "batch_size": _MOST_EXAMPLES,
-    "max_tokens_per_batch": MAX_PASS_TOKENS,
-}
-_MOST = {
-    "learning_rate_multiplier": int(LARGEST),
-    "num_perturbations": _MOST_DIRECTIONS,
-    "perturbation_rank": _MOST_RANK,
-}
-"""Bounds of a server, beside those of ``MezoConfig``: what is counted from 1 on, and the most of others."""
-
 _METRICS = ("eval_loss", "eval_accuracy")
 
 
@@ -122,11 +83,11 @@ def resolve(
     _check_together(given)
     values = {name: sent.value for name, sent in given.items()}
     batch_size = values.pop("batch_size", min(16, num_train))
-    most_batches = _MOST_EXAMPLES // batch_size
+    most_batches = MOST_EXAMPLES // batch_size
     if not 1 <= values.get("gradient_accumulation_steps", 1) <= most_batches:
         raise _refusal(
             given["gradient_accumulation_steps"],
-            f"from 1 to {most_batches}, as a step takes {_MOST_EXAMPLES} examples at most",
+            f"from 1 to {most_batches}, as a step takes {MOST_EXAMPLES} examples at most",
         )
     multiplier = values.pop("learning_rate_multiplier", 1)
     n_epochs = values.pop("n_epochs", None)
@@ -191,15 +152,15 @@ def _given(request: Mapping[str, Any]) -> dict[str, _Given]:
     for place, sent in zip(_PLACES, (request.get("hyperparameters"), method.get("hyperparameters"))):
         for name, value in (sent or {}).items():
             path = f"{place}.{name[:100]}"
-            if name not in KINDS:
+            if name not in _KINDS:
                 raise RequestError(
-                    400, f"{path} is not a hyperparameter; there are {', '.join(KINDS)}", path, "unknown_parameter"
+                    400, f"{path} is not a hyperparameter; there are {', '.join(_KINDS)}", path, "unknown_parameter"
                 )
             if name in given:
                 raise _refusal(given[name], f"it is given as {path} as well; one place is enough")
             if value != "auto":
                 given[name] = _Given(path, value)
-                _require_type(given[name], KINDS[name])
+                _require_type(given[name], _KINDS[name][0])
     return given
 
 
@@ -210,17 +171,13 @@ def _require_type(sent: _Given, kind: Any) -> None:
 
 def _check_together(given: Mapping[str, _Given]) -> None:
     """What ``MezoConfig`` does not know of."""
-    for name, most in _COUNTS.items():
-        if name in given and not 1 <= given[name].value <= most:
-            raise _refusal(given[name], f"from 1 to {most}")
-    for name, most in _MOST.items():
-        if name in given and (given[name].value or 0) > most:
-            raise _refusal(given[name], f"at most {most}")
+    for name, sent in given.items():
+        _, bounds = _KINDS[name]
+        if isinstance(sent.value, int | float) and (allowed := bounds.problem(sent.value)) is not None:
+            raise _refusal(sent, allowed if bounds.at_least is None else str(bounds))
     if "invocation" in given and len(given["invocation"].value or "") > _MOST_CHARACTERS:
         raise _refusal(given["invocation"], f"at most {_MOST_CHARACTERS} characters or tokens")
     multiplier = given.get("learning_rate_multiplier")
-    if multiplier is not None and not 0 < multiplier.value < math.inf:
-        raise _refusal(multiplier, "a positive number")
     if multiplier is not None and multiplier.value != 1 and "learning_rate" in given:
         raise _refusal(multiplier, "1 beside learning_rate, as it multiplies the default learning rate")
     metric = given.get("metric_for_best_model")

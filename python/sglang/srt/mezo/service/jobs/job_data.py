@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sglang.srt.mezo.core.config import Objective, Tuning
+from sglang.srt.mezo.core.config import MOST_PASS_TOKENS, Objective, Tuning
 from sglang.srt.mezo.core.errors import DataError
 from sglang.srt.mezo.core.integrity import require_sums, write_sums
 from sglang.srt.mezo.data.chat import ChatSettings
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # All options of an example run in one forward pass, in which a request waits no longer than in one of SGLang's own.
-MAX_PASS_TOKENS = 8192
 MAX_OPTIONS = 128
 MAX_ROW_BYTES = 4 << 20
 
@@ -85,7 +84,7 @@ class JobReader:
         self._tokenizer = tokenizer
         self._chat = ChatRenderer(tokenizer, chat)
         self._max_length = engine.context_length
-        self._max_pass_tokens = min(engine.kv_capacity, max(MAX_PASS_TOKENS, 2 * engine.context_length))
+        self._max_pass_tokens = min(engine.kv_capacity, max(MOST_PASS_TOKENS, 2 * engine.context_length))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return JobReader, self._made_with
