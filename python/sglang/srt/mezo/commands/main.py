@@ -1,26 +1,40 @@
-"""``sglang-mezo serve``: ``sglang serve`` with fine-tuning on."""
+"""``sglang-mezo``: a command, and what the command takes."""
 
-import os
 import sys
+from importlib import import_module
 
-from sglang.srt.mezo.service.wire.settings import ENABLE_VARIABLE
+COMMANDS = {
+    "train": "fit an adapter to rows, with forward passes only",
+    "evaluate": "loss and accuracy of an adapter, or of the base model",
+    "preview": "what the model sees of a data set's rows",
+    "replay": "an adapter from a run's seed log, without a model",
+    "serve": "SGLang's server, with fine-tuning on",
+    "env": "versions, for a report of a fault",
+}
 
-_USAGE = """Usage: sglang-mezo serve --model-path MODEL [any flag of `sglang serve`] [--mezo-...]
 
-The same server as `sglang serve --enable-mezo`. `sglang-mezo serve --help` lists all flags."""
+def usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {what}" for name, what in COMMANDS.items()]
+    return "\n".join(
+        [
+            "Usage: sglang-mezo COMMAND [--flag value ...]",
+            "",
+            *lines,
+            "",
+            "`sglang-mezo COMMAND --help` lists its flags.",
+        ]
+    )
 
 
 def main() -> None:
-    arguments = sys.argv[1:]
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(_USAGE)
+    name, *arguments = sys.argv[1:] or ["--help"]
+    if name in ("-h", "--help"):
+        print(usage())
         return
-    if arguments[0] != "serve":
-        raise SystemExit(f"sglang-mezo: {arguments[0]!r} is not a command\n\n{_USAGE}")
-    os.environ[ENABLE_VARIABLE] = "1"
-    from sglang.srt.mezo.engine.server import serve
-
-    serve(arguments[1:])
+    if name not in COMMANDS:
+        raise SystemExit(f"sglang-mezo: {name!r} is not a command\n\n{usage()}")
+    import_module(f"sglang.srt.mezo.commands.{name}").main(arguments)
 
 
 if __name__ == "__main__":

@@ -99,11 +99,12 @@ def load_splits(
     if not train:
         raise DataError("no training row is left", dataset)
     if invocation is None:
-        invocation = _generation_prompt(encoder, rows[0], [*train, *dev, *test])
+        invocation = generation_prompt(encoder, rows[0], [*train, *dev, *test])
     return Splits(train, dev, test, default_objective(train, rows[0]), tuple(invocation), _shared(train, dev, test))
 
 
-def _generation_prompt(encoder: Encoder, rows: list[SourceRow], examples: list[Example]) -> tuple[int, ...]:
+def generation_prompt(encoder: Encoder, rows: list[SourceRow], examples: list[Example]) -> tuple[int, ...]:
+    """The invocation that a chat template gives; ConfigError where the prompts end with no common one."""
     try:
         return encoder.generation_prompt(rows, (example.prompt for example in examples))
     except DataError as error:

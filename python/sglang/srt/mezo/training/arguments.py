@@ -9,11 +9,12 @@ import difflib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, fields
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, NoReturn, Optional, Union, get_args, get_origin, get_type_hints
 
 from sglang.srt.mezo.core.errors import ConfigError, MezoError, UsageError
-from sglang.srt.mezo.core.kinds import from_text
+from sglang.srt.mezo.core.kinds import described, fits, from_text
 from sglang.srt.mezo.core.settings import setting_of
 
 SAME = {
@@ -78,6 +79,8 @@ MEANT: dict[str, dict[str, dict[str, str]]] = {
 }
 """Flags of theirs whose meaning here depends on the value: what it sets of ours; any other value is refused."""
 
+_FILE = "config"
+
 INSTEAD = {
     "max_length": "no row is cut: one longer than the model's context is an error, or left out with --on_bad_row skip",
     "max_seq_length": "no row is cut: one longer than the model's context is an error, or left out with --on_bad_row "
@@ -101,20 +104,48 @@ INSTEAD = {
 
 def read(arguments: Sequence[str], kinds: Sequence[type], description: str | None = None) -> dict[str, Any]:
     """The fields of the dataclasses ``kinds`` that a command line gives, each with its type. ``--help`` prints and
-    exits.
+    exits. What ``--config`` names is a YAML file of fields; the flags go before it.
 
     Raises:
-        UsageError: an unknown flag, or one without its value.
+        UsageError: an unknown flag or field, a flag without its value, or a file that cannot be read.
         ConfigError: a value is not of its field's type.
     """
     types = {name: kind for one in kinds for name, kind in get_type_hints(one).items()}
     given, rest = _parser(kinds, types, description).parse_known_args(_joined(arguments, types))
     if rest:
         raise UsageError(_unknown(rest[0].partition("=")[0], types))
+    flags = vars(given)
+    file = flags.pop(_FILE, None)
+    fields = {} if file is None else _read_file(file, types)
     texts: dict[str, str] = {}
-    for name, value in vars(given).items():
+    for name, value in flags.items():
         texts |= _meant(name, _text(value))
-    return {name: from_text(name, text, types[name]) for name, text in texts.items()}
+    return fields | {name: from_text(name, text, types[name]) for name, text in texts.items()}
+
+
+def _read_file(path: str, types: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields in a YAML file. A text stands for what it does on a command line, as YAML has 1e-4 for one."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"--config {path} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"--config {path} holds no fields, one a line as `learning_rate: 0.01`")
+    fields = {}
+    for given, value in content.items():
+        name = SAME.get(given, given)
+        if name not in types:
+            close = _close(str(given), types)
+            hint = f": did you mean {close}?" if close else ""
+            raise UsageError(f"--config {path} has an unknown field {given}{hint}")
+        if isinstance(value, str):
+            value = from_text(name, value, types[name])
+        if not fits(value, types[name]):
+            raise ConfigError(name, value, f"{described(types[name])} (in {path})")
+        fields[name] = value
+    return fields
 
 
 def build(kinds: Sequence[type], given: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -145,7 +176,12 @@ def status_of(work: Callable[[], None]) -> int:
 def _joined(arguments: Sequence[str], types: Mapping[str, Any]) -> list[str]:
     """With ``--flag=value`` for a flag that takes one value: argparse has no value that begins with a dash, such as
     -1e-3."""
-    named = {**types, **{name: types.get(ours) for name, ours in SAME.items()}, **dict.fromkeys([*MEANT, *INSTEAD])}
+    named = {
+        **types,
+        _FILE: str,
+        **{name: types.get(ours) for name, ours in SAME.items()},
+        **dict.fromkeys([*MEANT, *INSTEAD]),
+    }
     flags = {spelling for name in named for spelling in _spellings(name)}
     single = {
         spelling
@@ -183,6 +219,7 @@ def _parser(kinds: Sequence[type], types: Mapping[str, Any], description: str | 
                     default=argparse.SUPPRESS,
                     help=argparse.SUPPRESS,
                 )
+    _add(parser, _FILE, str, "YAML file of the fields below; flags go before it.")
     for name, ours in SAME.items():
         if ours in types and name not in types:
             _add(parser, name, types[ours], argparse.SUPPRESS, dest=ours)
@@ -252,7 +289,12 @@ def _meant(name: str, text: str) -> dict[str, str]:
 def _unknown(flag: str, types: Mapping[str, Any]) -> str:
     if not flag.startswith("-"):
         return f"{flag!r} is not a flag, and no flag before it takes it as a value"
-    name = flag.lstrip("-").replace("-", "_")
+    close = _close(flag.lstrip("-").replace("-", "_"), types)
+    return f"unknown flag {flag}" + (f": did you mean --{close}?" if close else "; --help lists all")
+
+
+def _close(name: str, types: Mapping[str, Any]) -> str | None:
+    """The field that was meant by a name, as far as one can tell."""
     known = {**{known: known for known in types}, **SAME}
-    close = [known[match] for match in difflib.get_close_matches(name, known, n=1)]
-    return f"unknown flag {flag}" + (f": did you mean --{close[0]}?" if close else "; --help lists all")
+    matches = difflib.get_close_matches(name, known, n=1)
+    return known[matches[0]] if matches else None

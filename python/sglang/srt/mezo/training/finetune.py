@@ -12,7 +12,7 @@ import torch
 from sglang.srt.mezo.adapters.adapter import AdapterSpec
 from sglang.srt.mezo.adapters.families import family_of, model_modules, require_modules
 from sglang.srt.mezo.adapters.peft_adapter import ModelLayers
-from sglang.srt.mezo.core.config import MezoConfig
+from sglang.srt.mezo.core.config import MezoConfig, Tuning
 from sglang.srt.mezo.core.errors import ConfigError
 from sglang.srt.mezo.core.integrity import write_json
 from sglang.srt.mezo.core.passes import drain
@@ -77,16 +77,12 @@ def finetune(model: ModelArguments, data: DataArguments, config: MezoConfig) -> 
 def open_trainer(model: ModelArguments, data: DataArguments, config: MezoConfig) -> tuple[MezoTrainer, Splits]:
     """Read and check everything, then start an engine; raises what ``finetune`` does."""
     model_config, tokenizer = read_checkpoint(model.model)
-    origin = None if config.init_from is None else read_start(config, _layers(model_config))
+    origin = None if config.init_from is None else read_start(config, model_layers(model_config))
     config, target_modules = _with_targets(model_config, settled(config, origin, tokenizer))
     RunDirectory(config).check()
-    invocation = _invocation_tokens(tokenizer, data, config)
+    invocation = chosen_invocation(tokenizer, data.task, config.tuning, config.invocation)
     splits = load_splits(
-        tokenizer,
-        model_config.max_position_embeddings,
-        invocation,
-        data,
-        ChatRenderer(tokenizer, _chat_settings(model)),
+        tokenizer, model_config.max_position_embeddings, invocation, data, ChatRenderer(tokenizer, chat_settings(model))
     )
     require_objective(
         config,
@@ -126,13 +122,13 @@ def _with_targets(model_config: "PretrainedConfig", config: MezoConfig) -> tuple
     return config, tuple(targets)
 
 
-def _layers(model_config: "PretrainedConfig") -> ModelLayers:
+def model_layers(model_config: "PretrainedConfig") -> ModelLayers:
     """What an adapter of the model can act on, before there is an engine."""
     sites = {site.path: site for site in model_modules(model_config)}
     return ModelLayers(sites, sites.keys(), None, torch.float32, model_config.get_text_config().vocab_size)
 
 
-def _chat_settings(model: ModelArguments) -> ChatSettings:
+def chat_settings(model: ModelArguments) -> ChatSettings:
     """What a server of the model with these flags would render by."""
     given = model.default_chat_template_kwargs
     try:
@@ -144,18 +140,18 @@ def _chat_settings(model: ModelArguments) -> ChatSettings:
     return ChatSettings(model.model, chat_template=model.chat_template, default_chat_template_kwargs=kwargs)
 
 
-def _invocation_tokens(
-    tokenizer: "PreTrainedTokenizerBase", data: DataArguments, config: MezoConfig
+def chosen_invocation(
+    tokenizer: "PreTrainedTokenizerBase", task: str | None, tuning: Tuning, invocation: str | list[int] | None
 ) -> tuple[int, ...] | None:
     """Token ids from which an aLoRA adapter acts; none for ordinary LoRA, and None where the chat template has them."""
-    given = None if config.invocation == AUTO else config.invocation
-    if config.tuning == "lora":
+    given = None if invocation == AUTO else invocation
+    if tuning == "lora":
         if given is not None:
             raise ConfigError("invocation", given, "nothing, as ordinary LoRA acts on every token")
         return ()
-    if given is None and not data.task:
+    if given is None and not task:
         return None
-    given = get_task(data.task).invocation if given is None else given
+    given = get_task(task).invocation if given is None else given
     if not given:
         raise ConfigError("invocation", given, "the text from which activated LoRA acts, such as ' It was'")
     return invocation_tokens(given, tokenizer)

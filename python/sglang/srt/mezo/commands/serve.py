@@ -1,0 +1,12 @@
+"""``sglang-mezo serve``: the same server as ``sglang serve --enable-mezo``."""
+
+import os
+from collections.abc import Sequence
+
+from sglang.srt.mezo.engine.server import serve
+from sglang.srt.mezo.service.wire.settings import ENABLE_VARIABLE
+
+
+def main(arguments: Sequence[str]) -> None:
+    os.environ[ENABLE_VARIABLE] = "1"
+    serve(arguments)

@@ -1,0 +1,69 @@
+"""``sglang-mezo train``: fit an adapter to rows, with forward passes only.
+
+    sglang-mezo train --model facebook/opt-125m --task sst2
+    sglang-mezo train --model facebook/opt-125m --dataset rows.jsonl --invocation " It was"
+    sglang-mezo train --config run.yaml --learning_rate 0.01
+
+Every field of ModelArguments, DataArguments and MezoConfig is a flag, and MeZO's, PEFT's and TRL's names for the same
+things are too. --config names a YAML file of fields; flags go before it. The run directory receives the adapter (PEFT
+format), the seed log, metrics.jsonl, the plot and summary.json.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from sglang.srt.mezo.core.config import MezoConfig
+from sglang.srt.mezo.data.splits import DataArguments
+from sglang.srt.mezo.engine.accelerator import serving_flags
+from sglang.srt.mezo.training.arguments import build, read, status_of
+from sglang.srt.mezo.training.finetune import ModelArguments, finetune
+
+KINDS = (ModelArguments, DataArguments, MezoConfig)
+
+
+def main(arguments: Sequence[str]) -> None:
+    end(lambda: train(read(arguments, KINDS, __doc__)))
+
+
+def train(given: Mapping[str, Any]) -> None:
+    """A run with these fields; the others have their defaults. Says what came of it."""
+    run = {"output_dir": f"runs/{datetime.now():%Y%m%d-%H%M%S}"}
+    model, data, config = build(KINDS, run | given)
+    report(model, config, finetune(model, data, config))
+
+
+def end(work: Callable[[], None]) -> None:
+    """Do the work of a program that starts an engine, and leave: the engine's threads are of no further use."""
+    status = status_of(work)
+    sys.stdout.flush()
+    os._exit(status)
+
+
+def report(model: ModelArguments, config: MezoConfig, summary: dict) -> None:
+    def percent(share: float | None) -> str:
+        return "-" if share is None else f"{share:.1%}"
+
+    total = summary["prefix_tokens_total"]
+    name = Path(config.output_dir).name
+    flags = "".join(f" {flag}" for flag in serving_flags(config.tuning == "alora", model.dtype))
+    shared = "".join(f"; {count} examples: {where}" for where, count in summary["shared_examples"].items())
+    print(
+        f"""
+zero-shot accuracy     {percent(summary["zero_shot_accuracy"])}
+trained accuracy       {percent(summary["accuracy"])}   (adapter of step {summary["best_step"]} of
+{summary["steps"]}){shared} speed                  {summary["steps_per_second"]:.1f} steps/s,
+{summary["train_seconds"]:.0f} s of training prefix tokens reused   {
+            percent(summary["prefix_tokens_reused"] / total if total else None)
+        } of {total} peak memory            {summary["peak_rss_bytes"] / 2**20:.0f} MiB
+adapter                {summary["adapter_dir"]}
+plot                   {summary["plot"] or "not drawn: pip install 'sglang-mezo[plots]'"}
+
+Serve it:
+  python -m sglang.launch_server --model-path {model.model} --dtype {model.dtype} --enable-lora --lora-paths
+  {name}={summary["adapter_dir"]}{flags}
+"""
+    )

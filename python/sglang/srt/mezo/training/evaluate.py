@@ -1,0 +1,94 @@
+"""Loss and accuracy of an adapter, or of the base model, on the rows of a data set."""
+
+from dataclasses import dataclass
+from typing import Any, Optional
+
+from sglang.srt.mezo.adapters.adapter import Adapter, AdapterSpec
+from sglang.srt.mezo.adapters.families import family_of
+from sglang.srt.mezo.adapters.peft_adapter import PeftAdapter, read_adapter
+from sglang.srt.mezo.core.config import Objective
+from sglang.srt.mezo.core.errors import ConfigError
+from sglang.srt.mezo.core.passes import drain
+from sglang.srt.mezo.core.settings import require_settings, setting
+from sglang.srt.mezo.data.examples import Encoder, OnBadRow, default_objective, get_task
+from sglang.srt.mezo.data.rows import has_splits, read_rows
+from sglang.srt.mezo.engine.chat import ChatRenderer
+from sglang.srt.mezo.engine.handle import MezoEngine
+from sglang.srt.mezo.engine.layers import adapted_sites
+from sglang.srt.mezo.engine.slots import Slot, SlotLayout
+from sglang.srt.mezo.scoring.evaluation import evaluation_passes
+from sglang.srt.mezo.scoring.plan import Planner
+from sglang.srt.mezo.scoring.scorer import Scorer
+from sglang.srt.mezo.training.checkpoint import read_checkpoint
+from sglang.srt.mezo.training.finetune import ModelArguments, chat_settings, model_layers
+
+
+@dataclass(frozen=True)
+class EvaluateArguments:
+    """What is evaluated, and on which rows; ConfigError names the field at fault."""
+
+    adapter: Optional[str] = setting(None, "PEFT folder of the adapter; the base model by default.")
+    task: Optional[str] = setting(None, "Task that renders the rows; none for files of prompts.")
+    dataset: Optional[str] = setting(None, "Hub name, folder or file; the task's own by default.")
+    split: Optional[str] = setting(
+        None, "Split of the data set; the task's for tests by default, or test. A file has none."
+    )
+    rows: Optional[int] = setting(None, "Rows to use, from the first; all by default.", at_least=1)
+    on_bad_row: OnBadRow = setting("raise", "raise: stop; skip: leave the row out.")
+    objective: Optional[Objective] = setting(None, "Loss; the one that the data suggests by default.")
+    max_tokens_per_batch: int = setting(4096, "Most tokens run through the model in one forward pass.", at_least=1)
+    per_device_eval_batch_size: int = setting(64, "Examples in a batch.", at_least=1)
+
+    def __post_init__(self):
+        require_settings(self)
+
+
+def evaluate(model: ModelArguments, arguments: EvaluateArguments) -> dict[str, Any]:
+    """``examples``, ``loss``, and ``accuracy`` where there are options to choose from.
+
+    Raises:
+        ConfigError, DataError, CapacityError: before the engine starts but for what only an engine can tell.
+    """
+    model_config, tokenizer = read_checkpoint(model.model)
+    adapter = None if arguments.adapter is None else read_adapter(arguments.adapter, model_layers(model_config))
+    task = get_task(arguments.task) if arguments.task else None
+    dataset = arguments.dataset or (task.dataset[0] if task else None)
+    if dataset is None:
+        raise ConfigError("dataset", None, "a hub name, folder or file; or name a task")
+    if arguments.split is not None and not has_splits(dataset):
+        raise ConfigError("split", arguments.split, f"none for {dataset}, which has no splits")
+    rows = read_rows(dataset, arguments.split or (task.eval_split if task else "test"), task)[: arguments.rows]
+    invocation = () if adapter is None else adapter.invocation
+    chat = ChatRenderer(tokenizer, chat_settings(model))
+    encoder = Encoder(tokenizer, model_config.max_position_embeddings, task, invocation, chat)
+    examples = encoder.encode_rows(rows, arguments.on_bad_row)
+    objective = arguments.objective or default_objective(examples, rows)
+    targets = list(family_of(model_config).attention) if adapter is None else adapter.target_modules
+    engine = MezoEngine(
+        model.model,
+        r=1 if adapter is None else adapter.r,
+        target_modules=targets,
+        num_slots=1,
+        dtype=model.dtype,
+        max_total_tokens=model.max_total_tokens,
+        log_level="error",
+    )
+    planner = Planner("alora" if invocation else "lora", invocation)
+    plans = [planner.plan(example) for example in examples]
+    scorer = Scorer(engine.handle, planner.scope, arguments.max_tokens_per_batch)
+    slot = None if adapter is None else _slot(engine, model.model, adapter)
+    passes = evaluation_passes(scorer, plans, slot and slot.lora_id, objective, arguments.per_device_eval_batch_size)
+    return {"examples": len(examples), **drain(passes)}
+
+
+def _slot(engine: MezoEngine, model: str, adapter: PeftAdapter) -> Slot:
+    """A slot of the engine that holds the adapter."""
+    spec = AdapterSpec(model, adapter.r, adapter.lora_alpha, tuple(adapter.target_modules), adapter.invocation)
+    held = Adapter(spec, adapted_sites(engine.handle, spec.target_modules))
+    for site, a, b in held.matrices():
+        if site.path in adapter.matrices:  # in the other layers the adapter changes nothing
+            for matrix, values in zip((a, b), adapter.matrices[site.path]):
+                matrix.copy_(values)
+    slot = Slot(engine.handle, spec, SlotLayout(engine.handle, held), "evaluated")
+    slot.write(held.theta)
+    return slot

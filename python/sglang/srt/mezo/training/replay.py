@@ -1,0 +1,96 @@
+"""An adapter from a run's seed log: the initial adapter and the records lead to it, without a model."""
+
+import itertools
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors.torch import load_file
+
+from sglang.srt.mezo.adapters.adapter import CONFIG, WEIGHTS, Adapter, AdapterSpec, Site
+from sglang.srt.mezo.adapters.families import FAMILIES
+from sglang.srt.mezo.core.errors import ConfigError
+from sglang.srt.mezo.core.integrity import require_sums
+from sglang.srt.mezo.core.seed_log import SeedLog
+from sglang.srt.mezo.core.settings import require_settings, setting
+
+_PREFIX, _A, _B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
+
+
+@dataclass(frozen=True)
+class ReplayArguments:
+    """Which adapter is made anew; ConfigError names the field at fault."""
+
+    run: str = setting(help="Run directory: what --output_dir named, or a job's in a server's folder.")
+    step: int = setting(help="Steps of the run that the adapter has behind it; 0 is the initial one.", at_least=0)
+    output: str = setting(help="Folder to write, as PEFT has it; it must not be there.")
+
+    def __post_init__(self):
+        require_settings(self)
+
+
+def replay(arguments: ReplayArguments) -> Path:
+    """Write the adapter after so many steps; bit for bit what a checkpoint of that step holds.
+
+    Raises:
+        ConfigError: the folder holds no run, the output is there, or the run has fewer steps.
+        LogError, DamagedError: a record that is needed, or the initial adapter, is damaged.
+    """
+    run, output = Path(arguments.run), Path(arguments.output)
+    if not (run / "seed_log").is_file() or not (run / "initial_adapter").is_dir():
+        raise ConfigError("run", arguments.run, "a folder that a run made (seed_log and initial_adapter)")
+    if output.exists():
+        raise ConfigError("output", arguments.output, "a folder that is not there yet")
+    log = SeedLog.open(run / "seed_log")
+    if arguments.step > len(log):
+        raise ConfigError("step", arguments.step, f"at most {len(log)}, the steps in {log.path}")
+    adapter = initial_adapter(run, log)
+    log.replay(adapter.theta, arguments.step)
+    adapter.save_pretrained(output)
+    return output
+
+
+def initial_adapter(run: Path, log: SeedLog) -> Adapter:
+    """What the first record of a run's log moves.
+
+    The files of an adapter do not say in which order its matrices lie in theta. That is the model's order of layers,
+    and within one the same in all; the log's header has the digest of theta, which tells which it is.
+    """
+    folder = run / "initial_adapter"
+    require_sums(folder, (CONFIG, WEIGHTS))
+    fields = json.loads((folder / CONFIG).read_text())
+    spec = AdapterSpec(
+        fields["base_model_name_or_path"],
+        fields["r"],
+        fields["lora_alpha"],
+        tuple(fields["target_modules"]),
+        tuple(fields.get("alora_invocation_tokens") or ()),
+    )
+    weights = load_file(folder / WEIGHTS)
+    sites = [
+        Site(path, weights[f"{_PREFIX}{path}{_A}"].shape[1], weights[f"{_PREFIX}{path}{_B}"].shape[0])
+        for path in (name.removeprefix(_PREFIX).removesuffix(_A) for name in weights if name.endswith(_A))
+    ]
+    for order in _orders(sites):
+        adapter = Adapter(spec, order)
+        if adapter.shapes != log.header.shapes:
+            continue
+        adapter.load_weights(folder)
+        if log.starts_from(adapter.theta):
+            return adapter
+    raise ConfigError("run", str(run), "a run whose log starts from its initial_adapter")
+
+
+def _orders(sites: list[Site]) -> Iterator[list[Site]]:
+    """The orders in which a model may have the layers: known ones first."""
+    names = sorted({site.name for site in sites})
+    known = [[name for name in family.modules if name in names] for family in FAMILIES.values()]
+    for order in itertools.chain(known, itertools.permutations(names)):
+        if len(order) == len(names):
+            place = {name: index for index, name in enumerate(order)}
+            yield sorted(sites, key=lambda site: (_layer(site), place[site.name]))
+
+
+def _layer(site: Site) -> int:
+    return next(int(part) for part in site.path.split(".") if part.isdigit())

@@ -1,0 +1,170 @@
+"""The program as a user types it: its commands on files outside of the repository, and mistakes in one line."""
+
+import json
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from live_server import MODEL, ROOT, reviews
+
+PROGRAM = Path(sys.executable).with_name("sglang-mezo")
+STORED = Path(__file__).with_name("stored_runs.tar.xz")
+
+
+def run(folder: Path, *arguments: object, status: int = 0) -> subprocess.CompletedProcess:
+    command = [str(PROGRAM), *map(str, arguments)]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)
+    assert done.returncode == status, done.stdout[-2000:] + done.stderr[-4000:]
+    return done
+
+
+@pytest.fixture
+def rows(tmp_path) -> Path:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in reviews("train", 60)))
+    return path
+
+
+# --- train and evaluate -----------------------------------------------------------------------------------------------
+
+
+def test_a_file_outside_of_the_repository_is_trained_on_by_a_configuration_file(tmp_path, rows):
+    (tmp_path / "run.yaml").write_text(
+        f"model: {MODEL}\ndtype: float32\ndataset: rows.jsonl\ninvocation: ' It was'\nlearning_rate: 1e-2\n"
+        "num_perturbations: 3\nmax_steps: 4\noutput_dir: mine\ntarget_modules: [q_proj, v_proj]\nrank: 2\n"
+    )
+    done = run(tmp_path, "train", "--config", "run.yaml", "--max_steps", 2)
+    assert "trained accuracy" in done.stdout
+    config = json.loads((tmp_path / "mine" / "config.json").read_text())
+    assert (config["learning_rate"], config["max_steps"], config["r"]) == (0.01, 2, 2), "a flag goes before the file"
+    summary = json.loads((tmp_path / "mine" / "summary.json").read_text())
+    test = tmp_path / "test.jsonl"
+    test.write_text("".join(json.dumps(row) + "\n" for row in reviews("test", 20)))
+    common = ("evaluate", "--model", MODEL, "--dtype", "float32", "--dataset", test)
+    base = json.loads(run(tmp_path, *common).stdout)
+    trained = json.loads(run(tmp_path, *common, "--adapter", "mine/adapter", "--rows", 12).stdout)
+    assert base["examples"] == 20 and trained["examples"] == 12
+    assert 0 <= base["accuracy"] <= 1 and trained["loss"] != base["loss"]
+    assert summary["steps"] == 2
+
+
+# --- preview ----------------------------------------------------------------------------------------------------------
+
+
+def shown(folder: Path, *arguments: object) -> list[dict]:
+    return [
+        json.loads(line) for line in run(folder, "preview", "--model", MODEL, *arguments, "--json").stdout.splitlines()
+    ]
+
+
+def test_a_preview_shows_what_is_run_and_read(tmp_path, rows):
+    [first, second] = shown(tmp_path, "--dataset", "rows.jsonl", "--invocation", " It was", "--rows", 2)
+    row = reviews("train", 1)[0]
+    assert first["source"] == "rows.jsonl:1" and second["source"] == "rows.jsonl:2"
+    assert (first["prompt"], first["options"], first["gold"]) == (row["prompt"], row["options"], row["label"])
+    [sequence] = first["rows"]
+    start = first["acts_from"]
+    assert 0 < start < len(first["prompt_ids"]) and sequence["prefix_tokens"] == start
+    assert sequence["ids"] == first["prompt_ids"][start:]
+    last = len(sequence["ids"]) - 1
+    assert sequence["reads"] == [[last, option[0]] for option in first["option_ids"]]
+    [lora] = shown(tmp_path, "--dataset", "rows.jsonl", "--tuning", "lora", "--rows", 1)
+    assert lora["acts_from"] == 0 and lora["rows"][0]["ids"] == first["prompt_ids"]
+
+
+def test_a_preview_of_a_task_and_of_messages(tmp_path):
+    [task] = shown(
+        tmp_path, "--task", "sst2", "--dataset", ROOT / "examples/assets/reviews", "--split", "test", "--rows", 1
+    )
+    assert task["prompt"].endswith(" It was") and task["options"] == [" terrible", " great"]
+    messages = [{"role": "user", "content": "good or bad?"}, {"role": "assistant", "content": " great"}]
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
+    [chat] = shown(tmp_path, "--dataset", "chat.jsonl", "--chat_template", "chatml")
+    assert "good or bad?" in chat["prompt"] and "great" in chat["options"][0] and chat["acts_from"] > 0
+    page = run(tmp_path, "preview", "--model", MODEL, "--dataset", "chat.jsonl", "--chat_template", "chatml").stdout
+    assert "the adapter acts from token" in page and "good or bad?" in page
+
+
+# --- replay -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", [10, 20])
+def test_a_replay_is_the_checkpoint_bit_for_bit(tmp_path, step):
+    with tarfile.open(STORED) as archive:
+        archive.extractall(tmp_path, filter="data")
+    run(tmp_path, "replay", "run", "--step", step, "--output", "again")
+    checkpoint = tmp_path / "run" / f"checkpoint-{step}"
+    saved, again = (load_file(folder / "adapter_model.safetensors") for folder in (checkpoint, tmp_path / "again"))
+    assert saved.keys() == again.keys() and all(torch.equal(saved[name], again[name]) for name in saved)
+    assert (tmp_path / "again" / "adapter_config.json").read_bytes() == (
+        checkpoint / "adapter_config.json"
+    ).read_bytes()
+
+
+def test_a_replay_that_cannot_be_is_refused(tmp_path):
+    with tarfile.open(STORED) as archive:
+        archive.extractall(tmp_path, filter="data")
+    for arguments, problem in (
+        (("run", "--step", 21, "--output", "again"), "step=21 is not allowed: at most 20"),
+        (("run", "--step", 1, "--output", "store"), "output='store' is not allowed: a folder that is not there yet"),
+        (("store", "--step", 1, "--output", "again"), "run='store' is not allowed: a folder that a run made"),
+        (("run", "--step", -1, "--output", "again"), "step=-1 is not allowed: zero or more"),
+        (("run", "--step", 1), "output=None is not allowed: --output is needed"),
+    ):
+        done = run(tmp_path, "replay", *arguments, status=2)
+        assert problem in done.stderr and len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "again").exists()
+
+
+# --- the door ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_program_says_what_there_is(tmp_path):
+    usage = run(tmp_path, "--help").stdout
+    for command in ("train", "evaluate", "preview", "replay", "serve", "env"):
+        assert f"\n  {command} " in usage
+    assert "--learning_rate" in run(tmp_path, "train", "--help").stdout
+    assert "'trian' is not a command" in run(tmp_path, "trian", status=1).stderr
+    versions = run(tmp_path, "env").stdout
+    assert "sglang  " in versions and "torch  " in versions and "python  " in versions
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ("lerning_rate: 1", "run.yaml has an unknown field lerning_rate: did you mean learning_rate?"),
+        ("learning_rate: fast", "learning_rate='fast' is not allowed: a number"),
+        ("max_steps: [1]", "max_steps=[1] is not allowed: a whole number (in run.yaml)"),
+        ("- a list", "run.yaml holds no fields"),
+        ("a: [", "run.yaml cannot be read"),
+        (None, "run.yaml cannot be read"),
+    ],
+)
+def test_a_configuration_file_that_is_wrong_ends_in_one_line(tmp_path, content, problem):
+    if content is not None:
+        (tmp_path / "run.yaml").write_text(content)
+    done = run(tmp_path, "train", "--model", MODEL, "--config", "run.yaml", status=2)
+    assert problem in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_the_front_door_of_the_package():
+    code = (
+        "import sys, sglang.srt.mezo as mezo\n"
+        "assert 'sglang.srt.mezo.training' not in sys.modules, 'nothing is imported before it is asked for'\n"
+        "from sglang.srt.mezo import MezoConfig, MezoEngine, MezoTrainer, finetune\n"
+        "import inspect\n"
+        "for one in (MezoTrainer, MezoEngine, finetune):\n"
+        "    print(f'{one.__name__}{inspect.signature(one)}')\n"
+        "assert MezoTrainer.train and MezoTrainer.evaluate and set(mezo.__all__) <= set(dir(mezo))\n"
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    trainer, engine, finetune = done.stdout.splitlines()
+    assert trainer.startswith("MezoTrainer(handle: ") and "train_dataset: " in trainer and "eval_dataset: " in trainer
+    assert engine.startswith("MezoEngine(model_path: str, *, r: int, target_modules: ")
+    assert finetune.startswith("finetune(model: ") and ", data: " in finetune and ", config: " in finetune
