@@ -1,6 +1,8 @@
 """A setting is said once, at its field, and everything that there is to say of it comes from there."""
 
+import runpy
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -76,3 +78,10 @@ def test_what_must_be_given_and_what_may_be_left_open():
         require_settings(Some("a", -1))
     with pytest.raises(ConfigError, match="needed=None is not allowed: --needed is needed. A name."):
         build([Some], {})
+
+
+def test_the_page_of_settings_is_what_the_classes_say():
+    script = Path(__file__).parents[2] / "scripts" / "settings_page.py"
+    made = runpy.run_path(str(script))
+    assert made["PAGE"].read_text(encoding="utf-8") == made["page"](), "python scripts/settings_page.py"
+    assert "| `patience` | a whole number | 3 | from 1 to 50 | Evaluations to wait. |" in made["table"](More)
