@@ -12,9 +12,8 @@ adapter
   that is evaluated is written, and read by the products.
 
 The ceiling is measured side by side with the steps: the time of the bare matrix products at these shapes over the
-    model's
-own weights, which come from memory as in a step, by the fastest of PyTorch's choice, oneDNN and linear.c, and the
-bandwidth of a copy. Attention and LoRA products are small; they are taken to run at the rate of the large ones.
+model's own weights, which come from memory as in a step, by the fastest of PyTorch's choice, oneDNN and linear.c, and
+the bandwidth of a copy. Attention and LoRA products are small; they are taken to run at the rate of the large ones.
 """
 
 import statistics

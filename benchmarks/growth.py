@@ -4,10 +4,9 @@
     python benchmarks/growth.py --tuning lora --repeats 5 --json benchmarks/results/growth.json
 
 One quantity changes at a time; the others stay at a batch of 16, one direction, rank 8, OPT-125m's 12 layers and
-prompts of
-64 tokens, with ordinary LoRA of 16, as it runs them all. All values of a quantity take turns, each in a process of its
-own. The last column is the growth of the measured time over the growth of the limit, from the smallest value on: above
-1 something grows faster than the work does.
+prompts of 64 tokens, with ordinary LoRA of 16, as it runs them all. All values of a quantity take turns, each in a
+process of its own. The last column is the growth of the measured time over the growth of the limit, from the smallest
+value on: above 1 something grows faster than the work does.
 """
 
 import argparse

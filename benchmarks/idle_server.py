@@ -4,9 +4,8 @@
     python benchmarks/idle_server.py --model models/smollm2-135m --json benchmarks/results/idle_server.json
 
 Both make the same steps of the same rows: a job of a server is resumed and paused, an engine in a process of its own
-    goes on
-and waits. What is compared is wall time of a step once the KV of all prompts is there, on the server with all that lies
-between two pieces. For comparison, also on a server whose pieces never grow.
+goes on and waits. What is compared is wall time of a step once the KV of all prompts is there, on the server with all
+that lies between two pieces. For comparison, also on a server whose pieces never grow.
 """
 
 import argparse

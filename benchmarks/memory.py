@@ -3,10 +3,9 @@
     python benchmarks/memory.py --json benchmarks/results/memory.json
 
 Serving: an ``sgl.Engine`` answers the training prompts under a LoRA adapter, one token each; its scheduler process,
-    which
-holds weights, KV and adapters, is measured. Training: the trainer's only process, with the same engine settings, steps
-over the same prompts. Both see every prompt ``--epochs`` times. Figures are the kernel's high-water marks of resident
-memory.
+which holds weights, KV and adapters, is measured. Training: the trainer's only process, with the same engine settings,
+steps over the same prompts. Both see every prompt ``--epochs`` times. Figures are the kernel's high-water marks of
+resident memory.
 """
 
 import argparse

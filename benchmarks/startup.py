@@ -3,9 +3,8 @@
     python benchmarks/startup.py --json benchmarks/results/startup.json
 
 `with` us and `without` take turns, each in processes of its own: imports with the plugin loaded or skipped, a server
-    with training
-on or off until it answers. A start takes tens of seconds and varies by more than what is looked for, so what is
-compared is the median of the differences between neighbours.
+with training on or off until it answers. A start takes tens of seconds and varies by more than what is looked for, so
+what is compared is the median of the differences between neighbours.
 """
 
 import argparse

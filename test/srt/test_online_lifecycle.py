@@ -1,6 +1,5 @@
 """A server whose disk fills up, that is asked to end in the midst of work, and that is started anew with other flags
-and on another
-model: one store goes through all of it, in the order of the tests."""
+and on another model: one store goes through all of it, in the order of the tests."""
 
 import shutil
 import threading

@@ -1,6 +1,6 @@
-"""What becomes of a store that was stopped in the middle, has lost its database or a part of it, is damaged, or is of
-an earlier
-version: it starts and says what it found, or refuses in one line, and deletes nothing that it has not marked itself."""
+"""What becomes of a store that was stopped in the middle, has lost its database or a part of it, is damaged, or is
+of an earlier version: it starts and says what it found, or refuses in one line, and deletes nothing that it has not
+marked itself."""
 
 import errno
 import hashlib

@@ -2,8 +2,7 @@
 store.
 
 Both are of the embedded model, with an adapter of rank 1 on q_proj along three directions, written by version 0.1.0: a
-run of
-20 steps, and a server that was killed after step 45 of a job of 200 steps, and had done a job of 20.
+run of 20 steps, and a server that was killed after step 45 of a job of 200 steps, and had done a job of 20.
 """
 
 import json

@@ -270,8 +270,8 @@ def defaults(num_perturbations: int, estimator: Estimator | None, perturbation_i
     """What settings are that nobody gave, and that depend on others.
 
     Leaving one out of two directions leaves a single slope, as one direction does: nothing to scale by, and steps whose
-        length
-    is that of the slope, which are safe at the paper's learning rate only. Two sides of two directions are two slopes.
+    length is that of the slope, which are safe at the paper's learning rate only. Two sides of two directions are two
+    slopes.
     """
     estimator = estimator or ("leave_one_out" if num_perturbations > 2 else "two_sided")
     scaled = _slopes(num_perturbations, estimator) > 1

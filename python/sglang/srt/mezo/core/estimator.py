@@ -7,10 +7,9 @@ from typing import Literal
 
 Estimator = Literal["two_sided", "one_sided", "leave_one_out"]
 """What the loss at theta + zo_eps z_k is compared with: that at theta - zo_eps z_k (SPSA), that at theta, which all
-directions share (FZOO, arXiv 2506.09034), or the mean over the other directions of the step. The last needs no further
-losses, and what all have in common falls out of it, curvature too: a baseline as in Kool et al., "Buy 4 REINFORCE
-    Samples, Get a Baseline for
-Free!", 2019."""
+directions share (FZOO, arXiv 2506.09034), or the mean over the other directions of the step. The last needs no
+further losses, and what all have in common falls out of it, curvature too: a baseline as in Kool et al., "Buy 4
+REINFORCE Samples, Get a Baseline for Free!", 2019."""
 
 SIGNS: dict[Estimator, tuple[int, ...]] = {"two_sided": (1, -1), "one_sided": (1,), "leave_one_out": (1,)}
 """Of the points theta + sign zo_eps z_k that a direction is evaluated at."""

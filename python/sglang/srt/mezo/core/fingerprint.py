@@ -29,7 +29,7 @@ def fingerprint(path: Path, weights: bool = True) -> str:
 
     Where there is much of them, weights count with their files' sizes, the names and shapes of their tensors, and a few
     bytes of each tensor, of a thousand at most: training changes them all, and a single number that somebody changes
-        may be missed.
+    may be missed.
 
     Raises:
         OSError, ValueError: a file cannot be read.

@@ -60,7 +60,7 @@ class Optimizer:
 
     Momentum and AdamW keep one or two vectors like theta. They are never stored: replaying the log makes them anew. A
     step that would not end in finite numbers, or in too large ones, is not taken: theta and these vectors stay as they
-        are.
+    are.
 
     Args:
         theta: float32 [parameters], the master copy; changed in place.

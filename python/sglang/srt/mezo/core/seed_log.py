@@ -6,8 +6,7 @@ float32 projected gradient per direction, and a checksum of the line and all rec
 change, go, come twice or change places unseen.
 
 A record that a crash cut short while it was appended is dropped when the log is claimed. Whatever else does not agree
-is
-damage: it is named, the records before it can be read, and only ``recover`` cuts it off.
+is damage: it is named, the records before it can be read, and only ``recover`` cuts it off.
 """
 
 import errno
@@ -68,7 +67,7 @@ class _Contents(NamedTuple):
     """What a log holds.
 
     checks: the checksum before the first record, and after each that is whole. torn: the last append did not come to
-        its end.
+    its end.
     """
 
     records: list[LogRecord]

@@ -183,7 +183,7 @@ def _attend_apart(
     """``_attention`` of one bundle into `result`, (heads, queries, dim), where some numbers are infinite or none.
 
     A weight of 0 times such a value is no number either: who does not see it would be touched by it. Who sees it gets
-        none.
+    none.
     """
     lost = ~v.isfinite().all(-1, keepdim=True)
     # In float32, where a product keeps rows apart (see ``linear.apart``).

@@ -1,8 +1,7 @@
 """Linear layers in float32, where PyTorch's choice is MKL: on AMD processors it reaches half of what they can do.
 
 With AVX2 they run in C (linear.c), with AVX-512, or where that was not built, through oneDNN. Either uses the weight as
-it
-lies: no second copy of it is packed. In the lower precisions PyTorch takes oneDNN by itself.
+it lies: no second copy of it is packed. In the lower precisions PyTorch takes oneDNN by itself.
 """
 
 import ctypes
@@ -108,8 +107,7 @@ def keeps_rows_apart(width: int, dtype: torch.dtype) -> bool:
     """Whether a product over so many columns leaves a row alone whatever the next one holds.
 
     In bfloat16 oneDNN takes columns in pairs, and by 32 with AMX: behind the end of a row it reads on, and multiplies
-        by 0 what
-    is the next row's. That is no number where the next row has none.
+    by 0 what is the next row's. That is no number where the next row has none.
     """
     return dtype != torch.bfloat16 or width % 32 == 0 or (width < 32 and width % 2 == 0)
 

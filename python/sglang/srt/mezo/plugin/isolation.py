@@ -2,12 +2,10 @@
 behind.
 
 Weights are finite where they are loaded, and still can overflow. Attention kernels multiply what a token does not see
-by 0, and
-0 times what is no number is none: so the tokens before an invocation, which are the base model's, may be spoiled by
-    those after
-it. What is spoiled shows in a token's own last hidden state. So every token that ran beside an adapter is looked at, on
-the device, before its KV may enter the radix tree; what does not enter it is overwritten before other requests get its
-place.
+by 0, and 0 times what is no number is none: so the tokens before an invocation, which are the base model's, may be
+spoiled by those after it. What is spoiled shows in a token's own last hidden state. So every token that ran beside an
+adapter is looked at, on the device, before its KV may enter the radix tree; what does not enter it is overwritten
+before other requests get its place.
 
 Not with speculative decoding and pipeline parallelism, which have no aLoRA adapters.
 """

@@ -51,8 +51,7 @@ class PrefixWindow:
         """Compute base-model prefixes in the batches in which the first ``steps`` steps met them.
 
         KV differs in its last bits between batches, and a long run magnifies that: with this a run that goes on in a
-            new
-        engine ends as the whole run would have. Nothing to do where the pool cannot hold them all.
+        new engine ends as the whole run would have. Nothing to do where the pool cannot hold them all.
         """
         if not self._config.prefix_reuse or self._scorer.scope is not PrefixScope.BASE:
             return

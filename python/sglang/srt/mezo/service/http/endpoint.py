@@ -77,7 +77,7 @@ def add_routes(app: FastAPI, endpoints: Iterable[Endpoint], service: Service | N
     """Put the endpoints on the app itself: a router that is included would lose their authorisation levels.
 
     service: they answer 503 until it is ready, and those that change something while its store is locked; None for
-        endpoints that do without it.
+    endpoints that do without it.
     """
     for method, path, handler in endpoints:
         level = getattr(handler, "_auth_level", None)

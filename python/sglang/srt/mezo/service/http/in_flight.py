@@ -13,8 +13,7 @@ class RequestsInFlight:
     """Every HTTP request of the application, SGLang's routes and ours.
 
     A web server that is asked to end waits for all of them, without a bound: for a publication whose adapter no
-        scheduler
-    will load any more, for rows that a client sends slowly.
+    scheduler will load any more, for rows that a client sends slowly.
     """
 
     def __init__(self):

@@ -3,10 +3,9 @@
     python -m sglang.srt.mezo.service.jobs.forks_main <file descriptor of a Unix socket>
 
 Over the socket come tasks: the digest of an object that many tasks share, a file with that object pickled, and a
-    connection. The
-forked process reads (function, arguments) from the connection and answers with a line of JSON, what function(object,
-*arguments) has returned. It is killed when the other end of the connection is closed; where it ends without an answer,
-a line says how.
+connection. The forked process reads (function, arguments) from the connection and answers with a line of JSON, what
+function(object, *arguments) has returned. It is killed when the other end of the connection is closed; where it ends
+without an answer, a line says how.
 """
 
 import ctypes

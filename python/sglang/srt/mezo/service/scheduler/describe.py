@@ -55,8 +55,7 @@ def pass_sizes(handle: EngineHandle, beside_requests: float, idle: float) -> tup
     and while none come, from what a token costs in a pass of some more.
 
     Where even the shortest pass takes long, as the weights are read for it, twice its time is allowed: a new request
-        waits
-    as long for a batch of others.
+    waits as long for a batch of others.
     """
     tokens = _MIN_TOKENS
     shortest = min(_seconds(handle, tokens) for _ in range(_TRIES))

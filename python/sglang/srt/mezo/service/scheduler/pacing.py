@@ -17,8 +17,7 @@ class Pacer:
     With no request in the engine it always may. While a request waits to be admitted it never may. Beside running
     requests training earns ``share`` of the time that passes and spends what a piece takes, as long as there are no
     more of them than usual: a burst has the engine to itself, as the slowest answers are those of bursts. Where
-        requests
-    keep waiting, the share is halved until they do not, and then grows back.
+    requests keep waiting, the share is halved until they do not, and then grows back.
 
     Args:
         share: of the time, from 0 to below 1.

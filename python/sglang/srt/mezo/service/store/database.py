@@ -1,8 +1,7 @@
 """Frozen dataclasses in SQLite: one table a kind, a row a record, numbered in the order in which they came.
 
 A row that is damaged, in its JSON or its types, takes no other down: lists leave it out with a logged line, and who
-    asks for
-it gets an error that names it.
+asks for it gets an error that names it.
 """
 
 import itertools

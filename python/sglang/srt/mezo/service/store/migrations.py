@@ -1,11 +1,10 @@
 """The format of the store's database, one step for each version.
 
 To change the format, add a step at the end of ``STEPS`` and never change one before it: step n takes a database of
-    version
-n - 1 to version n. A step is SQL, and happens whole or not at all, after a copy of the database has been written beside
-it (``mezo.sqlite.v<n - 1>``). A new column may be NULL or has a DEFAULT, which is what the rows of before get, and is a
-field of its table's dataclass in ``records``. A new database goes through all steps; a test takes one of each earlier
-version to the last.
+version n - 1 to version n. A step is SQL, and happens whole or not at all, after a copy of the database has been
+written beside it (``mezo.sqlite.v<n - 1>``). A new column may be NULL or has a DEFAULT, which is what the rows of
+before get, and is a field of its table's dataclass in ``records``. A new database goes through all steps; a test takes
+one of each earlier version to the last.
 """
 
 import itertools

@@ -2,9 +2,8 @@
 
 What a method has returned from survives the end of the process at any moment. Whatever may be deleted is marked first,
 in the transaction that makes it superfluous, or by its name: ``.<id>.partial`` is an upload that nobody has been told
-    of. What a
-server that was stopped in the middle has left is put in order at the next start. What is there without a row or a mark,
-as beside a database that was lost or is an earlier one, is never touched.
+of. What a server that was stopped in the middle has left is put in order at the next start. What is there without a row
+or a mark, as beside a database that was lost or is an earlier one, is never touched.
 """
 
 import json

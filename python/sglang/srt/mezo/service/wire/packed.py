@@ -1,9 +1,8 @@
 """Examples as bytes: what is kept of a job's files once they are tokenised, and what the scheduler is sent.
 
 A part is what goes into one command: one array of int32, which NumPy writes and reads in one step. The number of
-    examples comes
-first, then the label and the number of options of each, then the lengths of each prompt and its options, then their
-tokens.
+examples comes first, then the label and the number of options of each, then the lengths of each prompt and its options,
+then their tokens.
 """
 
 import itertools
