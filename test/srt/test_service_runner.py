@@ -72,7 +72,7 @@ def events(engine):
 
 
 def held(engine):
-    from sglang.srt.mezo.engine import slot_room
+    from sglang.srt.mezo.engine import lora_capacity
 
     handle, manager = engine.handle, engine.handle.lora_manager
     registries = [sorted(known) for known in (manager.configs, manager.loras, manager.lora_refs)]
@@ -84,7 +84,7 @@ def held(engine):
         manager.num_pinned_loras,
         registries,
         in_pool,
-        slot_room._reserved,
+        lora_capacity._reserved,
         loaded,
     )
 
@@ -644,7 +644,7 @@ def tick_beside_adapters(engine, adapters):
     are done; whether a batch with one adapter more, and one of theirs alone, would be admitted in between."""
     from types import SimpleNamespace
 
-    from sglang.srt.mezo.engine import slot_room
+    from sglang.srt.mezo.engine import lora_capacity
 
     runner, manager, scheduler = engine.runner, engine.handle.lora_manager, engine.scheduler
     ids = {f"adapter {i}" for i in range(adapters)}
@@ -654,10 +654,10 @@ def tick_beside_adapters(engine, adapters):
     )
     runner.tick()
     beside = runner._job.learner.slots.claimed
-    admitted = slot_room.admits(manager, {*ids, "another"}), slot_room.admits(manager, {"adapter 0"})
+    admitted = lora_capacity.admits(manager, {*ids, "another"}), lora_capacity.admits(manager, {"adapter 0"})
     scheduler.running_batch = batch
     runner.tick()
-    return beside, admitted, runner._job.learner.slots.claimed, slot_room.admits(manager, ids)
+    return beside, admitted, runner._job.learner.slots.claimed, lora_capacity.admits(manager, ids)
 
 
 def test_slots_are_taken_only_once_requests_in_flight_leave_the_room(engine, config, model_path):

@@ -3,7 +3,7 @@
 import random
 
 from sglang.srt.mezo.core.tokens import distinct_tokens
-from sglang.srt.mezo.scoring.sharing import Borrowed, share, tokens_run
+from sglang.srt.mezo.scoring.sharing import SharedPrefix, plan_shared_prefixes, tokens_run
 
 
 def words(source: random.Random, length: int, vocabulary: int = 10_000) -> tuple[int, ...]:
@@ -25,7 +25,7 @@ def test_borrowed_tokens_are_those_of_an_earlier_row_of_the_group():
     for _ in range(500):
         rows = nested_rows(source)
         groups = [source.randrange(3) for _ in rows]
-        borrowed = share(rows, groups)
+        borrowed = plan_shared_prefixes(rows, groups)
         assert sorted(borrowed) == list(range(len(rows)))
         assert [groups[row] for row in borrowed] == sorted(groups)
         earlier = set()
@@ -61,11 +61,19 @@ def test_a_template_a_passage_a_question_and_options_run_once_each():
 def test_equal_rows_run_one_token_each():
     rows = [tuple(range(100))] * 4
     assert tokens_run(rows) == 100 + 3
-    assert list(share(rows, [0] * 4).values()) == [Borrowed(None, 0), Borrowed(0, 99), Borrowed(1, 99), Borrowed(2, 99)]
+    assert list(plan_shared_prefixes(rows, [0] * 4).values()) == [
+        SharedPrefix(None, 0),
+        *(SharedPrefix(row, 99) for row in range(3)),
+    ]
+        SharedPrefix(None, 0),
+        SharedPrefix(0, 99),
+        SharedPrefix(1, 99),
+        SharedPrefix(2, 99),
+    ]
 
 
 def test_a_row_of_another_group_lends_nothing():
-    assert share([(1, 2, 3), (1, 2, 4)], [0, 1]) == {0: Borrowed(None, 0), 1: Borrowed(None, 0)}
+    assert plan_shared_prefixes([(1, 2, 3), (1, 2, 4)], [0, 1]) == {0: SharedPrefix(None, 0), 1: SharedPrefix(None, 0)}
 
 
 def test_a_long_chain_of_beginnings_is_no_problem():

@@ -170,6 +170,6 @@ def _weighted_sum(directions: Sequence[torch.Tensor], weights: Sequence[float]) 
     return total
 
 
-def round_to_log(projected_grad: float) -> float:
+def to_logged_float32(projected_grad: float) -> float:
     """The nearest number that the seed log can hold: a float32."""
     return struct.unpack("<f", struct.pack("<f", projected_grad))[0]

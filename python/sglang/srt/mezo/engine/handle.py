@@ -51,7 +51,7 @@ class EngineHandle:
         """Whether this is the rank that writes files and decides."""
         return _tp_group().rank_in_group == 0
 
-    def share(self, value):
+    def broadcast(self, value):
         """The leader's ``value``, which must be picklable, on every tensor-parallel rank."""
         return _tp_group().broadcast_object(value, src=0)
 
@@ -65,7 +65,7 @@ class EngineHandle:
                 outcome = (function(*arguments), None)
             except Exception as error:
                 outcome = (None, error)
-        value, error = self.share(outcome)
+        value, error = self.broadcast(outcome)
         if error is not None:
             raise error
         return value

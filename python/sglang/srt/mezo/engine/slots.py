@@ -83,7 +83,7 @@ class SlotLayout:
     applies to weights. What comes out are blocks of it, so a write is a copy of each, whatever the layer.
 
     Attributes:
-        room: float32 [numel] on the CPU, for an adapter that is made only to be written; elsewhere it is copied once
+        scratch: float32 [numel] on the CPU, for an adapter that is made only to be written; elsewhere it is copied once
             more.
     """
 
@@ -102,8 +102,8 @@ class SlotLayout:
             stacked.append(layer.module.slice_lora_a_weights(torch.cat(a)))
             stacked.append(layer.module.slice_lora_b_weights(torch.cat(b)))
         self._blocks = [block for buffer, places in enumerate(stacked) for block in _blocks(buffer, places)]
-        self.room = torch.zeros(adapter.numel)
-        self._weights = self.room.to(handle.device)  # the same memory where that is the CPU
+        self.scratch = torch.zeros(adapter.numel)
+        self._weights = self.scratch.to(handle.device)  # the same memory where that is the CPU
         self._views = [
             self._weights.as_strided((block.end - block.first, block.columns), (block.stride, 1), block.offset)
             for block in self._blocks
@@ -247,7 +247,7 @@ class PerturbedSlots:
     def write_direction(self, place: int, z: torch.Tensor, zo_eps: float) -> None:
         """Fill the slots at ``place``; every number is formed in float32 and rounded once to the pool's dtype."""
         for slot, sign in zip(self.of_direction(place), self._signs):
-            slot.write(torch.add(self._adapter.theta, z, alpha=sign * zo_eps, out=self._layout.room))
+            slot.write(torch.add(self._adapter.theta, z, alpha=sign * zo_eps, out=self._layout.scratch))
 
     def write_current(self) -> None:
         self.current.write(self._adapter.theta)

@@ -16,7 +16,7 @@ from itertools import count
 
 from sglang.srt.mezo.core.errors import ConfigError
 from sglang.srt.mezo.data.invocation import find_invocation
-from sglang.srt.mezo.engine import slot_room
+from sglang.srt.mezo.engine import lora_capacity
 from sglang.srt.mezo.engine.accelerator import why_no_alora
 from sglang.srt.mezo.plugin.hooks import Hook
 
@@ -191,7 +191,7 @@ def _route_segments(manager, lora_ids: Sequence[str | None], lengths: Sequence[i
 def _around_admission(original: Callable, manager, lora_ids: set[str | None]) -> bool:
     """A batch with an aLoRA request needs a slot that applies nothing beside those of its adapters; a job may need
     some too."""
-    if not slot_room.admits(manager, lora_ids):
+    if not lora_capacity.admits(manager, lora_ids):
         return False
     activated = any(lora_id in _SERVED and _SERVED[lora_id].invocation for lora_id in lora_ids if lora_id is not None)
     if activated and len(lora_ids | {None}) > manager.max_loras_per_batch:

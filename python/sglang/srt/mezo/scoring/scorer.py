@@ -16,7 +16,7 @@ from sglang.srt.mezo.engine.head import Head
 from sglang.srt.mezo.engine.kv_pool import erase
 from sglang.srt.mezo.engine.prefix import BasePrefixes, PrefixStats
 from sglang.srt.mezo.scoring.plan import ExamplePlan, PrefixScope, Row, needs_normaliser
-from sglang.srt.mezo.scoring.sharing import Borrowed, share
+from sglang.srt.mezo.scoring.sharing import SharedPrefix, plan_shared_prefixes
 
 SlotGroup = tuple[str | None, ...]
 """Adapter ids that are scored in the same pass: both signs of a direction, or one adapter alone."""
@@ -148,17 +148,17 @@ class Scorer:
                 self._handle.kv_allocator.free(kv_indices)
         return values
 
-    def _borrowed(self, items: Sequence[_Item]) -> dict[int, Borrowed]:
+    def _borrowed(self, items: Sequence[_Item]) -> dict[int, SharedPrefix]:
         """Item -> the tokens of its suffix that another item runs, in the order in which they run."""
         if not self._shares_in_slots:
-            return {number: Borrowed(None, 0) for number in range(len(items))}
+            return {number: SharedPrefix(None, 0) for number in range(len(items))}
         keys = [(item.lora_id, item.row.prefix) for item in items]
         number_of = {key: number for number, key in enumerate(dict.fromkeys(keys))}
-        borrowed = share([item.row.suffix for item in items], [number_of[key] for key in keys])
+        borrowed = plan_shared_prefixes([item.row.suffix for item in items], [number_of[key] for key in keys])
         self._count_shared(borrowed)
         return borrowed
 
-    def _count_shared(self, borrowed: dict[int, Borrowed]) -> None:
+    def _count_shared(self, borrowed: dict[int, SharedPrefix]) -> None:
         """What a row runs and others borrow is computed; it and what is borrowed are read."""
         lengths = [one.length for one in borrowed.values()]
         lent = sum(max(0, after - own) for own, after in zip(lengths, lengths[1:]))
@@ -179,7 +179,7 @@ class Scorer:
             yield base
 
     def _sequences(
-        self, items: Sequence[_Item], borrowed: dict[int, Borrowed], base: dict[tuple[int, ...], torch.Tensor]
+        self, items: Sequence[_Item], borrowed: dict[int, SharedPrefix], base: dict[tuple[int, ...], torch.Tensor]
     ) -> list[Sequenced]:
         """In the order of ``borrowed``."""
         place = {number: place for place, number in enumerate(borrowed)}
@@ -196,7 +196,7 @@ class Scorer:
         return sequences
 
     def _read(
-        self, hidden: torch.Tensor, items: Sequence[_Item], borrowed: dict[int, Borrowed], normalise: bool
+        self, hidden: torch.Tensor, items: Sequence[_Item], borrowed: dict[int, SharedPrefix], normalise: bool
     ) -> torch.Tensor:
         """The values of the items, one after the other; a token that was borrowed is read where it ran."""
         rows_of = self._hidden_rows(items, borrowed)
@@ -207,7 +207,7 @@ class Scorer:
         with torch.inference_mode():
             return read(hidden, rows, tokens).cpu()
 
-    def _hidden_rows(self, items: Sequence[_Item], borrowed: dict[int, Borrowed]) -> dict[int, list[int]]:
+    def _hidden_rows(self, items: Sequence[_Item], borrowed: dict[int, SharedPrefix]) -> dict[int, list[int]]:
         """Item -> for every token of its suffix the row of the hidden states."""
         rows_of: dict[int, list[int]] = {}
         end = 0

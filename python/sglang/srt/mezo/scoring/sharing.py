@@ -11,14 +11,14 @@ from sglang.srt.mezo.core.tokens import common_length
 
 
 @dataclass(frozen=True)
-class Borrowed:
+class SharedPrefix:
     """What a row does not run itself: its first ``length`` tokens are those of ``row``, None where it runs them all."""
 
     row: int | None
     length: int
 
 
-def share(rows: Sequence[Sequence[int]], groups: Sequence[int]) -> dict[int, Borrowed]:
+def plan_shared_prefixes(rows: Sequence[Sequence[int]], groups: Sequence[int]) -> dict[int, SharedPrefix]:
     """Decide what each row borrows, so that a token that rows of a group have in common runs once. No row borrows all
     it has.
 
@@ -29,7 +29,7 @@ def share(rows: Sequence[Sequence[int]], groups: Sequence[int]) -> dict[int, Bor
     Returns:
         row -> what it borrows, every row after the one that it borrows from, and the groups one after the other.
     """
-    borrowed: dict[int, Borrowed] = {}
+    borrowed: dict[int, SharedPrefix] = {}
     before = None
     for row in sorted(range(len(rows)), key=lambda row: (groups[row], rows[row])):
         # In this order no earlier row has more in common with a row than the one before it.
@@ -38,11 +38,11 @@ def share(rows: Sequence[Sequence[int]], groups: Sequence[int]) -> dict[int, Bor
             if before is None or groups[before] != groups[row]
             else min(common_length(rows[before], rows[row]), len(rows[row]) - 1)
         )
-        borrowed[row] = Borrowed(before if length else None, length)
+        borrowed[row] = SharedPrefix(before if length else None, length)
         before = row
     return borrowed
 
 
 def tokens_run(rows: Sequence[Sequence[int]]) -> int:
     """Tokens that rows of one group run."""
-    return sum(map(len, rows)) - sum(one.length for one in share(rows, [0] * len(rows)).values())
+    return sum(map(len, rows)) - sum(one.length for one in plan_shared_prefixes(rows, [0] * len(rows)).values())

@@ -14,7 +14,7 @@ from sglang.srt.mezo.adapters.peft_adapter import PeftAdapter
 from sglang.srt.mezo.core.config import MezoConfig, Objective
 from sglang.srt.mezo.core.errors import ConfigError, DivergedError
 from sglang.srt.mezo.core.noise import step_seed
-from sglang.srt.mezo.core.optimizer import Optimizer, learning_rate_at, round_to_log
+from sglang.srt.mezo.core.optimizer import Optimizer, learning_rate_at, to_logged_float32
 from sglang.srt.mezo.core.passes import Passes
 from sglang.srt.mezo.core.seed_log import LogRecord
 from sglang.srt.mezo.data.batches import BatchStream
@@ -152,7 +152,7 @@ class Learner:
         if bound is not None:
             projected_grad = max(-bound, min(bound, projected_grad))
         try:
-            return round_to_log(projected_grad)
+            return to_logged_float32(projected_grad)
         except OverflowError:
             raise DivergedError(
                 f"the projected gradient of step {self.global_step} is {projected_grad}: lower learning_rate or zo_eps"
@@ -205,7 +205,7 @@ class Learner:
         metrics = yield from evaluation_passes(
             self.scorer, plans, self.slots.current.lora_id, self.objective, self.config.per_device_eval_batch_size
         )
-        return {f"eval_{name}": value for name, value in self.handle.share(metrics).items()}
+        return {f"eval_{name}": value for name, value in self.handle.broadcast(metrics).items()}
 
     def prefix_passes(self) -> Passes[None]:
         """Have the prefixes in the tree that a run has there that has come to this step by itself."""

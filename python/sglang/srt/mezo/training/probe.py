@@ -57,7 +57,7 @@ class Probe:
                 yield
             values = yield from self.scorer.passes(batch, self.slots.groups(first, end), self.objective)
             losses += batch_loss(batch, values, self.objective).mean.tolist()
-        return paired(self.handle.share(losses), self.config.estimator)
+        return paired(self.handle.broadcast(losses), self.config.estimator)
 
     def passes(
         self, batch: Sequence[ExamplePlan], zo_random_seed: int, zo_eps: float

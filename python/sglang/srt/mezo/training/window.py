@@ -56,7 +56,7 @@ class PrefixWindow:
         if not self._config.prefix_reuse or self._scorer.scope is not PrefixScope.BASE:
             return
         tokens = sum(map(len, {row.prefix for plan in [*dev, *train] for row in plan.rows}))
-        if not self._handle.share(tokens <= self._handle.free_kv_tokens):
+        if not self._handle.broadcast(tokens <= self._handle.free_kv_tokens):
             return
         size = self._config.per_device_eval_batch_size
         for start in range(0, len(dev), size):

@@ -55,7 +55,7 @@ class JobManager:
         self.store = store
         self.engine = engine
         self.origins = Origins(store, client, engine, tokenizer)
-        self._state = asyncio.Lock()
+        self._state_lock = asyncio.Lock()
         self._tasks: list[asyncio.Task] = []
         self._sessions = Sessions(client)
         self._fit = Fit(engine)
@@ -64,7 +64,7 @@ class JobManager:
         self._tokenising = Tokenising(store, self._reader, forks)
         self._runs = Runs(store, self._reader, engine)
         self._training = Training(
-            store, client, self._sessions, self._tokenising, self._runs, self._published, self._state
+            store, client, self._sessions, self._tokenising, self._runs, self._published, self._state_lock
         )
         self._queues = Queues(store, engine, self._fit, self._tokenising, self._training)
         self._manual = ManualWork(
@@ -76,7 +76,7 @@ class JobManager:
             self._published,
             self._training,
             self._fit,
-            self._state,
+            self._state_lock,
         )
 
     @classmethod
@@ -162,7 +162,7 @@ class JobManager:
 
     async def cancel(self, job_id: str) -> StoredJob:
         """End a job for good. Its checkpoints stay, and what has been published."""
-        async with self._state:
+        async with self._state_lock:
             require(self.store.job(job_id), "cancel")
             stopped = await self._take_off_engine(job_id)
             job = change(self.store, job_id, "cancel", StoredEvent(job_id, "The job has been cancelled"), **stopped)
@@ -172,7 +172,7 @@ class JobManager:
 
     async def pause(self, job_id: str) -> StoredJob:
         """Let a job wait until it is resumed; it then goes on where it stopped, bit for bit."""
-        async with self._state:
+        async with self._state_lock:
             require(self.store.job(job_id), "pause")
             stopped = await self._take_off_engine(job_id)
             job = change(self.store, job_id, "pause", StoredEvent(job_id, "The job has been paused"), **stopped)
@@ -181,7 +181,7 @@ class JobManager:
 
     async def resume(self, job_id: str) -> StoredJob:
         """Let a paused job wait for its turn; RequestError (409) where this server cannot train it."""
-        async with self._state:
+        async with self._state_lock:
             job = self.store.job(job_id)
             require(job, "resume")
             if (reason := self._fit.of_job(job)) is not None:
@@ -210,7 +210,7 @@ class JobManager:
         """
         require(self.store.job(job_id), "append rows to")
         examples = await asyncio.to_thread(self._reader.encode, self.store.job(job_id), rows)
-        async with self._state:
+        async with self._state_lock:
             require(self.store.job(job_id), "append rows to")
             path = await asyncio.to_thread(self._runs.appended(job_id).add, rows)
             session = self._sessions.of(job_id)
@@ -246,7 +246,7 @@ class JobManager:
         require(job, "publish")
         if job.status == "paused":
             return await self._manual.publish_paused(job_id)
-        async with self._state:
+        async with self._state_lock:
             job = self.store.job(job_id)
             require(job, "publish")
             if job.status == "succeeded":
@@ -281,7 +281,7 @@ class JobManager:
         Raises:
             NotFound, RequestError: no job has made it, it is a checkpoint, or its job is still going.
         """
-        async with self._state:
+        async with self._state_lock:
             await self._published.delete(name)
 
     # --- work ---------------------------------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ class ManualWork:
         published: PublishedAdapters,
         training: Training,
         fit: Fit,
-        state: asyncio.Lock,
+        state_lock: asyncio.Lock,
     ):
         self._store = store
         self._client = client
@@ -49,7 +49,7 @@ class ManualWork:
         self._published = published
         self._training = training
         self._fit = fit
-        self._state = state
+        self._state_lock = state_lock
         self._idle: asyncio.Task | None = None
 
     def stop(self) -> None:
@@ -95,7 +95,7 @@ class ManualWork:
             try:
                 job = self._store.update_job(job_id, step=session.step)
                 if publish and job.status == "succeeded":
-                    async with self._state:
+                    async with self._state_lock:
                         model = await self.publish_current(job_id)
             except (RequestError, OSError, sqlite3.Error) as error:
                 raise _only_stepped(session.step, error) from error
@@ -104,11 +104,11 @@ class ManualWork:
     async def publish_paused(self, job_id: str) -> str:
         """Serve the adapter of a paused job as it is."""
         async with self._session(job_id, "publish"):
-            async with self._state:
+            async with self._state_lock:
                 return await self.publish_current(job_id)
 
     async def publish_current(self, job_id: str) -> str:
-        """Serve the adapter that the engine holds, as it is now. Called with ``state`` held; returns the model's
+        """Serve the adapter that the engine holds, as it is now. Called with ``state_lock`` held; returns the model's
         name."""
         name = self._published.model_name(self._store.job(job_id).adapter_name)
         step = 0

@@ -50,7 +50,7 @@ class Training:
         tokenising: Tokenising,
         runs: Runs,
         published: PublishedAdapters,
-        state: asyncio.Lock,
+        state_lock: asyncio.Lock,
     ):
         self.current: str | None = None
         """The job that has the engine, or is the next to get it."""
@@ -60,7 +60,7 @@ class Training:
         self._tokenising = tokenising
         self._runs = runs
         self._published = published
-        self._state = state
+        self._state_lock = state_lock
 
     async def train(self, job: StoredJob) -> None:
         """Run a queued job until it ends or is stopped. Its errors are the caller's to record."""
@@ -84,7 +84,7 @@ class Training:
         try:
             for split in files.counts:
                 await self._sessions.load(job_id, split, data.parts(split))
-            async with self._state:
+            async with self._state_lock:
                 if self._store.job(job_id).status == "queued":
                     session = await self._open(job_id, data.segments, len(data.appended))
                     session.files = files
@@ -107,10 +107,10 @@ class Training:
     async def _see_through(self, session: Session) -> None:
         try:
             if await session.started():
-                async with self._state:
+                async with self._state_lock:
                     await self.send_appended(session)
             event = await session.ended()
-            async with self._state:
+            async with self._state_lock:
                 if self._store.job(session.job_id).status == "running":
                     await self._finish(event)
         except Exception:
@@ -118,7 +118,7 @@ class Training:
             raise
 
     async def send_appended(self, session: Session) -> dict[Path, int | EngineRefused]:
-        """Give the engine all appended rows that it does not have, in their order. Called with ``state`` held.
+        """Give the engine all appended rows that it does not have, in their order. Called with ``state_lock`` held.
 
         Raises:
             DiskFull: the engine could not keep record of them.

@@ -93,4 +93,4 @@ def _seconds(handle: EngineHandle, tokens: int) -> float:
     hidden, kv_indices = extend(handle, [sequence] * (tokens // _TOKENS_PER_SEQUENCE))
     hidden[-1].cpu()  # an accelerator is done with it only now
     handle.kv_allocator.free(kv_indices)
-    return handle.share(time.perf_counter() - started)
+    return handle.broadcast(time.perf_counter() - started)

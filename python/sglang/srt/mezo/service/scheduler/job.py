@@ -10,7 +10,7 @@ from sglang.srt.mezo.adapters.adapter import AdapterSpec
 from sglang.srt.mezo.adapters.peft_adapter import PeftAdapter
 from sglang.srt.mezo.core.config import MezoConfig
 from sglang.srt.mezo.core.errors import ConfigError, DivergedError
-from sglang.srt.mezo.core.optimizer import round_to_log
+from sglang.srt.mezo.core.optimizer import to_logged_float32
 from sglang.srt.mezo.core.passes import Passes
 from sglang.srt.mezo.core.seed_log import LogRecord
 from sglang.srt.mezo.data.examples import Example
@@ -146,7 +146,7 @@ class Job:
                 "projected_grad", list(projected_grad), f"{directions} numbers, as many as num_perturbations"
             )
         try:
-            run.apply(LogRecord(zo_random_seed, learning_rate, tuple(map(round_to_log, projected_grad))))
+            run.apply(LogRecord(zo_random_seed, learning_rate, tuple(map(to_logged_float32, projected_grad))))
         except DivergedError as error:
             finite = "the adapter's weights, and their products, stay finite"
             allowed = f"numbers so small that with learning_rate={learning_rate:g} {finite}"

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from sglang.srt.mezo.core.errors import BaseModelError, CapacityError, ConfigError, MezoError
 from sglang.srt.mezo.data.examples import Example
-from sglang.srt.mezo.engine import slot_room
+from sglang.srt.mezo.engine import lora_capacity
 from sglang.srt.mezo.engine.handle import EngineHandle
 from sglang.srt.mezo.service.scheduler.describe import describe
 from sglang.srt.mezo.service.scheduler.job import Job
@@ -91,7 +91,7 @@ class MezoRunner:
             return
         running, waiting = self._load()
         self._give_way()
-        max_tokens = self._handle.share(self._max_tokens(running, waiting))
+        max_tokens = self._handle.broadcast(self._max_tokens(running, waiting))
         if not max_tokens:
             return
         with self._forward_stream(), Stopwatch(self._handle.device) as watch:
@@ -120,7 +120,7 @@ class MezoRunner:
     def _describe(self, command: messages.Describe | None = None) -> dict[str, Any]:
         if self._description is None:
             with self._forward_stream():
-                self._description = self._handle.share(describe(self._handle, self._settings))
+                self._description = self._handle.broadcast(describe(self._handle, self._settings))
             # What writes adapters takes a while to import: neither the start nor, at the first adapter, a request waits
             # for it.
             threading.Thread(target=import_module, args=("peft",), daemon=True).start()
@@ -175,10 +175,10 @@ class MezoRunner:
     def _claim(self) -> bool:
         """Take the job's slots once the adapters of requests in flight leave the room; new ones wait for that."""
         slots, manager = self._job.learner.slots, self._handle.lora_manager
-        if not slot_room.leave_room(manager, {req.lora_id for req in self._batched()}, slots.count):
-            slot_room.reserve(slots.count)
+        if not lora_capacity.leave_room(manager, {req.lora_id for req in self._batched()}, slots.count):
+            lora_capacity.reserve(slots.count)
             return False
-        slot_room.reserve(0)
+        lora_capacity.reserve(0)
         try:
             with self._forward_stream():
                 slots.claim()
@@ -269,7 +269,7 @@ class MezoRunner:
 
     def _end_job(self) -> None:
         job, self._job = self._job, None
-        slot_room.reserve(0)
+        lora_capacity.reserve(0)
         try:
             job.stop()
         except Exception as error:  # of the job's files: requests go on
