@@ -65,11 +65,6 @@ def test_equal_rows_run_one_token_each():
         SharedPrefix(None, 0),
         *(SharedPrefix(row, 99) for row in range(3)),
     ]
-        SharedPrefix(None, 0),
-        SharedPrefix(0, 99),
-        SharedPrefix(1, 99),
-        SharedPrefix(2, 99),
-    ]
 
 
 def test_a_row_of_another_group_lends_nothing():

@@ -9,6 +9,7 @@ COMMANDS = {
     "preview": "what the model sees of a data set's rows",
     "replay": "an adapter from a run's seed log, without a model",
     "serve": "SGLang's server, with fine-tuning on",
+    "check": "whether an SGLang has everything that is hooked and called",
     "env": "versions, for a report of a fault",
 }
 
