@@ -13,9 +13,10 @@ from typing import Any, Self
 
 import httpx
 import torch
-from openai import OpenAI
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from clients import http_client, openai_client
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "examples" / "assets" / "opt-reviews"
@@ -78,8 +79,8 @@ class LiveServer:
                 cwd=self.directory.parent,
             )
         self.url = f"http://127.0.0.1:{self.port}"
-        self.http = httpx.Client(base_url=self.url, headers={"Authorization": f"Bearer {self._key}"}, timeout=300)
-        self.client = OpenAI(base_url=f"{self.url}/v1", api_key=self._key, max_retries=0, timeout=300)
+        self.http = http_client(self.url, headers={"Authorization": f"Bearer {self._key}"}, timeout=300)
+        self.client = openai_client(self.url, self._key)
         self.until(self._is_up, _START_SECONDS)
 
     def stop(self) -> None:

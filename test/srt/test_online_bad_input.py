@@ -16,7 +16,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import httpx
 import openai
 import pytest
 from transformers import GPT2Config
@@ -43,6 +42,7 @@ from bad_input import (
     form,
     supervised,
 )
+from clients import http_client, openai_client
 from foreign_adapters import FILES, change_tensors, edit
 from live_server import MODEL, LiveServer, reviews
 
@@ -52,8 +52,8 @@ class FrontDoor:
 
     def __init__(self, server: LiveServer):
         self.server = server
-        self.admin = openai.OpenAI(base_url=f"{server.url}/v1", api_key="admin-key", max_retries=0, timeout=300)
-        self.http = httpx.Client(base_url=server.url, headers={"Authorization": "Bearer admin-key"}, timeout=300)
+        self.admin = openai_client(server.url, "admin-key")
+        self.http = http_client(server.url, headers={"Authorization": "Bearer admin-key"}, timeout=300)
         self.answer = self.greedy()
         self.files = [self.upload(reviews("train", 64)), self.upload(reviews("validation", 16))]
         self.done = self.create(*self.files, suffix="done", max_steps=2, save_steps=1).id
@@ -434,7 +434,7 @@ def test_no_address_is_a_path(door, path):
 @pytest.mark.parametrize("key", [None, "wrong", "USER-KEY", "user-key"])
 def test_what_changes_something_needs_the_administrators_key_and_what_reads_a_users(door, key):
     headers = {} if key is None else {"Authorization": f"Bearer {key}"}
-    with httpx.Client(base_url=door.server.url, headers=headers, timeout=300) as http:
+    with http_client(door.server.url, headers=headers, timeout=300) as http:
         for method, path in CHANGES:
             assert http.request(method, door.path(path)).status_code == 401, path
         for path in READS:
@@ -444,7 +444,7 @@ def test_what_changes_something_needs_the_administrators_key_and_what_reads_a_us
 
 def test_the_client_says_that_its_key_is_wrong(door):
     for key in ("none", "user-key"):
-        client = openai.OpenAI(base_url=f"{door.server.url}/v1", api_key=key, max_retries=0)
+        client = openai_client(door.server.url, key)
         with pytest.raises(openai.AuthenticationError):
             client.fine_tuning.jobs.create(model="reviews-model", training_file=door.files[0])
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from clients import http_client
 from live_server import MODEL, LiveServer, reviews
 from small_disk import small_disk
 
@@ -85,7 +86,7 @@ def test_sigterm_ends_a_server_whatever_is_under_way(server, jobs):
     answers, ended, asked = [], threading.Event(), threading.Semaphore(0)
 
     def ask(path: str, body: dict) -> None:
-        with httpx.Client(base_url=server.url, timeout=2 * SECONDS) as http:
+        with http_client(server.url, timeout=2 * SECONDS) as http:
             while not ended.is_set():
                 try:
                     response = http.post(path, json=body)

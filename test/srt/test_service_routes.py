@@ -9,6 +9,7 @@ import pytest
 from fastapi.routing import APIRoute
 from starlette.testclient import TestClient
 
+from clients import openai_client
 from service_app import ADMIN_KEY, API_KEY, UPSTREAM, make_app, make_service, serving
 from sglang.srt.entrypoints import http_server
 from sglang.srt.lora.lora_registry import LoRARef
@@ -48,7 +49,7 @@ def http(service):
 @pytest.fixture
 def client(service):
     with serving(make_app(service)) as port:
-        yield openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+        yield openai_client(f"http://127.0.0.1:{port}")
 
 
 def add_file(service, content=ROWS, purpose="fine-tune", filename="train.jsonl"):

@@ -12,11 +12,10 @@ from collections.abc import Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
-import httpx
-import openai
 import pytest
 from transformers import AutoTokenizer
 
+from clients import http_client, openai_client
 from service_app import make_app, serving
 from service_doubles import Scheduler, TokenizerManager, without_runtime_context, write_adapter
 from service_server import MODEL, ROW, ROWS
@@ -58,8 +57,8 @@ class Door:
             await self.service.stop()
 
     def connect(self, port: int) -> None:
-        self.http = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30)
-        self.client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+        self.http = http_client(f"http://127.0.0.1:{port}", timeout=30)
+        self.client = openai_client(f"http://127.0.0.1:{port}")
 
     def saw(self, what: str, path: object = "") -> None:
         if (

@@ -12,6 +12,7 @@ import openai
 import pytest
 from starlette.testclient import TestClient
 
+from clients import openai_client
 from service_app import make_app, make_service, serving
 from sglang.srt.mezo.service.http import uploads
 from sglang.srt.mezo.service.store import store as stores
@@ -249,7 +250,7 @@ def test_reading_stops_soon_after_the_limit(service, port):
 
 
 def test_the_client_learns_that_its_file_is_too_large(service, port):
-    client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+    client = openai_client(f"http://127.0.0.1:{port}")
     for size in [MIB + 1, 8 * MIB] * 5:
         with pytest.raises(openai.APIStatusError) as caught:
             client.files.create(file=("a.jsonl", b"x" * size), purpose="fine-tune")
@@ -309,7 +310,7 @@ def test_serving_goes_on_while_the_disk_is_slow(service, port, monkeypatch):
 
 @pytest.mark.parametrize("seconds", [3600, 30 * 24 * 3600])
 def test_a_file_expires_after_so_many_seconds(service, port, monkeypatch, seconds):
-    client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+    client = openai_client(f"http://127.0.0.1:{port}")
     stays = client.files.create(file=("stays.jsonl", ROWS), purpose="fine-tune")
     file = client.files.create(
         file=("a.jsonl", ROWS), purpose="fine-tune", expires_after={"anchor": "created_at", "seconds": seconds}
