@@ -1,4 +1,4 @@
-"""The README's benchmark tables, from the JSON files in benchmarks/results.
+"""The tables of docs/benchmarks.md, from the JSON files in benchmarks/results.
 
 python benchmarks/tables.py
 """
