@@ -239,3 +239,35 @@ def test_a_program_ends_with_one_line(command, message):
     ended = run(*command)
     assert ended.returncode == 2 and ended.stdout == ""
     assert ended.stderr.splitlines()[-1] == message and "usage" not in ended.stderr and "Traceback" not in ended.stderr
+
+
+# --- a file of fields -------------------------------------------------------------------------------------------------
+
+
+def test_flags_go_before_a_file_of_fields(tmp_path):
+    (tmp_path / "run.yaml").write_text("model: a\nlr: 1e-2\nrank: 2\ntarget_modules: [q_proj]\nprefix_reuse: false\n")
+    given = read(["--config", str(tmp_path / "run.yaml"), "--r", "4"], KINDS)
+    assert given == {"model": "a", "learning_rate": 0.01, "r": 4, "target_modules": ["q_proj"], "prefix_reuse": False}
+
+
+@pytest.mark.parametrize(
+    ("content", "error", "problem"),
+    [
+        ("lerning_rate: 1", UsageError, "run.yaml has an unknown field lerning_rate: did you mean learning_rate?"),
+        ("7: 1", UsageError, "run.yaml has an unknown field 7"),
+        ("learning_rate: fast", ConfigError, "learning_rate='fast' is not allowed: a number"),
+        ("max_steps: [1]", ConfigError, "max_steps=[1] is not allowed: a whole number (in "),
+        ("seed: true", ConfigError, "seed=True is not allowed: a whole number (in "),
+        ("- a list", UsageError, "run.yaml holds no fields"),
+        ("", UsageError, "run.yaml holds no fields"),
+        ("a: [", UsageError, "run.yaml cannot be read"),
+        (None, UsageError, "run.yaml cannot be read"),
+    ],
+)
+def test_a_file_of_fields_that_is_wrong_is_told_in_one_line(tmp_path, content, error, problem):
+    path = tmp_path / "run.yaml"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(error) as caught:
+        read(["--config", str(path)], KINDS)
+    assert problem in str(caught.value) and "\n" not in str(caught.value)
