@@ -25,10 +25,10 @@ JOB = {
 REFUSED_FLAGS = {
     "--dp-size 2": "--enable-mezo needs dp_size=1, not 2",
     "--page-size 16": "--enable-mezo needs page_size=1, not 16",
-    "--mezo-share 2": "--mezo-share=2.0 is not allowed: from 0 to below 1",
+    "--mezo-share 2": "--mezo-share=2.0 is not allowed: at least 0 and below 1",
     "--mezo-dir /dev/null/mezo": "--mezo-dir='/dev/null/mezo' is not allowed: a folder that can be made (Not a "
     "directory)",
-    "--mezo-on-restart maybe": "--mezo-on-restart='maybe' is not allowed: resume or fail",
+    "--mezo-on-restart maybe": "--mezo-on-restart='maybe' is not allowed: one of resume, fail",
     "--model-path gpt2": "architectures='GPT2LMHeadModel' is not allowed: the families that can be trained are "
     "Cohere, ",
 }
