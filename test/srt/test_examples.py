@@ -50,7 +50,19 @@ def test_the_main_job_runs_and_resumes(tmp_path, tuning):
         "constant",
     )
     first = run(*command, "--max_steps", "10")
-    assert "steps/s" in first.stdout and "launch_server" in first.stdout
+    titles = (
+        "zero-shot accuracy",
+        "trained accuracy",
+        "speed",
+        "prefix tokens reused",
+        "peak memory",
+        "adapter",
+        "plot",
+    )
+    lines = first.stdout.splitlines()
+    assert [title for title in titles if sum(line.startswith(f"{title:<22} ") for line in lines) != 1] == []
+    [served] = [line for line in lines if line.startswith("  python -m sglang.launch_server --model-path ")]
+    assert f"--lora-paths run={folder}/adapter" in served
     assert SUMMARY <= summary_of(folder).keys()
     assert "MeZO: 100%" in first.stderr
     if tuning == "alora":

@@ -51,19 +51,17 @@ def report(model: ModelArguments, config: MezoConfig, summary: dict) -> None:
     name = Path(config.output_dir).name
     flags = "".join(f" {flag}" for flag in serving_flags(config.tuning == "alora", model.dtype))
     shared = "".join(f"; {count} examples: {where}" for where, count in summary["shared_examples"].items())
-    print(
-        f"""
-zero-shot accuracy     {percent(summary["zero_shot_accuracy"])}
-trained accuracy       {percent(summary["accuracy"])}   (adapter of step {summary["best_step"]} of
-{summary["steps"]}){shared} speed                  {summary["steps_per_second"]:.1f} steps/s,
-{summary["train_seconds"]:.0f} s of training prefix tokens reused   {
-            percent(summary["prefix_tokens_reused"] / total if total else None)
-        } of {total} peak memory            {summary["peak_rss_bytes"] / 2**20:.0f} MiB
-adapter                {summary["adapter_dir"]}
-plot                   {summary["plot"] or "not drawn: pip install 'sglang-mezo[plots]'"}
-
-Serve it:
-  python -m sglang.launch_server --model-path {model.model} --dtype {model.dtype} --enable-lora --lora-paths
-  {name}={summary["adapter_dir"]}{flags}
-"""
-    )
+    best = f"(adapter of step {summary['best_step']} of {summary['steps']})"
+    lines = {
+        "zero-shot accuracy": percent(summary["zero_shot_accuracy"]),
+        "trained accuracy": f"{percent(summary['accuracy'])}   {best}{shared}",
+        "speed": f"{summary['steps_per_second']:.1f} steps/s, {summary['train_seconds']:.0f} s of training",
+        "prefix tokens reused": f"{percent(summary['prefix_tokens_reused'] / total if total else None)} of {total}",
+        "peak memory": f"{summary['peak_rss_bytes'] / 2**20:.0f} MiB",
+        "adapter": summary["adapter_dir"],
+        "plot": summary["plot"] or "not drawn: pip install 'sglang-mezo[plots]'",
+    }
+    print("", *(f"{title:<22} {value}" for title, value in lines.items()), sep="\n")
+    served = f"--enable-lora --lora-paths {name}={summary['adapter_dir']}{flags}"
+    print("\nServe it:")
+    print(f"  python -m sglang.launch_server --model-path {model.model} --dtype {model.dtype} {served}\n")

@@ -1,4 +1,4 @@
-"""The contract with SGLang: every name of it that we hook, call or derive from, what it is, and why.
+"""The contract with SGLang: names of it that we import or hook, and of its objects that we use, what each is, and why.
 
 Where a version of SGLang has them all as they are here, our hooks and calls fit; ``sglang-mezo check`` says which do
 not.

@@ -141,8 +141,7 @@ class RunRecord:
         if share > _MAX_LOST_SHARE:
             self._tracker.warn(
                 f"zo_eps={self._config.zo_eps:g} is lost in {self._learner.slot_dtype} for {share:.0%} of the "
-                "parameters: "
-                "raise zo_eps or serve the model in float32",
+                "parameters: raise zo_eps or serve the model in float32",
                 self._learner.global_step,
             )
 
