@@ -89,10 +89,7 @@ def load_splits(
             generation prompt.
         DataError: names the file and line of the first bad row.
     """
-    task = get_task(data.task) if data.task else None
-    dataset = data.dataset or (task.dataset[0] if task else None)
-    if dataset is None:
-        raise ConfigError("dataset", None, "a hub name, folder or file; or name a task")
+    task, dataset = named_data(data.task, data.dataset)
     rows = _read(dataset, task, data)
     encoder = Encoder(tokenizer, max_length, task, invocation or (), chat)
     train, dev, test = (encoder.encode_rows(part, data.on_bad_row) if part else [] for part in rows)
@@ -101,6 +98,14 @@ def load_splits(
     if invocation is None:
         invocation = generation_prompt(encoder, rows[0], [*train, *dev, *test])
     return Splits(train, dev, test, default_objective(train, rows[0]), tuple(invocation), _shared(train, dev, test))
+
+
+def named_data(task: str | None, dataset: str | None) -> tuple[Task | None, str]:
+    """The task of a name, and where its rows are; ConfigError where neither says that."""
+    named = get_task(task) if task else None
+    if not dataset and named is None:
+        raise ConfigError("dataset", None, "a hub name, folder or file; or name a task")
+    return named, dataset or named.dataset[0]
 
 
 def generation_prompt(encoder: Encoder, rows: list[SourceRow], examples: list[Example]) -> tuple[int, ...]:

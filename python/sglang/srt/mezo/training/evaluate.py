@@ -10,8 +10,9 @@ from sglang.srt.mezo.core.config import Objective
 from sglang.srt.mezo.core.errors import ConfigError
 from sglang.srt.mezo.core.passes import drain
 from sglang.srt.mezo.core.settings import require_settings, setting
-from sglang.srt.mezo.data.examples import Encoder, OnBadRow, default_objective, get_task
+from sglang.srt.mezo.data.examples import Encoder, OnBadRow, default_objective
 from sglang.srt.mezo.data.rows import has_splits, read_rows
+from sglang.srt.mezo.data.splits import named_data
 from sglang.srt.mezo.engine.chat import ChatRenderer
 from sglang.srt.mezo.engine.handle import MezoEngine
 from sglang.srt.mezo.engine.layers import adapted_sites
@@ -21,6 +22,7 @@ from sglang.srt.mezo.scoring.plan import Planner
 from sglang.srt.mezo.scoring.scorer import Scorer
 from sglang.srt.mezo.training.checkpoint import read_checkpoint
 from sglang.srt.mezo.training.finetune import ModelArguments, chat_settings, model_layers
+from sglang.srt.mezo.training.usable import require_choices
 
 
 @dataclass(frozen=True)
@@ -51,10 +53,7 @@ def evaluate(model: ModelArguments, arguments: EvaluateArguments) -> dict[str, A
     """
     model_config, tokenizer = read_checkpoint(model.model)
     adapter = None if arguments.adapter is None else read_adapter(arguments.adapter, model_layers(model_config))
-    task = get_task(arguments.task) if arguments.task else None
-    dataset = arguments.dataset or (task.dataset[0] if task else None)
-    if dataset is None:
-        raise ConfigError("dataset", None, "a hub name, folder or file; or name a task")
+    task, dataset = named_data(arguments.task, arguments.dataset)
     if arguments.split is not None and not has_splits(dataset):
         raise ConfigError("split", arguments.split, f"none for {dataset}, which has no splits")
     rows = read_rows(dataset, arguments.split or (task.eval_split if task else "test"), task)[: arguments.rows]
@@ -63,6 +62,7 @@ def evaluate(model: ModelArguments, arguments: EvaluateArguments) -> dict[str, A
     encoder = Encoder(tokenizer, model_config.max_position_embeddings, task, invocation, chat)
     examples = encoder.encode_rows(rows, arguments.on_bad_row)
     objective = arguments.objective or default_objective(examples, rows)
+    require_choices(objective, (len(example.options) for example in examples))
     targets = list(family_of(model_config).attention) if adapter is None else adapter.target_modules
     engine = MezoEngine(
         model.model,

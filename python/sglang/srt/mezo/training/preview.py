@@ -7,11 +7,10 @@ from itertools import islice
 from typing import Any, Optional
 
 from sglang.srt.mezo.core.config import Tuning
-from sglang.srt.mezo.core.errors import ConfigError
 from sglang.srt.mezo.core.settings import require_settings, setting
-from sglang.srt.mezo.data.examples import Encoder, Example, get_task
+from sglang.srt.mezo.data.examples import Encoder, Example
 from sglang.srt.mezo.data.rows import SourceRow, read_rows
-from sglang.srt.mezo.data.splits import generation_prompt
+from sglang.srt.mezo.data.splits import generation_prompt, named_data
 from sglang.srt.mezo.data.tasks import Task
 from sglang.srt.mezo.engine.chat import ChatRenderer
 from sglang.srt.mezo.scoring.plan import Planner
@@ -50,10 +49,7 @@ def preview(model: ModelArguments, arguments: PreviewArguments) -> Iterator[dict
         ConfigError, DataError: a setting is wrong, or a row cannot be used.
     """
     model_config, tokenizer = read_checkpoint(model.model)
-    task = get_task(arguments.task) if arguments.task else None
-    dataset = arguments.dataset or (task.dataset[0] if task else None)
-    if dataset is None:
-        raise ConfigError("dataset", None, "a hub name, folder or file; or name a task")
+    task, dataset = named_data(arguments.task, arguments.dataset)
     rows = list(islice(read_rows(dataset, arguments.split, task), arguments.rows))
     chat = ChatRenderer(tokenizer, chat_settings(model))
     invocation = chosen_invocation(tokenizer, arguments.task, arguments.tuning, arguments.invocation)

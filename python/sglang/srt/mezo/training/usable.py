@@ -22,10 +22,15 @@ def require_usable(plans: Sequence[ExamplePlan], config: MezoConfig, objective: 
 
 def require_objective(config: MezoConfig, objective: Objective, option_counts: Iterable[int]) -> None:
     """Raise ConfigError where ``objective`` is not one for examples of so many options, or has no such metric."""
-    if objective == "classification" and any(count < 2 for count in option_counts):
-        raise ConfigError("objective", objective, "completion, as an example has one option only: its loss would be 0")
+    require_choices(objective, option_counts)
     metrics = ["eval_loss", "eval_accuracy"] if objective == "classification" else ["eval_loss"]
     if config.metric_for_best_model not in (None, *metrics):
         raise ConfigError(
             "metric_for_best_model", config.metric_for_best_model, f"one of {', '.join(metrics)} for {objective}"
         )
+
+
+def require_choices(objective: Objective, option_counts: Iterable[int]) -> None:
+    """Raise ConfigError where there is nothing to choose from in an example that is to be classified."""
+    if objective == "classification" and any(count < 2 for count in option_counts):
+        raise ConfigError("objective", objective, "completion, as an example has one option only: its loss would be 0")
