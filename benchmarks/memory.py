@@ -122,10 +122,17 @@ def train(model: str, epochs: int) -> int:
     from sglang.srt.mezo.engine.handle import MezoEngine
     from sglang.srt.mezo.training.trainer import MezoTrainer
 
-    config = MezoConfig(tuning=TUNING, per_device_train_batch_size=BATCH_SIZE, num_train_epochs=epochs)
+    config = MezoConfig(
+        tuning=TUNING,
+        r=R,
+        lora_alpha=ALPHA,
+        target_modules=list(TARGETS[TUNING]),
+        per_device_train_batch_size=BATCH_SIZE,
+        num_train_epochs=epochs,
+    )
     engine = MezoEngine(model, r=R, target_modules=TARGETS[TUNING], num_slots=config.num_slots, **ENGINE)
     examples = WORKLOADS["sst2"].examples(NUM_EXAMPLES, vocab_size=50_000)
-    trainer = MezoTrainer(engine.handle, config, AdapterSpec(model, R, ALPHA, TARGETS[TUNING]), examples)
+    trainer = MezoTrainer(engine.handle, config, AdapterSpec.of(config, model), examples)
     for step in range(trainer.max_steps):
         drain(trainer.step_passes(trainer.batch(step)))
     return high_water_mark(os.getpid())

@@ -89,6 +89,9 @@ def open_trainer(model: str, share: float, count: int) -> Operations:
     cut = len(WORKLOAD.invocation_tokens)
     tokens = distinct_tokens({example.prompt[:-cut] for example in examples})
     config = MezoConfig(
+        r=RANK,
+        lora_alpha=ALPHA,
+        target_modules=list(TARGETS["alora"]),
         per_device_train_batch_size=BATCH_SIZE,
         num_perturbations=1,
         estimator="two_sided",
@@ -108,7 +111,7 @@ def open_trainer(model: str, share: float, count: int) -> Operations:
         max_total_tokens=int(share * tokens),
     )
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    spec = AdapterSpec(model, RANK, ALPHA, TARGETS["alora"], WORKLOAD.invocation_tokens)
+    spec = AdapterSpec.of(config, model, WORKLOAD.invocation_tokens)
     trainer = MezoTrainer(engine.handle, config, spec, examples)
     meter = meter_of_next_steps(trainer)
     return {

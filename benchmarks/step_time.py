@@ -226,6 +226,9 @@ class Plain:
 def our_trainer(case: Case, model: str, examples: list[Example]) -> MezoTrainer:
     config = MezoConfig(
         tuning=case.tuning,
+        r=case.r,
+        lora_alpha=ALPHA,
+        target_modules=list(TARGETS[case.tuning]),
         per_device_train_batch_size=case.batch_size,
         num_perturbations=case.num_perturbations,
         estimator=case.estimator,
@@ -246,8 +249,7 @@ def our_trainer(case: Case, model: str, examples: list[Example]) -> MezoTrainer:
         max_total_tokens=3 * sum(len(example.prompt) for example in examples) // 2 + 2 * config.max_tokens_per_batch,
     )
     invocation = case.shape.invocation_tokens if case.tuning == "alora" else ()
-    spec = AdapterSpec(model, case.r, ALPHA, TARGETS[case.tuning], invocation)
-    return MezoTrainer(engine.handle, config, spec, examples)
+    return MezoTrainer(engine.handle, config, AdapterSpec.of(config, model, invocation), examples)
 
 
 def peft_loop(name: str, case: Case, model: str, device: torch.device):

@@ -114,10 +114,14 @@ def described(record) -> dict:
         attn_dp_enabled=False,
         speculative_algorithm=None,
         enable_lora_overlap_loading=False,
+        embed_tokens_module=None,
+        lm_head_module=None,
     )
     manager.lora_backend.is_moe_lora = False
     fields = {name: getattr(view, name) for name in FIELDS}
-    return {**fields, "prefill_graph": view.cuda_graph_config.prefill.backend, "no_alora": why_no_alora(manager)}
+    told = {"prefill_graph": view.cuda_graph_config.prefill.backend, "no_alora": why_no_alora(manager)}
+    manager.lm_head_module = object()
+    return {**fields, **told, "no_alora_beside_a_head": why_no_alora(manager)}
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ from sglang.srt.managers.io_struct import GenerateReqInput, LoadLoRAAdapterReqIn
 from sglang.srt.mezo.core.integrity import write_checked_json
 from sglang.srt.mezo.service.jobs.job_data import to_message
 from sglang.srt.mezo.service.wire import messages
-from sglang.srt.mezo.service.wire.messages import EngineDescription, MezoEvent, MezoReqInput, MezoReqOutput
+from sglang.srt.mezo.service.wire.events import Event, Failed, Started, Succeeded
+from sglang.srt.mezo.service.wire.messages import EngineDescription, MezoReqInput, MezoReqOutput
 from sglang.srt.mezo.service.wire.packed import unpack
 
 ENGINE = EngineDescription(
@@ -51,7 +52,7 @@ class Scheduler:
         self.refuses: dict[type, Refusal] = {}
         self.holds: dict[type, asyncio.Event] = {}
         self.loaded: dict[tuple[str, str], list] = {}
-        self.job: messages.StartJob | None = None
+        self.job: messages.StartJob | messages.HoldJob | None = None
         self.opened = False
         self.train: list = []
         self.segments: list[tuple[int, int]] = []
@@ -61,6 +62,7 @@ class Scheduler:
             messages.Describe: lambda command: msgspec.to_builtins(engine),
             messages.LoadExamples: self._load,
             messages.StartJob: self._start,
+            messages.HoldJob: self._start,
             messages.StopJob: self._stop,
             messages.AppendExamples: self._append,
             messages.SaveAdapter: self._save,
@@ -84,19 +86,19 @@ class Scheduler:
     def sent(self, kind: type) -> list[Any]:
         return [command for command in self.commands if isinstance(command, kind)]
 
-    def report(self, kind: str, step: int = 0, message: str = "", job_id: str | None = None, **data: Any) -> None:
+    def report(self, kind: type[Event], step: int = 0, job_id: str | None = None, **fields: Any) -> None:
         """Let the job say something, and be what it says."""
         job_id = job_id or self.job.job_id
-        if kind == "started":
+        if kind is Started:
             self.opened = True
-        if kind in ("succeeded", "failed"):
+        if kind in (Succeeded, Failed):
             self.job = None
         self.step = step
-        self.on_event(MezoEvent(job_id=job_id, kind=kind, step=step, message=message, data=data))
+        self.on_event(kind(job_id=job_id, step=step, **fields))
 
     def succeed(self, step: int = 10, weights: str = "trained") -> None:
-        write_adapter(Path(self.job.config["output_dir"]) / "adapter", weights)
-        self.report("succeeded", step, best_step=step, metrics={}, trained_tokens=123, train_seconds=1.0)
+        write_adapter(Path(self.job.config.output_dir) / "adapter", weights)
+        self.report(Succeeded, step, best_step=step, metrics={}, trained_tokens=123, train_seconds=1.0)
 
     # --- commands -----------------------------------------------------------------------------------------------------
 
@@ -109,11 +111,11 @@ class Scheduler:
         if self.job is not None:
             raise Refusal(f"{self.job.job_id} has the engine", "job")
         self.job, self.opened, self.train = command, False, train
-        if not command.manual:
+        if isinstance(command, messages.StartJob):
             assert sum(count for _, count in command.segments) == len(train)
             self.segments = list(command.segments)
-        run = Path(command.config["output_dir"])
-        assert command.config["resume_from_checkpoint"] == run.exists()
+        run = Path(command.config.output_dir)
+        assert command.config.resume_from_checkpoint == run.exists()
         run.mkdir(parents=True, exist_ok=True)
         (run / "config.json").write_text("{}")
         (run / "seed_log").write_text("log")
@@ -127,12 +129,12 @@ class Scheduler:
         return {"step": self.step}
 
     def _append(self, command) -> dict[str, int]:
-        self._require_open(command)
+        self._require_open(command, messages.StartJob)
         self.train += command.examples
         first = self.step + 1
         earlier = self.segments.pop()[1] if self.segments[-1][0] == first else 0
         self.segments.append((first, earlier + len(command.examples)))
-        write_checked_json(Path(self.job.config["output_dir"]) / "segments.json", {"parts": self.segments})
+        write_checked_json(Path(self.job.config.output_dir) / "segments.json", {"parts": self.segments})
         return {"step": first}
 
     def _save(self, command) -> dict[str, int]:
@@ -141,15 +143,15 @@ class Scheduler:
         return {"step": self.step}
 
     def _evaluate(self, command) -> None:
-        self._require_open(command, manual=True)
+        self._require_open(command, messages.HoldJob)
 
     def _update(self, command) -> dict[str, int]:
-        self._require_open(command, manual=True)
+        self._require_open(command, messages.HoldJob)
         self.step += 1
         return {"step": self.step}
 
-    def _require_open(self, command, manual: bool = False) -> None:
-        if self.job is None or self.job.job_id != command.job_id or not self.opened or (manual and not self.job.manual):
+    def _require_open(self, command, kind: type = object) -> None:
+        if self.job is None or self.job.job_id != command.job_id or not self.opened or not isinstance(self.job, kind):
             raise Refusal(f"{command.job_id} is not the job that has the engine", "job")
 
 

@@ -18,6 +18,7 @@ from sglang.srt.mezo.service.jobs.fit import limits
 from sglang.srt.mezo.service.jobs.forks import Forks
 from sglang.srt.mezo.service.jobs.manager import JobManager
 from sglang.srt.mezo.service.store.store import Store
+from sglang.srt.mezo.service.wire.events import Started
 from sglang.srt.mezo.service.wire.records import StoredFile, StoredJob, new_id, now
 from sglang.srt.mezo.service.wire.settings import ServiceSettings
 
@@ -109,7 +110,7 @@ class Server:
     async def started(self, job: StoredJob) -> None:
         await eventually(lambda: self.scheduler.job is not None and self.scheduler.job.job_id == job.id)
         await self.until(job, "running")
-        self.scheduler.report("started", self.store.job(job.id).step)
+        self.scheduler.report(Started, self.store.job(job.id).step)
         await asyncio.sleep(0.02)
 
     async def succeeded(self, **arguments) -> StoredJob:

@@ -44,6 +44,7 @@ def test_a_default_server_can_serve_what_its_default_job_makes(resolved):
     gpu, records = resolved
     for name in ("nothing", "float32"):
         assert records[name]["no_alora"] is None
+        assert "not together with LoRA on the head" in records[name]["no_alora_beside_a_head"]
         assert (records[name]["lora_backend"], records[name]["page_size"], records[name]["prefill_graph"]) == (
             "triton",
             1,

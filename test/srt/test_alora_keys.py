@@ -65,6 +65,15 @@ class Tree:
     """Stands in for UnifiedRadixCache, of which `_shares_base` asks this much."""
 
     linker = None
+    tree_core = SimpleNamespace(enable_kv_cache_events=False)
+
+
+def test_a_batch_without_an_invocation_is_left_as_it_is():
+    """What speculative decoding verifies counts as a prefill, and has no lengths."""
+    batch = SimpleNamespace(forward_mode=SimpleNamespace(is_extend=lambda: True), lora_ids=["plain", None])
+    reqs = [SimpleNamespace(mezo_binding=None)] * 2
+    runner = SimpleNamespace(lora_manager=object())
+    alora_serving._after_batch_created(batch, None, SimpleNamespace(reqs=reqs), runner)
 
 
 def test_another_load_of_an_adapter_is_another_place_in_the_cache(served):
@@ -99,6 +108,15 @@ def test_tree_that_takes_no_tags_gets_a_namespace_of_its_own(served):
     second, _ = look_up(request([1, 7, 8, 7, 8], "active"), shared=False)
     assert keys == [1, 7, 8, 3]
     assert first is not None and second is not None and first != second
+
+
+def test_tagged_keys_are_told_to_nobody(served):
+    """With KV events the tokens of the tree leave the process."""
+    tree = Tree()
+    tree.enable_storage = False
+    assert alora_serving._shares_base(tree)
+    tree.tree_core = SimpleNamespace(enable_kv_cache_events=True)
+    assert not alora_serving._shares_base(tree)
 
 
 def test_prompt_without_invocation_is_the_base_models(served):
@@ -136,6 +154,8 @@ def manager(kind=Backend, **changes) -> SimpleNamespace:
             "lora_backend": backend,
             "max_loras_per_batch": 8,
             "enable_lora_overlap_loading": False,
+            "embed_tokens_module": None,
+            "lm_head_module": None,
             "attn_dp_enabled": False,
             "speculative_algorithm": None,
             **changes,
@@ -158,6 +178,8 @@ def running(monkeypatch):
         ({"backend_supports_prefill_cuda_graph": True}, "--cuda-graph-backend-prefill disabled"),
         ({"max_loras_per_batch": 1}, "allowed: 2 or more"),
         ({"backend_is_moe_lora": True}, "LoRA on experts"),
+        ({"embed_tokens_module": object()}, "LoRA on the embeddings"),
+        ({"lm_head_module": object()}, "LoRA on the head"),
         ({"enable_lora_overlap_loading": True}, "overlap"),
         ({"attn_dp_enabled": True}, "data-parallel attention"),
         ({"speculative_algorithm": "EAGLE"}, "speculative decoding"),

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from live_server import MODEL, ROOT, reviews
-from sglang.srt.mezo.core.errors import ConfigError
+from sglang.srt.mezo.core.errors import ConfigError, DamagedError
 from sglang.srt.mezo.training.replay import ReplayArguments, replay
 
 PROGRAM = Path(sys.executable).with_name("sglang-mezo")
@@ -123,6 +123,19 @@ def test_a_replay_that_cannot_be_is_refused(tmp_path):
     assert not (tmp_path / "again").exists()
     done = run(tmp_path, "replay", "run", "--step", 1, status=2)
     assert "output=None is not allowed: --output is needed" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_a_replay_of_a_damaged_adapter_says_so(tmp_path):
+    """Whether its folder has checksums or, as those of earlier versions, none."""
+    with tarfile.open(STORED) as archive:
+        archive.extractall(tmp_path, filter="data")
+    folder = tmp_path / "run" / "initial_adapter"
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        (folder / name).write_bytes((folder / name).read_bytes()[:-7])
+        for _ in range(2):
+            with pytest.raises(DamagedError, match="initial_adapter"):
+                replay(ReplayArguments(str(tmp_path / "run"), 1, str(tmp_path / "again")))
+            (folder / "SHA256SUMS").unlink(missing_ok=True)
 
 
 # --- the door ---------------------------------------------------------------------------------------------------------

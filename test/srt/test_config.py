@@ -61,7 +61,7 @@ from sglang.srt.mezo.core.settings import setting_of
             for value in (-0.1, 1.0)
             for name in ("momentum", "adam_beta1", "adam_beta2")
         ),
-        ("report_to", "wandb", "one of none, tensorboard"),
+        ("report_to", 3, "a list of strings, a string"),
         ("target_modules", [], "at least one module"),
         ("target_modules", "q_proj", "a list of strings, null"),
         ("r", "8", "a whole number"),

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from sglang.srt.mezo.core.errors import ConfigError
 from sglang.srt.mezo.engine.contract import Point, differences, points
 from sglang.srt.mezo.engine.upstream_source import UpstreamSource
 
@@ -144,6 +145,13 @@ def source(tmp_path) -> UpstreamSource:
 def test_what_a_name_is(source, name, what):
     assert source.version == "0.1.2"
     assert source.signature("sglang.srt.a", name) == what
+
+
+def test_a_file_that_is_no_wheel_is_named(tmp_path):
+    path = tmp_path / "sglang-0.1.2-py3-none-any.whl"
+    path.write_text("not found")
+    with pytest.raises(ConfigError, match="against=.* is not allowed: a wheel that can be read"):
+        UpstreamSource.of_wheel(path)
 
 
 def test_what_lies_elsewhere(source):

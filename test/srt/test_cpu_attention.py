@@ -67,6 +67,7 @@ class Case:
         out_cache_loc = torch.cat([table[r, p : p + f] for r, (p, f) in zip(self.requests, rows)]).long()
         lengths = torch.tensor([p + f for p, f in rows])
         self.batch = SimpleNamespace(
+            batch_size=len(rows),
             forward_mode=ForwardMode.DECODE if decode else ForwardMode.EXTEND,
             req_pool_indices=torch.tensor(self.requests),
             seq_lens=lengths,

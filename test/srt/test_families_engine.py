@@ -45,7 +45,14 @@ def losses(engine, spec: AdapterSpec, theta: torch.Tensor) -> list[float]:
     found = []
     for objective, examples in BATCHES.values():
         tuning = "alora" if spec.invocation else "lora"
-        config = MezoConfig(tuning=tuning, num_perturbations=1, estimator="two_sided", scale_by_loss_std=False)
+        config = MezoConfig(
+            tuning=tuning,
+            r=spec.r,
+            lora_alpha=spec.lora_alpha,
+            num_perturbations=1,
+            estimator="two_sided",
+            scale_by_loss_std=False,
+        )
         trainer = MezoTrainer(engine.handle, config, spec, examples, objective=objective)
         try:
             trainer.adapter.theta.copy_(theta)

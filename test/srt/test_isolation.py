@@ -321,6 +321,13 @@ def test_logits_that_are_not_finite_are_replaced_before_they_are_sampled():
     assert look(extend_batch([1], ["a"]), torch.zeros(1, 8), masked).tolist() == [True]
 
 
+@pytest.mark.parametrize(("device", "overlap"), [("cpu", True), ("cuda", True), ("cuda", False)])
+def test_kv_is_erased_on_the_stream_that_writes_it(device, overlap, monkeypatch):
+    monkeypatch.setattr(isolation, "_streams", [])
+    isolation._after_overlap(None, SimpleNamespace(device=device, enable_overlap=overlap, forward_stream="forwards"))
+    assert isolation._streams == (["forwards"] if device == "cuda" and overlap else [])
+
+
 def test_a_batch_of_the_base_model_alone_is_left_alone():
     assert look(extend_batch([2], [None]), torch.full((2, 8), math.nan), torch.full((1, 50), math.nan)) is None
 

@@ -275,8 +275,7 @@ def train_offline(engine, config: MezoConfig, rows: list[dict]) -> None:
     invocation = tuple(tokenizer(config.invocation, add_special_tokens=False).input_ids) if config.invocation else ()
     encoder = Encoder(tokenizer, 512, None, invocation)
     examples = [example for row in rows for example in encoder.encode(row)]
-    spec = AdapterSpec(str(MODEL), config.r, config.lora_alpha, tuple(config.target_modules), invocation)
-    MezoTrainer(engine.handle, config, spec, examples).train()
+    MezoTrainer(engine.handle, config, AdapterSpec.of(config, str(MODEL), invocation), examples).train()
 
 
 def series(run: Path) -> list[tuple]:

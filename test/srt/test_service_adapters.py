@@ -8,11 +8,20 @@ from service_doubles import write_adapter
 from service_server import ROW, anyio_backend, eventually, runtime_context, server, serving, tokenizer  # noqa: F401
 from sglang.srt.mezo.service.jobs import manual, publish
 from sglang.srt.mezo.service.wire.errors import NotFound, PublishError, RequestError
-from sglang.srt.mezo.service.wire.messages import ApplyUpdate, EvaluatePerturbed, StartJob, StopJob
+from sglang.srt.mezo.service.wire.events import (
+    CheckpointSaved,
+    Failed,
+    PerturbationDropped,
+    PerturbationEvaluated,
+    Started,
+    StepTaken,
+)
+from sglang.srt.mezo.service.wire.messages import ApplyUpdate, EvaluatePerturbed, HoldJob, StartJob, StopJob
 
 pytestmark = pytest.mark.anyio
 
 ALL_SEEDS = 2**64 - 1
+LOSSES = {"loss_plus": [0.6], "loss_minus": [0.5], "projected_grad": [5.0]}
 
 
 @pytest.fixture(autouse=True)
@@ -43,24 +52,20 @@ def open_at_once(server) -> None:
 
     async def handle_and_open(command):
         reply = await handle(command)
-        if isinstance(command, StartJob) and command.manual and reply.success:
-            asyncio.get_running_loop().call_soon(server.scheduler.report, "started", server.scheduler.step)
+        if isinstance(command, HoldJob) and reply.success:
+            asyncio.get_running_loop().call_soon(server.scheduler.report, Started, server.scheduler.step)
         return reply
 
     server.scheduler.handle = handle_and_open
 
 
-def evaluation(server, **result) -> None:
-    """Report the result of the evaluation that was asked for last."""
-    [*_, command] = server.scheduler.sent(EvaluatePerturbed)
-    server.scheduler.report("evaluated", operation=command.operation, **result)
-
-
-async def evaluate(server, job, **result):
+async def evaluate(server, job, kind=PerturbationEvaluated, **result):
+    """Ask for an evaluation, and have it reported."""
     before = len(server.scheduler.sent(EvaluatePerturbed))
     request = asyncio.create_task(server.manager.evaluate(job.id, [ROW], 7, 1e-2))
     await eventually(lambda: len(server.scheduler.sent(EvaluatePerturbed)) > before)
-    evaluation(server, **result)
+    [*_, command] = server.scheduler.sent(EvaluatePerturbed)
+    server.scheduler.report(kind, operation=command.operation, **result)
     return await request
 
 
@@ -165,7 +170,7 @@ async def test_checkpoints_of_a_cancelled_job_hold_its_name_until_it_is_deleted(
     job = await server.running(suffix="mine")
     folder = tmp_path / "jobs" / job.id / "run" / "checkpoint-4"
     write_adapter(folder, "of step 4")
-    server.scheduler.report("checkpoint", 4, directory=str(folder))
+    server.scheduler.report(CheckpointSaved, 4, directory=str(folder))
     await server.manager.cancel(job.id)
     with pytest.raises(RequestError, match="an adapter that is served"):
         server.manager.adapter_name_for("ftjob-0", "mine")
@@ -179,7 +184,7 @@ async def test_checkpoints_of_a_cancelled_job_hold_its_name_until_it_is_deleted(
 async def test_a_running_jobs_adapter_is_served_on_request_and_then_its_result(server, tmp_path):
     job = await server.running()
     for step in (4, 6):
-        server.scheduler.report("step", step, loss=0.6, max_steps=10)
+        server.scheduler.report(StepTaken, step, max_steps=10, metrics={"loss": 0.6})
         assert await server.manager.publish_checkpoint(job.id, None) == f"opt:{job.adapter_name}"
         assert await server.answer(job.adapter_name) == f"step {step}"
     assert (server.store.job(job.id).version, server.store.job(job.id).fine_tuned_model) == (2, None)
@@ -194,7 +199,7 @@ async def test_a_running_jobs_adapter_is_served_on_request_and_then_its_result(s
 async def test_a_publication_that_fails_leaves_the_version_before(server, tmp_path):
     job = await server.running()
     await server.manager.publish_checkpoint(job.id, None)
-    server.scheduler.report("step", 4, loss=0.6, max_steps=10)
+    server.scheduler.report(StepTaken, 4, max_steps=10, metrics={"loss": 0.6})
     server.tokenizer_manager.broken = "step 4"
     with pytest.raises(PublishError):
         await server.manager.publish_checkpoint(job.id, None)
@@ -206,7 +211,7 @@ async def test_a_checkpoint_is_loaded_on_request(server, tmp_path):
     job, other = await server.running(), await server.create()
     folder = tmp_path / "jobs" / job.id / "run" / "checkpoint-4"
     write_adapter(folder, "of step 4")
-    server.scheduler.report("checkpoint", 4, directory=str(folder))
+    server.scheduler.report(CheckpointSaved, 4, directory=str(folder))
     [checkpoint] = server.store.checkpoints(job.id).data
     for _ in range(2):
         name = await server.manager.publish_checkpoint(job.id, checkpoint.id)
@@ -222,7 +227,7 @@ async def test_what_was_served_is_served_after_a_restart(tmp_path, tokenizer):
         job = await server.running(suffix="mine")
         folder = tmp_path / "jobs" / job.id / "run" / "checkpoint-4"
         write_adapter(folder, "of step 4")
-        server.scheduler.report("checkpoint", 4, directory=str(folder))
+        server.scheduler.report(CheckpointSaved, 4, directory=str(folder))
         server.scheduler.succeed()
         await server.until(job, "succeeded")
         deleted = await server.succeeded(suffix="gone")
@@ -253,7 +258,7 @@ async def test_what_cannot_be_deleted(server, tmp_path):
     job = await server.running(suffix="mine")
     folder = tmp_path / "jobs" / job.id / "run" / "checkpoint-4"
     write_adapter(folder, "of step 4")
-    server.scheduler.report("checkpoint", 4, directory=str(folder))
+    server.scheduler.report(CheckpointSaved, 4, directory=str(folder))
     for name, status in (("mine", 409), ("mine:ckpt-step-4", 400), ("other", 404)):
         with pytest.raises(RequestError) as caught:
             await server.manager.delete_model(name)
@@ -266,14 +271,13 @@ async def test_what_cannot_be_deleted(server, tmp_path):
 
 async def test_a_perturbation_of_a_succeeded_job_is_evaluated(server):
     job = await succeeded_and_opened(server)
-    losses = {"loss_plus": [0.6], "loss_minus": [0.5], "projected_grad": [5.0]}
-    assert await evaluate(server, job, **losses) == {"step": 10, **losses}
+    assert await evaluate(server, job, losses=LOSSES) == {"step": 10, **LOSSES}
     [command] = server.scheduler.sent(EvaluatePerturbed)
     assert (command.zo_random_seed, command.zo_eps, len(command.examples)) == (7, 1e-2, 1)
-    start = server.scheduler.sent(StartJob)[-1]
-    assert start.manual and start.config["resume_from_checkpoint"] and start.segments == []
-    await evaluate(server, job, **losses)
-    assert len(server.scheduler.sent(StartJob)) == 2  # the training, and one for both evaluations
+    [held] = server.scheduler.sent(HoldJob)
+    assert held.config.resume_from_checkpoint
+    await evaluate(server, job, losses=LOSSES)
+    assert server.scheduler.sent(HoldJob) == [held]  # for both
 
 
 async def test_an_update_of_a_succeeded_job_is_served_at_once(server):
@@ -289,20 +293,24 @@ async def test_an_update_of_a_succeeded_job_is_served_at_once(server):
     assert await server.answer(job.adapter_name) == "step 11"
     after = server.store.job(job.id)
     assert (after.status, after.step, after.version) == ("succeeded", 12, 2)
+    for version in (3, 3):  # what is served already is not published again
+        assert await server.manager.publish_checkpoint(job.id, None) == job.fine_tuned_model
+        assert await server.answer(job.adapter_name) == "step 12"
+        assert server.store.job(job.id).version == version
 
 
 async def test_a_paused_job_is_updated_served_and_resumed(server):
     job = await server.running()
-    server.scheduler.report("step", 4, loss=0.6, max_steps=10)
+    server.scheduler.report(StepTaken, 4, max_steps=10, metrics={"loss": 0.6})
     await server.manager.pause(job.id)
     open_at_once(server)
     assert await server.manager.update(job.id, 1, [0.5], 1e-3) == {"step": 5, "model": None}
     assert await server.manager.publish_checkpoint(job.id, None) == f"opt:{job.adapter_name}"
     assert await server.answer(job.adapter_name) == "step 5"
     await server.manager.resume(job.id)
-    await eventually(lambda: server.scheduler.job is not None and not server.scheduler.job.manual)
+    await eventually(lambda: isinstance(server.scheduler.job, StartJob))
     assert server.scheduler.commands[-3] == StopJob(job_id=job.id)
-    server.scheduler.report("started", 5)
+    server.scheduler.report(Started, 5)
     server.scheduler.succeed()
     await server.until(job, "succeeded")
 
@@ -310,9 +318,9 @@ async def test_a_paused_job_is_updated_served_and_resumed(server):
 async def test_an_operation_that_the_engine_gives_up_says_why(server):
     job = await succeeded_and_opened(server)
     with pytest.raises(RequestError, match="the cache was flushed"):
-        await evaluate(server, job, error="the cache was flushed")
-    server.scheduler.report("failed", 10, "out of memory", job_id=job.id, code="CapacityError")
-    await evaluate(server, job, loss_plus=[0.5])
+        await evaluate(server, job, PerturbationDropped, message="the cache was flushed")
+    server.scheduler.report(Failed, 10, message="out of memory", job_id=job.id, code="CapacityError")
+    await evaluate(server, job, losses=LOSSES)
     assert server.store.job(job.id).status == "succeeded"
 
 
@@ -320,7 +328,7 @@ async def test_a_session_that_ends_in_mid_operation_fails_it(server):
     job = await succeeded_and_opened(server)
     request = asyncio.create_task(server.manager.evaluate(job.id, [ROW], 7, 1e-2))
     await eventually(lambda: server.scheduler.sent(EvaluatePerturbed))
-    server.scheduler.report("failed", 10, "out of memory", code="CapacityError")
+    server.scheduler.report(Failed, 10, message="out of memory", code="CapacityError")
     with pytest.raises(RequestError, match="out of memory"):
         await request
 
@@ -334,7 +342,7 @@ async def test_training_goes_before_single_operations(server):
         assert (caught.value.status, caught.value.code) == (409, "engine_busy")
     server.scheduler.succeed()
     await server.until(training, "succeeded")
-    await evaluate(server, job, loss_plus=[0.5])
+    await evaluate(server, job, losses=LOSSES)
 
 
 async def test_an_operation_is_finished_before_training_begins(server):
@@ -343,8 +351,9 @@ async def test_an_operation_is_finished_before_training_begins(server):
     await eventually(lambda: server.scheduler.sent(EvaluatePerturbed))
     waiting = await server.until(await server.create(), "queued")
     await asyncio.sleep(0.05)
-    assert server.scheduler.job.manual
-    evaluation(server, loss_plus=[0.5])
+    assert isinstance(server.scheduler.job, HoldJob)
+    [command] = server.scheduler.sent(EvaluatePerturbed)
+    server.scheduler.report(PerturbationEvaluated, operation=command.operation, losses=LOSSES)
     await request
     await server.started(waiting)
 
@@ -352,14 +361,14 @@ async def test_an_operation_is_finished_before_training_begins(server):
 async def test_the_engine_is_given_back_after_a_while(server, monkeypatch):
     job = await succeeded_and_opened(server)
     for _ in range(3):
-        await evaluate(server, job, loss_plus=[0.5])
+        await evaluate(server, job, losses=LOSSES)
     clocks = [
         task for task in asyncio.all_tasks() if task.get_coro().__name__ == "_give_back" and not task.cancelling()
     ]
     assert len(clocks) == 1
     monkeypatch.setattr(manual, "_IDLE_SECONDS", 0.05)
     for _ in range(2):
-        await evaluate(server, job, loss_plus=[0.5])
+        await evaluate(server, job, losses=LOSSES)
         await eventually(lambda: server.scheduler.job is None)
 
 

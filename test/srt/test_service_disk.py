@@ -17,6 +17,7 @@ from sglang.srt.mezo.service.jobs import queues
 from sglang.srt.mezo.service.jobs.client import EngineClient
 from sglang.srt.mezo.service.store.disk import disk_full
 from sglang.srt.mezo.service.wire.errors import DiskFull, RequestError
+from sglang.srt.mezo.service.wire.events import CheckpointSaved, Failed, StepTaken
 from sglang.srt.mezo.service.wire.messages import (
     AppendExamples,
     ApplyUpdate,
@@ -158,7 +159,7 @@ async def test_what_the_engine_could_not_write_is_told_apart(server, monkeypatch
 async def test_a_job_whose_run_could_not_be_written_goes_on_once_there_is_room(server, written):
     job = await server.running()
     take_writes(server, written)
-    server.scheduler.report("failed", 4, "the server's disk takes no more", code="disk_full")
+    server.scheduler.report(Failed, 4, message="the server's disk takes no more", code="disk_full")
     if written:
         await eventually(lambda: "The job waits: the server's disk takes no more" in server.messages(job))
     else:
@@ -171,7 +172,7 @@ async def test_a_job_whose_run_could_not_be_written_goes_on_once_there_is_room(s
 async def test_a_job_that_fails_while_nothing_can_be_written_is_failed_later(server):
     job = await server.running()
     take_writes(server, False)
-    server.scheduler.report("failed", 4, "the losses are nan", code="DivergedError")
+    server.scheduler.report(Failed, 4, message="the losses are nan", code="DivergedError")
     await asyncio.sleep(0.1)
     take_writes(server, True)
     assert (await server.until(job, "failed")).error["code"] == "DivergedError"
@@ -190,7 +191,7 @@ async def test_another_process_that_holds_the_database_delays_a_state_and_loses_
         other.execute("COMMIT")
 
     threading.Timer(0.2, let_go).start()
-    server.scheduler.report("failed", 4, "the losses are nan", code="DivergedError")
+    server.scheduler.report(Failed, 4, message="the losses are nan", code="DivergedError")
     await server.until(job, "failed")
     assert seen == ["running"]
 
@@ -233,8 +234,8 @@ async def test_a_result_that_cannot_be_stored_is_published_later(server, tmp_pat
     await server.manager.publish_checkpoint(job.id, None)
     write_adapter(tmp_path / "jobs" / job.id / "run" / "checkpoint-4", "of step 4")
     take_writes(server, False)
-    server.scheduler.report("step", 6, loss=0.6, max_steps=10)
-    server.scheduler.report("checkpoint", 4, directory=str(tmp_path / "jobs" / job.id / "run" / "checkpoint-4"))
+    server.scheduler.report(StepTaken, 6, max_steps=10, metrics={"loss": 0.6})
+    server.scheduler.report(CheckpointSaved, 4, directory=str(tmp_path / "jobs" / job.id / "run" / "checkpoint-4"))
     server.scheduler.succeed()
     await asyncio.sleep(0.1)
     assert await server.answer(job.adapter_name) == "step 0", "what is on record"
@@ -246,7 +247,7 @@ async def test_a_result_that_cannot_be_stored_is_published_later(server, tmp_pat
 async def test_a_version_that_cannot_be_put_on_record_is_not_served(server, tmp_path):
     job = await server.running()
     await server.manager.publish_checkpoint(job.id, None)
-    server.scheduler.report("step", 4, loss=0.6, max_steps=10)
+    server.scheduler.report(StepTaken, 4, max_steps=10, metrics={"loss": 0.6})
     take_writes(server, False)
     with pytest.raises(sqlite3.OperationalError):
         await server.manager.publish_checkpoint(job.id, None)
@@ -343,7 +344,7 @@ async def test_on_a_disk_that_is_full_nothing_is_lost(tmp_path, tokenizer):
             await server.until(waiting, "queued")
             disk.fill()
             for i in range(200):  # what SQLite has room for in its own files already
-                server.scheduler.report("step", i, loss=0.6, max_steps=1000)
+                server.scheduler.report(StepTaken, i, max_steps=1000, metrics={"loss": 0.6})
             with pytest.raises((OSError, sqlite3.Error)) as caught:
                 await server.manager.append_rows(job.id, [ROW] * 100)
             assert disk_full(caught.value)
@@ -351,7 +352,7 @@ async def test_on_a_disk_that_is_full_nothing_is_lost(tmp_path, tokenizer):
                 while True:
                     await server.create()
             assert disk_full(caught.value)
-            server.scheduler.report("failed", 200, "the server's disk takes no more", code="disk_full")
+            server.scheduler.report(Failed, 200, message="the server's disk takes no more", code="disk_full")
             with pytest.raises((OSError, sqlite3.Error)):
                 while True:
                     server.upload(*[ROW] * 100)

@@ -10,7 +10,8 @@ from service_doubles import ENGINE, Refusal, write_adapter
 from service_server import ROW, ROWS, anyio_backend, eventually, runtime_context, serving, tokenizer  # noqa: F401
 from sglang.srt.mezo.service.jobs import publish
 from sglang.srt.mezo.service.wire.errors import RequestError
-from sglang.srt.mezo.service.wire.messages import MezoEvent, StartJob
+from sglang.srt.mezo.service.wire.events import BaseModelReplaced, CheckpointSaved, Failed, StepTaken
+from sglang.srt.mezo.service.wire.messages import StartJob
 
 pytestmark = pytest.mark.anyio
 
@@ -26,14 +27,14 @@ async def interrupted(directory, tokenizer, *rows, **config):
     """A job that a server was training when it ended."""
     async with serving(directory, tokenizer) as server:
         job = await server.running(*rows, **config)
-        server.scheduler.report("step", 4, loss=0.6, max_steps=10)
+        server.scheduler.report(StepTaken, 4, max_steps=10, metrics={"loss": 0.6})
     return job
 
 
 async def goes_on(directory, tokenizer, job) -> None:
     async with serving(directory, tokenizer) as server:
         await server.started(job)
-        assert server.scheduler.job.config["resume_from_checkpoint"] and server.store.job(job.id).error is None
+        assert server.scheduler.job.config.resume_from_checkpoint and server.store.job(job.id).error is None
         server.scheduler.succeed()
         await server.until(job, "succeeded")
         assert await server.answer(job.adapter_name) == "trained"
@@ -80,11 +81,11 @@ async def test_a_job_that_the_engine_cannot_take_up_waits_too(tmp_path, tokenize
         assert (await server.until(job, "paused")).error == {"code": "does_not_fit", "message": reason, "param": None}
     async with serving(tmp_path, tokenizer, kv_capacity=1000) as server:
         await server.started(job)
-        server.scheduler.report("failed", 4, "1000 tokens do not fit", code="CapacityError")
+        server.scheduler.report(Failed, 4, message="1000 tokens do not fit", code="CapacityError")
         assert "kv_capacity is 1000 and was 4000" in (await server.until(job, "paused")).error["message"]
         assert (await server.manager.resume(job.id)).status == "validating_files"
         await server.started(job)
-        server.scheduler.report("failed", 4, "the losses are nan", code="DivergedError")
+        server.scheduler.report(Failed, 4, message="the losses are nan", code="DivergedError")
         assert (await server.until(job, "failed")).error["code"] == "DivergedError"
 
 
@@ -94,7 +95,7 @@ async def test_a_job_whose_rows_are_rendered_otherwise_now_waits(tmp_path, token
     other.chat_template = "{{ messages }}"
     async with serving(tmp_path, other) as server:
         await server.started(job)
-        server.scheduler.report("failed", 4, "the training examples are not those of the run", code="DataError")
+        server.scheduler.report(Failed, 4, message="the training examples are not those of the run", code="DataError")
         assert "of the server's settings rendering is" in (await server.until(job, "paused")).error["message"]
     await goes_on(tmp_path, tokenizer, job)
 
@@ -105,7 +106,7 @@ async def test_a_job_that_fails_with_the_flags_that_it_was_created_for_fails(tmp
         await server.until(job, "paused")
     async with serving(tmp_path, tokenizer) as server:
         await server.started(job)
-        server.scheduler.report("failed", 4, "1000 tokens do not fit", code="CapacityError")
+        server.scheduler.report(Failed, 4, message="1000 tokens do not fit", code="CapacityError")
         await server.until(job, "failed")
 
 
@@ -152,7 +153,7 @@ async def test_adapters_are_served_on_their_own_base_model_and_where_there_is_ro
         job = await server.running(suffix="mine", r=8)
         folder = tmp_path / "jobs" / job.id / "run" / "checkpoint-4"
         write_adapter(folder, "of step 4")
-        server.scheduler.report("checkpoint", 4, directory=str(folder))
+        server.scheduler.report(CheckpointSaved, 4, directory=str(folder))
         server.scheduler.succeed()
         await server.until(job, "succeeded")
         [checkpoint] = server.store.checkpoints(job.id).data
@@ -198,10 +199,10 @@ async def test_weights_that_are_replaced_while_the_server_runs_are_another_base_
         waiting = await server.until(await server.create(), "queued")
 
         def replace_weights(fingerprint: str) -> None:
-            server.manager.on_event(MezoEvent(job_id="", kind="base_model", step=0, data={"fingerprint": fingerprint}))
+            server.manager.on_event(BaseModelReplaced(fingerprint=fingerprint))
 
         replace_weights("replaced:1")
-        server.scheduler.report("failed", 4, "base_model=...", code="BaseModelError")
+        server.scheduler.report(Failed, 4, message="base_model=...", code="BaseModelError")
         for one in (job, waiting):
             assert (await server.until(one, "paused")).error["code"] == "base_model_changed"
         await eventually(lambda: not server.manager.serves("mine"))
@@ -209,7 +210,7 @@ async def test_weights_that_are_replaced_while_the_server_runs_are_another_base_
         new = await server.running()
         assert new.engine["base_model"] == "replaced:1"
         replace_weights(ENGINE.base_model)
-        server.scheduler.report("failed", 1, "base_model=...", code="BaseModelError")
+        server.scheduler.report(Failed, 1, message="base_model=...", code="BaseModelError")
         assert (await server.until(new, "paused")).error["code"] == "base_model_changed"
         await server.started(job)
         assert await server.answer("mine") == "trained" and "The model is served again" in server.messages(done)

@@ -1,12 +1,13 @@
 """What a client leaves open is settled from one place; what it gets wrong is named with its path, value and range."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from sglang.srt.mezo.core.config import MezoConfig
 from sglang.srt.mezo.core.errors import DataError, shown
-from sglang.srt.mezo.service.jobs.hyperparameters import kinds, reported, resolve, settle
+from sglang.srt.mezo.service.jobs.hyperparameters import kinds, reported, resolve, settle, stored
 from sglang.srt.mezo.service.wire.errors import RequestError
 from sglang.srt.mezo.service.wire.messages import EngineDescription
 
@@ -58,8 +59,8 @@ def test_nothing_given_is_the_default_of_a_server(body):
         seed=7,
         save_steps=50,
     )
-    assert MezoConfig(**config) == expected
-    assert not {"output_dir", "overwrite_output_dir", "resume_from_checkpoint"} & config.keys()
+    assert config == expected
+    assert not {"output_dir", "overwrite_output_dir", "resume_from_checkpoint"} & stored(config).keys()
 
 
 def test_auto_is_the_default_of_every_hyperparameter():
@@ -115,20 +116,21 @@ def test_auto_is_the_default_of_every_hyperparameter():
 )
 def test_a_value_reaches_its_setting_and_is_reported(name, value, field):
     config, hyperparameters = resolved(**{name: value})
-    assert config[field] == value
-    assert reported(config, hyperparameters)[name] == value
-    MezoConfig(**config)
+    assert getattr(config, field) == value
+    assert reported(stored(config), hyperparameters)[name] == value
+    assert MezoConfig(**stored(config)) == config
 
 
 def test_every_hyperparameter_is_reported_under_its_own_name():
-    report = reported(*resolved())
+    config, hyperparameters = resolved()
+    report = reported(stored(config), hyperparameters)
     assert report.keys() == KINDS.keys()
     assert json.loads(json.dumps(report)) == report
 
 
 def test_what_is_reported_makes_the_same_job_again():
     config, hyperparameters = resolved(r=4, n_epochs=3, zo_eps=1e-3, invocation=" It was", num_perturbations=4)
-    assert resolved(**reported(config, hyperparameters)) == (config, hyperparameters)
+    assert resolved(**reported(stored(config), hyperparameters)) == (config, hyperparameters)
 
 
 WRONG_TYPES = {
@@ -165,8 +167,8 @@ def test_null_is_a_setting_of_its_own_or_refused(name):
         assert refused(request(**{name: None})).param == f"{PLACE}.{name}"
         return
     config, hyperparameters = resolved(**{name: None})
-    assert reported(config, hyperparameters)[name] is None and getattr(MezoConfig(), name) is None
-    assert config["target_modules"] and MezoConfig(**config)
+    assert reported(stored(config), hyperparameters)[name] is None and getattr(MezoConfig(), name) is None
+    assert config.target_modules and MezoConfig(**stored(config))
 
 
 @pytest.mark.parametrize(
@@ -271,20 +273,20 @@ def test_the_older_place_does_as_well_and_errors_name_it():
 def test_steps_and_epochs_agree(hyperparameters, num_train, n_epochs, batch_size, max_steps):
     config, resolved_three = resolved(num_train, **hyperparameters)
     assert resolved_three == {"n_epochs": n_epochs, "batch_size": batch_size, "learning_rate_multiplier": 1}
-    assert (config["max_steps"], config["num_train_epochs"]) == (max_steps, n_epochs)
+    assert (config.max_steps, config.num_train_epochs) == (max_steps, n_epochs)
 
 
 def test_epochs_that_a_client_asks_for_are_counted_in_examples_later():
     config, hyperparameters = resolved(n_epochs=3, num_train=1)
-    assert MezoConfig(**config).steps_for(160) == 480
-    assert reported(config, hyperparameters)["max_steps"] == "auto"
+    assert MezoConfig(**stored(config)).steps_for(160) == 480
+    assert reported(stored(config), hyperparameters)["max_steps"] == "auto"
 
 
 def test_the_multiplier_is_of_the_default_learning_rate_only():
     config, hyperparameters = resolved(learning_rate_multiplier=2)
-    assert config["learning_rate"] == 2 * MezoConfig().learning_rate
+    assert config.learning_rate == 2 * MezoConfig().learning_rate
     assert hyperparameters["learning_rate_multiplier"] == 2
-    assert resolved(learning_rate_multiplier=1, learning_rate=0.5)[0]["learning_rate"] == 0.5
+    assert resolved(learning_rate_multiplier=1, learning_rate=0.5)[0].learning_rate == 0.5
     error = refused(request(learning_rate_multiplier=2, learning_rate=0.5))
     assert error.param == f"{PLACE}.learning_rate_multiplier"
     assert "multiplies the default learning rate" in error.message
@@ -292,7 +294,7 @@ def test_the_multiplier_is_of_the_default_learning_rate_only():
 
 def test_an_invocation_makes_the_adapter_an_activated_one():
     config, _ = resolved(invocation=" It was")
-    assert (config["tuning"], config["target_modules"]) == ("alora", ["q_proj", "k_proj", "v_proj", "o_proj"])
+    assert (config.tuning, config.target_modules) == ("alora", ["q_proj", "k_proj", "v_proj", "o_proj"])
     assert resolved(tuning="alora", invocation=" It was")[0] == config
     assert refused(request(tuning="alora", invocation=None)).param == f"{PLACE}.invocation"
     assert refused(request(tuning="alora", invocation="")).param == f"{PLACE}.invocation"
@@ -305,27 +307,26 @@ def test_an_invocation_makes_the_adapter_an_activated_one():
 )
 def test_an_invocation_that_is_left_open_is_for_the_rows_to_settle(sent):
     config, hyperparameters = resolved(**sent)
-    assert (config["tuning"], config["invocation"]) == ("alora", "auto") and reported(config, hyperparameters)[
+    assert (config.tuning, config.invocation) == ("alora", "auto") and reported(stored(config), hyperparameters)[
         "invocation"
     ] == "auto"
     for found in ("<|assistant|>", [1, 2, 3]):
         settled = settle(config, request(**sent), ENGINE, found)
-        assert settled == {**config, "invocation": found} and MezoConfig(**settled).invocation == found
+        assert settled == replace(config, invocation=found)
 
 
 @pytest.mark.parametrize("sent", [{"tuning": "lora"}, {"tuning": "lora", "invocation": "auto"}, {"invocation": None}])
 def test_ordinary_lora_can_be_asked_for(sent):
     config, _ = resolved(**sent)
-    assert (config["tuning"], config["invocation"], config["target_modules"]) == ("lora", None, ["q_proj", "v_proj"])
+    assert (config.tuning, config.invocation, config.target_modules) == ("lora", None, ["q_proj", "v_proj"])
 
 
 def test_rows_that_suggest_no_invocation_make_ordinary_lora_unless_the_client_wants_another():
     why = DataError("there are no messages")
     config = settle(resolved()[0], request(), ENGINE, why)
     assert config == resolved(tuning="lora")[0]
-    assert settle(resolved(target_modules=["o_proj"])[0], request(target_modules=["o_proj"]), ENGINE, why)[
-        "target_modules"
-    ] == ["o_proj"]
+    asked = settle(resolved(target_modules=["o_proj"])[0], request(target_modules=["o_proj"]), ENGINE, why)
+    assert asked.target_modules == ["o_proj"]
     with pytest.raises(RequestError) as caught:
         settle(resolved(tuning="alora")[0], request(tuning="alora"), ENGINE, why)
     assert (
@@ -343,7 +344,7 @@ def test_a_backend_without_activated_adapters_says_so():
         "cannot serve aLoRA adapters: start with --lora-backend triton"
         in refused(request(invocation=" It was"), engine).message
     )
-    assert resolve(request(), engine, 10, seed=7)[0]["tuning"] == "lora"
+    assert resolve(request(), engine, 10, seed=7)[0].tuning == "lora"
 
 
 @pytest.mark.parametrize(("estimator", "needed"), [("two_sided", 5), ("one_sided", 4), ("leave_one_out", 4)])
@@ -354,7 +355,7 @@ def test_a_server_needs_room_for_one_direction_and_an_adapter_beside(estimator, 
             | {"max_loras_per_batch": max_loras_per_batch}
         )
 
-    assert resolved(estimator=estimator, engine=engine(needed))[0]["num_perturbations"] == MezoConfig.num_perturbations
+    assert resolved(estimator=estimator, engine=engine(needed))[0].num_perturbations == MezoConfig.num_perturbations
     error = refused(request(estimator=estimator), engine(needed - 1))
     assert error.param == f"{PLACE}.estimator"
     assert f"--max-loras-per-batch={needed - 1} has room for: this one needs {needed}" in error.message
@@ -366,7 +367,7 @@ SERVERS = {
     "of rank 1": {"max_lora_rank": 1},
     "with few slots": {"max_loras_per_batch": 4},
     "with a small pool": {"kv_capacity": 100},
-    "for other modules": {"target_modules": ["fc1"], "default_target_modules": {"alora": [], "lora": []}},
+    "for other modules": {"target_modules": ["fc1"], "default_target_modules": {"alora": ["fc1"], "lora": ["fc1"]}},
     "without aLoRA": {"no_alora": "no segments"},
 }
 
@@ -431,14 +432,17 @@ def test_whatever_is_sent_alone_can_be_trained(kind, num_train):
     for name, values in ranges.items():
         for value in values:
             config, hyperparameters = resolved(num_train, server(kind), **{name: value})
-            assert reported(config, hyperparameters)[name] == value or name in ("invocation", "perturbation_rank")
-            assert MezoConfig(**config).to_dict().items() >= config.items()
+            assert reported(stored(config), hyperparameters)[name] == value or name in (
+                "invocation",
+                "perturbation_rank",
+            )
+            assert MezoConfig(**stored(config)) == config
 
 
 def test_what_is_left_open_follows_what_is_sent():
     def of(kind="ordinary", **hyperparameters):
         config, _ = resolved(engine=server(kind), **hyperparameters)
-        return config["estimator"], config["scale_by_loss_std"], config["learning_rate"]
+        return config.estimator, config.scale_by_loss_std, config.learning_rate
 
     assert of() == of(num_perturbations=3) == ("leave_one_out", True, 0.02)
     assert of(num_perturbations=2) == ("two_sided", True, 0.02)
@@ -446,9 +450,9 @@ def test_what_is_left_open_follows_what_is_sent():
     assert of(num_perturbations=1) == ("two_sided", False, 0.001)
     assert of(num_perturbations=1, learning_rate_multiplier=3) == ("two_sided", False, 0.003)
     assert of("with few slots", num_perturbations=1) == ("one_sided", False, 0.001)
-    assert resolved(engine=server("of a small rank"))[0]["r"] == 4
-    assert resolved(perturbation_interval=50)[0]["perturbation_rank"] == 2
-    assert resolved(engine=server("for other modules"))[0]["target_modules"] == ["fc1"]
+    assert resolved(engine=server("of a small rank"))[0].r == 4
+    assert resolved(perturbation_interval=50)[0].perturbation_rank == 2
+    assert resolved(engine=server("for other modules"))[0].target_modules == ["fc1"]
 
 
 @pytest.mark.parametrize("multiplier", [5e-324, 1e-323])

@@ -38,7 +38,7 @@ async def test_chats_are_activated_by_their_generation_prompt(server):
     rows = [chat("the plot"), chat("why?"), {"messages": [*chat("a")["messages"], *chat("b\n")["messages"]]}]
     job, command = await start(server, *rows, validation=server.upload(chat("c")))
     tokens = server.tokenizer_manager.tokenizer.encode(TAIL, add_special_tokens=False)
-    assert command.invocation == tokens and command.config["tuning"] == "alora"
+    assert command.invocation == tokens and command.config.tuning == "alora"
     assert (job.config["invocation"], job.config["tuning"]) == (TAIL, "alora")
     for command in server.scheduler.sent(LoadExamples):
         assert all(example.prompt[-len(tokens) :] == tuple(tokens) for example in unpack(command.examples))
@@ -58,12 +58,12 @@ async def test_chats_are_activated_by_their_generation_prompt(server):
 )
 async def test_other_rows_make_ordinary_lora_which_says_why(server, rows, reason):
     job, command = await start(server, *rows)
-    assert command.invocation == [] and (job.config["tuning"], job.config["invocation"], command.config["tuning"]) == (
+    assert command.invocation == [] and (job.config["tuning"], job.config["invocation"], command.config.tuning) == (
         "lora",
         None,
         "lora",
     )
-    assert command.target_modules == ["q_proj", "v_proj"]
+    assert command.config.target_modules == ["q_proj", "v_proj"]
     [event] = [event for event in server.store.events(job.id, limit=100).data if "ordinary LoRA" in event.message]
     assert event.level == "warn" and reason in event.message
 

@@ -15,12 +15,20 @@ import pytest
 from service_doubles import ENGINE, Refusal, write_adapter
 from service_server import ROW, ROWS, Server, anyio_backend, eventually, runtime_context, server, serving, tokenizer  # noqa: F401
 from sglang.srt.managers.communicator import FanOutCommunicator
-from sglang.srt.mezo.core.config import MezoConfig
 from sglang.srt.mezo.data.examples import Encoder
 from sglang.srt.mezo.service.jobs import publish, tokenising
 from sglang.srt.mezo.service.jobs.client import EngineClient
 from sglang.srt.mezo.service.jobs.job_data import JobReader, shared_tokenizer
 from sglang.srt.mezo.service.wire.errors import NotFound, RequestError
+from sglang.srt.mezo.service.wire.events import (
+    CheckpointSaved,
+    Evaluated,
+    Failed,
+    Started,
+    StepTaken,
+    Succeeded,
+    Warned,
+)
 from sglang.srt.mezo.service.wire.messages import AppendExamples, LoadExamples, MezoReqOutput, StartJob, StopJob
 from sglang.srt.mezo.service.wire.packed import parts, unpack
 from sglang.srt.mezo.training.run_directory import read_segments
@@ -37,10 +45,10 @@ async def test_a_job_trains_and_its_adapter_is_served(server):
     )
     assert job.status == "validating_files"
     await server.started(job)
-    server.scheduler.report("step", 4, loss=0.6, learning_rate=1e-3, max_steps=10)
-    server.scheduler.report("evaluated_dev", 4, eval_loss=0.5, eval_accuracy=0.75, max_steps=10)
+    server.scheduler.report(StepTaken, 4, max_steps=10, metrics={"loss": 0.6, "learning_rate": 0.001})
+    server.scheduler.report(Evaluated, 4, max_steps=10, metrics={"eval_loss": 0.5, "eval_accuracy": 0.75})
     assert server.store.job(job.id).step == 4
-    server.scheduler.report("warning", 5, "zo_eps is lost")
+    server.scheduler.report(Warned, 5, message="zo_eps is lost")
     assert server.store.job(job.id).fine_tuned_model is None
     server.scheduler.succeed(step=10)
     done = await server.until(job, "succeeded")
@@ -116,10 +124,10 @@ async def test_the_engine_gets_examples_and_configuration(server, tokenizer, tmp
     assert (train.split, evaluation.split) == ("train", "eval")
     assert unpack(train.examples) == expected and unpack(evaluation.examples) == expected[:1]
     [start] = server.scheduler.sent(StartJob)
-    assert start.segments == [(0, 3)] and start.objective == "classification" and not start.manual
+    assert start.segments == [(0, 3)] and start.objective == "classification"
     assert start.invocation == tokenizer(" It was", add_special_tokens=False).input_ids
-    assert (start.base_model, start.target_modules) == ("/models/opt", ["q_proj", "v_proj"])
-    config = MezoConfig(**start.config)
+    assert (start.base_model, start.config.target_modules) == ("/models/opt", ["q_proj", "v_proj"])
+    config = start.config
     assert config.output_dir == str(tmp_path / "jobs" / job.id / "run")
     assert config.disable_tqdm and not config.resume_from_checkpoint and config.max_steps == 10
 
@@ -169,14 +177,14 @@ async def test_checkpoints_are_stored_and_served(server, tmp_path):
     job = await server.running()
     folder = tmp_path / "jobs" / job.id / "run" / "checkpoint-4"
     write_adapter(folder, "of step 4")
-    server.scheduler.report("evaluated_dev", 2, eval_loss=0.9, max_steps=10)
-    server.scheduler.report("step", 4, loss=0.6, max_steps=10)
+    server.scheduler.report(Evaluated, 2, max_steps=10, metrics={"eval_loss": 0.9})
+    server.scheduler.report(StepTaken, 4, max_steps=10, metrics={"loss": 0.6})
     for _ in range(2):
-        server.scheduler.report("checkpoint", 4, directory=str(folder))
+        server.scheduler.report(CheckpointSaved, 4, directory=str(folder))
     [checkpoint] = server.store.checkpoints(job.id).data
     assert checkpoint.metrics == {"step": 4, "train_loss": 0.6}
-    server.scheduler.report("evaluated_dev", 4, eval_loss=0.5, eval_accuracy=0.75, max_steps=10)
-    server.scheduler.report("evaluated_dev", 6, eval_loss=0.4, max_steps=10)
+    server.scheduler.report(Evaluated, 4, max_steps=10, metrics={"eval_loss": 0.5, "eval_accuracy": 0.75})
+    server.scheduler.report(Evaluated, 6, max_steps=10, metrics={"eval_loss": 0.4})
     [checkpoint] = server.store.checkpoints(job.id).data
     assert (checkpoint.step, checkpoint.name) == (4, f"{job.adapter_name}:ckpt-step-4")
     assert checkpoint.metrics == {
@@ -294,8 +302,8 @@ async def test_a_job_that_the_engine_refuses_fails_alone(server):
 
 async def test_a_job_that_fails_in_training_fails_alone(server):
     job = await server.running()
-    server.scheduler.report("step", 4, loss=0.6, max_steps=10)
-    server.scheduler.report("failed", 5, "the losses are nan", code="DivergedError")
+    server.scheduler.report(StepTaken, 4, max_steps=10, metrics={"loss": 0.6})
+    server.scheduler.report(Failed, 5, message="the losses are nan", code="DivergedError")
     failed = await server.until(job, "failed")
     assert (
         failed.error == {"code": "DivergedError", "message": "the losses are nan", "param": None} and failed.step == 4
@@ -344,7 +352,7 @@ async def test_a_paused_job_gives_the_engine_up_and_goes_on_later(server):
     assert (await server.manager.resume(first.id)).status == "queued"
     server.scheduler.succeed()
     await server.started(first)
-    assert server.scheduler.job.config["resume_from_checkpoint"]
+    assert server.scheduler.job.config.resume_from_checkpoint
     assert server.messages(first)[-4:] == [
         "Fine-tuning job started",
         "The job has been paused",
@@ -360,7 +368,7 @@ async def test_a_pause_is_stored_after_the_engine_has_stopped(server):
     server.scheduler.holds[StopJob] = asyncio.Event()
     pause = asyncio.create_task(server.manager.pause(job.id))
     await eventually(lambda: server.scheduler.sent(StopJob))
-    server.scheduler.report("step", 7, loss=0.5, max_steps=10)
+    server.scheduler.report(StepTaken, 7, max_steps=10, metrics={"loss": 0.5})
     assert (server.store.job(job.id).status, server.store.job(job.id).step) == ("running", 7)
     server.scheduler.step = 8
     server.scheduler.holds[StopJob].set()
@@ -373,12 +381,12 @@ async def test_events_of_a_job_that_is_not_running_are_ignored(server):
     await server.manager.pause(job.id)
     before = server.store.job(job.id), server.messages(job)
     for kind, data in (
-        ("step", {"loss": 1.0, "max_steps": 10}),
-        ("failed", {"code": "x"}),
-        ("succeeded", {"best_step": 1}),
+        (StepTaken, {"metrics": {"loss": 1.0}, "max_steps": 10}),
+        (Failed, {"message": "no", "code": "x"}),
+        (Succeeded, {"best_step": 1, "metrics": {}, "train_seconds": 1.0, "trained_tokens": 1}),
     ):
         server.scheduler.report(kind, 9, job_id=job.id, **data)
-    server.scheduler.report("step", 9, job_id="ftjob-unknown", loss=1.0, max_steps=10)
+    server.scheduler.report(StepTaken, 9, job_id="ftjob-unknown", max_steps=10, metrics={"loss": 1.0})
     await asyncio.sleep(0.05)
     assert (server.store.job(job.id), server.messages(job)) == before
 
@@ -474,7 +482,7 @@ async def test_an_unknown_job_is_not_found(server, call):
 
 async def test_rows_are_added_to_a_running_job(server, tmp_path):
     job = await server.running()
-    server.scheduler.report("step", 4, loss=0.6, max_steps=10)
+    server.scheduler.report(StepTaken, 4, max_steps=10, metrics={"loss": 0.6})
     assert await server.manager.append_rows(job.id, [ROW, ROW]) == {"examples": 2, "step": 5}
     assert await server.manager.append_rows(job.id, [ROW]) == {"examples": 1, "step": 5}
     assert [len(command.examples) for command in server.scheduler.sent(AppendExamples)] == [2, 1]
@@ -501,10 +509,10 @@ async def test_a_run_goes_on_with_the_rows_that_it_was_given(server, tmp_path):
     """Two requests between the same two steps are one entry of the engine's file; a third comes later, a fourth in
     the pause."""
     job = await server.running()
-    server.scheduler.report("step", 4, loss=0.6, max_steps=10)
+    server.scheduler.report(StepTaken, 4, max_steps=10, metrics={"loss": 0.6})
     await server.manager.append_rows(job.id, [ROW, ROW])
     await server.manager.append_rows(job.id, [ROW])
-    server.scheduler.report("step", 6, loss=0.6, max_steps=10)
+    server.scheduler.report(StepTaken, 6, max_steps=10, metrics={"loss": 0.6})
     await server.manager.append_rows(job.id, [ROWS[1]] * 4)
     await server.manager.pause(job.id)
     await server.manager.append_rows(job.id, [ROW] * 5)
@@ -515,7 +523,7 @@ async def test_a_run_goes_on_with_the_rows_that_it_was_given(server, tmp_path):
     assert server.scheduler.job.segments == [(0, 3), (5, 3), (7, 4)]
     assert server.scheduler.train == trained
     before = len(server.scheduler.sent(AppendExamples))
-    server.scheduler.report("started", 6)
+    server.scheduler.report(Started, 6)
     await eventually(lambda: len(server.scheduler.sent(AppendExamples)) == before + 1)
     assert len(server.scheduler.sent(AppendExamples)[-1].examples) == 5
 
@@ -559,7 +567,7 @@ async def test_rows_are_for_jobs_that_still_train(server):
 async def test_an_interrupted_job_goes_on_after_a_restart(tmp_path, tokenizer):
     async with serving(tmp_path, tokenizer) as server:
         job = await server.running()
-        server.scheduler.report("step", 4, loss=0.6, max_steps=10)
+        server.scheduler.report(StepTaken, 4, max_steps=10, metrics={"loss": 0.6})
         waiting = await server.until(await server.create(), "queued")
         await server.manager.append_rows(job.id, [ROW])
         write_adapter(
@@ -567,11 +575,11 @@ async def test_an_interrupted_job_goes_on_after_a_restart(tmp_path, tokenizer):
         )  # and killed before it was reported
     async with serving(tmp_path, tokenizer) as server:
         await server.started(job)
-        assert server.scheduler.job.config["resume_from_checkpoint"]
+        assert server.scheduler.job.config.resume_from_checkpoint
         assert server.scheduler.job.segments == [(0, 3), (5, 1)]
         assert "The job is resumed after a restart of the server" in server.messages(job)
         assert [checkpoint.step for checkpoint in server.store.checkpoints(job.id).data] == [3]
-        server.scheduler.report("started", 5)  # the log had one more step than had been told
+        server.scheduler.report(Started, 5)  # the log had one more step than had been told
         assert server.store.job(job.id).step == 5
         server.scheduler.succeed()
         await server.started(waiting)
@@ -606,7 +614,7 @@ async def test_half_a_run_is_begun_anew(tmp_path, tokenizer):
         (tmp_path / "jobs" / job.id / "run" / "seed_log").write_bytes(b"")
     async with serving(tmp_path, tokenizer) as server:
         await server.started(job)
-        assert not server.scheduler.job.config["resume_from_checkpoint"]
+        assert not server.scheduler.job.config.resume_from_checkpoint
 
 
 async def test_a_job_whose_row_is_damaged_is_in_no_other_jobs_way(tmp_path, tokenizer):
@@ -641,6 +649,16 @@ async def test_a_run_that_has_lost_a_part_is_named_and_stays_as_it_is(tmp_path, 
             and "checkpoint-5" in job.error["message"]
         )
         assert sorted(path.name for path in run.iterdir()) == before
+
+
+async def test_a_run_whose_folder_is_gone_is_not_begun_anew(tmp_path, tokenizer):
+    async with serving(tmp_path, tokenizer) as server:
+        job = await server.running()
+        server.scheduler.report(StepTaken, 4, max_steps=10, metrics={"loss": 0.6})
+        shutil.rmtree(tmp_path / "jobs" / job.id / "run")
+    async with serving(tmp_path, tokenizer) as server:
+        job = await server.until(job, "failed")
+        assert job.error["code"] == "run_damaged" and "was at step 4 and has lost its folder" in job.error["message"]
 
 
 @pytest.mark.parametrize("cut", [True, False], ids=["cut", "changed"])

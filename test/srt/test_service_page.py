@@ -12,7 +12,7 @@ import pytest
 import service_app
 from sglang.srt.mezo.service.http import page
 from sglang.srt.mezo.service.http.latency import LatencyRecorder
-from sglang.srt.mezo.service.jobs.hyperparameters import resolve
+from sglang.srt.mezo.service.jobs.hyperparameters import resolve, stored
 from sglang.srt.mezo.service.wire.errors import RequestError
 from sglang.srt.mezo.service.wire.records import StoredCheckpoint, StoredEvent, StoredFile, StoredJob, new_id, now
 
@@ -85,7 +85,7 @@ def add_job(service, status: str, filename: str = "train.jsonl", step: int = 0, 
         "status": status,
         "request": request,
         "hyperparameters": hyperparameters,
-        "config": config,
+        "config": stored(config),
         "step": step,
         **changes,
     }

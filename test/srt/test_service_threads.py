@@ -23,6 +23,7 @@ from sglang.srt.entrypoints import http_server
 from sglang.srt.mezo.service.http.app import Service
 from sglang.srt.mezo.service.jobs.threads import ServiceThreads, run_in
 from sglang.srt.mezo.service.store.database import Database
+from sglang.srt.mezo.service.wire.events import CheckpointSaved, Evaluated, Event, Started, StepTaken, Succeeded
 from sglang.srt.mezo.service.wire.settings import ServiceSettings
 
 SUPERVISED = {"type": "supervised", "supervised": {"hyperparameters": {"invocation": " It was"}}}
@@ -97,13 +98,13 @@ class Door:
         """The job is said to have started once the engine has it."""
         self.until(lambda: self.scheduler.job is not None and self.scheduler.job.job_id == job)
         self.until_status(job, "running")
-        self.report("started", step)
+        self.report(Started, step)
 
-    def report(self, kind: str, step: int = 0, **data) -> None:
+    def report(self, kind: type[Event], step: int = 0, **fields) -> None:
         """In SGLang's loop, as the real scheduler's events come."""
 
         async def say() -> None:
-            self.scheduler.report(kind, step, **data)
+            self.scheduler.report(kind, step, **fields)
 
         asyncio.run_coroutine_threadsafe(say(), self.loop).result(10)
 
@@ -198,11 +199,11 @@ def test_a_job_lives_and_every_route_answers_beside_the_loop(door):
     client, http = door.client, door.http
     job = door.create(validation_file=door.upload(ROW), suffix="first")
     door.started(job)
-    door.report("step", 4, loss=0.6, learning_rate=1e-3, max_steps=10)
+    door.report(StepTaken, 4, max_steps=10, metrics={"loss": 0.6, "learning_rate": 0.001})
     folder = door.directory / "jobs" / job / "run" / "checkpoint-4"
     write_adapter(folder, "of step 4")
-    door.report("checkpoint", 4, directory=str(folder))
-    door.report("evaluated_dev", 4, eval_loss=0.5, eval_accuracy=0.75, max_steps=10)
+    door.report(CheckpointSaved, 4, directory=str(folder))
+    door.report(Evaluated, 4, max_steps=10, metrics={"eval_loss": 0.5, "eval_accuracy": 0.75})
     door.until(lambda: "Step 4/10: validation loss=0.5000, accuracy=0.7500" in door.messages(job))
     [checkpoint] = client.fine_tuning.jobs.checkpoints.list(job).data
     assert http.post(f"/mezo/jobs/{job}/publish", json={"checkpoint": checkpoint.id}).json() == {
@@ -215,7 +216,7 @@ def test_a_job_lives_and_every_route_answers_beside_the_loop(door):
     assert client.fine_tuning.jobs.resume(job).status == "queued"
     door.started(job, 4)
     write_adapter(door.directory / "jobs" / job / "run" / "adapter", "trained")
-    door.report("succeeded", 10, best_step=10, metrics={}, trained_tokens=123, train_seconds=1.0)
+    door.report(Succeeded, 10, best_step=10, metrics={}, trained_tokens=123, train_seconds=1.0)
     door.until_status(job, "succeeded")
     assert "first" in door.manager.lora_registry._registry
     other = door.running()
@@ -231,7 +232,7 @@ def test_a_lock_of_another_process_delays_what_changes_the_store_and_nothing_els
     job = door.running()
     before = door.client.files.list().data
     with door.locked():
-        door.report("step", 3, loss=0.25, learning_rate=1e-3, max_steps=10)  # its record waits
+        door.report(StepTaken, 3, max_steps=10, metrics={"loss": 0.25, "learning_rate": 0.001})  # its record waits
         assert door.client.fine_tuning.jobs.retrieve(job).status == "running"
         assert door.client.files.list().data == before
         assert door.http.get("/mezo/status").status_code == 200
@@ -251,7 +252,7 @@ def test_events_are_recorded_in_their_order_however_many_come_at_once(door):
     job = door.running()
     with door.locked():
         for step in range(1, 41):
-            door.report("step", step, loss=step / 64, learning_rate=1e-3, max_steps=100)
+            door.report(StepTaken, step, max_steps=100, metrics={"loss": step / 64, "learning_rate": 0.001})
     door.until(lambda: any(message.startswith("Step 40/100") for message in door.messages(job)))
     steps = [message for message in door.messages(job) if message.startswith("Step ")]
     assert steps == [f"Step {step}/100: training loss={step / 64:.4f}" for step in range(40, 0, -1)]

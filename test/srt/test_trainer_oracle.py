@@ -35,7 +35,8 @@ def make_trainer(
 ):
     from sglang.srt.mezo.training.trainer import MezoTrainer
 
-    config = MezoConfig(tuning=tuning, zo_eps=ZO_EPS, num_perturbations=num_perturbations, **{**TWO_SIDED, **settings})
+    own = {"tuning": tuning, "r": spec.r, "lora_alpha": spec.lora_alpha}
+    config = MezoConfig(**own, zo_eps=ZO_EPS, num_perturbations=num_perturbations, **{**TWO_SIDED, **settings})
     return MezoTrainer(engine.handle, config, spec, batch, objective=objective)
 
 

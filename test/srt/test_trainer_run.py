@@ -148,14 +148,17 @@ def start(model_path: str, num_slots: int = NUM_SLOTS) -> EngineProcess:
 
 
 @pytest.fixture
-def spec(model_path) -> AdapterSpec:
-    return AdapterSpec(model_path, 4, 8, TARGETS, oracle.INVOCATION)
+def spec(config, model_path) -> AdapterSpec:
+    return AdapterSpec.of(config, model_path, oracle.INVOCATION)
 
 
 @pytest.fixture
 def config(tmp_path) -> MezoConfig:
     return MezoConfig(
         output_dir=str(tmp_path / "run"),
+        r=4,
+        lora_alpha=8,
+        target_modules=list(TARGETS),
         max_steps=12,
         per_device_train_batch_size=4,
         eval_steps=5,

@@ -22,7 +22,7 @@ _HERE = {
 """Names of the package and the modules that have them, each imported when it is asked for: SGLang imports this
 package in every process that it starts."""
 
-__all__ = [*_HERE, "__version__"]
+__all__ = ["__version__", *_HERE]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> object:

@@ -11,6 +11,7 @@ vocabulary size.
 """
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -34,6 +35,10 @@ Quant = QuantizationConfig | None
 
 def _layer_norm(config: OPTConfig) -> nn.LayerNorm:
     return nn.LayerNorm(config.hidden_size, elementwise_affine=config.layer_norm_elementwise_affine)
+
+
+def _embedding_width(config: OPTConfig) -> int:
+    return config.word_embed_proj_dim or config.hidden_size
 
 
 class OPTLearnedPositionalEmbedding(nn.Embedding):
@@ -124,11 +129,13 @@ class OPTDecoderLayer(nn.Module):
 class OPTDecoder(nn.Module):
     """Embeddings, layers and what follows them; a pipeline rank builds its part."""
 
+    layers: Any  # nn.ModuleList, as which SGLang does not declare it
+
     def __init__(self, config: OPTConfig, quant: Quant, prefix: str):
         super().__init__()
         self.pp_group = get_parallel().pp_group
         first, last = self.pp_group.is_first_rank, self.pp_group.is_last_rank
-        hidden, width = config.hidden_size, config.word_embed_proj_dim
+        hidden, width = config.hidden_size, _embedding_width(config)
 
         def build_if(here: bool, kind: Callable[..., nn.Module], *args, **kwargs):
             return kind(*args, **kwargs) if here else PPMissingLayer()
@@ -233,7 +240,7 @@ class OPTForCausalLM(nn.Module):
         else:
             self.lm_head = ParallelLMHead(
                 config.vocab_size,
-                config.word_embed_proj_dim,
+                _embedding_width(config),
                 quant_config=quant_config,
                 prefix=add_prefix("lm_head", prefix),
             )
@@ -254,7 +261,9 @@ class OPTForCausalLM(nn.Module):
 
     def get_embed_and_head(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Two [V / tp_size, E] weights, one and the same where the head is tied."""
-        return self.get_input_embeddings().weight, self.lm_head.weight
+        embedding: Any = self.get_input_embeddings()
+        head: Any = self.lm_head
+        return embedding.weight, head.weight
 
     def get_hidden_dim(self, module_name: str, layer_idx: int) -> tuple[int, int]:
         """(input, output) width of a module before tensor-parallel sharding, by

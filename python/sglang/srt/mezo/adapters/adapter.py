@@ -13,6 +13,7 @@ from typing import NamedTuple, Self
 import safetensors.torch
 import torch
 
+from sglang.srt.mezo.core.config import MezoConfig
 from sglang.srt.mezo.core.errors import ConfigError, DamagedError
 from sglang.srt.mezo.core.integrity import require_sums, write_sums
 from sglang.srt.mezo.core.noise import initial_uniform
@@ -50,6 +51,51 @@ class AdapterSpec:
     lora_alpha: float
     target_modules: tuple[str, ...]
     invocation: tuple[int, ...] = ()
+
+    @classmethod
+    def of(
+        cls,
+        config: MezoConfig,
+        base_model: str,
+        invocation: Sequence[int] = (),
+        target_modules: Sequence[str] | None = None,
+    ) -> Self:
+        """The adapter that a run of ``config`` trains.
+
+        Args:
+            target_modules: those of a configuration that leaves them open.
+
+        Raises:
+            ConfigError: nobody says what to adapt, or the configuration says otherwise.
+        """
+        targets = target_modules or config.target_modules
+        if not targets:
+            raise ConfigError("target_modules", targets, "at least one module")
+        spec = cls(base_model, config.r, config.lora_alpha, tuple(targets), tuple(invocation))
+        spec.require_agreement(config)
+        return spec
+
+    def require_agreement(self, config: MezoConfig) -> None:
+        """Raise ConfigError for a field of the configuration that says otherwise."""
+        if config.tuning is None:
+            raise ConfigError(
+                "tuning", None, "what the adapter of init_from is: sglang.srt.mezo.training.start.settled says it"
+            )
+        if config.tuning == "alora" and not self.invocation:
+            raise ConfigError(
+                "invocation", config.invocation, "activated LoRA needs the text from which it acts, such as ' It was'"
+            )
+        if config.tuning == "lora" and self.invocation:
+            raise ConfigError(
+                "invocation", config.invocation, "ordinary LoRA acts on every token and takes no invocation"
+            )
+        for name, own in (("r", self.r), ("lora_alpha", self.lora_alpha)):
+            if getattr(config, name) != own:
+                raise ConfigError(name, getattr(config, name), f"{own}, as the adapter has it")
+        if config.target_modules is not None and set(config.target_modules) != set(self.target_modules):
+            raise ConfigError(
+                "target_modules", config.target_modules, f"{list(self.target_modules)}, as the adapter has it"
+            )
 
 
 class Adapter:
@@ -97,7 +143,7 @@ class Adapter:
     @property
     def shapes(self) -> tuple[tuple[int, int], ...]:
         """(rows, columns) of the matrices in ``theta``."""
-        return tuple(tuple(matrix.shape) for _, a, b in self.matrices() for matrix in (a, b))
+        return tuple((matrix.shape[0], matrix.shape[1]) for _, a, b in self.matrices() for matrix in (a, b))
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """PEFT's names to views into ``theta``."""
@@ -118,7 +164,7 @@ class Adapter:
             state = {name: tensor.clone() for name, tensor in self.state_dict().items()}
             # Not save_file: it reports a full disk with an exception of its own.
             (partial / WEIGHTS).write_bytes(safetensors.torch.save(state, metadata={"format": "pt"}))
-            self._peft_config().save_pretrained(partial)
+            self._peft_config().save_pretrained(str(partial))
             _sort_targets(partial / CONFIG)
             (partial / "README.md").write_text(self._model_card(), encoding="utf-8")
             write_sums(partial, FILES)
@@ -152,12 +198,13 @@ class Adapter:
     def _peft_config(self):
         import peft
 
+        alpha = self.spec.lora_alpha
         return peft.LoraConfig(
             task_type="CAUSAL_LM",
             base_model_name_or_path=self.spec.base_model,
             inference_mode=True,
             r=self.spec.r,
-            lora_alpha=self.spec.lora_alpha,
+            lora_alpha=int(alpha) if alpha == int(alpha) else alpha,  # pyright: ignore[reportArgumentType]
             lora_dropout=0.0,
             target_modules=list(self.spec.target_modules),
             alora_invocation_tokens=list(self.spec.invocation) or None,

@@ -5,6 +5,8 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from sglang.srt.mezo.adapters.families import architecture_of
+
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
@@ -75,7 +77,7 @@ def differences(config: "PretrainedConfig", context_length: int | None = None) -
         config: of a family that can be trained.
         context_length: longest sequence that the engine takes; by default the model's.
     """
-    architecture = config.architectures[0]
+    architecture = architecture_of(config)
     longest = context_length or config.max_position_embeddings
     found = [
         f"{field}={value!r} is computed as {' or '.join(map(repr, computed))}"

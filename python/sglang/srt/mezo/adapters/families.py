@@ -4,11 +4,12 @@ Both come from the checkpoint's configuration alone: an engine may fuse layers, 
 but an adapter's files are for the checkpoint.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from sglang.srt.mezo.adapters.adapter import Site
+from sglang.srt.mezo.core.config import Tuning
 from sglang.srt.mezo.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -44,9 +45,17 @@ class Family:
         """What ``target_modules`` may name."""
         return self.attention + self.mlp
 
-    def default_targets(self, tuning: Literal["alora", "lora"]) -> tuple[str, ...]:
-        """``target_modules`` where nobody names any."""
-        return self.attention if tuning == "alora" else self.reads
+    def default_targets(self, tuning: Tuning, adaptable: Collection[str] | None = None) -> tuple[str, ...]:
+        """``target_modules`` where nobody names any.
+
+        Args:
+            adaptable: what an engine has room for, which is anything by default; all of it where none of the usual
+                ones is there.
+        """
+        usual = self.attention if tuning == "alora" else self.reads
+        if adaptable is None:
+            return usual
+        return tuple(name for name in usual if name in adaptable) or tuple(adaptable)
 
 
 FAMILIES = {
@@ -77,13 +86,18 @@ and PEFT."""
 _HEADS_FILL_HIDDEN = ("Cohere2ForCausalLM", "MixtralForCausalLM")
 
 
+def architecture_of(config: "PretrainedConfig") -> str:
+    """The name of the model's class; that of its type where the configuration does not say."""
+    return (config.architectures or [config.model_type])[0]
+
+
 def family_of(config: "PretrainedConfig") -> Family:
     """The family of a model.
 
     Raises:
         ConfigError: it is not one that can be trained, or has a field that SGLang's model of it does not take.
     """
-    architecture = (config.architectures or [config.model_type])[0]
+    architecture = architecture_of(config)
     if architecture not in FAMILIES:
         known = ", ".join(family.name for family in FAMILIES.values())
         raise ConfigError("architectures", architecture, f"the families that can be trained are {known}")

@@ -15,7 +15,7 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-from sglang.srt.mezo.adapters.adapter import CONFIG, FILES, WEIGHTS, Site
+from sglang.srt.mezo.adapters.adapter import CONFIG, FILES, WEIGHTS, AdapterSpec, Site
 from sglang.srt.mezo.adapters.peft_config import PeftConfig, read_config
 from sglang.srt.mezo.core.errors import ConfigError, DamagedError, one_line
 from sglang.srt.mezo.core.integrity import SUMS, require_sums
@@ -63,6 +63,10 @@ class PeftAdapter:
     @property
     def target_modules(self) -> list[str]:
         return sorted({path.rpartition(".")[2] for path in self.matrices})
+
+    def spec(self, base_model: str) -> AdapterSpec:
+        """As an adapter of that model; PEFT does not say it of what it has applied."""
+        return AdapterSpec(base_model, self.r, self.lora_alpha, tuple(self.target_modules), self.invocation)
 
 
 def read_adapter(folder: str, layers: ModelLayers) -> PeftAdapter:

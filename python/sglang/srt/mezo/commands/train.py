@@ -31,8 +31,8 @@ def main(arguments: Sequence[str]) -> None:
 
 def train(given: Mapping[str, Any]) -> None:
     """A run with these fields; the others have their defaults. Says what came of it."""
-    run = {"output_dir": f"runs/{datetime.now():%Y%m%d-%H%M%S}"}
-    model, data, config = build(KINDS, run | given)
+    run: dict[str, Any] = {"output_dir": f"runs/{datetime.now():%Y%m%d-%H%M%S}"}
+    model, data, config = build(KINDS, {**run, **given})
     report(model, config, finetune(model, data, config))
 
 

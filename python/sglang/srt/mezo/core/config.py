@@ -31,7 +31,11 @@ class MezoConfig:
     ``defaults``, and the fields, as ``to_dict`` and config.json, have what a run goes by.
     """
 
-    output_dir: str = setting("runs/mezo", "Run directory: adapter, checkpoints, seed log, metrics.", resume="any")
+    output_dir: str = setting(
+        "runs/mezo",
+        "Run directory: adapter, checkpoints, seed log, metrics; sglang-mezo train names one by the time.",
+        resume="any",
+    )
     overwrite_output_dir: bool = setting(False, "Delete an earlier run in output_dir first.", resume="any")
     resume_from_checkpoint: bool = setting(False, "Go on with the run in output_dir from its seed log.", resume="any")
 
@@ -176,8 +180,11 @@ class MezoConfig:
     metric_for_best_model: Optional[str] = setting(
         None, "eval_loss, or a metric of the task such as eval_accuracy; eval_loss by default.", job=True
     )
-    report_to: Literal["none", "tensorboard"] = setting(
-        "none", "Where to send metrics besides metrics.jsonl.", resume="any"
+    report_to: Union[list[str], str] = setting(
+        "none",
+        "Where to send metrics besides metrics.jsonl, by Transformers' callbacks: tensorboard, wandb, trackio, mlflow, "
+        "...; all that are installed, or none.",
+        resume="any",
     )
     disable_tqdm: bool = setting(False, "No progress bar.", resume="any")
     seed: int = setting(

@@ -36,7 +36,8 @@ def fits(value: Any, kind: Any) -> bool:
 def described(kind: Any) -> str:
     """The values of a type in words, as JSON has them."""
     if get_origin(kind) in (Union, UnionType):
-        return ", ".join([described(choice) for choice in get_args(kind) if choice is not NoneType] + ["null"])
+        choices = [described(choice) for choice in get_args(kind) if choice is not NoneType]
+        return ", ".join([*choices, "null"] if NoneType in get_args(kind) else choices)
     if get_origin(kind) is Literal:
         return f"one of {', '.join(map(str, get_args(kind)))}"
     return _NAMES.get(kind, str(kind))
@@ -58,7 +59,7 @@ def from_text(name: str, text: str, kind: Any) -> Any:
     Items of a list have commas between.
     """
     if get_origin(kind) in (Union, UnionType):
-        if text.lower() in _NOTHING:
+        if NoneType in get_args(kind) and text.lower() in _NOTHING:
             return None
         kind = next(choice for choice in get_args(kind) if choice is not NoneType)
     if get_origin(kind) is list:

@@ -82,8 +82,10 @@ def low_rank_direction(
     for rows, columns in shapes:
         u = left[row * rank : (row + rows) * rank].view(rows, rank)
         v = right[column * rank : (column + columns) * rank].view(columns, rank)
-        # Term by term, as a matrix product may add in any order.
-        matrices.append(sum(u[:, i, None] * v[:, i] for i in range(rank)).flatten())
+        matrix = torch.zeros(rows, columns)
+        for i in range(rank):  # term by term, as a matrix product may add in any order
+            matrix += u[:, i, None] * v[:, i]
+        matrices.append(matrix.flatten())
         row, column = row + rows, column + columns
     return torch.cat(matrices).div_(math.sqrt(rank))
 

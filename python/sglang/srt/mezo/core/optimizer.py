@@ -118,7 +118,7 @@ class Optimizer:
         if rule.weight_decay:
             theta.mul_(1.0 - learning_rate * rule.weight_decay)
         if rule.optim == "adamw":
-            self._adamw(theta, *moments, _weighted_sum(directions, weights), learning_rate)
+            self._adamw(theta, moments[0], moments[1], _weighted_sum(directions, weights), learning_rate)
         elif rule.momentum:
             moments[0].mul_(rule.momentum).add_(_weighted_sum(directions, weights))
             theta.add_(moments[0], alpha=_float32(-learning_rate))

@@ -187,7 +187,7 @@ class SeedLog:
             self._write(self._end, data)
             self._write_count(len(self) + 1)
         except OSError:
-            self._file.truncate(self._end)
+            self._claimed.truncate(self._end)
             raise
         self._checks.append(check)
 
@@ -223,6 +223,11 @@ class SeedLog:
             raise LogError(f"{self.path} is damaged: {self._damage}")
 
     @property
+    def _claimed(self) -> BinaryIO:
+        assert self._file is not None, "only who has claimed a log writes to it"
+        return self._file
+
+    @property
     def _end(self) -> int:
         return self._start + len(self) * self._size
 
@@ -230,11 +235,11 @@ class SeedLog:
         """First the count: records beyond it are what an append leaves that a crash has stopped in the middle."""
         del self._checks[steps + 1 :]
         self._write_count(len(self))
-        self._file.truncate(self._end)
+        self._claimed.truncate(self._end)
 
     def _write(self, place: int, data: bytes) -> None:
-        self._file.seek(place)
-        if self._file.write(data) < len(data):
+        self._claimed.seek(place)
+        if self._claimed.write(data) < len(data):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
 
     def _write_count(self, count: int) -> None:
@@ -286,7 +291,7 @@ def _damage(whole: int, count: int | None, more: bool) -> str | None:
 
 def digest_of(theta: torch.Tensor) -> str:
     """SHA-256 of an adapter's weights (float32 [numel])."""
-    return hashlib.sha256(theta.contiguous().numpy()).hexdigest()
+    return hashlib.sha256(theta.contiguous().numpy().data).hexdigest()
 
 
 def _free_name(path: Path) -> Path:

@@ -1,5 +1,7 @@
 """Batched attention: through a kernel in C, or on plain PyTorch, a gather of KV and a product per group of rows."""
 
+from typing import Any
+
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -7,7 +9,7 @@ from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBack
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang.srt.mezo.cpu import kernel
-from sglang.srt.mezo.cpu.attention_plan import Group, Row, plan
+from sglang.srt.mezo.cpu.attention_plan import Group, Row, fresh_tokens, plan
 from sglang.srt.mezo.cpu.linear import rounded_rows
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
@@ -54,23 +56,25 @@ class CpuAttentionBackend(TorchNativeAttnBackend):
 
         Returns (tokens, heads * v_dim).
         """
-        if save_kv_cache and k is not None:
-            self.token_to_kv_pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc, None), k, v)
+        fresh = None if k is None or v is None else (k, v)
+        if save_kv_cache and fresh is not None:
+            place: Any = KVWriteLoc(forward_batch.out_cache_loc, None)  # SGLang's declaration knows tensors alone
+            self.token_to_kv_pool.set_kv_buffer(layer, place, *fresh)
         query = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
         pool = (
             self.token_to_kv_pool.get_key_buffer(layer.layer_id),
             self.token_to_kv_pool.get_value_buffer(layer.layer_id),
         )
         batch = None
-        if k is not None and k.dtype == pool[0].dtype:
+        if fresh is not None and fresh[0].dtype == pool[0].dtype:
             batch = (
-                k.reshape(-1, layer.tp_k_head_num, layer.qk_head_dim),
-                v.reshape(-1, layer.tp_v_head_num, layer.v_head_dim),
+                fresh[0].reshape(-1, layer.tp_k_head_num, layer.qk_head_dim),
+                fresh[1].reshape(-1, layer.tp_v_head_num, layer.v_head_dim),
             )
         causal = layer.attn_type != AttentionType.ENCODER_ONLY
         rows = rounded_rows(len(query)) + 1  # the next layer runs so many; padding is written to the last
         output = query.new_empty(rows, layer.tp_q_head_num, layer.v_head_dim)
-        all_in_pool = save_kv_cache or k is None
+        all_in_pool = save_kv_cache or fresh is None
         in_c = kernel.LIBRARY is not None and all_in_pool and _plain_float32(query, *pool)
         planned = self._plan(forward_batch, causal, batch is None, in_c)
         if isinstance(planned, kernel.Batch):
@@ -79,7 +83,7 @@ class CpuAttentionBackend(TorchNativeAttnBackend):
             )
         else:
             for group in planned:
-                keys, values = batch if group.fresh else pool
+                keys, values = batch if batch is not None and group.fresh else pool
                 _attend_group(group, query, keys, values, output, layer, causal)
         return output[: len(query)].view(len(query), -1)
 
@@ -88,7 +92,8 @@ class CpuAttentionBackend(TorchNativeAttnBackend):
     ) -> kernel.Batch | list[Group]:
         name = (causal, from_pool, in_c)
         if name not in self._plans:
-            rows, table = _rows(forward_batch), self.req_to_token_pool.req_to_token
+            requests: Any = self.req_to_token_pool
+            rows, table = _rows(forward_batch), requests.req_to_token
             self._plans[name] = kernel.Batch(rows, table, causal) if in_c else plan(rows, table, causal, from_pool)
         return self._plans[name]
 
@@ -101,12 +106,10 @@ def _plain_float32(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
 
 def _rows(forward_batch: ForwardBatch) -> list[Row]:
     lengths = (forward_batch.seq_lens if forward_batch.seq_lens_cpu is None else forward_batch.seq_lens_cpu).tolist()
-    if forward_batch.forward_mode.is_decode():
-        fresh = [1] * len(lengths)
-    else:
-        fresh = [int(length) for length in forward_batch.extend_seq_lens_cpu]
     rows, start = [], 0
-    for request, length, new in zip(forward_batch.req_pool_indices.tolist(), lengths, fresh, strict=True):
+    for request, length, new in zip(
+        forward_batch.req_pool_indices.tolist(), lengths, fresh_tokens(forward_batch), strict=True
+    ):
         rows.append(Row(request, length - new, new, start))
         start += new
     return rows

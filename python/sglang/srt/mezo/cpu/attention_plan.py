@@ -7,9 +7,13 @@ similar size are padded into a group, and a group costs each layer one gather of
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+
+if TYPE_CHECKING:
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
 # Gathering one key costs about as much as this many query-key pairs (64 dimensions a head).
 PAIRS_PER_KEY = 8
@@ -22,6 +26,17 @@ MAX_FRESH = 512
 
 _SHARED = -1  # key that every member of a bundle sees
 _PADDING = -2
+
+
+def fresh_tokens(forward_batch: "ForwardBatch") -> list[int]:
+    """How many tokens each request of a batch runs."""
+    mode = forward_batch.forward_mode
+    if mode.is_idle():
+        return []
+    if mode.is_decode():
+        return [1] * forward_batch.batch_size
+    assert forward_batch.extend_seq_lens_cpu is not None, "a batch that extends says by how much"
+    return [int(length) for length in forward_batch.extend_seq_lens_cpu]
 
 
 @dataclass(frozen=True)

@@ -92,5 +92,6 @@ class Batch:
             scaling=scaling,
             cap=cap,
         )
+        assert LIBRARY is not None, "there are no batches where it was not built"
         if LIBRARY.mezo_attend(ctypes.byref(call), len(self._bounds) - 1):
             raise MemoryError("attention: no memory for the scores")

@@ -7,6 +7,7 @@ it lies: no second copy of it is packed. In the lower precisions PyTorch takes o
 import ctypes
 import os
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.nn.functional import linear as torch_linear
@@ -75,6 +76,7 @@ def c_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = 
         outputs=len(weight),
         x_stride=rows.stride(0),
     )
+    assert _LIBRARY is not None, "IN_C says whether it was built"
     if _LIBRARY.mezo_linear(ctypes.byref(call)):
         raise MemoryError(f"a linear layer: no memory to lay out {len(rows)} rows of {rows.shape[1]} numbers")
     return y.view(*x.shape[:-1], -1)
@@ -123,7 +125,7 @@ def apart(x: torch.Tensor) -> torch.Tensor:
 
 
 def apply_linear(
-    original: Callable, method, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
+    original: Callable, method, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Around UnquantizedLinearMethod.apply."""
     if not _all_float32(x, layer.weight):
@@ -132,7 +134,7 @@ def apply_linear(
 
 
 def compute_lm_head(
-    original: Callable, processor, hidden: torch.Tensor, lm_head: torch.nn.Module, bias=None, **options
+    original: Callable, processor, hidden: torch.Tensor, lm_head: Any, bias=None, **options
 ) -> torch.Tensor:
     """Around LogitsProcessor._compute_lm_head: the plain head in float32; all others are left to it."""
     from sglang.srt.layers.quantization.unquant import UnquantizedEmbeddingMethod

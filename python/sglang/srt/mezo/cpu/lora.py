@@ -7,6 +7,7 @@ from itertools import pairwise
 import torch
 
 from sglang.srt.lora.backend.torch_backend import TorchNativeLoRABackend, TorchNativeLoRABatchInfo
+from sglang.srt.mezo.cpu.attention_plan import fresh_tokens
 from sglang.srt.mezo.cpu.linear import keeps_rows_apart
 
 # Their layers look tokens up by other rows than the ones that a segment names (token ids, pruned rows).
@@ -137,13 +138,12 @@ def add_lora(
     rows = x[block.rows].view(block.count, block.length, -1)
     hidden = _product(rows, lora_a[block.slots, : slices * rank].transpose(1, 2))
     hidden *= block.scaling.to(hidden.dtype)
-    in_place = isinstance(block.rows, slice)
     for index, (low, high) in enumerate(pairwise(offsets)):
         part = hidden[:, :, index * rank : (index + 1) * rank]
         if not part[0, 0].any() and not part.any():
             continue
         weight = lora_b[block.slots, low:high, :rank].transpose(1, 2)
-        if not in_place:
+        if not isinstance(block.rows, slice):
             output[:, low:high].index_add_(0, block.rows, _product(part, weight)[0])
         elif keeps_rows_apart(rank, part.dtype):
             output[block.rows].view(block.count, block.length, -1)[:, :, low:high].baddbmm_(part, weight)
@@ -189,13 +189,7 @@ class CpuLoRABackend(TorchNativeLoRABackend):
         use_prefill_cuda_graph: bool = False,
     ) -> None:
         """Route every sequence to its slot."""
-        mode = forward_batch.forward_mode
-        if mode.is_idle():
-            lengths = []
-        elif mode.is_decode():
-            lengths = [1] * forward_batch.batch_size
-        else:
-            lengths = list(forward_batch.extend_seq_lens_cpu)
+        lengths = fresh_tokens(forward_batch)
         self.prepare_lora_token_segments(
             segment_lens=lengths,
             weight_indices=weight_indices[: len(lengths)],

@@ -51,6 +51,8 @@ class Renderer(Protocol):
 
         DataError too where the answer does not begin where the request ends.
         """
+        ...
 
     def generation_prompt(self, turn: Turn) -> tuple[int, ...]:
         """The last tokens of the request: those that follow on its messages, for the answer to follow on them."""
+        ...

@@ -7,7 +7,7 @@ Rows come as a task's columns, or in one of the free forms ``{"prompt", "complet
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from sglang.srt.mezo.core.config import Objective
 from sglang.srt.mezo.core.errors import DataError, shown
@@ -84,7 +84,7 @@ class Encoder:
         if not tokens:
             raise DataError("the chat template appends no generation prompt to the messages")
         if any(tuple(prompt[-len(tokens) :]) != tokens for prompt in prompts):
-            raise DataError(f"not every prompt ends with the generation prompt {self.tokenizer.decode(tokens)!r}")
+            raise DataError(f"not every prompt ends with the generation prompt {self.tokenizer.decode(list(tokens))!r}")
         return tokens
 
     def _generation_prompts(self, rows: Iterable[SourceRow]) -> Iterator[tuple[int, ...]]:
@@ -174,7 +174,7 @@ class Encoder:
         blocks = [ids[start : start + self.max_length] for start in range(0, len(ids), self.max_length)]
         return [self._checked(Example(tuple(block[:1]), (tuple(block[1:]),), 0)) for block in blocks if len(block) > 1]
 
-    _forms: Sequence[tuple[set[str], Callable[["Encoder", Mapping[str, Any]], Encoding[list[Example]]]]] = (
+    _forms: Sequence[tuple[set[str], Callable[[Self, Mapping[str, Any]], Encoding[list[Example]]]]] = (
         ({"prompt", "options", "label"}, _encode_options),
         ({"prompt", "completion"}, _encode_completion),
         ({"messages"}, _encode_messages),
@@ -211,10 +211,10 @@ class Encoder:
 
     def _with_end(self, example: Example) -> Example:
         """A completion is learned with its end, as TRL does."""
-        end = self.tokenizer.eos_token_id
+        end: Any = self.tokenizer.eos_token_id
         if end is None or example.options[0][-1] == end:
             return example
-        return self._checked(Example(example.prompt, (example.options[0] + (end,),), 0))
+        return self._checked(Example(example.prompt, ((*example.options[0], end),), 0))
 
     def _checked(self, example: Example) -> Example:
         if not all(example.options):

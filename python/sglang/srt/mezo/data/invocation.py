@@ -5,7 +5,7 @@ The prompt decides, not the answer: that is what a served request sees.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sglang.srt.mezo.core.errors import DataError
 
@@ -26,7 +26,7 @@ def invocation_tokens(invocation: str | Sequence[int], tokenizer: "PreTrainedTok
 def invocation_setting(tokens: Sequence[int], tokenizer: "PreTrainedTokenizerBase") -> str | list[int]:
     """The text that stands for these tokens; they themselves where no text does, as it would be tokenised otherwise
     on its own."""
-    text = tokenizer.decode(tokens)
+    text: Any = tokenizer.decode(list(tokens))
     return text if text != AUTO and invocation_tokens(text, tokenizer) == tuple(tokens) else list(tokens)
 
 

@@ -8,11 +8,11 @@ import sys
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, BinaryIO
 
 import torch
 
@@ -217,9 +217,16 @@ def _parts(path: Path) -> tuple[str, str, str]:
     return inner.stem, inner.suffix.lower(), compression
 
 
-def _read_file(path: Path) -> list[SourceRow]:
+def _opened(raw: BinaryIO, compression: str) -> AbstractContextManager[Any]:
     from fsspec.compression import compr
 
+    if not compression:
+        return nullcontext(raw)
+    openers: dict[Any, Any] = compr
+    return openers[_COMPRESSED[compression]](raw, mode="rb")
+
+
+def _read_file(path: Path) -> list[SourceRow]:
     _, ending, compression = _parts(path)
     if ending not in FORMATS:
         raise DataError(
@@ -227,10 +234,7 @@ def _read_file(path: Path) -> list[SourceRow]:
             str(path),
         )
     try:
-        with (
-            open(path, "rb") as raw,
-            compr[_COMPRESSED[compression]](raw, mode="rb") if compression else nullcontext(raw) as file,
-        ):
+        with open(path, "rb") as raw, _opened(raw, compression) as file:
             return list(FORMATS[ending](file, str(path)))
     except (EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile) as error:
         raise DataError(f"cannot be decompressed: {error}", str(path)) from error
@@ -256,7 +260,7 @@ def _read_with_datasets(path: str, split: str, task: Task | None) -> list[Source
     arguments = (path, *task.dataset[1:]) if task is not None and path == task.dataset[0] else (path,)
     try:
         if (Path(path) / _STORED_DATASET).is_file():
-            rows = datasets.load_from_disk(path)
+            rows: Any = datasets.load_from_disk(path)
         elif (Path(path) / _STORED_SPLITS).is_file():
             rows = datasets.load_from_disk(path)[split]
         else:

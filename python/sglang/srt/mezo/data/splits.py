@@ -103,9 +103,11 @@ def load_splits(
 def named_data(task: str | None, dataset: str | None) -> tuple[Task | None, str]:
     """The task of a name, and where its rows are; ConfigError where neither says that."""
     named = get_task(task) if task else None
-    if not dataset and named is None:
+    if dataset:
+        return named, dataset
+    if named is None:
         raise ConfigError("dataset", None, "a hub name, folder or file; or name a task")
-    return named, dataset or named.dataset[0]
+    return named, named.dataset[0]
 
 
 def generation_prompt(encoder: Encoder, rows: list[SourceRow], examples: list[Example]) -> tuple[int, ...]:

@@ -40,10 +40,13 @@ def encode_together(
     outcomes: dict[int, Result | Exception] = {}
     waiting: list[tuple[int, Texts]] = []
 
-    def advance(place: int, answer: list[TokenIds] | Exception | None) -> None:
+    def advance(place: int, answer: list[TokenIds] | Exception | None = None) -> None:
         encoding = encodings[place]
         try:
-            asked = encoding.throw(answer) if isinstance(answer, Exception) else encoding.send(answer)
+            if isinstance(answer, Exception):
+                asked = encoding.throw(answer)
+            else:
+                asked = next(encoding) if answer is None else encoding.send(answer)
             _require_texts(asked)
             waiting.append((place, asked))
         except StopIteration as stop:
@@ -52,7 +55,7 @@ def encode_together(
             outcomes[place] = error
 
     for place in range(len(encodings)):
-        advance(place, None)
+        advance(place)
     while waiting:
         group = _newest(waiting)
         for (place, _), answer in zip(group, _answers(tokenizer, [asked for _, asked in group]), strict=True):
@@ -76,7 +79,7 @@ def _newest(waiting: list[tuple[int, Texts]]) -> list[tuple[int, Texts]]:
     return group
 
 
-def _answers(tokenizer: "PreTrainedTokenizerBase", asked: Sequence[Texts]) -> list[list[TokenIds] | Exception]:
+def _answers(tokenizer: "PreTrainedTokenizerBase", asked: Sequence[Texts]) -> Sequence[list[TokenIds] | Exception]:
     try:
         return _tokenised(tokenizer, asked)
     except BAD_ROW as error:
@@ -98,9 +101,9 @@ def _token_ids(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], speci
     them is asked for."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     passes_on = backend is not None and _passes_on(type(tokenizer)) and not (backend.truncation or backend.padding)
-    if passes_on and backend.encode_special_tokens == tokenizer.split_special_tokens:
+    if backend is not None and passes_on and backend.encode_special_tokens == tokenizer.split_special_tokens:
         return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=special_tokens)]
-    return tokenizer(texts, add_special_tokens=special_tokens).input_ids
+    return tokenizer(list(texts), add_special_tokens=special_tokens).input_ids
 
 
 @cache

@@ -6,17 +6,16 @@ left alone.
 """
 
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sglang.srt.lora.lora_manager import LoRAManager
-    from sglang.srt.server_args import ServerArgs
 
 _FLOAT32 = ("float32", "float")
 
 
-def fill_open_fields(server_args: "ServerArgs") -> None:
-    """Called before SGLang resolves the record."""
+def fill_open_fields(server_args: Any) -> None:
+    """Called before SGLang resolves the record, its ``ServerArgs``."""
     from sglang.srt.platforms import current_platform
     from sglang.srt.runtime_context import get_platform
     from sglang.srt.server_args import _declared_default
@@ -57,7 +56,7 @@ def why_no_alora(manager: "LoRAManager") -> str | None:
     from sglang.srt.model_executor.cuda_graph_config import Backend, Phase, check_cuda_graph_backend
     from sglang.srt.runtime_context import get_disagg, get_parallel
 
-    backend = manager.lora_backend
+    backend: Any = manager.lora_backend
     if type(backend).prepare_lora_token_segments is BaseLoRABackend.prepare_lora_token_segments:
         return f"LoRA backend {backend.name!r} cannot route single tokens, start with --lora-backend triton"
     if backend.supports_prefill_cuda_graph and not check_cuda_graph_backend(Phase.PREFILL, Backend.DISABLED):
@@ -66,6 +65,8 @@ def why_no_alora(manager: "LoRAManager") -> str | None:
         return "max_loras_per_batch=1 leaves no slot for the base model, allowed: 2 or more"
     for mode, active in (
         ("LoRA on experts", backend.is_moe_lora),
+        ("LoRA on the embeddings", manager.embed_tokens_module is not None),
+        ("LoRA on the head", manager.lm_head_module is not None),
         ("--enable-lora-overlap-loading", manager.enable_lora_overlap_loading),
         ("data-parallel attention", manager.attn_dp_enabled),
         ("speculative decoding", manager.speculative_algorithm is not None),

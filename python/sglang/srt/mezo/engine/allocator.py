@@ -1,9 +1,8 @@
 """Memory for activations: kept by the process between passes, as PyTorch's allocator does on accelerators.
 
-By default glibc gives large blocks back to the system when they are freed, and every page of the next one faults anew:
-    an
-activation of 50 MB then takes seven times as long to write. Not for a server, which would keep for good what its
-longest request took.
+By default glibc gives large blocks back to the system when they are freed, and every page of the next one faults
+anew: an activation of 50 MB then takes seven times as long to write. Not for a server, which would keep for good what
+its longest request took.
 """
 
 import ctypes

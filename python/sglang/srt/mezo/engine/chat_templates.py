@@ -5,7 +5,7 @@ To import this module takes seconds, as SGLang's come with it.
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pydantic import ValidationError
@@ -39,7 +39,7 @@ class Asked:
     answer: ChatCompletionMessageGenericParam
     text: str
     messages: Sequence[Mapping[str, Any]] = ()
-    arguments: Mapping[str, Any] | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Template(Protocol):
@@ -51,13 +51,17 @@ class Template(Protocol):
 
     special_tokens: bool
 
-    def ask(self, turn: Turn) -> Asked: ...
+    def ask(self, turn: Turn) -> Asked:
+        """The request for a turn's answer."""
+        ...
 
     def messages_alone(self, asked: Asked) -> str:
         """The prompt without what is there for the answer to follow on."""
+        ...
 
     def tell(self, asked: Asked, with_calls: bool = True) -> str:
         """The messages and the answer, with its tool calls or without."""
+        ...
 
 
 class LoadedTemplate:
@@ -100,7 +104,8 @@ class _Handler(OpenAIServingChat):
 
     def render(self, messages, *, tools, template_kwargs, add_generation_prompt, **_) -> str:
         """As the method above does it for the server, which encodes the text then."""
-        return self.tokenizer_manager.tokenizer.apply_chat_template(
+        tokenizer: Any = self.tokenizer_manager.tokenizer
+        return tokenizer.apply_chat_template(
             messages,
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
@@ -151,7 +156,7 @@ def _hf_config(settings: ChatSettings) -> PretrainedConfig:
 
 
 def _load(tokenizer: "PreTrainedTokenizerBase", settings: ChatSettings) -> Template:
-    manager = _TokenizerManager(tokenizer, settings)
+    manager: Any = _TokenizerManager(tokenizer, settings)
     templates = TemplateManager()
     try:
         templates.load_chat_template(manager, settings.chat_template, settings.model_path)
@@ -160,7 +165,8 @@ def _load(tokenizer: "PreTrainedTokenizerBase", settings: ChatSettings) -> Templ
             "chat_template", settings.chat_template, f"a name that SGLang knows, or a .jinja or .json file ({error})"
         ) from error
     handler = _Handler(manager, templates)
-    return _JinjaTemplate(handler) if templates.chat_template_name is None else _ConversationTemplate(handler)
+    name = templates.chat_template_name
+    return _JinjaTemplate(handler) if name is None else _ConversationTemplate(handler, name)
 
 
 # --- templates --------------------------------------------------------------------------------------------------------
@@ -173,7 +179,7 @@ class _JinjaTemplate:
 
     def __init__(self, handler: _Handler):
         self._handler = handler
-        self._tokenizer = handler.tokenizer_manager.tokenizer
+        self._tokenizer: Any = handler.tokenizer_manager.tokenizer
 
     def ask(self, turn: Turn) -> Asked:
         if self._handler.chat_encoding_spec is not None:
@@ -186,7 +192,7 @@ class _JinjaTemplate:
         if self._handler._prompt_text_round_trip_is_lossy:
             raise DataError("the chat template of this tokenizer writes tokens that have no text")
         request, answer = _request(self._handler, turn)
-        text = _process(self._handler, request).prompt_ids
+        text: Any = _process(self._handler, request).prompt_ids  # as the handler above renders it, not its tokens
         return Asked(request, answer, text, *self._handler.given)
 
     def messages_alone(self, asked: Asked) -> str:
@@ -215,8 +221,9 @@ class _ConversationTemplate:
 
     special_tokens = True
 
-    def __init__(self, handler: _Handler):
+    def __init__(self, handler: _Handler, name: str):
         self._handler = handler
+        self._name = name
 
     def ask(self, turn: Turn) -> Asked:
         request, answer = _request(self._handler, turn)
@@ -231,7 +238,7 @@ class _ConversationTemplate:
     def _without_blank(self, request: ChatCompletionRequest) -> str:
         """The messages without the blank one that stands for the answer to come."""
         try:
-            conversation = generate_chat_conv(request, self._handler.template_manager.chat_template_name)
+            conversation = generate_chat_conv(request, self._name)
         except ValueError as error:
             raise _refusal(error) from error
         conversation.messages.pop()
@@ -251,7 +258,8 @@ def _request(handler: _Handler, turn: Turn) -> tuple[ChatCompletionRequest, Chat
     refusal = handler._validate_request(request)
     if refusal:
         raise DataError(f"a request with these messages is refused: {refusal}")
-    return _with_messages(request, request.messages[:-1]), request.messages[-1]
+    answer: Any = request.messages[-1]
+    return _with_messages(request, request.messages[:-1]), answer
 
 
 def _with_messages(request: ChatCompletionRequest, messages: Sequence[Any]) -> ChatCompletionRequest:
@@ -279,7 +287,7 @@ def _problem(error: ValidationError, messages: Sequence[Mapping[str, Any]]) -> s
     for problem in error.errors():
         place = problem["loc"]
         if place[0] == "messages":  # which have two schemas, of which that of the message's role counts
-            if any("UserParam" in str(part) for part in place) != (messages[place[1]].get("role") == "user"):
+            if any("UserParam" in str(part) for part in place) != (messages[int(place[1])].get("role") == "user"):
                 continue
         names = [
             part for part in place if isinstance(part, int) or part.isidentifier() and part.islower() and part != "str"

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -75,7 +76,8 @@ def _run(
         _route_adapters(handle, batch, sequences)
         with forward_context(ForwardContext(attn_backend=runner.attn_backend), forward_batch=batch):
             runner.attn_backend.init_forward_metadata(batch)
-            return runner.model.model(batch.input_ids, batch.positions, batch)
+            model: Any = runner.model.model
+            return model(batch.input_ids, batch.positions, batch)
 
 
 def _forward_batch(handle: EngineHandle, sequences: Sequence[Sequenced], rows: list[int], kv_indices: torch.Tensor):
@@ -90,6 +92,7 @@ def _forward_batch(handle: EngineHandle, sequences: Sequence[Sequenced], rows: l
     starts = [0, *itertools.accumulate(extends[:-1])]
     device = handle.device
     _fill_rows(handle.req_to_token_pool.req_to_token, rows, totals, before, new)
+    lora_ids: list[Any] = [sequence.segments[-1][0] for sequence in sequences]  # None for the base model
     positions = torch.cat([torch.arange(p, t) for p, t in zip(prefixes, totals)])
     batch = ForwardBatch(
         forward_mode=ForwardMode.EXTEND,
@@ -109,7 +112,7 @@ def _forward_batch(handle: EngineHandle, sequences: Sequence[Sequenced], rows: l
         extend_start_loc=torch.tensor(starts, dtype=torch.int32, device=device),
         extend_prefix_lens_cpu=prefixes,
         extend_seq_lens_cpu=extends,
-        lora_ids=[sequence.segments[-1][0] for sequence in sequences],
+        lora_ids=lora_ids,
         capture_hidden_mode=CaptureHiddenMode.NULL,
         spec_algorithm=SpeculativeAlgorithm.NONE,
     )

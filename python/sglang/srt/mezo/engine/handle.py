@@ -4,12 +4,12 @@ import json
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import torch
 
 from sglang.srt.mezo.adapters.differences import differences
-from sglang.srt.mezo.adapters.families import family_of, require_modules
+from sglang.srt.mezo.adapters.families import architecture_of, family_of, require_modules
 from sglang.srt.mezo.core.errors import CapacityError, ConfigError
 from sglang.srt.mezo.engine.accelerator import fill_open_fields
 from sglang.srt.mezo.engine.allocator import keep_freed_memory
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+Value = TypeVar("Value")
+
 _WRITE_KV_FIRST = {"CpuAttentionBackend", "TritonAttnBackend", "FlashAttentionBackend"}
 
 
@@ -40,31 +42,35 @@ class EngineHandle:
     @classmethod
     def from_scheduler(cls, scheduler: "Scheduler") -> Self:
         model_runner = scheduler.tp_worker.model_runner
+        tree_cache: Any = scheduler.tree_cache  # the scheduler's declarations say `object`
+        requests: Any = scheduler.req_to_token_pool
         if model_runner.lora_manager is None:
             raise ConfigError("enable_lora", False, "training needs an engine that was started with LoRA")
         if model_runner.page_size != 1:
             raise ConfigError("page_size", model_runner.page_size, "prefixes are cut at any token, so 1 is needed")
-        return cls(model_runner, scheduler.tree_cache, scheduler.req_to_token_pool)
+        return cls(model_runner, tree_cache, requests)
 
     @property
     def is_leader(self) -> bool:
         """Whether this is the rank that writes files and decides."""
         return _tp_group().rank_in_group == 0
 
-    def broadcast(self, value):
+    def broadcast(self, value: Value) -> Value:
         """The leader's ``value``, which must be picklable, on every tensor-parallel rank."""
-        return _tp_group().broadcast_object(value, src=0)
+        shared: Any = _tp_group().broadcast_object(value, src=0)
+        return shared
 
-    def on_leader(self, function: Callable, *arguments):
+    def on_leader(self, function: Callable[..., Value], *arguments) -> Value:
         """Call a function on the leader only; what it returns or raises, every rank returns or raises."""
         if _tp_group().world_size == 1:
             return function(*arguments)
-        outcome = (None, None)
+        outcome: tuple[Any, Exception | None] = (None, None)
         if self.is_leader:
             try:
                 outcome = (function(*arguments), None)
             except Exception as error:
                 outcome = (None, error)
+        value: Any
         value, error = self.broadcast(outcome)
         if error is not None:
             raise error
@@ -72,7 +78,9 @@ class EngineHandle:
 
     @property
     def lora_manager(self) -> "LoRAManager":
-        return self.model_runner.lora_manager
+        manager = self.model_runner.lora_manager
+        assert manager is not None, "from_scheduler refuses an engine without LoRA"
+        return manager
 
     @property
     def kv_allocator(self):
@@ -105,7 +113,7 @@ class EngineHandle:
     @property
     def most_prefill_tokens(self) -> int:
         """Tokens of the longest prefill that the engine runs for requests."""
-        args = self.model_runner.server_args
+        args: Any = self.model_runner.server_args
         chunk = args.chunked_prefill_size
         return chunk if chunk is not None and chunk > 0 else args.max_prefill_tokens
 
@@ -160,14 +168,15 @@ class MezoEngine:
         from sglang.srt.runtime_context import SpawnRanks, publish, spawn_world_rank
         from sglang.srt.server_args import PortArgs, ServerArgs
 
-        self.server_args = ServerArgs(
-            model_path=model_path,
-            enable_lora=True,
-            max_lora_rank=r,
-            lora_target_modules=sorted(target_modules),
-            max_loras_per_batch=num_slots + 1,  # the base model takes a slot too
-            **{"page_size": 1, "log_level": "warning", "disable_cuda_graph": True, **server_args},
-        )
+        fields = {
+            "model_path": model_path,
+            "enable_lora": True,
+            "max_lora_rank": r,
+            "lora_target_modules": sorted(target_modules),
+            "max_loras_per_batch": num_slots + 1,  # the base model takes a slot too
+        }
+        defaults = {"page_size": 1, "log_level": "warning", "disable_cuda_graph": True}
+        self.server_args: Any = ServerArgs(**fields, **{**defaults, **server_args})
         config = checkpoint_config(*config_source(self.server_args))
         require_modules(family_of(config), target_modules)
         warn_of_differences(config, self.server_args.context_length)
@@ -218,7 +227,7 @@ def warn_of_differences(config: "PretrainedConfig", context_length: int | None) 
     """What of a model SGLang computes otherwise than Transformers: adapters made for the one do something else in
     the other."""
     for difference in differences(config, context_length):
-        logger.warning(f"{config.architectures[0]} in SGLang is not quite the model of its configuration: {difference}")
+        logger.warning(f"{architecture_of(config)} in SGLang is not quite the model of its configuration: {difference}")
 
 
 def _configure_logging(server_args) -> None:

@@ -1,5 +1,7 @@
 """From hidden states to the scores of chosen tokens, in float32, only where they are needed."""
 
+from typing import Any
+
 import torch
 
 from sglang.srt.mezo.engine.handle import EngineHandle
@@ -12,9 +14,10 @@ class Head:
     """The model's own head: its weight, scale, soft cap and vocabulary-parallel gather."""
 
     def __init__(self, handle: EngineHandle):
-        model = handle.model_runner.model
+        model: Any = handle.model_runner.model
         # Some models with tied embeddings have no head beside them.
-        self._lm_head = model.lm_head if hasattr(model, "lm_head") else model.model.embed_tokens
+        head = model.lm_head if hasattr(model, "lm_head") else model.model.embed_tokens
+        self._lm_head = getattr(head, "base_layer", head)  # others' adapters may act on it, which is wrapped then
         self._processor = model.logits_processor
         self._vocab_size = handle.model_runner.model_config.vocab_size
         self._reads_single_logits = self._is_plain_linear()

@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -42,7 +43,7 @@ class Layer:
 
     index: int
     name: str
-    module: torch.nn.Module
+    module: Any
     in_features: int
     parts: tuple[Part, ...]
     adapted: frozenset[str] = frozenset()
@@ -107,9 +108,10 @@ def _wrapped(handle: EngineHandle) -> Iterator[Layer]:
     modules = checkpoint_sites(*config_source(handle.model_runner.server_args))
     for index, wrapped in enumerate(handle.lora_manager.lora_modules):
         for name, module in wrapped.items():
-            parts = tuple(_parts(name, module.base_layer, modules))
+            base: Any = module.base_layer
+            parts = tuple(_parts(name, base, modules))
             if parts:
-                yield Layer(index, name, module, module.base_layer.input_size, parts)
+                yield Layer(index, name, module, base.input_size, parts)
 
 
 def model_layers(model: torch.nn.Module) -> Iterator[Layer]:
@@ -135,7 +137,7 @@ def checkpoint_sites(*source) -> Mapping[str, Site]:
     return {site.path: site for site in model_modules(checkpoint_config(*source))}
 
 
-def _parts(name: str, base: torch.nn.Module, modules: Mapping[str, Site]) -> Iterator[Part]:
+def _parts(name: str, base: Any, modules: Mapping[str, Site]) -> Iterator[Part]:
     """The checkpoint's layers in one of SGLang's, by full widths whatever the degree of parallelism; none in experts
     and routers."""
     parent, _, leaf = name.rpartition(".")
@@ -165,7 +167,7 @@ def _rows_of_fused(site: Site, widths: Sequence[int]) -> list[int]:
     return [site.out_features // len(widths)] * len(widths)
 
 
-def _output_widths(base: torch.nn.Module) -> list[int]:
+def _output_widths(base: Any) -> list[int]:
     from sglang.srt.layers.linear import MergedColumnParallelLinear, QKVParallelLinear
 
     if isinstance(base, QKVParallelLinear):

@@ -1,7 +1,7 @@
 """PEFT adapters and the model of an engine: what they can act on there, and their matrices as SGLang's loader takes
 them."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.functional import pad
@@ -21,7 +21,8 @@ class CheckedFields(dict):
 
 def is_known(manager: "LoRAManager") -> bool:
     """Whether the linear layers of the model are known by their names in Transformers."""
-    return any(architecture in FAMILIES for architecture in manager.base_hf_config.architectures or ())
+    config: Any = manager.base_hf_config
+    return any(architecture in FAMILIES for architecture in config.architectures or ())
 
 
 def layers_for_adapters(manager: "LoRAManager") -> ModelLayers:
@@ -37,12 +38,13 @@ def layers_for_adapters(manager: "LoRAManager") -> ModelLayers:
         for part in layer.parts
     ]
     max_rank = getattr(manager, "max_lora_rank", None)
+    config: Any = manager.base_hf_config
     return ModelLayers(
         checkpoint_sites(*config_source(get_server_args())),
         frozenset(adapted),
         max_rank,
         manager.dtype,
-        manager.base_hf_config.vocab_size,
+        config.vocab_size,
     )
 
 

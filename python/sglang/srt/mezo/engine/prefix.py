@@ -8,6 +8,7 @@ from array import array
 from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -39,7 +40,7 @@ class _Locked:
     """KV of a prefix that the tree does not evict."""
 
     kv_indices: torch.Tensor
-    lock: object
+    lock: Any
 
 
 class BasePrefixes:
@@ -181,7 +182,7 @@ class BasePrefixes:
         """Run the unmatched ends of the prefixes in one batch and hand their KV to the tree."""
         from sglang.srt.mem_cache.base_prefix_cache import InsertParams
 
-        tree = self._handle.tree_cache
+        tree: Any = self._handle.tree_cache
         matches = [self._match(prefix) for prefix in prefixes]
         locks = [tree.lock(match.last_device_node) for match in matches]
         try:

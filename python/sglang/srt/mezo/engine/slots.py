@@ -56,7 +56,7 @@ class Slot:
         Args:
             weights: float32 [numel] in the flat order of ``Adapter``; cast to the pool's dtype here, once.
         """
-        torch._foreach_copy_(self._targets, self._layout.blocks_of(weights))
+        torch._foreach_copy_(self._targets, self._layout.blocks_of(weights))  # pyright: ignore[reportPrivateImportUsage]
 
     def release(self) -> None:
         result = self._handle.lora_manager.unload_lora_adapter(self._ref)
@@ -133,7 +133,7 @@ class SlotLayout:
         """Views of the pool where the blocks lie in slot ``slot``. What else the adapter's layers have there becomes
         zero."""
         buffers = list(self._buffers(handle, slot))
-        torch._foreach_zero_(buffers)
+        torch._foreach_zero_(buffers)  # pyright: ignore[reportPrivateImportUsage]
         return [buffers[block.buffer][block.first : block.end, : block.columns] for block in self._blocks]
 
     def _buffers(self, handle: EngineHandle, slot: int) -> Iterator[torch.Tensor]:

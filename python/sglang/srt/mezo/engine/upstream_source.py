@@ -8,6 +8,8 @@ from importlib.metadata import distribution
 from pathlib import Path
 from typing import Self
 
+from sglang.srt.mezo.core.errors import ConfigError
+
 _MOST_STEPS = 20  # of a name that one module has from the next
 _FIELDS = "sglang/srt/arg_groups/fields/"
 
@@ -41,7 +43,10 @@ class UpstreamSource:
 
     @classmethod
     def of_wheel(cls, path: Path) -> Self:
-        wheel = zipfile.ZipFile(path)
+        try:
+            wheel = zipfile.ZipFile(path)
+        except zipfile.BadZipFile as error:
+            raise ConfigError("against", str(path), f"a wheel that can be read ({error})") from error
         names = set(wheel.namelist())
 
         def read(name: str) -> str | None:
@@ -94,10 +99,12 @@ class UpstreamSource:
         home, owner = found
         return self._member(home, owner, rest, steps) if isinstance(owner, ast.ClassDef) else None
 
-    def _in_module(self, module: str, tree: ast.Module, is_package: bool, name: str, steps: int):
+    def _in_module(
+        self, module: str, tree: ast.Module, is_package: bool, name: str, steps: int
+    ) -> tuple[str, Definition] | None:
         for node in _statements(tree.body):
             if _defines(node, name):
-                return module, node if not isinstance(node, ast.Assign | ast.AnnAssign) else node.value
+                return module, _definition(node)
             if isinstance(node, ast.ImportFrom):
                 source = _absolute(module, is_package, node)
                 for alias in node.names:
@@ -115,7 +122,7 @@ class UpstreamSource:
     def _member(self, module: str, owner: ast.ClassDef, name: str, steps: int) -> tuple[str, Definition] | None:
         for node in _statements(owner.body):
             if _defines(node, name):
-                return module, node if not isinstance(node, ast.Assign | ast.AnnAssign) else node.value
+                return module, _definition(node)
         for node in ast.walk(owner):
             if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and node.attr == name:
                 return module, None
@@ -155,6 +162,14 @@ def _absolute(module: str, is_package: bool, node: ast.ImportFrom) -> str:
     parts = module.split(".")
     above = parts[: len(parts) - node.level + (1 if is_package else 0)]
     return ".".join([*above, *([node.module] if node.module else [])])
+
+
+def _definition(statement: ast.stmt) -> Definition:
+    """What a statement that ``_defines`` a name gives it."""
+    if isinstance(statement, ast.Assign | ast.AnnAssign):
+        return statement.value
+    assert isinstance(statement, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+    return statement
 
 
 def _described(node: Definition) -> str:

@@ -33,7 +33,7 @@ def _around_loading(original: Callable, manager: "LoRAManager", lora_ref: "LoRAR
     """An adapter in a folder."""
     if not is_known(manager):
         return _served(manager, lora_ref, original(manager, lora_ref))
-    return _load(manager, lora_ref, lambda: read_adapter(lora_ref.lora_path, layers_for_adapters(manager)))
+    return _load(manager, lora_ref, lambda: read_adapter(lora_ref.lora_path or "", layers_for_adapters(manager)))
 
 
 def _around_loading_from_tensors(
@@ -75,7 +75,7 @@ def _served(manager: "LoRAManager", lora_ref: "LoRARef", result: "LoRAUpdateOutp
     """Take note of an adapter that SGLang has loaded, or have it forget one that it has not, or that it would serve
     wrongly."""
     if not result.success:
-        return _refused(manager, lora_ref, result.error_message)
+        return _refused(manager, lora_ref, result.error_message or "SGLang did not load it")
     invocation = tuple(manager.configs[lora_ref.lora_id].hf_config.get("alora_invocation_tokens") or ())
     try:
         alora_serving.require_servable(manager, invocation)
@@ -102,14 +102,16 @@ def require_adapters(server_args) -> None:
         layers = layers_of_checkpoint(server_args)
     except ConfigError:
         return  # SGLang has more to say about a model that cannot be read
-    for name, path in map(_name_and_path, server_args.lora_paths) if layers is not None else ():
+    if layers is None:
+        return
+    for name, path in map(_name_and_path, server_args.lora_paths):
         try:
             read_adapter(path, layers)
         except ConfigError as error:
             raise StartRefused(f"--lora-paths {name}: {error}") from error
 
 
-def _name_and_path(given: object) -> tuple[str, str]:
+def _name_and_path(given: Any) -> tuple[str, str]:
     """Of an adapter as SGLang's argument has it: a text or an object."""
     if isinstance(given, str):
         name, _, path = given.partition("=")

@@ -13,6 +13,7 @@ from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import count
+from typing import Any
 
 from sglang.srt.mezo.core.errors import ConfigError
 from sglang.srt.mezo.data.invocation import find_invocation
@@ -114,11 +115,14 @@ def _around_radix_key(original: Callable, tree_cache, req, token_ids: array, *ar
     return original(tree_cache, req, _tagged(binding, token_ids), *args, **kwargs)
 
 
-def _shares_base(tree_cache) -> bool:
+def _shares_base(tree_cache: Any) -> bool:
     """Only this tree is known to take tagged keys, and only while it keeps them to this process."""
     from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
-    return type(tree_cache) is UnifiedRadixCache and not tree_cache.enable_storage and tree_cache.linker is None
+    if type(tree_cache) is not UnifiedRadixCache:
+        return False
+    core: Any = tree_cache.tree_core
+    return not core.enable_kv_cache_events and not tree_cache.enable_storage and tree_cache.linker is None
 
 
 def _tagged(binding: CacheBinding, token_ids: array) -> array:
@@ -153,6 +157,8 @@ def _after_batch_created(forward_batch, cls, batch, model_runner, *args, **kwarg
     if model_runner.lora_manager is None or not forward_batch.forward_mode.is_extend():
         return
     starts = [req.mezo_binding.start if req.mezo_binding else None for req in batch.reqs]
+    if all(start is None for start in starts):  # and what speculative decoding verifies says no lengths
+        return
     lora_ids: list[str | None] = []
     lengths: list[int] = []
     for lora_id, start, prefix, fresh in zip(

@@ -23,7 +23,8 @@ def require_registered() -> None:
     if not registered:
         raise RuntimeError(
             "the platform of sglang-mezo is active but its plugin is not: "
-            "call sglang.srt.plugins.load_plugins() first, and name `mezo` in SGLANG_PLUGINS if that is set"
+            "call sglang.srt.plugins.load_plugins() first, and name `mezo` and `mezo_cpu` in SGLANG_PLUGINS if that is "
+            "set"
         )
 
 

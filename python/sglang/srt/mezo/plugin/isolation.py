@@ -128,8 +128,9 @@ _streams: list[torch.Stream] = []
 
 
 def _after_overlap(result: None, scheduler) -> None:
-    """On an accelerator the KV pool is written on this stream."""
-    _streams[:] = [scheduler.forward_stream] if scheduler.device != "cpu" else []
+    """On an accelerator the KV pool is written on this stream; without overlap on the scheduler's own."""
+    overlaps = scheduler.enable_overlap and scheduler.device != "cpu"
+    _streams[:] = [scheduler.forward_stream] if overlaps else []
 
 
 def _before_release(req, tree_cache, *, checkpoint: bool) -> None:

@@ -134,7 +134,7 @@ def _fill_server_args(server_args) -> None:
     if not server_args.lora_paths:
         server_args.enable_lora = True
         server_args.max_lora_rank = server_args.max_lora_rank or _DEFAULT_RANK
-        server_args.lora_target_modules = server_args.lora_target_modules or list(family.attention)
+        server_args.lora_target_modules = server_args.lora_target_modules or list(family.default_targets("alora"))
     _leave_slots(server_args)
     fill_open_fields(server_args)
 

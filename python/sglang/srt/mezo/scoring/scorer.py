@@ -214,7 +214,7 @@ class Scorer:
         for number, taken in borrowed.items():
             row = items[number].row
             end += (0 if self._prefix_reuse else len(row.prefix)) + len(row.suffix) - taken.length
-            first = rows_of[taken.row][: taken.length] if taken.length else []
+            first = [] if taken.row is None else rows_of[taken.row][: taken.length]
             rows_of[number] = [*first, *range(end - len(row.suffix) + taken.length, end)]
         return rows_of
 

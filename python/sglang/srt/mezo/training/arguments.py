@@ -136,7 +136,7 @@ def _read_file(path: str, types: Mapping[str, Any]) -> dict[str, Any]:
     fields = {}
     for given, value in content.items():
         name = SAME.get(given, given)
-        if name not in types:
+        if name is None or name not in types:
             close = _close(str(given), types)
             hint = f": did you mean {close}?" if close else ""
             raise UsageError(f"--config {path} has an unknown field {given}{hint}")
@@ -255,8 +255,9 @@ _METAVARS = {
 
 
 def _is_list(kind: Any) -> bool:
+    """Whether a text stands for a list, as ``from_text`` has it."""
     choices = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
-    return all(get_origin(choice) is list for choice in choices if choice is not NoneType)
+    return get_origin(next(choice for choice in choices if choice is not NoneType)) is list
 
 
 def _spellings(name: str) -> list[str]:

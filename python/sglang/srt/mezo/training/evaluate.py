@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Optional
 
-from sglang.srt.mezo.adapters.adapter import Adapter, AdapterSpec
+from sglang.srt.mezo.adapters.adapter import Adapter
 from sglang.srt.mezo.adapters.families import family_of
 from sglang.srt.mezo.adapters.peft_adapter import PeftAdapter, read_adapter
 from sglang.srt.mezo.core.config import Objective
@@ -63,7 +63,7 @@ def evaluate(model: ModelArguments, arguments: EvaluateArguments) -> dict[str, A
     examples = encoder.encode_rows(rows, arguments.on_bad_row)
     objective = arguments.objective or default_objective(examples, rows)
     require_choices(objective, (len(example.options) for example in examples))
-    targets = list(family_of(model_config).attention) if adapter is None else adapter.target_modules
+    targets = list(family_of(model_config).default_targets("alora")) if adapter is None else adapter.target_modules
     engine = MezoEngine(
         model.model,
         r=1 if adapter is None else adapter.r,
@@ -83,7 +83,7 @@ def evaluate(model: ModelArguments, arguments: EvaluateArguments) -> dict[str, A
 
 def _slot(engine: MezoEngine, model: str, adapter: PeftAdapter) -> Slot:
     """A slot of the engine that holds the adapter."""
-    spec = AdapterSpec(model, adapter.r, adapter.lora_alpha, tuple(adapter.target_modules), adapter.invocation)
+    spec = adapter.spec(model)
     held = Adapter(spec, adapted_sites(engine.handle, spec.target_modules))
     for site, a, b in held.matrices():
         if site.path in adapter.matrices:  # in the other layers the adapter changes nothing

@@ -26,6 +26,7 @@ from sglang.srt.mezo.engine.handle import MezoEngine
 from sglang.srt.mezo.scoring.evaluation import evaluation_passes
 from sglang.srt.mezo.training.checkpoint import read_checkpoint
 from sglang.srt.mezo.training.plots import plot_run
+from sglang.srt.mezo.training.reporting import integrations
 from sglang.srt.mezo.training.results import TrainResult
 from sglang.srt.mezo.training.run_directory import RunDirectory
 from sglang.srt.mezo.training.start import read_start, settled
@@ -76,6 +77,7 @@ def finetune(model: ModelArguments, data: DataArguments, config: MezoConfig) -> 
 
 def open_trainer(model: ModelArguments, data: DataArguments, config: MezoConfig) -> tuple[MezoTrainer, Splits]:
     """Read and check everything, then start an engine; raises what ``finetune`` does."""
+    integrations(config.report_to)  # before an engine is started for nothing
     model_config, tokenizer = read_checkpoint(model.model)
     origin = None if config.init_from is None else read_start(config, model_layers(model_config))
     config, target_modules = _with_targets(model_config, settled(config, origin, tokenizer))
@@ -105,7 +107,7 @@ def open_trainer(model: ModelArguments, data: DataArguments, config: MezoConfig)
         max_total_tokens=model.max_total_tokens,
         log_level="error",
     )
-    spec = AdapterSpec(model.model, config.r, config.lora_alpha, target_modules, splits.invocation)
+    spec = AdapterSpec.of(config, model.model, splits.invocation, target_modules)
     return MezoTrainer(engine.handle, config, spec, splits.train, splits.dev, splits.objective, start=origin), splits
 
 
@@ -149,9 +151,10 @@ def chosen_invocation(
         if given is not None:
             raise ConfigError("invocation", given, "nothing, as ordinary LoRA acts on every token")
         return ()
-    if given is None and not task:
-        return None
-    given = get_task(task).invocation if given is None else given
+    if given is None:
+        if not task:
+            return None
+        given = get_task(task).invocation
     if not given:
         raise ConfigError("invocation", given, "the text from which activated LoRA acts, such as ' It was'")
     return invocation_tokens(given, tokenizer)

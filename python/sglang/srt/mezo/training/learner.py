@@ -37,8 +37,8 @@ class Learner:
     Args:
         handle: the engine. With ``config.num_slots`` free slots in its LoRA pool all directions of a step are scored at
             once.
-        config: settings of the run; what the adapter is, is read from ``spec``.
-        spec: the adapter, as PEFT would describe it. ``spec.invocation`` must be set for aLoRA.
+        config: settings of the run.
+        spec: the adapter that ``config`` describes (``AdapterSpec.of``).
         train_dataset, eval_dataset: tokenised examples. Without ``eval_dataset`` the last adapter is kept.
         objective: what ``config.objective`` leaves open.
         kept_tokens: most KV tokens of base-model prefixes that stay locked between steps; by default half of the pool.
@@ -66,7 +66,7 @@ class Learner:
         spare_slots: int = 0,
         start: PeftAdapter | None = None,
     ):
-        _check_invocation(config, spec)
+        spec.require_agreement(config)
         self.handle = handle
         self.config = config
         self.objective: Objective = config.objective or objective
@@ -228,16 +228,3 @@ def _largest_weight(spec: AdapterSpec, dtype: torch.dtype) -> float:
     """Of an adapter whose layers can still give finite numbers: products of two weights, scaled, are finite in
     float32."""
     return min(torch.finfo(dtype).max, math.sqrt(torch.finfo(torch.float32).max / spec.lora_alpha))
-
-
-def _check_invocation(config: MezoConfig, spec: AdapterSpec) -> None:
-    if config.tuning is None:
-        raise ConfigError(
-            "tuning", None, "what the adapter of init_from is: sglang.srt.mezo.training.start.settled says it"
-        )
-    if config.tuning == "alora" and not spec.invocation:
-        raise ConfigError(
-            "invocation", config.invocation, "activated LoRA needs the text from which it acts, such as ' It was'"
-        )
-    if config.tuning == "lora" and spec.invocation:
-        raise ConfigError("invocation", config.invocation, "ordinary LoRA acts on every token and takes no invocation")

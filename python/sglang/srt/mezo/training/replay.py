@@ -6,11 +6,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from sglang.srt.mezo.adapters.adapter import CONFIG, WEIGHTS, Adapter, AdapterSpec, Site
 from sglang.srt.mezo.adapters.families import FAMILIES
-from sglang.srt.mezo.core.errors import ConfigError
+from sglang.srt.mezo.core.errors import ConfigError, DamagedError
 from sglang.srt.mezo.core.integrity import require_sums
 from sglang.srt.mezo.core.seed_log import SeedLog
 from sglang.srt.mezo.core.settings import require_settings, setting
@@ -59,15 +61,7 @@ def initial_adapter(run: Path, log: SeedLog) -> Adapter:
     """
     folder = run / "initial_adapter"
     require_sums(folder, (CONFIG, WEIGHTS))
-    fields = json.loads((folder / CONFIG).read_text())
-    spec = AdapterSpec(
-        fields["base_model_name_or_path"],
-        fields["r"],
-        fields["lora_alpha"],
-        tuple(fields["target_modules"]),
-        tuple(fields.get("alora_invocation_tokens") or ()),
-    )
-    weights = load_file(folder / WEIGHTS)
+    spec, weights = _read(folder)
     sites = [
         Site(path, weights[f"{_PREFIX}{path}{_A}"].shape[1], weights[f"{_PREFIX}{path}{_B}"].shape[0])
         for path in (name.removeprefix(_PREFIX).removesuffix(_A) for name in weights if name.endswith(_A))
@@ -80,6 +74,22 @@ def initial_adapter(run: Path, log: SeedLog) -> Adapter:
         if log.starts_from(adapter.theta):
             return adapter
     raise ConfigError("run", str(run), "a run whose log starts from its initial_adapter")
+
+
+def _read(folder: Path) -> tuple[AdapterSpec, dict[str, torch.Tensor]]:
+    """An adapter that a run has written, as its files have it; DamagedError where they are not as they were."""
+    try:
+        fields = json.loads((folder / CONFIG).read_text())
+        spec = AdapterSpec(
+            fields["base_model_name_or_path"],
+            fields["r"],
+            fields["lora_alpha"],
+            tuple(fields["target_modules"]),
+            tuple(fields.get("alora_invocation_tokens") or ()),
+        )
+        return spec, load_file(folder / WEIGHTS)
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, SafetensorError) as error:
+        raise DamagedError(folder, str(error) or type(error).__name__) from error
 
 
 def _orders(sites: list[Site]) -> Iterator[list[Site]]:

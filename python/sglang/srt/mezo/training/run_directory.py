@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import closing
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from sglang.srt.mezo.core.config import MezoConfig
 from sglang.srt.mezo.core.errors import BaseModelError, ConfigError, DamagedError
 from sglang.srt.mezo.core.integrity import read_checked_json, write_checked_json, write_json
 from sglang.srt.mezo.core.seed_log import LogHeader, SeedLog, digest_of
-from sglang.srt.mezo.core.settings import names
+from sglang.srt.mezo.core.settings import setting_of
 
 
 class RunDirectory:
@@ -124,10 +125,14 @@ class RunDirectory:
             earlier = dict(json.loads((self.path / "config.json").read_text()))
         except (TypeError, ValueError) as error:
             raise ConfigError("output_dir", str(self.path), f"a run whose config.json can be read ({error})") from error
-        fixed = names(type(self._config), resume="same")
-        for name, value in json.loads(json.dumps(self._config.to_dict())).items():
-            if name in fixed and earlier.get(name) != value:
-                raise ConfigError(name, value, f"the run to resume has {earlier.get(name)!r}")
+        for one in fields(self._config):
+            if setting_of(one).resume != "same":
+                continue
+            value = json.loads(json.dumps(getattr(self._config, one.name)))
+            # A version that did not know a setting did what its default does.
+            known = earlier.get(one.name, None if setting_of(one).follows else one.default)
+            if known != value:
+                raise ConfigError(one.name, value, f"the run to resume has {known!r}")
         self._require_base_model(earlier.get("base_model"))
 
     def _resume(self, adapter: Adapter) -> SeedLog:

@@ -80,7 +80,10 @@ def contradiction(
         if not same:
             return name, value
     sent = given.get("invocation", AUTO)
-    if sent == AUTO or invocation_tokens(sent or (), tokenizer) == adapter.invocation:
+    if sent == AUTO:
+        return None
+    assert tokenizer is not None, "an invocation is among the settings"
+    if invocation_tokens(sent or (), tokenizer) == adapter.invocation:
         return None
     return "invocation", invocation_setting(adapter.invocation, tokenizer) if adapter.invocation else None
 

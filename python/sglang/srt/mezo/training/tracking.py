@@ -1,4 +1,4 @@
-"""What a run shows and writes while it goes: progress bar, metrics.jsonl, tensorboard."""
+"""What a run shows and writes while it goes: progress bar, metrics.jsonl, reports."""
 
 import json
 import logging
@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 
 from sglang.srt.mezo.core.config import MezoConfig
 from sglang.srt.mezo.core.integrity import drop_half_line
+from sglang.srt.mezo.training.reporting import Reporter
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ class Tracker:
             desc="MeZO",
             dynamic_ncols=True,
         )
-        self._board = _tensorboard(config) if config.report_to == "tensorboard" else None
+        self._reporter = Reporter.open(config, first_step, max_steps)
 
     def advance(self, **shown: Any) -> None:
         """Move the bar by one step and show numbers beside it."""
@@ -44,10 +45,8 @@ class Tracker:
     def record(self, step: int, metrics: dict[str, Any]) -> None:
         self._file.write(json.dumps({"step": step, **metrics}) + "\n")
         self._file.flush()
-        if self._board is not None:
-            for name, value in metrics.items():
-                if isinstance(value, (int, float)):
-                    self._board.add_scalar(name, value, step)
+        if self._reporter is not None:
+            self._reporter.log(step, metrics)
 
     def say(self, line: str) -> None:
         """A line of text above the bar."""
@@ -64,8 +63,8 @@ class Tracker:
     def close(self) -> None:
         self._bar.close()
         self._file.close()
-        if self._board is not None:
-            self._board.close()
+        if self._reporter is not None:
+            self._reporter.close()
 
 
 def parse_metrics(lines: Iterable[bytes]) -> list[dict[str, Any]]:
@@ -77,9 +76,3 @@ def parse_metrics(lines: Iterable[bytes]) -> list[dict[str, Any]]:
         except (ValueError, TypeError, RecursionError) as error:
             logger.warning("a line of metrics.jsonl is damaged, and left out: %s", error)
     return records
-
-
-def _tensorboard(config: MezoConfig):
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(config.output_dir)

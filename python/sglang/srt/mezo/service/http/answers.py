@@ -8,7 +8,7 @@ ends with status 404.
 import hashlib
 import json
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -91,7 +91,7 @@ async def around_resolving(
     """TokenizerManager._resolve_lora_path: from now on the request has the version that the name stands for."""
     await original(manager, obj)
     answer = _answer.get()
-    ids = {obj.lora_id} if isinstance(obj.lora_id, str) else set(obj.lora_id)
+    ids = {obj.lora_id} if isinstance(obj.lora_id, str) else set(obj.lora_id or ())
     if answer is not None and len(ids) == 1:
         versions = [ref for ref in manager.lora_registry.get_all_adapters().values() if ref.lora_id in ids]
         answer.fingerprint = fingerprint(versions[0]) if versions else None
@@ -128,8 +128,10 @@ def fingerprint(version: "LoRARef") -> str:
     return f"fp_{version.lora_name}{number}-{digest}"
 
 
-def _sign(response: Any, answer: _Answer) -> Any:
+def _sign(response: Any, answer: _Answer | None) -> Any:
     """Put the fingerprint into an adapter's answer, streamed or not."""
+    if answer is None:
+        return response
     if isinstance(response, StreamingResponse):
         response.body_iterator = _signed(response.body_iterator, answer)
         return response
@@ -143,7 +145,7 @@ def _sign(response: Any, answer: _Answer) -> Any:
 _ANSWER = re.compile(r'data: \{"id": ?"[^"]*", ?"object": ?"(chat\.completion\.chunk|text_completion)"')
 
 
-async def _signed(chunks: AsyncIterator[Any], answer: _Answer) -> AsyncIterator[Any]:
+async def _signed(chunks: AsyncIterable[Any], answer: _Answer) -> AsyncIterator[Any]:
     async for chunk in chunks:
         if answer.fingerprint is not None and isinstance(chunk, str) and _ANSWER.match(chunk):
             chunk = chunk.replace("{", f'{{"system_fingerprint":{json.dumps(answer.fingerprint)},', 1)

@@ -14,7 +14,8 @@ from sglang.srt.mezo.service.jobs.forks import Forks
 from sglang.srt.mezo.service.jobs.manager import JobManager
 from sglang.srt.mezo.service.jobs.threads import ServiceThreads
 from sglang.srt.mezo.service.store.store import Store
-from sglang.srt.mezo.service.wire.messages import EngineDescription, MezoEvent
+from sglang.srt.mezo.service.wire.events import AnyEvent
+from sglang.srt.mezo.service.wire.messages import EngineDescription
 from sglang.srt.mezo.service.wire.settings import ServiceSettings
 from sglang.srt.mezo.service.wire.upstream import kill_process_tree
 
@@ -92,7 +93,7 @@ class Service:
         if self._job_metrics is not None:
             self._job_metrics.update()
 
-    def on_event(self, event: MezoEvent) -> None:
+    def on_event(self, event: AnyEvent) -> None:
         """An event from the scheduler."""
         if self.ready:
             self.threads.post(self.manager.on_event, event)

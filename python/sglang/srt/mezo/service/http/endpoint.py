@@ -4,7 +4,7 @@ import asyncio
 import functools
 import logging
 import sqlite3
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from http import HTTPStatus
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -180,7 +180,7 @@ def _request_error(error: Exception) -> RequestError | None:
             return None
 
 
-def invalid(problems: Sequence[dict[str, Any]]) -> RequestError:
+def invalid(problems: Sequence[Mapping[str, Any]]) -> RequestError:
     """From pydantic's list of problems."""
     unknown = [_path(problem) for problem in problems if problem["type"] == "extra_forbidden"]
     if unknown:
@@ -194,7 +194,7 @@ def invalid(problems: Sequence[dict[str, Any]]) -> RequestError:
     return RequestError(400, f"{param}={shown(problem['input'])} is not allowed: {message}", param, "invalid_value")
 
 
-def _path(problem: dict[str, Any]) -> str:
+def _path(problem: Mapping[str, Any]) -> str:
     return ".".join(str(part)[:_MAX_NAME] for part in problem["loc"] if part != "[key]")
 
 

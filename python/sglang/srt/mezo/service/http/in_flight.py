@@ -50,6 +50,7 @@ class RequestsInFlight:
             await send(message)
 
         task = asyncio.current_task()
+        assert task is not None, "a request is served by a task"
         self._tasks.add(task)
         try:
             if not self._refused:

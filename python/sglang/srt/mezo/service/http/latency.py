@@ -128,7 +128,7 @@ _NOTHING = _Requests().summary()
 Output = BatchStrOutput | BatchTokenIDOutput | BatchEmbeddingOutput
 
 
-async def around_batch_output(original: Callable, manager: "TokenizerManager", output: Output) -> None:
+async def around_batch_output(original: Callable, manager: Any, output: Output) -> None:
     """Around ``TokenizerManager._handle_batch_output``: note the requests that finish with it."""
     service = manager.mezo_service
     finished: list[tuple[ReqState, int]] = []
@@ -136,6 +136,8 @@ async def around_batch_output(original: Callable, manager: "TokenizerManager", o
         with _harmless():
             finished = _finished(manager, output)
     await original(manager, output)
+    if service is None:
+        return
     with _harmless():
         for state, tokens in finished:
             times = state.time_stats
@@ -157,7 +159,7 @@ def _finished(manager: "TokenizerManager", output: Output) -> list[tuple["ReqSta
     if isinstance(output, BatchEmbeddingOutput):
         return []
     finished = []
-    for rid, reason, tokens in zip(output.rids, output.finished_reasons, output.completion_tokens):
+    for rid, reason, tokens in zip(output.rids or (), output.finished_reasons, output.completion_tokens):
         if reason is None or reason["type"] not in ("stop", "length") or not tokens:
             continue
         state = manager.rid_to_state.get(rid)

@@ -129,7 +129,7 @@ class _Native:
     async def evaluate(self, job_id: str, request: Request) -> Json:
         job = await self._job(job_id)
         body = await read_json(request, Evaluate, self._max_rows_bytes)
-        zo_eps = job.config["zo_eps"] if body.zo_eps is None else body.zo_eps
+        zo_eps = job.settings.zo_eps if body.zo_eps is None else body.zo_eps
         losses = await self._run(self._service.manager.evaluate(job_id, body.rows, body.zo_random_seed, zo_eps))
         if not all(map(math.isfinite, losses["loss_plus"] + losses["loss_minus"])):
             raise RequestError(
@@ -159,7 +159,7 @@ class _Native:
 
 
 def _require_directions(job: StoredJob, projected_grad: list[float]) -> None:
-    count = job.config["num_perturbations"]
+    count = job.settings.num_perturbations
     if len(projected_grad) != count:
         message = (
             f"projected_grad has {len(projected_grad)} numbers, and the job's num_perturbations={count} needs as many"

@@ -1,18 +1,17 @@
 """The wire: what clients send, and OpenAI's objects as they get them."""
 
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from sglang.srt.mezo.service.http.endpoint import Wire
 from sglang.srt.mezo.service.jobs.hyperparameters import reported
-from sglang.srt.mezo.service.store.database import Page
+from sglang.srt.mezo.service.store.database import Page, Record
 from sglang.srt.mezo.service.wire.records import StoredCheckpoint, StoredEvent, StoredFile, StoredJob
 
 OWNER = "sglang-mezo"
 
-Record = TypeVar("Record")
 Json = dict[str, Any]
 
 

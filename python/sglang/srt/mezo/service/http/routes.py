@@ -38,7 +38,7 @@ from sglang.srt.mezo.service.http.protocol import (
 from sglang.srt.mezo.service.http.uploads import PURPOSE, receive_file
 from sglang.srt.mezo.service.jobs import results
 from sglang.srt.mezo.service.jobs.fit import limits
-from sglang.srt.mezo.service.jobs.hyperparameters import resolve
+from sglang.srt.mezo.service.jobs.hyperparameters import resolve, stored
 from sglang.srt.mezo.service.store.store import Store
 from sglang.srt.mezo.service.wire.errors import NotFound, RequestError
 from sglang.srt.mezo.service.wire.records import ServedAdapter, StoredFile, StoredJob, new_id, now
@@ -56,7 +56,9 @@ def install(app: FastAPI, service: Service) -> None:
     add_routes(app, _Files(service).endpoints(), service)
     add_routes(app, _Jobs(service).endpoints(), service)
     upstream = {
-        route.path: route for route in app.router.routes if isinstance(route, APIRoute) and "GET" in route.methods
+        route.path: route
+        for route in app.router.routes
+        if isinstance(route, APIRoute) and "GET" in (route.methods or ())
     }
     first = min(app.router.routes.index(upstream[path]) for path in ("/v1/models", "/v1/models/{model:path}"))
     models = _Models(service, upstream["/v1/models"].endpoint, upstream["/v1/models/{model:path}"].endpoint)
@@ -172,7 +174,7 @@ class _Jobs:
             metadata=body.metadata or {},
             request=sent,
             hyperparameters=hyperparameters,
-            config=config,
+            config=stored(config),
             fine_tuned_model=None,
             trained_tokens=None,
             error=None,

@@ -3,7 +3,6 @@
 import asyncio
 import hashlib
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +77,7 @@ class _Form:
         self._headers: dict[bytes, bytearray] = {}
         self._header = bytearray()
         self._ended = False
-        callbacks: dict[str, Callable[..., Any]] = {
+        callbacks: Any = {
             "on_part_begin": self._on_part_begin,
             "on_header_begin": self._on_header_begin,
             "on_header_field": self._on_header_field,

@@ -28,7 +28,8 @@ class EngineClient:
 
     @property
     def tokenizer(self) -> "PreTrainedTokenizerBase":
-        return self.tokenizer_manager.tokenizer
+        tokenizer: Any = self.tokenizer_manager.tokenizer
+        return tokenizer
 
     @property
     def chat_settings(self) -> ChatSettings:
@@ -68,7 +69,8 @@ class EngineClient:
 
     async def _exchange(self, command: Command) -> dict[str, Any]:
         self.tokenizer_manager.auto_create_handle_loop()
-        replies = await self.tokenizer_manager.mezo_control_communicator(MezoReqInput(command=command))
+        manager: Any = self.tokenizer_manager  # the communicator is ours
+        replies = await manager.mezo_control_communicator(MezoReqInput(command=command))
         for reply in replies:
             if not reply.success and reply.code == "disk_full":
                 raise DiskFull(reply.message)

@@ -3,7 +3,6 @@ model."""
 
 from typing import Any
 
-from sglang.srt.mezo.core.config import MezoConfig
 from sglang.srt.mezo.core.errors import ConfigError, shown
 from sglang.srt.mezo.service.jobs.hyperparameters import beyond
 from sglang.srt.mezo.service.wire.errors import RequestError
@@ -71,7 +70,7 @@ class Fit:
             message = f"it belongs to another base model {now}"
             return RequestError(409, message, None, BASE_MODEL_CHANGED)
         try:
-            config = MezoConfig(**job.config)
+            config = job.settings
         except ConfigError as error:
             return RequestError(409, str(error), error.field, DOES_NOT_FIT)
         for name, allowed in beyond(engine, config, to_serve):

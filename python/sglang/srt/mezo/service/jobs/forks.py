@@ -62,8 +62,7 @@ class Forks:
 
     def __init__(self):
         self._lock = threading.Lock()
-        self._process: subprocess.Popen | None = None
-        self._control: socket.socket | None = None
+        self._running: tuple[subprocess.Popen, socket.socket] | None = None  # the process, and the way to it
 
     async def run(self, shared: Shared, function: Callable[..., Any], *arguments: Any) -> Any:
         """What ``function(<the shared object>, *arguments)`` returns, as JSON gives it back.
@@ -109,24 +108,17 @@ class Forks:
     def _connection(self, shared: Shared) -> socket.socket:
         """This side of a new task's connection."""
         with self._lock:
-            if self._process is None or self._process.poll() is not None:
-                self._start()
+            if self._running is None or self._running[0].poll() is not None:
+                self._stop()
+                self._running = _start()
+            _, control = self._running
             ours, theirs = socket.socketpair()
             with theirs:
                 try:
-                    socket.send_fds(self._control, [shared.digest], [shared.fileno(), theirs.fileno()])
+                    socket.send_fds(control, [shared.digest], [shared.fileno(), theirs.fileno()])
                 except OSError:  # it is ending: the task has no other side, and is tried again
                     pass
             return ours
-
-    def _start(self) -> None:
-        self._stop()
-        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        command = [sys.executable, "-m", "sglang.srt.mezo.service.jobs.forks_main", str(theirs.fileno())]
-        with theirs:
-            self._process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, env={**os.environ, **_ENVIRONMENT}, pass_fds=[theirs.fileno()]
-            )
 
     def close(self) -> None:
         """End the process, and all tasks. A task that comes after it starts another one."""
@@ -134,8 +126,19 @@ class Forks:
             self._stop()
 
     def _stop(self) -> None:
-        if self._process is not None:
-            self._control.close()
-            self._process.send_signal(signal.SIGKILL)
-            self._process.wait()
-            self._process = None
+        if self._running is not None:
+            process, control = self._running
+            control.close()
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            self._running = None
+
+
+def _start() -> tuple[subprocess.Popen, socket.socket]:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    command = [sys.executable, "-m", "sglang.srt.mezo.service.jobs.forks_main", str(theirs.fileno())]
+    with theirs:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, env={**os.environ, **_ENVIRONMENT}, pass_fds=[theirs.fileno()]
+        )
+    return process, ours

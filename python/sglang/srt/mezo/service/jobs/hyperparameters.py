@@ -36,9 +36,7 @@ def kinds(config: type[MezoConfig] = MezoConfig) -> dict[str, tuple[Any, Bounds]
     Where a type takes null, that is a value like others, such as no bound. What a server decides takes none.
     """
     types = get_type_hints(config)
-    own = {
-        one.name: (types[one.name], setting_of(one).job) for one in fields(config) if setting_of(one).job is not None
-    }
+    own = {one.name: (types[one.name], bounds) for one in fields(config) if (bounds := setting_of(one).job) is not None}
     return {**_OPENAI, **own, "target_modules": (list[str], Bounds())}
 
 
@@ -62,7 +60,7 @@ class _Given(NamedTuple):
 
 def resolve(
     request: Mapping[str, Any], engine: EngineDescription, num_train: int, seed: int, origin: Origin | None = None
-) -> tuple[dict[str, Any], dict[str, Any]]:
+) -> tuple[MezoConfig, dict[str, Any]]:
     """Settle everything that a job leaves open.
 
     Args:
@@ -76,8 +74,8 @@ def resolve(
         RequestError: 400; ``param`` is the path of the hyperparameter in the body.
 
     Returns:
-        Fields of ``MezoConfig`` but for those that name the run's folder, and OpenAI's three hyperparameters. What a
-        client gives as n_epochs stays so, as a long text becomes several examples.
+        The job's settings, and OpenAI's three hyperparameters. What a client gives as n_epochs stays so, as a long
+        text becomes several examples.
     """
     given = _given(request)
     _check_together(given)
@@ -106,17 +104,20 @@ def resolve(
     config = _multiplied(config, multiplier, given)
     _check_against(engine, config, given)
 
-    if "max_steps" in fields:
+    if n_epochs is None or "max_steps" in fields:
         n_epochs = max(1, math.ceil(config.max_steps * config.train_batch_size / num_train))
-    stored = config.to_dict() | {"num_train_epochs": n_epochs}
-    for name in _UNSTORED:
-        del stored[name]
-    return stored, {"n_epochs": n_epochs, "batch_size": batch_size, "learning_rate_multiplier": multiplier}
+    config = replace(config, num_train_epochs=min(n_epochs, MOST_STEPS))
+    return config, {"n_epochs": n_epochs, "batch_size": batch_size, "learning_rate_multiplier": multiplier}
+
+
+def stored(config: MezoConfig) -> dict[str, Any]:
+    """What is kept of a job's settings: not where its run lies, nor whether it goes on."""
+    return {name: value for name, value in config.to_dict().items() if name not in _UNSTORED}
 
 
 def settle(
-    config: Mapping[str, Any], request: Mapping[str, Any], engine: EngineDescription, found: str | list[int] | DataError
-) -> dict[str, Any]:
+    config: MezoConfig, request: Mapping[str, Any], engine: EngineDescription, found: str | list[int] | DataError
+) -> MezoConfig:
     """Settle how an adapter acts whose invocation is open.
 
     Args:
@@ -129,18 +130,18 @@ def settle(
         RequestError: they suggest none, and the client wants activated LoRA.
     """
     if not isinstance(found, DataError):
-        return {**config, "invocation": found}
+        return replace(config, invocation=found)
     given = _given(request)
     if "tuning" in given:
         raise _refused(
             "invocation", AUTO, f"the text from which activated LoRA acts, such as ' It was', as {found.reason}", given
         )
-    targets = given["target_modules"].value if "target_modules" in given else _default_targets("lora", engine)
-    return {**config, "tuning": "lora", "invocation": None, "target_modules": targets}
+    targets = given["target_modules"].value if "target_modules" in given else engine.default_target_modules["lora"]
+    return replace(config, tuning="lora", invocation=None, target_modules=targets)
 
 
 def reported(config: Mapping[str, Any], hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
-    """What ``resolve`` returned, under the names that a client uses; max_steps is "auto" where n_epochs decides."""
+    """What was ``stored``, under the names that a client uses; max_steps is "auto" where n_epochs decides."""
     settings = {name: config[name] for name in _SETTINGS}
     return {**hyperparameters, **settings, "max_steps": settings["max_steps"] if settings["max_steps"] >= 1 else "auto"}
 
@@ -202,16 +203,12 @@ def _online_defaults(values: Mapping[str, Any], engine: EngineDescription) -> di
     return {
         "tuning": tuning,
         "invocation": AUTO if is_open and tuning == "alora" else None,
-        "target_modules": _default_targets(tuning, engine),
+        "target_modules": engine.default_target_modules[tuning],
         "r": min(NEW_ADAPTER["r"], engine.max_lora_rank),
         "estimator": _default_estimator(values.get("num_perturbations", MezoConfig.num_perturbations), engine),
         "max_tokens_per_batch": min(engine.idle_step_tokens, engine.kv_capacity),
         "save_steps": values.get("eval_steps", MezoConfig.eval_steps),
     }
-
-
-def _default_targets(tuning: str, engine: EngineDescription) -> list[str]:
-    return engine.default_target_modules.get(tuning) or engine.target_modules
 
 
 def _default_estimator(num_perturbations: int, engine: EngineDescription) -> Estimator:

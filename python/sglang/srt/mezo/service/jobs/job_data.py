@@ -95,15 +95,16 @@ class JobReader:
         Raises:
             RequestError: naming the file, line and reason of the first row that cannot be used.
         """
-        is_open = job.config["invocation"] == AUTO
-        tuning, invocation = job.config["tuning"], () if is_open else self.invocation(job)
+        settings = job.settings
+        is_open = settings.invocation == AUTO
+        tuning, invocation = settings.tuning, () if is_open else self.invocation(job)
         train = self._read_file(training_file, "training_file", invocation)
         evaluation = self._read_file(validation_file, "validation_file", invocation) if validation_file else []
         found = None
         if is_open:
             tuning, invocation, found = self._suggested([*train, *evaluation])
         planner = Planner(tuning, invocation)
-        train, objective = self._checked(train, "training_file", planner, job.config["objective"])
+        train, objective = self._checked(train, "training_file", planner, settings.objective)
         evaluation, _ = self._checked(evaluation, "validation_file", planner, objective)
         return JobData(train, evaluation, objective, count_shared(evaluation, train), found)
 
@@ -138,9 +139,8 @@ class JobReader:
 
     def invocation(self, job: StoredJob) -> tuple[int, ...]:
         """Tokens from which the job's adapter acts; none for ordinary LoRA."""
-        if job.config["tuning"] == "lora":
-            return ()
-        return invocation_tokens(job.config["invocation"], self._tokenizer)
+        settings = job.settings
+        return () if settings.tuning == "lora" else invocation_tokens(settings.invocation or (), self._tokenizer)
 
     def _read_file(self, file: SourceFile, param: str, invocation: tuple[int, ...]) -> list[RowExample]:
         with _names(param):
@@ -163,7 +163,7 @@ class JobReader:
         """Examples of a job whose files have been read."""
         invocation = self.invocation(job)
         encoded = self._tokenised(rows, invocation)
-        examples, _ = self._usable(encoded, Planner(job.config["tuning"], invocation), job.config["objective"])
+        examples, _ = self._usable(encoded, Planner(job.settings.tuning, invocation), job.settings.objective)
         return examples
 
     def _tokenised(self, rows: Sequence[SourceRow], invocation: tuple[int, ...]) -> list[RowExample]:

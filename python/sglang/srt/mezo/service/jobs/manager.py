@@ -18,14 +18,15 @@ from sglang.srt.mezo.service.jobs.origins import Origin, Origins
 from sglang.srt.mezo.service.jobs.published import PublishedAdapters
 from sglang.srt.mezo.service.jobs.queues import Queues
 from sglang.srt.mezo.service.jobs.runs import Runs
-from sglang.srt.mezo.service.jobs.session import Sessions
+from sglang.srt.mezo.service.jobs.session import Sessions, TrainingSession
 from sglang.srt.mezo.service.jobs.states import change, fail, hold, release, require
 from sglang.srt.mezo.service.jobs.tokenising import Tokenising
 from sglang.srt.mezo.service.jobs.training import Training
 from sglang.srt.mezo.service.store.disk import disk_full
 from sglang.srt.mezo.service.store.store import Store
 from sglang.srt.mezo.service.wire.errors import DiskFull, EngineRefused, NotFound, RequestError
-from sglang.srt.mezo.service.wire.messages import Describe, EngineDescription, MezoEvent
+from sglang.srt.mezo.service.wire.events import AnyEvent, BaseModelReplaced
+from sglang.srt.mezo.service.wire.messages import Describe, EngineDescription
 from sglang.srt.mezo.service.wire.records import StoredEvent, StoredJob
 from sglang.srt.mezo.service.wire.settings import ServiceSettings
 
@@ -104,10 +105,10 @@ class JobManager:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._tokenising.close()
 
-    def on_event(self, event: MezoEvent) -> None:
+    def on_event(self, event: AnyEvent) -> None:
         """Called in the event loop for each event from the scheduler, in their order."""
-        if event.kind == "base_model":
-            self._tasks.append(asyncio.create_task(self._on_base_model(event.data["fingerprint"])))
+        if isinstance(event, BaseModelReplaced):
+            self._tasks.append(asyncio.create_task(self._on_base_model(event.fingerprint)))
             return
         try:
             self._training.on_event(event)
@@ -118,7 +119,7 @@ class JobManager:
             logger.error(
                 "an event of job %s was not recorded (%s): %s",
                 event.job_id,
-                event.kind,
+                type(event).__name__,
                 full or error,
                 exc_info=full is None,
             )
@@ -215,7 +216,7 @@ class JobManager:
             path = await asyncio.to_thread(self._runs.appended(job_id).add, rows)
             session = self._sessions.of(job_id)
             step = None
-            if session is not None and not session.manual and session.has_started:
+            if isinstance(session, TrainingSession) and session.has_started:
                 try:
                     step = (await self._training.send_appended(session)).get(path)
                 except DiskFull:
@@ -244,13 +245,12 @@ class JobManager:
                 raise NotFound("checkpoint", checkpoint, "checkpoint")
             return await self._published.load_checkpoint(job, stored)
         require(job, "publish")
-        if job.status == "paused":
-            return await self._manual.publish_paused(job_id)
+        if job.status == "succeeded" and job.published_step in (None, job.step):
+            return self._published.served_model(job)
+        if job.status != "running":
+            return await self._manual.publish_held(job_id)
         async with self._state_lock:
-            job = self.store.job(job_id)
-            require(job, "publish")
-            if job.status == "succeeded":
-                return self._published.served_model(job)
+            require(self.store.job(job_id), "publish")
             return await self._manual.publish_current(job_id)
 
     async def evaluate(
@@ -294,7 +294,7 @@ class JobManager:
     async def _take_off_engine(self, job_id: str) -> dict[str, int]:
         """Stop a job's training; returns its last ``step``, where the engine had it."""
         session = self._sessions.of(job_id)
-        return {} if session is None or session.manual else await self._sessions.stop(job_id)
+        return await self._sessions.stop(job_id) if isinstance(session, TrainingSession) else {}
 
     def _take_up(self) -> None:
         """Go on with what an earlier server was at."""

@@ -13,12 +13,13 @@ from sglang.srt.mezo.service.jobs.fit import Fit
 from sglang.srt.mezo.service.jobs.job_data import JobReader, to_message
 from sglang.srt.mezo.service.jobs.published import PublishedAdapters
 from sglang.srt.mezo.service.jobs.runs import Runs
-from sglang.srt.mezo.service.jobs.session import Session, Sessions
+from sglang.srt.mezo.service.jobs.session import HeldSession, Sessions
 from sglang.srt.mezo.service.jobs.states import Action, require
 from sglang.srt.mezo.service.jobs.training import Training
 from sglang.srt.mezo.service.store.disk import disk_full
 from sglang.srt.mezo.service.store.store import Store
 from sglang.srt.mezo.service.wire.errors import RequestError
+from sglang.srt.mezo.service.wire.events import Failed
 from sglang.srt.mezo.service.wire.messages import ApplyUpdate, EvaluatePerturbed, SaveAdapter
 from sglang.srt.mezo.service.wire.records import StoredEvent, StoredJob, new_id
 
@@ -101,8 +102,8 @@ class ManualWork:
                 raise _only_stepped(session.step, error) from error
             return {"step": session.step, "model": model}
 
-    async def publish_paused(self, job_id: str) -> str:
-        """Serve the adapter of a paused job as it is."""
+    async def publish_held(self, job_id: str) -> str:
+        """Serve the adapter of a paused or succeeded job as it is."""
         async with self._session(job_id, "publish"):
             async with self._state_lock:
                 return await self.publish_current(job_id)
@@ -121,13 +122,13 @@ class ManualWork:
             event = StoredEvent(
                 job_id, f"The adapter of step {step} is served as {name}", data={"step": step, "version": version}
             )
-            return self._store.update_job(job_id, event, version=version)
+            return self._store.update_job(job_id, event, version=version, published_step=step)
 
         await self._published.add_version(job_id, save, record)
         return name
 
     @asynccontextmanager
-    async def _session(self, job_id: str, action: Action) -> AsyncIterator[Session]:
+    async def _session(self, job_id: str, action: Action) -> AsyncIterator[HeldSession]:
         """The engine with the job's adapter on it."""
         job = self._store.job(job_id)
         require(job, action)
@@ -147,13 +148,12 @@ class ManualWork:
             finally:
                 self._idle = asyncio.create_task(self._give_back())
 
-    async def _open(self, job: StoredJob) -> Session:
-        if (session := self._sessions.of(job.id)) is not None:
+    async def _open(self, job: StoredJob) -> HeldSession:
+        if isinstance(session := self._sessions.of(job.id), HeldSession):
             return session
         if self._sessions.current is not None:
             await self._sessions.stop(self._sessions.current.job_id)
-        command = await asyncio.to_thread(self._runs.start_command, job, [], manual=True)
-        session = await self._sessions.open(command)
+        session = await self._sessions.open(HeldSession(await asyncio.to_thread(self._runs.hold_command, job)))
         try:
             started = await asyncio.wait_for(session.started(), _TIMEOUT_SECONDS)
         except TimeoutError as error:
@@ -162,8 +162,8 @@ class ManualWork:
                 503, "the engine did not find the time to take the adapter up", None, "timeout"
             ) from error
         if not started:
-            event = await session.ended()
-            reason = event.message if event else "the job was stopped"
+            last = await session.ended()
+            reason = last.message if isinstance(last, Failed) else "the job was stopped"
             raise RequestError(503, f"the engine cannot take the adapter up: {reason}", None, "engine_failed")
         return session
 
@@ -171,7 +171,7 @@ class ManualWork:
         await asyncio.sleep(_IDLE_SECONDS)
         async with self._sessions.lock:
             session = self._sessions.current
-            if session is not None and session.manual:
+            if isinstance(session, HeldSession):
                 await self._sessions.stop(session.job_id)
 
 

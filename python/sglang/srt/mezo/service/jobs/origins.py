@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sglang.srt.mezo.adapters.adapter import Adapter, AdapterSpec
+from sglang.srt.mezo.adapters.adapter import Adapter
 from sglang.srt.mezo.adapters.peft_adapter import ModelLayers, PeftAdapter, read_adapter
 from sglang.srt.mezo.core.errors import ConfigError, shown
 from sglang.srt.mezo.data.invocation import invocation_setting
@@ -91,9 +91,7 @@ class Origins:
 
     def keep(self, job_id: str, adapter: PeftAdapter) -> None:
         """Put an adapter with a job that goes on from it."""
-        spec = AdapterSpec(
-            self._engine.model_path, adapter.r, adapter.lora_alpha, tuple(adapter.target_modules), adapter.invocation
-        )
+        spec = adapter.spec(self._engine.model_path)
         sites = [self._layers.sites[path] for path in adapter.matrices]
         Adapter.holding(spec, sites, adapter.matrices).save_pretrained(origin_directory(self._store, job_id))
 

@@ -8,7 +8,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sglang.srt.mezo.service.wire.errors import PublishError
 from sglang.srt.mezo.service.wire.upstream import LoadLoRAAdapterReqInput, LoRARef, UnloadLoRAAdapterReqInput
@@ -80,7 +80,7 @@ async def _publish(
         # another one here: pinned in the registry, though not in the scheduler's pool, it is spared.
         new = LoRARef(lora_name=name, lora_path=str(directory), pinned=True)
         load = LoadLoRAAdapterReqInput(lora_name=f"{name}@{new.lora_id}", lora_path=str(directory), lora_id=new.lora_id)
-        replies = await tokenizer_manager.update_lora_adapter_communicator(load)
+        replies = await _communicator(tokenizer_manager)(load)
         failures = {reply.error_message for reply in replies if not reply.success}
         if failures:
             if len(failures) < len(replies):
@@ -130,8 +130,13 @@ async def _wait_and_unload(tokenizer_manager: "TokenizerManager", ref: LoRARef) 
         await _unload(tokenizer_manager, ref)
 
 
+def _communicator(tokenizer_manager: Any) -> Callable[[Any], Awaitable[list[Any]]]:
+    """SGLang gives its managers their communicators while it runs."""
+    return tokenizer_manager.update_lora_adapter_communicator
+
+
 async def _unload(tokenizer_manager: "TokenizerManager", ref: LoRARef) -> None:
-    unload = UnloadLoRAAdapterReqInput(lora_name=ref.lora_name, lora_id=ref.lora_id)
-    for reply in await tokenizer_manager.update_lora_adapter_communicator(unload):
+    unload = UnloadLoRAAdapterReqInput(lora_name=ref.lora_name or "", lora_id=ref.lora_id)
+    for reply in await _communicator(tokenizer_manager)(unload):
         if not reply.success:
             logger.error("an earlier version of adapter %r stays loaded: %s", ref.lora_name, reply.error_message)

@@ -4,10 +4,11 @@ import asyncio
 import logging
 import sqlite3
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 
 from sglang.srt.mezo.core.errors import DataError, MezoError
 from sglang.srt.mezo.service.jobs.fit import Fit
-from sglang.srt.mezo.service.jobs.hyperparameters import settle
+from sglang.srt.mezo.service.jobs.hyperparameters import settle, stored
 from sglang.srt.mezo.service.jobs.states import change, fail, hold, set_back
 from sglang.srt.mezo.service.jobs.tokenising import Tokenising, found_invocation
 from sglang.srt.mezo.service.jobs.training import Training, shared_examples
@@ -129,11 +130,11 @@ class Queues:
             events = [StoredEvent(job.id, "Files validated, moving job to queued state")]
             if shared := files.found["shared"]:
                 events.append(shared_examples(job.id, shared, files.counts["eval"], "in the training file too"))
-            config = {**job.config, "objective": files.found["objective"]}
+            config = replace(job.settings, objective=files.found["objective"])
             if (invocation := found_invocation(files)) is not None:
                 config = settle(config, job.request, self._engine, invocation)
                 events.append(_activation(job.id, invocation))
-            change(self._store, job.id, "queue", *events, config=config)
+            change(self._store, job.id, "queue", *events, config=stored(config))
             self._work.set()
 
 

@@ -3,8 +3,9 @@
 import itertools
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from sglang.srt.mezo.data.examples import Example
 from sglang.srt.mezo.service.jobs.job_data import AppendedRows, JobReader
@@ -12,7 +13,7 @@ from sglang.srt.mezo.service.jobs.origins import origin_directory
 from sglang.srt.mezo.service.store.example_files import ExampleFiles, Split
 from sglang.srt.mezo.service.store.store import Store
 from sglang.srt.mezo.service.wire.errors import RequestError
-from sglang.srt.mezo.service.wire.messages import EngineDescription, StartJob
+from sglang.srt.mezo.service.wire.messages import EngineDescription, HoldJob, StartJob
 from sglang.srt.mezo.service.wire.packed import pack
 from sglang.srt.mezo.service.wire.records import StoredJob
 from sglang.srt.mezo.training.run_directory import read_segments
@@ -88,29 +89,41 @@ class Runs:
     def encode_appended(self, job: StoredJob, path: Path) -> list[Example]:
         return self._reader.encode_file(job, path)
 
-    def start_command(self, job: StoredJob, segments: list[tuple[int, int]], manual: bool = False) -> StartJob:
-        """Begin the run, or go on with it where there is one. For manual work nothing is drawn, and ``segments`` is
-        empty.
+    def start_command(self, job: StoredJob, segments: list[tuple[int, int]]) -> StartJob:
+        """Begin the run, or go on with it where there is one.
 
         Raises:
             RequestError: there is a run, without its configuration or its seed log.
         """
+        return StartJob(segments=segments, **self._take_up(job))
+
+    def hold_command(self, job: StoredJob) -> HoldJob:
+        """Have the adapter as the run has left it; raises what ``start_command`` does."""
+        return HoldJob(**self._take_up(job))
+
+    def _take_up(self, job: StoredJob) -> dict[str, Any]:
         directory = self.directory(job.id)
         resumes = self.has_begun(job.id)
+        if not resumes and job.step > 0:
+            raise _lost(directory, job.step)
         if not resumes:
             _clear(directory)
-        config = {**job.config, "output_dir": str(directory), "resume_from_checkpoint": resumes, "disable_tqdm": True}
-        return StartJob(
-            job_id=job.id,
-            config=config,
-            base_model=self._engine.model_path,
-            target_modules=job.config["target_modules"],
-            invocation=list(self._reader.invocation(job)),
-            objective=job.config["objective"],
-            segments=segments,
-            start=None if job.config.get("init_from") is None else str(origin_directory(self._store, job.id)),
-            manual=manual,
-        )
+        config = replace(job.settings, output_dir=str(directory), resume_from_checkpoint=resumes, disable_tqdm=True)
+        return {
+            "job_id": job.id,
+            "config": config,
+            "base_model": self._engine.model_path,
+            "invocation": list(self._reader.invocation(job)),
+            "objective": config.objective,
+            "start": None if config.init_from is None else str(origin_directory(self._store, job.id)),
+        }
+
+
+def _lost(directory: Path, step: int) -> RequestError:
+    missing = [name for name in ("config.json", "seed_log") if not (directory / name).is_file()]
+    what = f"its {' and its '.join(missing)}" if missing and directory.is_dir() else "its folder"
+    message = f"the run in {directory} was at step {step} and has lost {what}: put it back"
+    return RequestError(500, message, None, "run_damaged")
 
 
 def _clear(directory: Path) -> None:

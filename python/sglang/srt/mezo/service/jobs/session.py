@@ -1,36 +1,35 @@
-"""The job that has the engine: from ``StartJob`` until it ends by itself or is stopped."""
+"""The job that has the engine: from ``StartJob`` or ``HoldJob`` until it ends by itself or is stopped."""
 
 import asyncio
 from collections.abc import Iterator
-from typing import Any
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 from sglang.srt.mezo.service.jobs.client import EngineClient
 from sglang.srt.mezo.service.store.example_files import ExampleFiles, Split
 from sglang.srt.mezo.service.wire.errors import EngineRefused, RequestError
-from sglang.srt.mezo.service.wire.messages import EvaluatePerturbed, LoadExamples, MezoEvent, StartJob, StopJob
+from sglang.srt.mezo.service.wire.events import (
+    Failed,
+    JobEvent,
+    PerturbationDropped,
+    PerturbationEvaluated,
+    Started,
+    Succeeded,
+)
+from sglang.srt.mezo.service.wire.messages import EvaluatePerturbed, HoldJob, LoadExamples, StartJob, StopJob
+
+Last = Succeeded | Failed | None
+"""How a job has ended; None where it was stopped."""
 
 
 class Session:
-    """One job on the engine.
+    """One job on the engine."""
 
-    Attributes:
-        manual: it is held for single operations, and does not train.
-        applied: how many of its files of appended rows the engine has taken.
-        step: of the adapter that it was taken up with.
-        train_loss: as it was last reported.
-        files: the examples that it was given at its start; None where it is manual.
-    """
-
-    def __init__(self, command: StartJob, applied: int):
+    def __init__(self, command: StartJob | HoldJob):
+        self.command = command
         self.job_id = command.job_id
-        self.manual = command.manual
-        self.applied = applied
-        self.step = 0
-        self.train_loss: float | None = None
-        self.files: ExampleFiles | None = None
-        self.operations: dict[str, asyncio.Future[dict[str, Any]]] = {}
         self._started = asyncio.Event()
-        self._ended: asyncio.Future[MezoEvent | None] = asyncio.get_running_loop().create_future()
+        self._ended: asyncio.Future[Last] = asyncio.get_running_loop().create_future()
 
     @property
     def has_started(self) -> bool:
@@ -45,28 +44,80 @@ class Session:
         await self._started.wait()
         return not self._ended.done()
 
-    async def ended(self) -> MezoEvent | None:
-        """Wait for the job's last event; None where it was stopped."""
+    async def ended(self) -> Last:
+        """Wait for the job's last event."""
         return await asyncio.shield(self._ended)
 
-    def end(self, event: MezoEvent | None) -> None:
+    def end(self, last: Last) -> None:
         if not self._ended.done():
-            self._ended.set_result(event)
+            self._ended.set_result(last)
         self._started.set()
-        for operation in self.operations.values():
-            if not operation.done():
-                operation.set_result({"error": event.message if event else "the job was stopped"})
 
-    def on_event(self, event: MezoEvent) -> None:
-        if event.kind == "started":
-            self.step = event.step
+    def on_event(self, event: JobEvent) -> None:
+        if isinstance(event, Started):
             self._started.set()
-        elif event.kind in ("succeeded", "failed"):
+        elif isinstance(event, Succeeded | Failed):
             self.end(event)
-        elif event.kind == "evaluated":
-            operation = self.operations.get(event.data["operation"])
-            if operation is not None and not operation.done():
-                operation.set_result(event.data)
+
+
+class TrainingSession(Session):
+    """A job that trains.
+
+    Attributes:
+        files: the examples that it was given at its start.
+        applied: how many of its files of appended rows the engine has taken.
+        train_loss: as it was last reported.
+    """
+
+    def __init__(self, command: StartJob, files: ExampleFiles, applied: int):
+        super().__init__(command)
+        self.files = files
+        self.applied = applied
+        self.train_loss: float | None = None
+
+
+class HeldSession(Session):
+    """A job that is held for single operations.
+
+    Attributes:
+        step: of the adapter.
+    """
+
+    def __init__(self, command: HoldJob):
+        super().__init__(command)
+        self.step = 0
+        self._operations: dict[str, asyncio.Future[PerturbationEvaluated | str]] = {}
+
+    @contextmanager
+    def operation(self, name: str) -> Iterator[asyncio.Future[PerturbationEvaluated | str]]:
+        """What an operation will come to: its result, or why there is none."""
+        self._operations[name] = asyncio.get_running_loop().create_future()
+        try:
+            yield self._operations[name]
+        finally:
+            del self._operations[name]
+
+    def end(self, last: Last) -> None:
+        super().end(last)
+        for name in self._operations:
+            self._answer(name, last.message if isinstance(last, Failed) else "the job was stopped")
+
+    def on_event(self, event: JobEvent) -> None:
+        if isinstance(event, Started):
+            self.step = event.step
+        super().on_event(event)
+        if isinstance(event, PerturbationEvaluated):
+            self._answer(event.operation, event)
+        elif isinstance(event, PerturbationDropped):
+            self._answer(event.operation, event.message)
+
+    def _answer(self, name: str, answer: PerturbationEvaluated | str) -> None:
+        operation = self._operations.get(name)
+        if operation is not None and not operation.done():
+            operation.set_result(answer)
+
+
+Kind = TypeVar("Kind", bound=Session)
 
 
 class Sessions:
@@ -86,14 +137,14 @@ class Sessions:
         while (part := await asyncio.to_thread(next, parts, None)) is not None:
             await self._client.call(LoadExamples(job_id=job_id, split=split, examples=part))
 
-    async def open(self, command: StartJob, applied: int = 0) -> Session:
+    async def open(self, session: Kind) -> Kind:
         """Raises EngineRefused."""
         # Before the command: the scheduler's first event may come in before its answer is looked at.
-        session = self.current = Session(command, applied)
+        self.current = session
         try:
-            await self._client.call(command)
+            await self._client.call(session.command)
         except BaseException:
-            self._close(command.job_id)
+            self._close(session.job_id)
             raise
         return session
 
@@ -103,24 +154,24 @@ class Sessions:
         self._close(job_id)
         return result
 
-    async def evaluate(self, session: Session, command: EvaluatePerturbed, timeout: float) -> dict[str, Any]:
+    async def evaluate(
+        self, session: HeldSession, command: EvaluatePerturbed, timeout: float
+    ) -> dict[str, list[float]]:
         """Losses of a perturbation, once the engine has found the time for it."""
-        result = session.operations[command.operation] = asyncio.get_running_loop().create_future()
-        try:
-            await self._client.call(command)
-            answer = await asyncio.wait_for(result, timeout)
-        except TimeoutError as error:
-            await self.stop(session.job_id)  # or the engine would still be at it when the next one comes
-            raise RequestError(
-                503, f"the engine did not find the time within {timeout:g} s", None, "timeout"
-            ) from error
-        finally:
-            del session.operations[command.operation]
-        if "error" in answer:
-            raise EngineRefused(answer["error"])
-        return {name: value for name, value in answer.items() if name != "operation"}
+        with session.operation(command.operation) as result:
+            try:
+                await self._client.call(command)
+                answer = await asyncio.wait_for(result, timeout)
+            except TimeoutError as error:
+                await self.stop(session.job_id)  # or the engine would still be at it when the next one comes
+                raise RequestError(
+                    503, f"the engine did not find the time within {timeout:g} s", None, "timeout"
+                ) from error
+        if isinstance(answer, str):
+            raise EngineRefused(answer)
+        return answer.losses
 
-    def on_event(self, event: MezoEvent) -> None:
+    def on_event(self, event: JobEvent) -> None:
         session = self.of(event.job_id)
         if session is not None:
             session.on_event(event)

@@ -39,7 +39,8 @@ class Tokenising:
         try:
             return await task
         except asyncio.CancelledError:
-            if asyncio.current_task().cancelling():
+            waiting = asyncio.current_task()
+            if waiting is not None and waiting.cancelling():
                 raise
             return None
         finally:
@@ -92,7 +93,9 @@ class Tokenising:
             refusal = await self._forks.run(self._shared, tokenise, *arguments)
         if refusal is not None:
             raise RequestError(**refusal)
-        return await asyncio.to_thread(read_examples, self._directory(job.id), made_from)
+        made = await asyncio.to_thread(read_examples, self._directory(job.id), made_from)
+        assert made is not None, "what has just been tokenised can be read"
+        return made
 
     def _files(self, job: StoredJob) -> tuple[SourceFile, SourceFile | None]:
         def found(file_id: str, param: str) -> SourceFile:

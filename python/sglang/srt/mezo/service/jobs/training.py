@@ -15,14 +15,15 @@ from sglang.srt.mezo.service.jobs.client import EngineClient
 from sglang.srt.mezo.service.jobs.job_data import to_message
 from sglang.srt.mezo.service.jobs.published import PublishedAdapters
 from sglang.srt.mezo.service.jobs.results import FILENAME, PURPOSE, write_results
-from sglang.srt.mezo.service.jobs.runs import Runs
-from sglang.srt.mezo.service.jobs.session import Session, Sessions
+from sglang.srt.mezo.service.jobs.runs import RunData, Runs
+from sglang.srt.mezo.service.jobs.session import Last, Sessions, TrainingSession
 from sglang.srt.mezo.service.jobs.states import change
 from sglang.srt.mezo.service.jobs.tokenising import Tokenising
 from sglang.srt.mezo.service.store import folder
 from sglang.srt.mezo.service.store.store import Store
 from sglang.srt.mezo.service.wire.errors import DiskFull, EngineRefused, NotFound, RequestError
-from sglang.srt.mezo.service.wire.messages import AppendExamples, MezoEvent
+from sglang.srt.mezo.service.wire.events import CheckpointSaved, Evaluated, Failed, JobEvent, Started, StepTaken, Warned
+from sglang.srt.mezo.service.wire.messages import AppendExamples
 from sglang.srt.mezo.service.wire.records import StoredEvent, StoredFile, StoredJob, now
 
 logger = logging.getLogger(__name__)
@@ -75,7 +76,7 @@ class Training:
         finally:
             self.current = None
 
-    async def _start(self, job_id: str) -> Session | None:
+    async def _start(self, job_id: str) -> TrainingSession | None:
         """None where the job has been stopped in the meantime."""
         files = await self._tokenising.examples(self._store.job(job_id))
         if files is None or self._store.job(job_id).status != "queued":
@@ -86,38 +87,36 @@ class Training:
                 await self._sessions.load(job_id, split, data.parts(split))
             async with self._state_lock:
                 if self._store.job(job_id).status == "queued":
-                    session = await self._open(job_id, data.segments, len(data.appended))
-                    session.files = files
-                    return session
+                    return await self._open(job_id, data)
         except Exception:
             await self._sessions.stop(job_id)
             raise
         await self._sessions.stop(job_id)
         return None
 
-    async def _open(self, job_id: str, segments: list[tuple[int, int]], applied: int) -> Session:
+    async def _open(self, job_id: str, data: RunData) -> TrainingSession:
         begun = self._runs.has_begun(job_id)
         message = "Fine-tuning job goes on from its last step" if begun else "Fine-tuning job started"
         job = change(self._store, job_id, "start", StoredEvent(job_id, message))
         for step, path in self._runs.checkpoints(job_id):  # of which a server that was stopped has not heard
             self._published.add_checkpoint(job, step, path, {})
-        command = await asyncio.to_thread(self._runs.start_command, job, segments)
-        return await self._sessions.open(command, applied)
+        command = await asyncio.to_thread(self._runs.start_command, job, data.segments)
+        return await self._sessions.open(TrainingSession(command, data.files, len(data.appended)))
 
-    async def _see_through(self, session: Session) -> None:
+    async def _see_through(self, session: TrainingSession) -> None:
         try:
             if await session.started():
                 async with self._state_lock:
                     await self.send_appended(session)
-            event = await session.ended()
+            last = await session.ended()
             async with self._state_lock:
                 if self._store.job(session.job_id).status == "running":
-                    await self._finish(event)
+                    await self._finish(last)
         except Exception:
             await self._sessions.stop(session.job_id)
             raise
 
-    async def send_appended(self, session: Session) -> dict[Path, int | EngineRefused]:
+    async def send_appended(self, session: TrainingSession) -> dict[Path, int | EngineRefused]:
         """Give the engine all appended rows that it does not have, in their order. Called with ``state_lock`` held.
 
         Raises:
@@ -159,52 +158,57 @@ class Training:
 
     # --- what a job reports -------------------------------------------------------------------------------------------
 
-    def on_event(self, event: MezoEvent) -> None:
+    def on_event(self, event: JobEvent) -> None:
         """Keep record of progress, as long as the job is running."""
         session = self._sessions.of(event.job_id)
-        if session is None or session.manual or session.has_ended or self._store.job(event.job_id).status != "running":
+        if not isinstance(session, TrainingSession) or session.has_ended:
+            return
+        if self._store.job(event.job_id).status != "running":
             return
         job_id, step = event.job_id, event.step
-        match event.kind:
-            case "started":
+        match event:
+            case Started():
                 self._store.update_job(job_id, step=step)
-            case "step":
-                session.train_loss = event.data["loss"]
-                data = {"step": step, "train_loss": event.data["loss"], **event.data}
-                self._metrics(job_id, step, f"{_progress(event)}: training loss={event.data['loss']:.4f}", data)
-            case "evaluated_dev":
-                accuracy = f", accuracy={event.data['eval_accuracy']:.4f}" if "eval_accuracy" in event.data else ""
-                message = f"{_progress(event)}: validation loss={event.data['eval_loss']:.4f}{accuracy}"
-                self._metrics(
-                    job_id, step, message, {"step": step, "valid_loss": event.data["eval_loss"], **event.data}
-                )
-                metrics = {
-                    name: event.data[ours]
+            case StepTaken(metrics=metrics):
+                session.train_loss = metrics["loss"]
+                told = f"training loss={metrics['loss']:.4f}"
+                self._keep_metrics(event, told, {"step": step, "train_loss": metrics["loss"]})
+            case Evaluated(metrics=metrics):
+                accuracy = f", accuracy={metrics['eval_accuracy']:.4f}" if "eval_accuracy" in metrics else ""
+                told = f"validation loss={metrics['eval_loss']:.4f}{accuracy}"
+                self._keep_metrics(event, told, {"step": step, "valid_loss": metrics["eval_loss"]})
+                theirs = {
+                    name: metrics[ours]
                     for ours, names in _CHECKPOINT_METRICS.items()
-                    if ours in event.data
+                    if ours in metrics
                     for name in names
                 }
-                self._store.add_checkpoint_metrics(job_id, step, metrics)  # which is made before its step is evaluated
-            case "checkpoint":
+                self._store.add_checkpoint_metrics(job_id, step, theirs)  # which is made before its step is evaluated
+            case CheckpointSaved(directory=directory):
                 self._store.update_job(job_id, step=step)
-                metrics = {} if session.train_loss is None else {"train_loss": session.train_loss}
-                self._published.add_checkpoint(self._store.job(job_id), step, Path(event.data["directory"]), metrics)
-            case "warning":
-                self._store.add_event(job_id, "warn", event.message)
+                theirs = {} if session.train_loss is None else {"train_loss": session.train_loss}
+                self._published.add_checkpoint(self._store.job(job_id), step, Path(directory), theirs)
+            case Warned(message=message):
+                self._store.add_event(job_id, "warn", message)
 
-    def _metrics(self, job_id: str, step: int, message: str, data: dict[str, Any]) -> None:
-        self._store.update_job(job_id, StoredEvent(job_id, message, type="metrics", data=data), step=step)
+    def _keep_metrics(self, event: StepTaken | Evaluated, told: str, data: dict[str, Any]) -> None:
+        """As an event of the job, whose data has OpenAI's names and ours."""
+        message = f"Step {event.step}/{event.max_steps}: {told}"
+        data = {**data, "max_steps": event.max_steps, **event.metrics}
+        self._store.update_job(
+            event.job_id, StoredEvent(event.job_id, message, type="metrics", data=data), step=event.step
+        )
 
-    async def _finish(self, event: MezoEvent | None) -> None:
+    async def _finish(self, event: Last) -> None:
         """Of a job that is still running. Where it was stopped (None), the state that it was stopped for has not
         been stored."""
         if event is None:
             raise DiskFull("it was stopped, and that could not be stored")
-        if event.kind == "failed":
+        if isinstance(event, Failed):
             raise (
                 DiskFull(event.message)
-                if event.data["code"] == "disk_full"
-                else RequestError(400, event.message, None, event.data["code"])
+                if event.code == "disk_full"
+                else RequestError(400, event.message, None, event.code)
             )
         for step, path in self._runs.checkpoints(event.job_id):
             self._published.add_checkpoint(self._store.job(event.job_id), step, path, {})
@@ -220,14 +224,13 @@ class Training:
                 self._store,
                 event.job_id,
                 "succeed",
-                StoredEvent(
-                    event.job_id, f"New fine-tuned model created: {name}", data={"best_step": event.data["best_step"]}
-                ),
+                StoredEvent(event.job_id, f"New fine-tuned model created: {name}", data={"best_step": event.best_step}),
                 StoredEvent(event.job_id, "The job has successfully completed"),
                 fine_tuned_model=name,
-                trained_tokens=event.data["trained_tokens"],
+                trained_tokens=event.trained_tokens,
                 step=event.step,
                 version=version,
+                published_step=event.step,
                 result_files=[results],
             )
 
@@ -258,10 +261,6 @@ def shared_examples(job_id: str, shared: int, examples: int, where: str) -> Stor
     consequence = "the validation loss is in part of what is learned"
     message = f"{shared} of {examples} examples of the validation file are {where}: {consequence}"
     return StoredEvent(job_id, message, level="warn", data={"shared_examples": shared})
-
-
-def _progress(event: MezoEvent) -> str:
-    return f"Step {event.step}/{event.data['max_steps']}"
 
 
 def _copy(source: Path, target: Path) -> None:

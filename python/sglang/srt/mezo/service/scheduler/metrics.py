@@ -54,11 +54,11 @@ class TrainingMetrics:
         if job is not self._job:
             self._job = job
             self._seen = {name: value for name, value in self._seen.items() if name == "backoffs"}
-        stats, last = job.learner.scorer.prefix_stats, job.run and job.run.last_step
+        stats = job.learner.scorer.prefix_stats
         self._add(self._computed, "computed", stats.computed)
         self._add(self._reused, "reused", stats.reused)
         self._kept_tokens.set(job.learner.scorer.base_prefixes.kept_tokens)
-        if last is None or last.step == self._seen.get("step"):
+        if job.run is None or (last := job.run.last_step) is None or last.step == self._seen.get("step"):
             return
         self._seen["step"] = last.step
         self._steps.inc()

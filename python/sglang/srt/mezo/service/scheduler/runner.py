@@ -10,19 +10,19 @@ import threading
 import time
 from contextlib import contextmanager
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from sglang.srt.mezo.core.errors import BaseModelError, CapacityError, ConfigError, MezoError
 from sglang.srt.mezo.data.examples import Example
 from sglang.srt.mezo.engine import lora_capacity
 from sglang.srt.mezo.engine.handle import EngineHandle
-from sglang.srt.mezo.service.scheduler.describe import describe
-from sglang.srt.mezo.service.scheduler.job import Job
+from sglang.srt.mezo.service.scheduler.calibrate import calibrate
+from sglang.srt.mezo.service.scheduler.job import HeldJob, Job, TrainingJob, make_job
 from sglang.srt.mezo.service.scheduler.metrics import TrainingMetrics
 from sglang.srt.mezo.service.scheduler.pacing import Pacer
 from sglang.srt.mezo.service.scheduler.stopwatch import Stopwatch
 from sglang.srt.mezo.service.store.disk import disk_full
-from sglang.srt.mezo.service.wire import messages
+from sglang.srt.mezo.service.wire import events, messages
 from sglang.srt.mezo.service.wire.messages import MezoEvent, MezoReqInput, MezoReqOutput, TokenizedExample
 from sglang.srt.mezo.service.wire.packed import unpack
 from sglang.srt.mezo.service.wire.settings import ServiceSettings
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from sglang.srt.mezo.service.wire.upstream import Req, Scheduler
 
 logger = logging.getLogger(__name__)
+
+Kind = TypeVar("Kind", bound=Job)
 
 _LOW_WATER = 0.2  # share of the KV pool that must be free or evictable, or kept prefixes are given up
 _CAPACITY_PAUSE = 0.5  # seconds until the next try where requests left no room for a piece
@@ -47,7 +49,7 @@ class MezoRunner:
         self._pacer = Pacer(settings.share)
         self._metrics = TrainingMetrics() if self._handle.is_leader and _metrics_enabled() else None
         self._loaded: dict[tuple[str, str], list[Example]] = {}
-        self._job: Job | None = None
+        self._job: TrainingJob | HeldJob | None = None
         self._retry_at = 0.0
         self._failed_alone: tuple[str, int] | None = None
         self._description: dict[str, Any] | None = None
@@ -56,6 +58,7 @@ class MezoRunner:
             messages.Describe: self._describe,
             messages.LoadExamples: self._load_examples,
             messages.StartJob: self._start,
+            messages.HoldJob: self._start,
             messages.StopJob: self._stop,
             messages.AppendExamples: self._append,
             messages.SaveAdapter: self._save,
@@ -85,17 +88,18 @@ class MezoRunner:
         self._look_at_the_base_model()
         if self._has_requests():
             self._pacer.saw_requests()
-        if not self.has_work or self._scheduler.weight_updater.offload_tags:
+        job = self._job
+        if job is None or not job.has_work or self._scheduler.weight_updater.offload_tags:
             return
-        if not self._job.learner.slots.claimed and not self._claim():
+        if not job.learner.slots.claimed and not self._claim(job):
             return
         running, waiting = self._load()
-        self._give_way()
+        self._give_way(job)
         max_tokens = self._handle.broadcast(self._max_tokens(running, waiting))
         if not max_tokens:
             return
         with self._forward_stream(), Stopwatch(self._handle.device) as watch:
-            self._advance(max_tokens)
+            self._advance(job, max_tokens)
         self._pacer.ran(watch.seconds, running)
         if self._metrics is not None:
             self._metrics.piece(watch.seconds, self._pacer)
@@ -106,9 +110,9 @@ class MezoRunner:
         if now == known:
             return
         self._base_model = now
-        self._emit(MezoEvent(job_id="", kind="base_model", step=0, data={"fingerprint": now["fingerprint"]}))
+        self._emit(events.BaseModelReplaced(fingerprint=now["fingerprint"]))
         if self._job is not None:
-            self._fail(BaseModelError(now["name"], known["name"]))
+            self._fail(self._job, BaseModelError(now["name"], known["name"]))
 
     def on_flush(self) -> None:
         """The radix tree has been emptied: its locks and KV are gone."""
@@ -118,63 +122,64 @@ class MezoRunner:
     # --- commands -----------------------------------------------------------------------------------------------------
 
     def _describe(self, command: messages.Describe | None = None) -> dict[str, Any]:
-        if self._description is None:
-            with self._forward_stream():
-                self._description = self._handle.broadcast(describe(self._handle, self._settings))
-            # What writes adapters takes a while to import: neither the start nor, at the first adapter, a request waits
-            # for it.
-            threading.Thread(target=import_module, args=("peft",), daemon=True).start()
-        return self._description
+        if self._description is not None:
+            return self._description
+        with self._forward_stream():
+            description = self._description = self._handle.broadcast(calibrate(self._handle, self._settings))
+        # What writes adapters takes a while to import: neither the start nor, at the first adapter, a request waits
+        # for it.
+        threading.Thread(target=import_module, args=("peft",), daemon=True).start()
+        return description
 
     def _load_examples(self, command: messages.LoadExamples) -> None:
         self._loaded.setdefault((command.job_id, command.split), []).extend(unpack(command.examples))
 
-    def _start(self, command: messages.StartJob) -> None:
+    def _start(self, command: messages.StartJob | messages.HoldJob) -> None:
         train, evaluation = (self._loaded.pop((command.job_id, split), []) for split in ("train", "eval"))
         self._loaded.clear()
         if self._job is not None:
             raise ConfigError("job", command.job_id, f"one job at a time, and {self._job.job_id} has the engine")
-
-        def emit(kind: str, step: int, message: str = "", **data: Any) -> None:
-            self._emit(MezoEvent(job_id=command.job_id, kind=kind, step=step, message=message, data=data))
-
         kept_tokens = int(self._settings.kv_share * self._handle.kv_capacity)
-        self._job = Job.start(self._handle, command, train, evaluation, emit, kept_tokens)
+        self._job = make_job(self._handle, command, train, evaluation, self._emit, kept_tokens)
 
     def _stop(self, command: messages.StopJob) -> dict[str, int]:
         self._loaded.clear()  # of a job that is stopped before it has started
-        if self._job is None or self._job.job_id != command.job_id:
+        job = self._job
+        if job is None or job.job_id != command.job_id:
             return {}
-        step = self._job.learner.global_step
-        self._end_job()
+        step = job.learner.global_step
+        self._end(job)
         return {"step": step}
 
     def _append(self, command: messages.AppendExamples) -> dict[str, int]:
-        return {"step": self._require(command.job_id).extend([_example(example) for example in command.examples])}
+        job = self._require(command.job_id, TrainingJob)
+        return {"step": job.extend([_example(example) for example in command.examples])}
 
     def _save(self, command: messages.SaveAdapter) -> dict[str, int]:
-        return {"step": self._require(command.job_id).save(command.directory)}
+        return {"step": self._require(command.job_id, Job).save(command.directory)}
 
     def _evaluate(self, command: messages.EvaluatePerturbed) -> None:
         examples = [_example(example) for example in command.examples]
-        self._require(command.job_id).evaluate(command.operation, examples, command.zo_random_seed, command.zo_eps)
+        job = self._require(command.job_id, HeldJob)
+        job.evaluate(command.operation, examples, command.zo_random_seed, command.zo_eps)
 
     def _update(self, command: messages.ApplyUpdate) -> dict[str, int]:
-        job = self._require(command.job_id)
+        job = self._require(command.job_id, HeldJob)
         return {"step": job.update(command.zo_random_seed, command.projected_grad, command.learning_rate)}
 
-    def _require(self, job_id: str) -> Job:
-        if self._job is None or self._job.job_id != job_id:
-            raise ConfigError(
-                "job", job_id, f"the job that has the engine ({self._job.job_id if self._job else 'none has'})"
-            )
-        return self._job
+    def _require(self, job_id: str, kind: type[Kind]) -> Kind:
+        job = self._job
+        if job is None or job.job_id != job_id:
+            raise ConfigError("job", job_id, f"the job that has the engine ({job.job_id if job else 'none has'})")
+        if not isinstance(job, kind):
+            raise ConfigError("job", job_id, f"one that {'trains' if kind is TrainingJob else 'is held'}")
+        return job
 
     # --- pieces -------------------------------------------------------------------------------------------------------
 
-    def _claim(self) -> bool:
+    def _claim(self, job: Job) -> bool:
         """Take the job's slots once the adapters of requests in flight leave the room; new ones wait for that."""
-        slots, manager = self._job.learner.slots, self._handle.lora_manager
+        slots, manager = job.learner.slots, self._handle.lora_manager
         if not lora_capacity.leave_room(manager, {req.lora_id for req in self._batched()}, slots.count):
             lora_capacity.reserve(slots.count)
             return False
@@ -183,7 +188,7 @@ class MezoRunner:
             with self._forward_stream():
                 slots.claim()
         except Exception as error:
-            self._fail(error)
+            self._fail(job, error)
             return False
         return True
 
@@ -210,34 +215,32 @@ class MezoRunner:
             return 0
         return self._describe()["idle_step_tokens" if self._pacer.quiet else "micro_step_tokens"]
 
-    def _give_way(self) -> None:
+    def _give_way(self, job: Job) -> None:
         """Locks on kept prefixes are the first thing to go where requests need the room."""
-        prefixes = self._job.learner.scorer.base_prefixes
+        prefixes = job.learner.scorer.base_prefixes
         if prefixes.kept_tokens and self._handle.free_kv_tokens < _LOW_WATER * self._handle.kv_capacity:
             prefixes.release()
 
-    def _advance(self, max_tokens: int) -> None:
-        job = self._job
+    def _advance(self, job: Job, max_tokens: int) -> None:
         try:
-            done = job.advance(max_tokens)
+            job.advance(max_tokens)
         except CapacityError as error:
-            self._make_room(error)
+            self._make_room(job, error)
         except Exception as error:
-            self._fail(error)
+            self._fail(job, error)
         else:
             if self._metrics is not None:
                 self._metrics.progress(job)
-            if done:
-                self._end_job()
+            if job.done:
+                self._end(job)
 
-    def _make_room(self, error: CapacityError) -> None:
+    def _make_room(self, job: Job, error: CapacityError) -> None:
         """Begin the step anew once requests have made room; where there are none, without kept prefixes, and only
         once."""
-        job = self._job
         attempt = (job.job_id, job.learner.global_step)
         idle = not any(self._load())
         if idle and self._failed_alone == attempt:
-            self._fail(error)
+            self._fail(job, error)
             return
         if idle:
             self._failed_alone = attempt
@@ -245,20 +248,20 @@ class MezoRunner:
         self._retry_at = time.monotonic() + _CAPACITY_PAUSE
         job.restart_work()
 
-    def _fail(self, error: Exception) -> None:
-        job, full = self._job, disk_full(error)
+    def _fail(self, job: Job, error: Exception) -> None:
+        full = disk_full(error)
         if full is None and not isinstance(error, MezoError):
             logger.error("job %s failed", job.job_id, exc_info=error)
-        self._end_job()
+        self._end(job)
         message, code = (
             (full.message, full.code) if full else (str(error) or type(error).__name__, type(error).__name__)
         )
-        job.emit("failed", job.learner.global_step, message, code=code)
+        job.tell(events.Failed, message=message, code=code)
 
     @contextmanager
     def _forward_stream(self):
         """On an accelerator, pieces queue behind the batch in flight, whose buffers they share."""
-        scheduler = self._scheduler
+        scheduler: Any = self._scheduler
         if not scheduler.enable_overlap or self._handle.device.type == "cpu":
             yield
             return
@@ -267,8 +270,8 @@ class MezoRunner:
             yield
         scheduler.schedule_stream.wait_stream(scheduler.forward_stream)
 
-    def _end_job(self) -> None:
-        job, self._job = self._job, None
+    def _end(self, job: Job) -> None:
+        self._job = None
         lora_capacity.reserve(0)
         try:
             job.stop()
@@ -278,9 +281,9 @@ class MezoRunner:
         if self._metrics is not None:
             self._metrics.ended()
 
-    def _emit(self, event: MezoEvent) -> None:
+    def _emit(self, event: events.AnyEvent) -> None:
         if self._handle.is_leader:
-            self._scheduler.ipc_channels.send_to_tokenizer.send_output(event)
+            self._scheduler.ipc_channels.send_to_tokenizer.send_output(MezoEvent(event=event))
 
 
 def _metrics_enabled() -> bool:

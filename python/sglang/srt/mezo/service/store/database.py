@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Generic, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypeVar
 
 import msgspec
 
@@ -22,11 +22,14 @@ from sglang.srt.mezo.service.store import folder
 from sglang.srt.mezo.service.store.migrations import migrate
 from sglang.srt.mezo.service.wire.errors import NotFound, RequestError
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 logger = logging.getLogger(__name__)
 
 _LOCK_SECONDS = 3.0  # that another process may hold the database before a request hears of it
 
-Record = TypeVar("Record")
+Record = TypeVar("Record", bound="DataclassInstance")
 
 
 @dataclass(frozen=True)

@@ -89,6 +89,10 @@ STEPS = (
     ALTER TABLE jobs ADD COLUMN result_files TEXT NOT NULL DEFAULT '[]';
     ALTER TABLE files ADD COLUMN expires_at INTEGER;
     """,
+    # The job's step when its adapter was last published.
+    """
+    ALTER TABLE jobs ADD COLUMN published_step INTEGER;
+    """,
 )
 VERSION = len(STEPS)
 

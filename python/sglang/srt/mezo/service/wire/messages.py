@@ -1,13 +1,15 @@
 """What the HTTP process and the scheduler say to each other about training.
 
 Commands go to every rank through SGLang's control channel and are answered at once; what takes longer, and what a job
-does by itself, comes back as a `MezoEvent` from rank 0.
+does by itself, comes back as a `MezoEvent` from rank 0 (``events``).
 """
 
 from typing import Any, Literal, Union
 
 from msgspec import Struct
 
+from sglang.srt.mezo.core.config import MezoConfig, Objective
+from sglang.srt.mezo.service.wire.events import AnyEvent
 from sglang.srt.mezo.service.wire.upstream import BaseReq, hook_custom_types
 
 TokenizedExample = tuple[list[int], list[list[int]], int]
@@ -26,23 +28,29 @@ class LoadExamples(Struct, tag=True, kw_only=True):
     examples: bytes
 
 
-class StartJob(Struct, tag=True, kw_only=True):
-    """Train, from the start or from where the seed log in ``config["output_dir"]`` ends.
+class _TakeUp(Struct, kw_only=True):
+    """A job's adapter: a new one, or as it is where the seed log in ``config.output_dir`` ends.
 
-    config: fields of ``MezoConfig``. segments: (step, number of examples) from which each part of the training data
-    counts; the first is step 0. start: folder of the adapter that ``config["init_from"]`` names. manual: hold the
-    adapter ready for ``EvaluatePerturbed`` and ``ApplyUpdate`` instead.
+    invocation: its tokens, none for ordinary LoRA. start: folder of the adapter that ``config.init_from`` names.
     """
 
     job_id: str
-    config: dict[str, Any]
+    config: MezoConfig
     base_model: str
-    target_modules: list[str]
     invocation: list[int]
-    objective: Literal["classification", "completion", "language_modeling"]
-    segments: list[tuple[int, int]]
+    objective: Objective
     start: str | None = None
-    manual: bool = False
+
+
+class StartJob(_TakeUp, tag=True, kw_only=True):
+    """Train. segments: (step, number of examples) from which each part of the training data counts; the first is step
+    0."""
+
+    segments: list[tuple[int, int]]
+
+
+class HoldJob(_TakeUp, tag=True, kw_only=True):
+    """Hold the adapter ready for ``EvaluatePerturbed`` and ``ApplyUpdate``."""
 
 
 class StopJob(Struct, tag=True, kw_only=True):
@@ -71,7 +79,7 @@ class SaveAdapter(Struct, tag=True, kw_only=True):
 class EvaluatePerturbed(Struct, tag=True, kw_only=True):
     """Losses at theta + zo_eps z and theta - zo_eps z for the directions of ``zo_random_seed``.
 
-    Answered at once; the losses follow as a ``MezoEvent`` of kind "evaluated" that carries ``operation``.
+    Answered at once; the losses follow as an event that carries ``operation``.
     """
 
     job_id: str
@@ -119,7 +127,9 @@ class EngineDescription(Struct, kw_only=True):
     rendering: str = ""
 
 
-Command = Union[Describe, LoadExamples, StartJob, StopJob, AppendExamples, SaveAdapter, EvaluatePerturbed, ApplyUpdate]
+Command = Union[
+    Describe, LoadExamples, StartJob, HoldJob, StopJob, AppendExamples, SaveAdapter, EvaluatePerturbed, ApplyUpdate
+]
 
 
 class MezoReqInput(BaseReq, kw_only=True):
@@ -137,20 +147,7 @@ class MezoReqOutput(BaseReq, kw_only=True):
 
 
 class MezoEvent(BaseReq, kw_only=True):
-    """Something that a job did.
-
-    kind: "started", "step" (at most a few a second; data as in metrics.jsonl), "evaluated_dev" (eval_loss, ...),
-        "checkpoint" (data["directory"], a PEFT folder), "warning", "succeeded" (data: best_step, metrics),
-        "base_model" (of no job; data["fingerprint"]: the weights have been replaced),
-        "failed" (message; data["code"], "disk_full" where the disk took no more), "evaluated" (data: operation and
-        loss_plus, loss_minus, projected_grad, or error).
-    """
-
-    job_id: str
-    kind: str
-    step: int
-    message: str = ""
-    data: dict[str, Any] = {}
+    event: AnyEvent
 
 
 def register() -> None:

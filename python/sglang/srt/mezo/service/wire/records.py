@@ -3,8 +3,11 @@
 import secrets
 import time
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
+
+from sglang.srt.mezo.core.config import MezoConfig
 
 JobStatus = Literal["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
 LIVE: tuple[JobStatus, ...] = ("validating_files", "queued", "running", "paused")
@@ -47,7 +50,8 @@ class StoredJob:
     does.
     version: of the adapter that is served, 0 for none. engine: the base model and the limits of the server that took
         the job, as ``fit`` has them.
-    result_files: ids of the files that a succeeded job has left.
+    result_files: ids of the files that a succeeded job has left. published_step: ``step`` when the adapter was last
+    published, None where that is not known.
     """
 
     id: str
@@ -71,6 +75,12 @@ class StoredJob:
     version: int
     engine: dict[str, Any] = field(default_factory=dict)
     result_files: list[str] = field(default_factory=list)
+    published_step: int | None = None
+
+    @cached_property
+    def settings(self) -> MezoConfig:
+        """``config`` as this version understands it; raises ConfigError where it does not take it."""
+        return MezoConfig(**self.config)
 
 
 @dataclass(frozen=True)

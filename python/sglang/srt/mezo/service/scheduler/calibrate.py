@@ -2,12 +2,13 @@
 without."""
 
 import time
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 import torch
 
 from sglang.srt.mezo.adapters.families import family_of
+from sglang.srt.mezo.core.config import Tuning
 from sglang.srt.mezo.engine.accelerator import why_no_alora
 from sglang.srt.mezo.engine.forward import Sequenced, extend
 from sglang.srt.mezo.engine.handle import EngineHandle, checkpoint_config, config_source
@@ -21,7 +22,7 @@ _TRIES = 3  # a busy machine only ever adds
 _PROBE = 8  # times as many tokens as a short piece has, to see what a token costs in a long one
 
 
-def describe(handle: EngineHandle, settings: ServiceSettings) -> dict[str, Any]:
+def calibrate(handle: EngineHandle, settings: ServiceSettings) -> dict[str, Any]:
     """The fields of ``EngineDescription``. Called on every rank, as it runs the model."""
     manager, runner = handle.lora_manager, handle.model_runner
     micro_step_tokens, idle_step_tokens = pass_sizes(
@@ -29,7 +30,6 @@ def describe(handle: EngineHandle, settings: ServiceSettings) -> dict[str, Any]:
     )
     modules = adaptable_modules(handle)
     family = family_of(checkpoint_config(*config_source(runner.server_args)))
-    defaults = {tuning: family.default_targets(tuning) for tuning in ("alora", "lora")}
     return msgspec.to_builtins(
         EngineDescription(
             model_path=runner.model_config.model_path,
@@ -40,7 +40,7 @@ def describe(handle: EngineHandle, settings: ServiceSettings) -> dict[str, Any]:
             max_loras_per_batch=manager.max_loras_per_batch,
             target_modules=modules,
             default_target_modules={
-                tuning: [name for name in names if name in modules] for tuning, names in defaults.items()
+                tuning: list(family.default_targets(tuning, modules)) for tuning in get_args(Tuning)
             },
             micro_step_tokens=micro_step_tokens,
             idle_step_tokens=idle_step_tokens,
