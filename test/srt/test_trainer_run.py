@@ -361,11 +361,17 @@ def test_an_adapter_that_the_pool_cannot_hold(engine, spec, config):
     with pytest.raises(CapacityError, match="6 adapter slots are needed, but 5 of the pool's 6 are free"):
         engine.call(leave_spare_slots, config, spec, 4)
     with pytest.raises(CapacityError, match="rank 8"):
-        engine.call(run, config, replace(spec, r=8), TRAIN)
+        engine.call(run, replace(config, r=8), replace(spec, r=8), TRAIN)
     with pytest.raises(ConfigError, match="target_modules"):
         engine.call(run, config, replace(spec, target_modules=("fc1",)), TRAIN)
     with pytest.raises(ConfigError, match="invocation"):
         engine.call(run, config, replace(spec, invocation=()), TRAIN)
+
+
+@pytest.mark.parametrize(("field", "value"), [("r", 2), ("lora_alpha", 16), ("target_modules", ["q_proj"])])
+def test_an_adapter_that_is_described_otherwise_than_the_run(engine, spec, config, field, value):
+    with pytest.raises(ConfigError, match=f"{field}=.* as the adapter has it"):
+        engine.call(run, replace(config, **{field: value}), spec, TRAIN)
 
 
 def test_a_prompt_without_the_invocation(engine, spec, config):
