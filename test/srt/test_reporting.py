@@ -3,7 +3,8 @@
 import json
 
 import pytest
-from transformers import TrainerCallback, integrations
+from transformers import TrainerCallback
+from transformers.integrations import integration_utils as integrations
 
 from sglang.srt.mezo.core.config import MezoConfig
 from sglang.srt.mezo.core.errors import ConfigError

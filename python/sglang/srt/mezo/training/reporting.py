@@ -22,7 +22,10 @@ def integrations(report_to: str | Sequence[str]) -> "list[TrainerCallback]":
     names = [report_to] if isinstance(report_to, str) else list(report_to)
     if names in ([], [NONE]):
         return []
-    from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+    from transformers.integrations.integration_utils import (
+        INTEGRATION_TO_CALLBACK,
+        get_available_reporting_integrations,
+    )
 
     if names == [ALL]:
         names = get_available_reporting_integrations()
