@@ -25,6 +25,7 @@ from sglang.srt.mezo.service.wire.settings import ENABLE_FLAG, ENABLE_VARIABLE, 
 
 if TYPE_CHECKING:
     from sglang.srt.mezo.service.scheduler.runner import MezoRunner
+    from sglang.srt.mezo.service.wire.messages import MezoEvent
 
 _DEFAULT_RANK = 16
 _DEFAULT_SLOTS = 16  # the base model's, 9 for all directions of a default job at once, and 6 for other adapters
@@ -167,12 +168,14 @@ def _around_communicators(original: Callable, manager) -> None:
         tokenizer_control_mixin._COMMUNICATOR_SPECS.append(spec)
     original(manager)
     manager.mezo_service = None  # set by the application, where there is one
-    manager._result_dispatcher += TypeBasedDispatcher([(messages.MezoEvent, lambda event: _dispatch(manager, event))])
+    manager._result_dispatcher += TypeBasedDispatcher(
+        [(messages.MezoEvent, lambda message: _dispatch(manager, message))]
+    )
 
 
-def _dispatch(manager, event) -> None:
+def _dispatch(manager, message: "MezoEvent") -> None:
     if manager.mezo_service is not None:
-        manager.mezo_service.on_event(event)
+        manager.mezo_service.on_event(message.event)
 
 
 async def _around_shutdown(original: Callable, manager) -> None:
