@@ -112,7 +112,7 @@ current_platform.apply_server_args_defaults(SimpleNamespace())
 """
     done = run_python(code, SGLANG_PLUGINS="mezo_cpu")
     assert done.returncode == 1
-    assert "name `mezo` in SGLANG_PLUGINS" in done.stderr
+    assert "name `mezo` and `mezo_cpu` in SGLANG_PLUGINS" in done.stderr
 
 
 def test_everything_holds_in_one_process(tmp_path):
