@@ -51,7 +51,7 @@ class LiveServer:
 
     def start(self) -> None:
         """Returns when the server answers."""
-        self.port = _free_port()
+        self.port = free_port()
         command = [
             Path(sys.executable).with_name("sglang-mezo"),
             "serve",
@@ -214,7 +214,7 @@ def peft_log_probs(adapter: Path, texts: list[str]) -> list[torch.Tensor]:
     return found
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

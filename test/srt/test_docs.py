@@ -1,11 +1,14 @@
 """The pages: README is one page, links lead somewhere, and what is named is there."""
 
 import re
-from pathlib import Path
+import runpy
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from docs_blocks import HOW_TO, ROOT, blocks
+
+RUN = {"quickstart", "server", "two commands"}
+"""Groups of blocks: the first runs in test_packaging, the others in test_docs_run."""
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(
     (ROOT / "docs").glob("*.md")
 )
@@ -32,6 +35,17 @@ def test_programs_that_a_page_names_are_there(page):
         r"(?:bash|python) ((?:scripts|examples|benchmarks)/[\w/]+\.(?:sh|py))", page.read_text(encoding="utf-8")
     )
     assert [name for name in named if not (ROOT / name).is_file()] == []
+
+
+@pytest.mark.parametrize("page", HOW_TO, ids=lambda page: page.name)
+def test_every_block_is_run_by_a_test_or_says_why_not(page):
+    reasons = {"not run: needs the hub", "not run: needs a GPU", *(f"run: {group}" for group in RUN)}
+    assert [block.where for block in blocks(page) if block.mark not in reasons] == []
+
+
+def test_the_page_of_the_api_is_what_the_routes_say():
+    made = runpy.run_path(str(ROOT / "scripts" / "api_page.py"))
+    assert made["PAGE"].read_text(encoding="utf-8") == made["page"](), "python scripts/api_page.py"
 
 
 def test_every_page_is_in_the_index():

@@ -1,6 +1,7 @@
 """The examples as a user runs them: as programs, on the embedded model, and resumed."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -136,6 +137,24 @@ def test_a_plain_text_is_learned_as_a_language_model(tmp_path):
 def test_the_minimal_loop_runs():
     assert "trained accuracy" in run("examples/mezo_minimal_loop.py", "--steps", "5").stdout
     assert len((ROOT / "examples" / "mezo_minimal_loop.py").read_text().splitlines()) < 150
+
+
+def test_the_notebook_runs_from_its_first_cell_to_its_last(tmp_path):
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    cells = json.loads((ROOT / "examples" / "mezo_notebook.ipynb").read_text())["cells"]
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    script = "\n".join([*code, "figure.savefig('curve.png')"])
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script],
+        cwd=tmp_path,
+        env={**os.environ, "MPLBACKEND": "Agg"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "before, " in done.stdout and (tmp_path / "curve.png").stat().st_size > 5000
+    assert (tmp_path / "runs/notebook/adapter/adapter_config.json").is_file()
 
 
 def test_a_mistake_ends_with_one_line():

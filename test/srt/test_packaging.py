@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+import docs_blocks
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 OURS = "sglang_mezo"
 SUFFIXES = {".py", ".html", ".css", ".js"}
@@ -135,6 +137,12 @@ def test_install_use_uninstall(mode, tmp_path, source_tree):
         assert Path(answers["sglang"]) == environment.site / "sglang/__init__.py"
         assert answers["platform"] == "MezoCpuPlatform"
         assert answers["lora"] == "CpuLoRABackend"
+
+    if mode == "wheel":  # outside of the repository
+        elsewhere = tmp_path / "elsewhere"
+        elsewhere.mkdir()
+        hub = docs_blocks.local_hub(tmp_path / "hub", facebook__opt_125m=REPOSITORY / "examples/assets/opt-reviews")
+        docs_blocks.run(docs_blocks.of_group("quickstart"), elsewhere, environment.python, OMP_NUM_THREADS="1", **hub)
 
     after = environment.upstream_files()
     assert {name: after.get(name) for name in before} == before

@@ -68,9 +68,12 @@ WireModel = TypeVar("WireModel", bound=Wire)
 
 
 class Endpoint(NamedTuple):
+    """body: what its requests hold in JSON, for the API's description; the handler reads it (``read_json``)."""
+
     method: str
     path: str
     handler: Handler
+    body: type[Wire] | None = None
 
 
 def add_routes(app: FastAPI, endpoints: Iterable[Endpoint], service: Service | None = None) -> None:
@@ -79,7 +82,7 @@ def add_routes(app: FastAPI, endpoints: Iterable[Endpoint], service: Service | N
     service: they answer 503 until it is ready, and those that change something while its store is locked; None for
     endpoints that do without it.
     """
-    for method, path, handler in endpoints:
+    for method, path, handler, body in endpoints:
         level = getattr(handler, "_auth_level", None)
         assert isinstance(level, AuthLevel), handler
         needed = [] if service is None else _needed(service, method)
@@ -91,7 +94,26 @@ def add_routes(app: FastAPI, endpoints: Iterable[Endpoint], service: Service | N
             response_model=None,
             response_class=SGLangORJSONResponse,
             route_class_override=_Route,
+            openapi_extra=None if body is None else {"requestBody": _described(body)},
         )
+
+
+def _described(body: type[Wire]) -> dict[str, Any]:
+    """An OpenAPI request body."""
+    schema = body.model_json_schema()
+    own = schema.pop("$defs", {})
+
+    def inlined(part: Any) -> Any:
+        """Without references, which would look for their models in the description of the whole API."""
+        if isinstance(part, list):
+            return list(map(inlined, part))
+        if not isinstance(part, dict):
+            return part
+        if "$ref" in part:
+            return inlined(own[part["$ref"].rpartition("/")[2]])
+        return {name: inlined(value) for name, value in part.items()}
+
+    return {"required": True, "content": {"application/json": {"schema": inlined(schema)}}}
 
 
 def _needed(service: Service, method: str) -> list[Handler]:

@@ -73,14 +73,15 @@ class _Native:
         return [
             Endpoint("GET", "/mezo/status", self.status),
             Endpoint("GET", f"{job}/metrics", self.metrics),
-            Endpoint("POST", f"{job}/examples", self.append_examples),
-            Endpoint("POST", f"{job}/publish", self.publish),
-            Endpoint("POST", f"{job}/evaluate", self.evaluate),
-            Endpoint("POST", f"{job}/update", self.update),
+            Endpoint("POST", f"{job}/examples", self.append_examples, AppendExamples),
+            Endpoint("POST", f"{job}/publish", self.publish, Publish),
+            Endpoint("POST", f"{job}/evaluate", self.evaluate, Evaluate),
+            Endpoint("POST", f"{job}/update", self.update, Update),
         ]
 
     @reads
     async def status(self) -> Json:
+        """What the engine can train, the settings of the service, the job that runs, the latency of requests."""
         service = self._service
         settings = service.settings
         running = await service.threads.read(service.store.with_status, "running")
@@ -112,8 +113,8 @@ class _Native:
 
     @changes
     async def append_examples(self, job_id: str, request: Request) -> Json:
-        """``step``: the first that draws from the rows; null where the job does not run, and they count once it
-        does."""
+        """Add training rows to a job that waits or runs. Answered with ``step``, the first that draws from them; null
+        where the job does not run yet, and they count once it does."""
         await self._job(job_id)
         body = await read_json(request, AppendExamples, self._max_rows_bytes)
         appended = await self._run(self._service.manager.append_rows(job_id, body.rows))
@@ -121,12 +122,15 @@ class _Native:
 
     @changes
     async def publish(self, job_id: str, request: Request) -> Json:
+        """Serve a checkpoint, or the adapter as it is now. Answered with the name of the ``model``."""
         await self._job(job_id)
         body = await read_json(request, Publish)
         return {"model": await self._run(self._service.manager.publish_checkpoint(job_id, body.checkpoint))}
 
     @changes
     async def evaluate(self, job_id: str, request: Request) -> Json:
+        """Losses of a paused or succeeded job's adapter beside it: ``loss_plus``, ``loss_minus`` (what the job's
+        estimator compares the former with) and ``projected_grad`` along each direction of ``zo_random_seed``."""
         job = await self._job(job_id)
         body = await read_json(request, Evaluate, self._max_rows_bytes)
         zo_eps = job.settings.zo_eps if body.zo_eps is None else body.zo_eps
@@ -139,6 +143,8 @@ class _Native:
 
     @changes
     async def update(self, job_id: str, request: Request) -> Json:
+        """Take a step of a paused or succeeded job's adapter along the directions of ``zo_random_seed``, and log it; of
+        a succeeded job it is served then, unless ``publish`` is false. Refused where a weight would not be finite."""
         job = await self._job(job_id)
         body = await read_json(request, Update)
         _require_directions(job, body.projected_grad)

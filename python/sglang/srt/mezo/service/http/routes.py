@@ -84,6 +84,8 @@ class _Files:
 
     @changes
     async def create(self, request: Request) -> Json:
+        """Upload a file: a multipart form with ``file``, ``purpose`` and, if it is to be deleted by itself,
+        ``expires_after``."""
         service = self._service
         return file_object(await receive_file(request, service.store, service.threads, service.settings.max_file_bytes))
 
@@ -95,6 +97,7 @@ class _Files:
         order: Literal["asc", "desc"] = "desc",
         purpose: str | None = None,
     ) -> Json:
+        """Files, by default the newest first."""
         return await self._service.threads.read(self._page, after, limit, order, purpose)
 
     def _page(self, after: str | None, limit: int, order: Literal["asc", "desc"], purpose: str | None) -> Json:
@@ -102,10 +105,12 @@ class _Files:
 
     @reads
     async def retrieve(self, file_id: str) -> Json:
+        """What is known of a file."""
         return file_object(await self._service.threads.read(self._service.store.file, file_id))
 
     @reads
     async def content(self, file_id: str) -> FileResponse:
+        """What a file holds."""
         file, path = await self._service.threads.read(self._file_and_content, file_id)
         headers = {
             "Content-Disposition": "attachment; "
@@ -121,6 +126,7 @@ class _Files:
 
     @changes
     async def delete(self, file_id: str) -> Json:
+        """Delete a file."""
         await self._service.threads.call(self._service.store.delete_file, file_id)
         return {"id": file_id, "object": "file", "deleted": True}
 
@@ -132,7 +138,7 @@ class _Jobs:
     def endpoints(self) -> list[Endpoint]:
         job = "/v1/fine_tuning/jobs/{job_id}"
         return [
-            Endpoint("POST", "/v1/fine_tuning/jobs", self.create),
+            Endpoint("POST", "/v1/fine_tuning/jobs", self.create, CreateJob),
             Endpoint("GET", "/v1/fine_tuning/jobs", self.list),
             Endpoint("GET", job, self.retrieve),
             Endpoint("POST", f"{job}/cancel", self.cancel),
@@ -144,6 +150,7 @@ class _Jobs:
 
     @changes
     async def create(self, request: Request) -> Json:
+        """Create a job. Its files are validated, then it waits for the engine."""
         body = await read_json(request, CreateJob)
         return await self._service.threads.run(self._create(body))
 
@@ -196,32 +203,39 @@ class _Jobs:
 
     @reads
     async def list(self, request: Request, after: str | None = None, limit: Limit = 20) -> Json:
+        """Jobs, the newest first; with ``metadata[key]=value`` those that have these pairs."""
         return await self._read(
             lambda store: page_object(store.jobs(after, limit, _metadata_filter(request)), self._object)
         )
 
     @reads
     async def retrieve(self, job_id: str) -> Json:
+        """A job, with its status, its error and the name of its model."""
         return await self._read(lambda store: self._object(store.job(job_id)))
 
     @changes
     async def cancel(self, job_id: str) -> Json:
+        """End a job for good."""
         return await self._changed(self._service.manager.cancel(job_id))
 
     @changes
     async def pause(self, job_id: str) -> Json:
+        """Take the engine from a job; its log keeps the steps."""
         return await self._changed(self._service.manager.pause(job_id))
 
     @changes
     async def resume(self, job_id: str) -> Json:
+        """Let a paused job go on from its last step."""
         return await self._changed(self._service.manager.resume(job_id))
 
     @reads
     async def events(self, job_id: str, after: str | None = None, limit: Limit = 20) -> Json:
+        """What a job has told, the newest first."""
         return await self._read(lambda store: page_object(store.events(job_id, after, limit), event_object))
 
     @reads
     async def checkpoints(self, job_id: str, after: str | None = None, limit: Limit = 10) -> Json:
+        """Adapters of earlier steps, each with a name for requests; the newest first."""
         served = self._service.client.served_model_name
         return await self._read(lambda store: checkpoint_page_object(store.checkpoints(job_id, after, limit), served))
 
@@ -276,6 +290,7 @@ class _Models:
 
     @reads
     async def list(self) -> Json:
+        """The served model and the fine-tuned ones."""
         cards = [card.model_dump() for card in (await self._upstream_list()).data]
         served, final = await self._read(self._served_and_final)
         # SGLang lists a loaded adapter by its bare name; ours go by the name that a request has to use.
@@ -284,11 +299,13 @@ class _Models:
 
     @reads
     async def retrieve(self, model: str) -> Any:
+        """One model."""
         adapter = await self._read(self._adapter, model)
         return await self._upstream_retrieve(model) if adapter is None else self._card(adapter)
 
     @changes
     async def delete(self, model: str) -> Json:
+        """Serve a fine-tuned model and its checkpoints no more; its name is free again."""
         name = await self._read(self._adapter_name, model)
         await require_writable(self._service)
         await self._service.threads.run(self._service.manager.delete_model(name))
