@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from sglang.srt.mezo.core.config import MezoConfig
-from sglang.srt.mezo.core.estimator import Estimator, paired, projected_grads
+from sglang.srt.mezo.core.estimator import Estimator, projected_grads, with_baselines
 from sglang.srt.mezo.core.passes import drain
 from sglang.srt.mezo.training.finetune import open_trainer
 from step_time import machine
@@ -76,7 +76,7 @@ def main() -> None:
 
 def estimates(steps: list[tuple[list[float], list[float]]], zo_eps: float, estimator: Estimator) -> np.ndarray:
     """Of all directions of all steps, from their losses on both sides of theta."""
-    sides = steps if estimator == "two_sided" else [paired(plus, estimator) for plus, _ in steps]
+    sides = steps if estimator == "two_sided" else [with_baselines(plus, estimator) for plus, _ in steps]
     return np.concatenate([projected_grads(plus, other, zo_eps, estimator) for plus, other in sides])
 
 
@@ -106,7 +106,7 @@ def open_losses(model: str, dtype: str, task: str, runs: Path) -> Operations:
     def losses(theta: list[float], steps: int, zo_eps: float) -> list[tuple[list[float], list[float]]]:
         trainer.adapter.theta.copy_(torch.tensor(theta))
         return [
-            drain(trainer.probe.paired_passes(batch, drain(trainer.probe.directions(seed)), zo_eps))
+            drain(trainer.probe.loss_passes(batch, drain(trainer.probe.directions(seed)), zo_eps))
             for seed in range(steps)
         ]
 

@@ -139,12 +139,12 @@ def difference(trainer: MezoTrainer) -> float:
     """Of a batch's losses with reuse and without it, the larger."""
     batch = trainer.batch(trainer.global_step)
     z = [trainer.optimizer.direction(1, 0)]
-    reused = drain(trainer.probe.paired_passes(batch, z, ZO_EPS))
+    reused = drain(trainer.probe.loss_passes(batch, z, ZO_EPS))
     kept, trainer.scorer = (
         trainer.scorer,
         Scorer(trainer.handle, trainer.planner.scope, trainer.config.max_tokens_per_batch, prefix_reuse=False),
     )
-    computed = drain(trainer.probe.paired_passes(batch, z, ZO_EPS))
+    computed = drain(trainer.probe.loss_passes(batch, z, ZO_EPS))
     trainer.scorer = kept
     return max(abs(a[0] - b[0]) for a, b in zip(reused, computed))
 

@@ -145,7 +145,7 @@ def config(tmp_path) -> MezoConfig:
 
 
 def start(
-    engine, config, model_path, job_id="job", train=TRAIN, evaluation=EVALUATION, segments=None, held=False, **fields
+    engine, config, model_path, job_id="job", train=TRAIN, evaluation=EVALUATION, portions=None, held=False, **fields
 ):
     for split, examples in (("train", train), ("eval", evaluation)):
         for part in (examples[:3], examples[3:]):
@@ -160,7 +160,7 @@ def start(
     }
     if held:
         return engine.call(send, "HoldJob", fields)
-    return engine.call(send, "StartJob", fields | {"segments": segments or [(0, len(train))]})
+    return engine.call(send, "StartJob", fields | {"portions": portions or [(0, len(train))]})
 
 
 def stop(engine, job_id="job"):

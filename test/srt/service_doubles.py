@@ -55,7 +55,7 @@ class Scheduler:
         self.job: messages.StartJob | messages.HoldJob | None = None
         self.opened = False
         self.train: list = []
-        self.segments: list[tuple[int, int]] = []
+        self.portions: list[tuple[int, int]] = []
         self.step = 0
         self.on_event = lambda event: None
         self._handlers = {
@@ -112,8 +112,8 @@ class Scheduler:
             raise Refusal(f"{self.job.job_id} has the engine", "job")
         self.job, self.opened, self.train = command, False, train
         if isinstance(command, messages.StartJob):
-            assert sum(count for _, count in command.segments) == len(train)
-            self.segments = list(command.segments)
+            assert sum(count for _, count in command.portions) == len(train)
+            self.portions = list(command.portions)
         run = Path(command.config.output_dir)
         assert command.config.resume_from_checkpoint == run.exists()
         run.mkdir(parents=True, exist_ok=True)
@@ -132,9 +132,9 @@ class Scheduler:
         self._require_open(command, messages.StartJob)
         self.train += command.examples
         first = self.step + 1
-        earlier = self.segments.pop()[1] if self.segments[-1][0] == first else 0
-        self.segments.append((first, earlier + len(command.examples)))
-        write_checked_json(Path(self.job.config.output_dir) / "segments.json", {"parts": self.segments})
+        earlier = self.portions.pop()[1] if self.portions[-1][0] == first else 0
+        self.portions.append((first, earlier + len(command.examples)))
+        write_checked_json(Path(self.job.config.output_dir) / "segments.json", {"parts": self.portions})
         return {"step": first}
 
     def _save(self, command) -> dict[str, int]:

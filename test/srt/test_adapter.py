@@ -11,7 +11,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 import oracle
-from sglang.srt.mezo.adapters.adapter import Adapter, AdapterSpec, Site, atomic_directory
+from sglang.srt.mezo.adapters.adapter import Adapter, AdapterSpec, Site
+from sglang.srt.mezo.core.atomic import atomic_directory
 from sglang.srt.mezo.core.errors import ConfigError
 from tiny import file_size_limit, small_disk
 

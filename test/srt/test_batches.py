@@ -62,7 +62,7 @@ def test_examples_that_are_added_count_from_their_step_on_and_change_nothing_bef
     later = [index for step in range(7, 15) for index in extended.batch(step)]
     assert sorted(later) == list(range(32)), "the first pass over all of them takes each once"
     assert extended.epoch(7) == plain.epoch(7) and extended.epoch(15) == plain.epoch(7) + 1
-    assert extended.parts == [(0, 20), (7, 12)]
+    assert extended.portions == [(0, 20), (7, 12)]
 
 
 def test_a_stream_with_additions_is_a_pure_function_of_the_step():
@@ -71,7 +71,7 @@ def test_a_stream_with_additions_is_a_pure_function_of_the_step():
         target.extend(5, 3)
         target.extend(5, 2)
         target.extend(9, 7)
-    assert stream.parts == [(0, 20), (5, 5), (9, 7)]
+    assert stream.portions == [(0, 20), (5, 5), (9, 7)]
     forwards = [stream.batch(step) for step in range(30)]
     assert [other.batch(step) for step in reversed(range(30))] == forwards[::-1]
 

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from sglang.srt.mezo.core.estimator import forward_passes, paired, projected_grads
+from sglang.srt.mezo.core.estimator import forward_passes, projected_grads, with_baselines
 from sglang.srt.mezo.core.noise import direction
 
 EPS = 1e-4
@@ -39,7 +39,7 @@ SLOPE = torch.tensor([1.0, -2.0, 0.5, 3.0], dtype=torch.float64)
 def leave_one_out(z, curvature: float = 0.0) -> list[float]:
     """Estimates from losses at 0.1 z_k, whose gradient at 0 is SLOPE."""
     losses = [(0.1 * z_k @ SLOPE + curvature * (0.1 * z_k).square().sum()).item() for z_k in z]
-    return projected_grads(*paired(losses, "leave_one_out"), 0.1, "leave_one_out")
+    return projected_grads(*with_baselines(losses, "leave_one_out"), 0.1, "leave_one_out")
 
 
 def test_leaving_one_out_compares_directions_free_of_the_curvature_that_they_share():
@@ -55,16 +55,18 @@ def test_leaving_one_out_is_unbiased():
 
 
 def test_what_each_loss_is_compared_with():
-    assert paired([1.0, 2.0, 3.0, 5.0], "two_sided") == ([1.0, 3.0], [2.0, 5.0])
-    assert paired([1.0, 2.0, 3.0], "one_sided") == ([2.0, 3.0], [1.0, 1.0])
-    assert paired([1.0, 2.0, 6.0], "leave_one_out") == ([1.0, 2.0, 6.0], [4.0, 3.5, 1.5])
+    assert with_baselines([1.0, 2.0, 3.0, 5.0], "two_sided") == ([1.0, 3.0], [2.0, 5.0])
+    assert with_baselines([1.0, 2.0, 3.0], "one_sided") == ([2.0, 3.0], [1.0, 1.0])
+    assert with_baselines([1.0, 2.0, 6.0], "leave_one_out") == ([1.0, 2.0, 6.0], [4.0, 3.5, 1.5])
     assert [forward_passes(estimator, 3) for estimator in ("two_sided", "one_sided", "leave_one_out")] == [6, 4, 3]
 
 
 @pytest.mark.parametrize("estimator", ["two_sided", "one_sided", "leave_one_out"])
 def test_scaled_estimates_do_not_depend_on_the_size_of_loss_and_step(estimator):
     plus, minus, at_theta, _ = losses_around()
-    other = {"two_sided": minus, "one_sided": at_theta, "leave_one_out": paired(plus, "leave_one_out")[1]}[estimator]
+    other = {"two_sided": minus, "one_sided": at_theta, "leave_one_out": with_baselines(plus, "leave_one_out")[1]}[
+        estimator
+    ]
     evaluated, sides = (plus + minus, 2) if estimator == "two_sided" else (plus, 1)
     scaled = projected_grads(plus, other, EPS, estimator, scale_by_loss_std=True)
     deviation = torch.tensor(evaluated, dtype=torch.float64).std(correction=1).item()

@@ -56,7 +56,7 @@ def losses(engine, spec: AdapterSpec, theta: torch.Tensor) -> list[float]:
         trainer = MezoTrainer(engine.handle, config, spec, examples, objective=objective)
         try:
             trainer.adapter.theta.copy_(theta)
-            (plus,), (minus,) = drain(trainer.probe.paired_passes(trainer.train_plans, [torch.zeros_like(theta)], 0.0))
+            (plus,), (minus,) = drain(trainer.probe.loss_passes(trainer.train_plans, [torch.zeros_like(theta)], 0.0))
         finally:
             trainer.close()
         assert plus == pytest.approx(minus, abs=1e-6)

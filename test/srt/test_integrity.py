@@ -15,7 +15,7 @@ import torch
 from sglang.srt.mezo.adapters.adapter import Adapter
 from sglang.srt.mezo.core.errors import ConfigError, DamagedError, LogError, MezoError
 from sglang.srt.mezo.core.integrity import read_checked_json, require_sums, write_checked_json
-from sglang.srt.mezo.training.run_directory import RunDirectory, read_segments
+from sglang.srt.mezo.training.run_directory import RunDirectory, read_portions
 from test_run_directory import SITES, config, contents, initial_adapter, run
 
 STATE = {
@@ -74,10 +74,10 @@ def test_each_byte_of_a_state_may_be_damaged(tmp_path, name):
     (tmp_path / "run").mkdir()
     directory = RunDirectory(config(tmp_path))
     directory.save_state(STATE)
-    directory.save_segments([(0, 10), (25, 6), (31, 1)])
+    directory.save_portions([(0, 10), (25, 6), (31, 1)])
     read, expected = {
         "trainer_state.json": (directory.load_state, STATE),
-        "segments.json": (lambda: read_segments(directory.segments), [(0, 10), (25, 6), (31, 1)]),
+        "segments.json": (lambda: read_portions(directory.portions), [(0, 10), (25, 6), (31, 1)]),
     }[name]
 
     def same(found: object) -> bool:
@@ -101,11 +101,11 @@ def test_files_of_earlier_versions_are_read(tmp_path):
     (tmp_path / "trainer_state.json").write_text(json.dumps(STATE))
     assert read_checked_json(tmp_path / "trainer_state.json") == STATE
     (tmp_path / "segments.json").write_text("[[0, 10], [5, 2]]")
-    assert read_segments(tmp_path / "segments.json") == [(0, 10), (5, 2)]
-    assert read_segments(tmp_path / "none.json") == []
+    assert read_portions(tmp_path / "segments.json") == [(0, 10), (5, 2)]
+    assert read_portions(tmp_path / "none.json") == []
     (tmp_path / "segments.json").write_text("[[0, 10], [5, 2")
     with pytest.raises(DamagedError, match="segments.json"):
-        read_segments(tmp_path / "segments.json")
+        read_portions(tmp_path / "segments.json")
 
 
 def test_each_byte_of_a_runs_configuration_may_be_damaged(tmp_path):

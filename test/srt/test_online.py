@@ -4,26 +4,21 @@ import json
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from itertools import cycle
 from pathlib import Path
 
 import pytest
 import torch
 from openai import NotFoundError
-from transformers import AutoTokenizer
 
-from engine_process import EngineProcess
-from live_server import MODEL, ROOT, LiveServer, peft_log_probs, prompt_log_probs, reviews
-from sglang.srt.mezo.adapters.adapter import AdapterSpec
+from live_server import ROOT, peft_log_probs, prompt_log_probs, reviews
+from online_series import greedy, offline_series, series, server, traffic  # noqa: F401
 from sglang.srt.mezo.core.config import MezoConfig
 from sglang.srt.mezo.core.estimator import projected_grads
 from sglang.srt.mezo.core.seed_log import SeedLog
-from sglang.srt.mezo.data.examples import Encoder
 
 MAIN_JOB = {"invocation": " It was"}
+
+
 SHORT = {
     **MAIN_JOB,
     "max_steps": 30,
@@ -32,20 +27,13 @@ SHORT = {
     "num_perturbations": 7,
     "max_tokens_per_batch": 32,
 }
-SLOTS = 16 - 1 - 1
-"""Of the server's pool, that a job may take: not the base model's, nor the one that is left to serve an adapter."""
+
+
 TEXTS = [
     "the plot is thin, but the acting is superb. It was",
     "never again will i eat here. It was",
     "no such words in here",
 ]
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory) -> Iterator[LiveServer]:
-    with LiveServer(tmp_path_factory.mktemp("server") / "mezo", "--enable-metrics") as server:
-        yield server
-        assert "Traceback" not in server.log_text()
 
 
 @pytest.fixture(scope="module")
@@ -236,83 +224,6 @@ def test_answers_equal_peft_on_the_saved_files_before_and_after_updates(server, 
         }
         answer = server.http.post(f"/mezo/jobs/{job.id}/update", json=step).raise_for_status().json()
         assert answer == {"step": 31 + update, "model": job.fine_tuned_model}
-
-
-# --- the same numbers online and offline ------------------------------------------------------------------------------
-
-
-def offline_series(server, job, rows: list[dict], tmp_path: Path) -> list[tuple]:
-    """(step, losses, projected gradients) of every step under the job's settings, on an engine without a server."""
-    sent = job.method.supervised.hyperparameters.model_dump()
-    names = MezoConfig.__dataclass_fields__.keys() & sent.keys()
-    config = MezoConfig(
-        **{name: sent[name] for name in names},
-        per_device_train_batch_size=sent["batch_size"],
-        num_train_epochs=sent["n_epochs"],
-        seed=job.seed,
-        output_dir=str(tmp_path / "offline"),
-        disable_tqdm=True,
-    )
-    process = EngineProcess(
-        model_path=str(MODEL),
-        r=16,
-        target_modules=["q_proj", "k_proj", "v_proj", "out_proj"],
-        num_slots=SLOTS,
-        dtype="float32",
-        max_total_tokens=20000,
-    )
-    try:
-        process.call(train_offline, config, rows)
-    finally:
-        process.close()
-    return series(Path(config.output_dir))
-
-
-def train_offline(engine, config: MezoConfig, rows: list[dict]) -> None:
-    from sglang.srt.mezo.training.trainer import MezoTrainer
-
-    tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    invocation = tuple(tokenizer(config.invocation, add_special_tokens=False).input_ids) if config.invocation else ()
-    encoder = Encoder(tokenizer, 512, None, invocation)
-    examples = [example for row in rows for example in encoder.encode(row)]
-    MezoTrainer(engine.handle, config, AdapterSpec.of(config, str(MODEL), invocation), examples).train()
-
-
-def series(run: Path) -> list[tuple]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [
-        (line["step"], line["loss_plus"] + line["loss_minus"], line["projected_grad"])
-        for line in lines
-        if "loss_plus" in line
-    ]
-
-
-@contextmanager
-def traffic(server, prompts: list[str], clients: int = 3) -> Iterator[list[str]]:
-    """Greedy requests to the base model, one after the other from each client; the answers are collected."""
-    stop, answers = threading.Event(), []
-
-    def client(index: int) -> None:
-        for prompt in cycle(prompts[index::clients]):
-            if stop.is_set():
-                return
-            answers.append((prompt, greedy(server, prompt)))
-
-    with ThreadPoolExecutor(clients) as pool:
-        running = [pool.submit(client, index) for index in range(clients)]
-        try:
-            yield answers
-        finally:
-            stop.set()
-            for future in running:
-                future.result()
-
-
-def greedy(server, prompt: str) -> str:
-    answer = server.client.completions.create(
-        model=server.model, prompt=prompt, max_tokens=16, temperature=0, extra_body={"ignore_eos": True}
-    )
-    return answer.choices[0].text
 
 
 @pytest.mark.parametrize("tuning", ["alora", "lora"])

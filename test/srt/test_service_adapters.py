@@ -6,7 +6,7 @@ import pytest
 
 from service_doubles import write_adapter
 from service_server import ROW, anyio_backend, eventually, runtime_context, server, serving, tokenizer  # noqa: F401
-from sglang.srt.mezo.service.jobs import manual, publish
+from sglang.srt.mezo.service.jobs import manual, served_names
 from sglang.srt.mezo.service.wire.errors import NotFound, PublishError, RequestError
 from sglang.srt.mezo.service.wire.events import (
     CheckpointSaved,
@@ -26,7 +26,7 @@ LOSSES = {"loss_plus": [0.6], "loss_minus": [0.5], "projected_grad": [5.0]}
 
 @pytest.fixture(autouse=True)
 def impatience(monkeypatch):
-    monkeypatch.setattr(publish, "_GRACE_SECONDS", 0.0)
+    monkeypatch.setattr(served_names, "_GRACE_SECONDS", 0.0)
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def adapters(server, tmp_path):
 
     async def put(name: str, weights: str) -> None:
         write_adapter(tmp_path / weights, weights)
-        await publish.publish(server.tokenizer_manager, name, tmp_path / weights)
+        await served_names.publish(server.tokenizer_manager, name, tmp_path / weights)
 
     return put
 
@@ -116,8 +116,8 @@ async def test_an_adapter_that_cannot_be_loaded_leaves_the_one_before(server, ad
 
 async def test_an_announced_adapter_is_loaded_when_it_is_asked_for(server, adapters, tmp_path):
     write_adapter(tmp_path / "x", "lazy")
-    publish.announce(server.tokenizer_manager, "x", tmp_path / "x")
-    assert not server.tokenizer_manager.loaded and publish.names(server.tokenizer_manager) == {"x"}
+    served_names.announce(server.tokenizer_manager, "x", tmp_path / "x")
+    assert not server.tokenizer_manager.loaded and served_names.names(server.tokenizer_manager) == {"x"}
     assert await server.answer("x") == "lazy"
     await adapters("x", "eager")
     assert await server.answer("x") == "eager"
@@ -126,13 +126,13 @@ async def test_an_announced_adapter_is_loaded_when_it_is_asked_for(server, adapt
 async def test_a_name_that_is_withdrawn_is_unknown_once_its_requests_are_answered(server, adapters):
     await adapters("a", "one")
     under_way = await server.tokenizer_manager.begin("a")
-    await publish.withdraw(server.tokenizer_manager, "a")
+    await served_names.withdraw(server.tokenizer_manager, "a")
     with pytest.raises(ValueError, match="never been loaded"):
         await server.answer("a")
     assert under_way in server.tokenizer_manager.loaded
     await server.tokenizer_manager.end(under_way)
     await eventually(lambda: not server.tokenizer_manager.loaded)
-    await publish.withdraw(server.tokenizer_manager, "unknown")
+    await served_names.withdraw(server.tokenizer_manager, "unknown")
 
 
 # --- names of jobs ----------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from sglang.srt.lora.lora_registry import LoRARef
 from sglang.srt.managers.io_struct import GenerateReqInput
 from sglang.srt.managers.tokenizer_manager_score_mixin import ScoreResult
 from sglang.srt.mezo.service.http import answers
-from sglang.srt.mezo.service.jobs import publish
+from sglang.srt.mezo.service.jobs import served_names
 
 pytestmark = pytest.mark.anyio
 
@@ -59,7 +59,7 @@ async def manager(monkeypatch, tmp_path):
     manager.request_logger = SimpleNamespace(log_requests=False, log_requests_level=0)
     directory = tmp_path / "jobs" / "ftjob-1" / "adapters" / "v3"
     write_adapter(directory, "trained")
-    await publish.publish(manager, "mine", directory)
+    await served_names.publish(manager, "mine", directory)
     return manager
 
 
@@ -122,10 +122,10 @@ async def test_ollamas_tag_is_no_adapter_and_its_clients_may_call_the_model_what
 async def test_an_adapter_that_is_loaded_at_its_first_request_counts(manager, tmp_path):
     directory = tmp_path / "later"
     write_adapter(directory, "later")
-    publish.announce(manager, "later", directory)
+    served_names.announce(manager, "later", directory)
 
     async def load(request):
-        await publish.publish(manager, request.lora_name, Path(request.lora_path))
+        await served_names.publish(manager, request.lora_name, Path(request.lora_path))
         return SimpleNamespace(success=True)
 
     manager.load_lora_adapter = load

@@ -79,13 +79,13 @@ def test_added_examples_count_from_the_next_step_and_after_a_restart(engine, con
         engine.call(tick_to_step, 3)
         ok, _, _, result = engine.call(send, "AppendExamples", {"job_id": "job", "examples": parts})
         assert ok and result == {"step": 4}
-        segments = json.loads((Path(config.output_dir) / "segments.json").read_text())["parts"]
-        assert segments == [[0, 10], [4, 6]]
+        portions = json.loads((Path(config.output_dir) / "segments.json").read_text())["parts"]
+        assert portions == [[0, 10], [4, 6]]
         if interrupted:
             engine.call(tick_to_step, 5)
             stop(engine)
             resumed = replace(config, resume_from_checkpoint=True)
-            assert start(engine, resumed, model_path, train=TRAIN + added, evaluation=(), segments=segments)[0]
+            assert start(engine, resumed, model_path, train=TRAIN + added, evaluation=(), portions=portions)[0]
         engine.call(tick)
         logs.append(log_of(config.output_dir))
     assert logs[0] == logs[1]

@@ -70,7 +70,7 @@ def test_slots_are_taken_only_once_requests_in_flight_leave_the_room(engine, con
         ({"r": 64}, {}, None, "rank"),
         ({"target_modules": ["gate_proj"]}, {}, "target_modules", "gate_proj"),
         ({}, {"invocation": []}, "invocation", "activated LoRA"),
-        ({}, {"segments": [(0, 10), (4, 6)]}, "segments", "10 examples"),
+        ({}, {"portions": [(0, 10), (4, 6)]}, "portions", "10 examples"),
     ],
 )
 def test_a_job_that_cannot_start_is_refused_and_holds_nothing(

@@ -53,7 +53,7 @@ def losses(engine, tuning, spec, batch, objective, theta, z, zo_eps, settings):
     trainer = make_trainer(engine, tuning, spec, batch, objective, len(z), **settings)
     try:
         trainer.adapter.theta.copy_(theta)
-        plus, minus = drain(trainer.probe.paired_passes(trainer.train_plans, z, zo_eps))
+        plus, minus = drain(trainer.probe.loss_passes(trainer.train_plans, z, zo_eps))
     finally:
         trainer.close()
     return plus, minus, free - engine.handle.free_kv_tokens
@@ -73,7 +73,7 @@ def losses_without_sharing_in_slots(engine, *arguments):
 def prefix_stats(engine, tuning, spec, batch, objective):
     trainer = make_trainer(engine, tuning, spec, batch, objective, NUM_PERTURBATIONS)
     try:
-        drain(trainer.probe.paired_passes(trainer.train_plans, [trainer.adapter.theta] * NUM_PERTURBATIONS, ZO_EPS))
+        drain(trainer.probe.loss_passes(trainer.train_plans, [trainer.adapter.theta] * NUM_PERTURBATIONS, ZO_EPS))
         return trainer.scorer.prefix_stats
     finally:
         trainer.close()
@@ -85,11 +85,11 @@ def losses_around_a_flush(engine, spec, batch, objective, theta):
     trainer = make_trainer(engine, "alora", spec, batch, objective, 1)
     try:
         trainer.adapter.theta.copy_(theta)
-        first = drain(trainer.probe.paired_passes(trainer.train_plans, [theta], ZO_EPS))
+        first = drain(trainer.probe.loss_passes(trainer.train_plans, [theta], ZO_EPS))
         assert trainer.scorer.base_prefixes.kept_tokens > 0
         engine.scheduler.flush_cache()
         drain(trainer.scorer.base_prefixes.prepare([tuple(range(100))]))
-        return first, drain(trainer.probe.paired_passes(trainer.train_plans, [theta], ZO_EPS))
+        return first, drain(trainer.probe.loss_passes(trainer.train_plans, [theta], ZO_EPS))
     finally:
         trainer.close()
 
@@ -99,7 +99,7 @@ def losses_on_prefix_of_plus(engine, spec, batch, theta, z):
     trainer = make_trainer(engine, "lora", spec, batch, "classification", len(z))
     try:
         trainer.adapter.theta.copy_(theta)
-        drain(trainer.probe.paired_passes(trainer.train_plans, z, ZO_EPS))
+        drain(trainer.probe.loss_passes(trainer.train_plans, z, ZO_EPS))
         return [
             loss_on_prefix_of(engine, trainer, batch, plus, minus)
             for plus, minus in map(trainer.slots.of_direction, range(len(z)))

@@ -5,176 +5,31 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import safetensors.torch
 import torch
 
 import oracle
-from engine_process import EngineProcess
-from sglang.srt.mezo.adapters.adapter import Adapter, AdapterSpec
-from sglang.srt.mezo.core.config import MezoConfig
 from sglang.srt.mezo.core.errors import CapacityError, ConfigError, DamagedError, DataError, DivergedError
 from sglang.srt.mezo.core.integrity import read_checked_json, write_checked_json
-from sglang.srt.mezo.core.passes import drain
 from sglang.srt.mezo.core.seed_log import SeedLog
-from sglang.srt.mezo.data.examples import Example
-
-NUM_SLOTS = 5
-TARGETS = ("q_proj", "v_proj")
-
-
-# --- run in the engine's process --------------------------------------------------------------------------------------
-
-
-def build(engine, config, spec, train, evaluation=()):
-    from sglang.srt.mezo.training.trainer import MezoTrainer
-
-    return MezoTrainer(engine.handle, config, spec, train, evaluation)
-
-
-def run(engine, *arguments):
-    """The result of a run and the state that it leaves the engine's pools in."""
-    before = (engine.handle.free_kv_tokens, engine.handle.free_rows, engine.handle.lora_manager.num_pinned_loras)
-    trainer = build(engine, *arguments)
-    try:
-        result = trainer.train()
-    finally:
-        trainer.close()
-        after = (engine.handle.free_kv_tokens, engine.handle.free_rows, engine.handle.lora_manager.num_pinned_loras)
-        assert before == after
-    return result, trainer.scorer.prefix_stats
-
-
-def steps(engine, config, spec, train, count):
-    """(loss_plus, loss_minus, projected_grad) of the first steps."""
-    engine.scheduler.flush_cache()
-    trainer = build(engine, config, spec, train)
-    try:
-        results = [drain(trainer.step_passes(trainer.batch(trainer.global_step))) for _ in range(count)]
-    finally:
-        trainer.close()
-    return [(result.loss_plus, result.loss_minus, result.projected_grad) for result in results]
-
-
-def windowed_steps(engine, config, spec, train, count):
-    """The window, the series of a run and of one that computes every prefix anew, and what the first has computed."""
-    engine.scheduler.flush_cache()
-    series = []
-    for reuse in (True, False):
-        trainer = build(engine, replace(config, prefix_reuse=reuse), spec, train)
-        if reuse:
-            window, stats = trainer.stream.window, trainer.scorer.prefix_stats
-        trainer.stream.window = window
-        try:
-            results = [drain(trainer.step_passes(trainer.batch(trainer.global_step))) for _ in range(count)]
-        finally:
-            trainer.close()
-        series.append([result.loss_plus + result.loss_minus for result in results])
-    return window, *series, stats
-
-
-def passes_of_a_batch(engine, config, spec, train, kept_tokens):
-    """Forward passes that score a batch whose prefixes are in the tree."""
-    from sglang.srt.mezo.training.trainer import MezoTrainer
-
-    trainer = MezoTrainer(engine.handle, config, spec, train, kept_tokens=kept_tokens)
-    try:
-        drain(trainer.step_passes(trainer.batch(0)))
-        return len(list(trainer.scorer.passes(trainer.batch(0), [(trainer.slots.current.lora_id,)], "classification")))
-    finally:
-        trainer.close()
-
-
-def step_with_theta(engine, config, spec, train, value):
-    trainer = build(engine, config, spec, train)
-    try:
-        trainer.adapter.theta.fill_(value)
-        drain(trainer.step_passes(trainer.batch(0)))
-    finally:
-        trainer.close()
-
-
-def leave_spare_slots(engine, config, spec, spare_slots):
-    from sglang.srt.mezo.training.trainer import MezoTrainer
-
-    MezoTrainer(engine.handle, config, spec, TRAIN, spare_slots=spare_slots)
-
-
-def lost_share(engine, config, spec, train, dtype):
-    """Share of the perturbation that a slot of another dtype would lose at a typical adapter."""
-    from sglang.srt.mezo.core.noise import direction
-
-    trainer = build(engine, config, spec, train)
-    try:
-        trainer.adapter.theta.fill_(0.04)
-        trainer.slot_dtype = dtype
-        return trainer.lost_perturbations(direction(0, 0, trainer.adapter.numel))
-    finally:
-        trainer.close()
-
-
-def long_examples(count: int, options: int) -> list[Example]:
-    """Prefixes of 62 tokens, no two of which begin alike; 50 tokens in all options but the last, no two of which
-    begin alike."""
-    prompts = [(2, 10 + i, *range(10, 70), *oracle.INVOCATION) for i in range(count)]
-    options = (*(tuple(range(10 + i, 60 + i)) for i in range(options - 1)), (9,))
-    return [Example(prompt, options, i % len(options)) for i, prompt in enumerate(prompts)]
-
-
-# --- fixtures ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def model_path(tmp_path_factory) -> str:
-    return oracle.save_model("opt-125m", tmp_path_factory.mktemp("opt") / "model")
-
-
-@pytest.fixture(scope="module")
-def engine(model_path):
-    process = start(model_path)
-    yield process
-    process.close()
-
-
-def start(model_path: str, num_slots: int = NUM_SLOTS) -> EngineProcess:
-    return EngineProcess(
-        model_path=model_path,
-        r=4,
-        target_modules=TARGETS,
-        num_slots=num_slots,
-        dtype="float32",
-        skip_tokenizer_init=True,
-        max_total_tokens=3000,
-    )
-
-
-@pytest.fixture
-def spec(config, model_path) -> AdapterSpec:
-    return AdapterSpec.of(config, model_path, oracle.INVOCATION)
-
-
-@pytest.fixture
-def config(tmp_path) -> MezoConfig:
-    return MezoConfig(
-        output_dir=str(tmp_path / "run"),
-        r=4,
-        lora_alpha=8,
-        target_modules=list(TARGETS),
-        max_steps=12,
-        per_device_train_batch_size=4,
-        eval_steps=5,
-        logging_steps=3,
-        learning_rate=5e-3,
-        lr_scheduler_type="linear",
-        warmup_steps=2,
-        weight_decay=0.1,
-        num_perturbations=4,
-        disable_tqdm=True,
-    )
-
-
-TRAIN = oracle.examples(10, [(11,), (12,)])
-EVALUATION = oracle.examples(6, [(11,), (12,)], seed=1)
-
+from trainer_engine import (  # noqa: F401
+    EVALUATION,
+    NUM_SLOTS,
+    TRAIN,
+    adapter_in,
+    config,
+    engine,
+    leave_spare_slots,
+    long_examples,
+    lost_share,
+    model_path,
+    passes_of_a_batch,
+    run,
+    spec,
+    start,
+    step_with_theta,
+    steps,
+    windowed_steps,
+)
 
 # --- the properties ---------------------------------------------------------------------------------------------------
 
@@ -420,19 +275,3 @@ def test_a_perturbation_that_rounding_swallows_is_measured(engine, spec, config)
 def test_the_engine_still_trains_after_every_error(engine, spec, config):
     result, _ = engine.call(run, config, spec, TRAIN, EVALUATION)
     assert result.global_step == 12
-
-
-def adapter_in(folder: Path, spec: AdapterSpec) -> Adapter:
-    """The adapter that a run saved, with its sites read off the file."""
-    from sglang.srt.mezo.adapters.adapter import Site
-
-    stored = safetensors.torch.load_file(folder / "adapter_model.safetensors")
-    sites = []
-    for layer in range(2):
-        for name in TARGETS:
-            path = f"model.decoder.layers.{layer}.self_attn.{name}"
-            a, b = (stored[f"base_model.model.{path}.lora_{m}.weight"] for m in "AB")
-            sites.append(Site(path, a.shape[1], b.shape[0]))
-    adapter = Adapter(spec, sites)
-    adapter.load_weights(folder)
-    return adapter

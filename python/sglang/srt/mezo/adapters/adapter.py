@@ -2,9 +2,6 @@
 
 import json
 import math
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +10,7 @@ from typing import NamedTuple, Self
 import safetensors.torch
 import torch
 
+from sglang.srt.mezo.core.atomic import atomic_directory
 from sglang.srt.mezo.core.config import MezoConfig
 from sglang.srt.mezo.core.errors import ConfigError, DamagedError
 from sglang.srt.mezo.core.integrity import require_sums, write_sums
@@ -225,26 +223,3 @@ def _sort_targets(path: Path) -> None:
     config = json.loads(path.read_text())
     config["target_modules"] = sorted(config["target_modules"])
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-
-
-class atomic_directory:
-    """Context manager: a new folder to fill, renamed to ``target`` on success, removed on any error."""
-
-    def __init__(self, target: Path):
-        self.target = Path(target)
-
-    def __enter__(self) -> Path:
-        self.target.parent.mkdir(parents=True, exist_ok=True)
-        self._partial = Path(tempfile.mkdtemp(prefix=f".{self.target.name}.", dir=self.target.parent))
-        return self._partial
-
-    def __exit__(self, error_type, error, traceback) -> None:
-        if error_type is not None:
-            shutil.rmtree(self._partial, ignore_errors=True)
-            return
-        os.chmod(self._partial, 0o755)
-        old = self._partial.with_name(self._partial.name + ".old")
-        if self.target.exists():
-            os.rename(self.target, old)
-        os.rename(self._partial, self.target)
-        shutil.rmtree(old, ignore_errors=True)

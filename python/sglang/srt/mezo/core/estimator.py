@@ -20,8 +20,9 @@ def forward_passes(estimator: Estimator, num_perturbations: int) -> int:
     return num_perturbations * len(SIGNS[estimator]) + (1 if estimator == "one_sided" else 0)
 
 
-def paired(losses: Sequence[float], estimator: Estimator) -> tuple[list[float], list[float]]:
-    """The loss at theta + zo_eps z_k of every direction, and what it is compared with.
+def with_baselines(losses: Sequence[float], estimator: Estimator) -> tuple[list[float], list[float]]:
+    """The loss at theta + zo_eps z_k of every direction, and what it is compared with, which is the loss at
+    theta - zo_eps z_k with "two_sided" only.
 
     Args:
         losses: at the ``SIGNS`` of each direction in turn; with "one_sided" the one at theta comes first.
@@ -35,8 +36,8 @@ def paired(losses: Sequence[float], estimator: Estimator) -> tuple[list[float], 
 
 
 def projected_grads(
-    loss_plus: Sequence[float],
-    loss_minus: Sequence[float],
+    losses: Sequence[float],
+    baselines: Sequence[float],
     zo_eps: float,
     estimator: Estimator = "two_sided",
     scale_by_loss_std: bool = False,
@@ -44,15 +45,13 @@ def projected_grads(
     """The estimate of z_k . grad L along every direction; leaving one out, of its difference to the mean of the others.
 
     Args:
-        loss_plus, loss_minus: as ``paired`` gives them.
+        losses, baselines: as ``with_baselines`` gives them.
         scale_by_loss_std: put the standard deviation of the losses beside theta in the place of ``zo_eps`` (FZOO):
             steps of one length, whatever the slope. Zero where all losses are equal.
     """
     two_sided = estimator == "two_sided"
-    differences = [plus - minus for plus, minus in zip(loss_plus, loss_minus, strict=True)]
+    differences = [loss - baseline for loss, baseline in zip(losses, baselines, strict=True)]
     radius = (
-        (statistics.stdev([*loss_plus, *(loss_minus if two_sided else ())]) or math.inf)
-        if scale_by_loss_std
-        else zo_eps
+        (statistics.stdev([*losses, *(baselines if two_sided else ())]) or math.inf) if scale_by_loss_std else zo_eps
     )
     return [difference / (2 * radius if two_sided else radius) for difference in differences]

@@ -6,12 +6,12 @@ Earlier versions wrote neither; what has none is taken as it is.
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sglang.srt.mezo.core.atomic import atomic_file
 from sglang.srt.mezo.core.errors import DamagedError
 
 SUMS = "SHA256SUMS"
@@ -34,12 +34,8 @@ def drop_half_line(path: Path) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a file that appears whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
+    with atomic_file(path) as partial:
         partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def write_checked_json(path: Path, fields: dict[str, Any]) -> None:

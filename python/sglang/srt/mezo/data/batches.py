@@ -9,6 +9,13 @@ import torch
 from sglang.srt.mezo.core.noise import step_seed
 
 
+class Portion(NamedTuple):
+    """Training examples that count from a step on."""
+
+    first_step: int
+    examples: int
+
+
 class BatchStream:
     """Batches of a seeded order of the examples: step t takes places [t B, (t + 1) B).
 
@@ -25,75 +32,75 @@ class BatchStream:
         self.batch_size = batch_size
         self.seed = seed
         self.window = window
-        self.segments = [(0, num_examples)]
+        self.totals = [(0, num_examples)]
         """(first step, number of examples drawn from), in the order of the steps."""
         self._echoes = echoes
 
     @property
-    def parts(self) -> list[tuple[int, int]]:
-        """(first step, number of examples that count from it on): what ``extend`` was called with."""
-        counts = [0, *(count for _, count in self.segments)]
-        return [(first_step, count - before) for (first_step, count), before in zip(self.segments, counts)]
+    def portions(self) -> list[Portion]:
+        """What ``extend`` was called with, after what was there from the start."""
+        counts = [0, *(count for _, count in self.totals)]
+        return [Portion(first_step, count - before) for (first_step, count), before in zip(self.totals, counts)]
 
     def extend(self, first_step: int, added: int) -> None:
         """Draw from ``added`` more examples from ``first_step`` on, which must not lie before an earlier extension."""
-        last_step, num_examples = self.segments[-1]
+        last_step, num_examples = self.totals[-1]
         assert first_step >= last_step
         if first_step == last_step:
-            self.segments.pop()
-        self.segments.append((first_step, num_examples + added))
+            self.totals.pop()
+        self.totals.append((first_step, num_examples + added))
 
     def batch(self, step: int) -> list[int]:
         """Indices of the examples of ``step``."""
-        segment = self._segment_of(step)
-        first = (step - self.segments[segment][0]) * self.batch_size
-        order = self._order(segment)
+        stage = self._stage_of(step)
+        first = (step - self.totals[stage][0]) * self.batch_size
+        order = self._order(stage)
         return [order.example(place) for place in range(first, first + self.batch_size)]
 
     def window_of(self, step: int) -> tuple[int, int, int] | None:
         """A name for the window that ``step`` begins in; None where there is one window only."""
-        segment = self._segment_of(step)
-        order = self._order(segment)
+        stage = self._stage_of(step)
+        order = self._order(stage)
         if order.window == order.count:
             return None
-        cycle, window, _, _ = order.locate((step - self.segments[segment][0]) * self.batch_size)
-        return segment, cycle, window
+        cycle, window, _, _ = order.locate((step - self.totals[stage][0]) * self.batch_size)
+        return stage, cycle, window
 
     def epoch(self, step: int) -> float:
         """Passes over the examples before ``step``."""
-        return sum(places / count for places, (_, count) in zip(self._places(step), self.segments))
+        return sum(places / count for places, (_, count) in zip(self._places(step), self.totals))
 
     def draws(self, step: int) -> list[int]:
         """How often each example is drawn before ``step``."""
-        draws = [0] * self.segments[-1][1]
-        for segment, places in enumerate(self._places(step)):
-            for index, count in enumerate(self._order(segment).draws(places)):
+        draws = [0] * self.totals[-1][1]
+        for stage, places in enumerate(self._places(step)):
+            for index, count in enumerate(self._order(stage).draws(places)):
                 draws[index] += count
         return draws
 
     def first_epochs(self, step: int) -> list[int]:
         """Steps before ``step`` in which an example may have come for the first time: an epoch from each start of
         the order."""
-        starts = [first_step for first_step, _ in self.segments] + [step]
-        lengths = [-(-self._order(segment).cycle // self.batch_size) for segment in range(len(self.segments))]
+        starts = [first_step for first_step, _ in self.totals] + [step]
+        lengths = [-(-self._order(stage).cycle // self.batch_size) for stage in range(len(self.totals))]
         spans = ((start, min(start + length, end, step)) for start, length, end in zip(starts, lengths, starts[1:]))
         return [earlier for start, end in spans for earlier in range(start, end)]
 
     def _places(self, step: int) -> list[int]:
-        """Examples drawn before ``step`` in each segment."""
-        ends = [first_step for first_step, _ in self.segments[1:]] + [step]
+        """Examples drawn before ``step`` in each stage."""
+        ends = [first_step for first_step, _ in self.totals[1:]] + [step]
         return [
-            max(0, min(end, step) - first_step) * self.batch_size for (first_step, _), end in zip(self.segments, ends)
+            max(0, min(end, step) - first_step) * self.batch_size for (first_step, _), end in zip(self.totals, ends)
         ]
 
-    def _segment_of(self, step: int) -> int:
-        return max(index for index, (first_step, _) in enumerate(self.segments) if first_step <= step)
+    def _stage_of(self, step: int) -> int:
+        return max(index for index, (first_step, _) in enumerate(self.totals) if first_step <= step)
 
-    def _order(self, segment: int) -> "_Order":
-        count = self.segments[segment][1]
+    def _order(self, stage: int) -> "_Order":
+        count = self.totals[stage][1]
         if self.window is None or self.window >= count:
-            return _Order(count, count, 1, self.seed, segment)
-        return _Order(count, self.window, self._echoes, self.seed, segment)
+            return _Order(count, count, 1, self.seed, stage)
+        return _Order(count, self.window, self._echoes, self.seed, stage)
 
 
 class _Order(NamedTuple):
@@ -103,7 +110,7 @@ class _Order(NamedTuple):
     window: int
     echoes: int
     seed: int
-    segment: int
+    stage: int
 
     @property
     def cycle(self) -> int:
@@ -139,7 +146,7 @@ class _Order(NamedTuple):
         return self.shuffled(self.count, cycle)[window * self.window : (window + 1) * self.window]
 
     def shuffled(self, count: int, cycle: int, window: int = 0, echo: int = 0) -> list[int]:
-        seed = step_seed(self.seed, self.segment << 160 | cycle << 96 | window << 48 | echo)
+        seed = step_seed(self.seed, self.stage << 160 | cycle << 96 | window << 48 | echo)
         return torch.randperm(count, generator=torch.Generator().manual_seed(seed >> 1)).tolist()
 
 

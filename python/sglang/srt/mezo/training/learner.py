@@ -17,7 +17,7 @@ from sglang.srt.mezo.core.noise import step_seed
 from sglang.srt.mezo.core.optimizer import Optimizer, learning_rate_at, to_logged_float32
 from sglang.srt.mezo.core.passes import Passes
 from sglang.srt.mezo.core.seed_log import LogRecord
-from sglang.srt.mezo.data.batches import BatchStream
+from sglang.srt.mezo.data.batches import BatchStream, Portion
 from sglang.srt.mezo.data.examples import Example
 from sglang.srt.mezo.engine.handle import EngineHandle
 from sglang.srt.mezo.engine.layers import adapted_sites
@@ -42,7 +42,7 @@ class Learner:
         train_dataset, eval_dataset: tokenised examples. Without ``eval_dataset`` the last adapter is kept.
         objective: what ``config.objective`` leaves open.
         kept_tokens: most KV tokens of base-model prefixes that stay locked between steps; by default half of the pool.
-        segments: (step from which they count, number) of the training examples in their order, where a run that
+        portions: of the training examples in their order, where a run that
             resumes was given some later; by default all count from step 0.
         claim_slots: take the slots now; or later by ``slots.claim()``, where requests may need them now.
         spare_slots: adapters that the pool is to have room for besides.
@@ -61,7 +61,7 @@ class Learner:
         eval_dataset: Sequence[Example] = (),
         objective: Objective = "classification",
         kept_tokens: int | None = None,
-        segments: Sequence[tuple[int, int]] = (),
+        portions: Sequence[Portion] = (),
         claim_slots: bool = True,
         spare_slots: int = 0,
         start: PeftAdapter | None = None,
@@ -73,10 +73,12 @@ class Learner:
         self.planner = Planner(config.tuning, spec.invocation)
         self.train_plans = self.plan(train_dataset)
         self.eval_plans = self.plan(eval_dataset)
-        (_, initial), *later = segments or [(0, len(self.train_plans))]
+        (_, initial), *later = portions or [Portion(0, len(self.train_plans))]
         if initial + sum(added for _, added in later) != len(self.train_plans):
             raise ConfigError(
-                "segments", list(segments), f"{len(self.train_plans)} examples, as many as there are, in all"
+                "portions",
+                list(map(tuple, portions)),
+                f"{len(self.train_plans)} examples, as many as there are, in all",
             )
         self.max_steps = config.steps_for(initial)
         kept_tokens = handle.kv_capacity // 2 if kept_tokens is None else kept_tokens
@@ -110,13 +112,13 @@ class Learner:
         self.window.enter(self.global_step)
         zo_random_seed = step_seed(self.config.seed, self.global_step, self.config.perturbation_interval)
         z = yield from self.probe.directions(zo_random_seed)
-        loss_plus, loss_minus = yield from self.probe.paired_passes(batch, z, self.config.zo_eps)
-        self._require_finite(loss_plus + loss_minus)
-        projected_grad = list(map(self._clip, self.probe.estimate(loss_plus, loss_minus, self.config.zo_eps)))
+        losses, baselines = yield from self.probe.loss_passes(batch, z, self.config.zo_eps)
+        self._require_finite(losses + baselines)
+        projected_grad = list(map(self._clip, self.probe.estimate(losses, baselines, self.config.zo_eps)))
         learning_rate = self._learning_rate()
         self.optimizer.step(z, projected_grad, learning_rate)
         result = StepResult(
-            self.global_step, zo_random_seed, learning_rate, tuple(loss_plus), tuple(loss_minus), tuple(projected_grad)
+            self.global_step, zo_random_seed, learning_rate, tuple(losses), tuple(baselines), tuple(projected_grad)
         )
         self.global_step += 1
         return result
@@ -186,14 +188,14 @@ class Learner:
         ``record``, which is called once they are added, raises, they are not.
         """
         plans = self.plan(examples)
-        segments, before = list(self.stream.segments), len(self.train_plans)
-        first_step = max(self.global_step + 1, segments[-1][0])
+        totals, before = list(self.stream.totals), len(self.train_plans)
+        first_step = max(self.global_step + 1, totals[-1][0])
         self.stream.extend(first_step, len(plans))
         self.train_plans += plans
         try:
             record()
         except Exception:
-            self.stream.segments = segments
+            self.stream.totals = totals
             del self.train_plans[before:]
             raise
         return first_step

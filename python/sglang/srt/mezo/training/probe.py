@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from sglang.srt.mezo.core.config import MezoConfig, Objective
-from sglang.srt.mezo.core.estimator import paired, projected_grads
+from sglang.srt.mezo.core.estimator import projected_grads, with_baselines
 from sglang.srt.mezo.core.optimizer import Optimizer
 from sglang.srt.mezo.core.passes import Passes
 from sglang.srt.mezo.engine.handle import EngineHandle
@@ -35,7 +35,7 @@ class Probe:
             yield
         return z
 
-    def paired_passes(
+    def loss_passes(
         self, batch: Sequence[ExamplePlan], z: Sequence[torch.Tensor], zo_eps: float
     ) -> Passes[tuple[list[float], list[float]]]:
         """Losses at theta + zo_eps z_k and what they are compared with, of as many directions in the same packed passes
@@ -45,7 +45,7 @@ class Probe:
             z: float32 [numel] for each direction.
 
         Returns:
-            loss_plus and loss_minus, one number per direction, as ``paired`` gives them.
+            One number per direction of each, as ``with_baselines`` gives them.
         """
         if self.config.estimator == "one_sided":
             self.slots.write_current()
@@ -57,20 +57,20 @@ class Probe:
                 yield
             values = yield from self.scorer.passes(batch, self.slots.groups(first, end), self.objective)
             losses += batch_loss(batch, values, self.objective).mean.tolist()
-        return paired(self.handle.broadcast(losses), self.config.estimator)
+        return with_baselines(self.handle.broadcast(losses), self.config.estimator)
 
     def passes(
         self, batch: Sequence[ExamplePlan], zo_random_seed: int, zo_eps: float
     ) -> Passes[dict[str, list[float]]]:
-        """``loss_plus``, ``loss_minus`` and ``projected_grad`` along the directions of a seed."""
+        """``loss_plus``, ``loss_minus`` (the baselines) and ``projected_grad`` along the directions of a seed."""
         z = yield from self.directions(zo_random_seed)
-        loss_plus, loss_minus = yield from self.paired_passes(batch, z, zo_eps)
+        losses, baselines = yield from self.loss_passes(batch, z, zo_eps)
         return {
-            "loss_plus": loss_plus,
-            "loss_minus": loss_minus,
-            "projected_grad": self.estimate(loss_plus, loss_minus, zo_eps),
+            "loss_plus": losses,
+            "loss_minus": baselines,
+            "projected_grad": self.estimate(losses, baselines, zo_eps),
         }
 
-    def estimate(self, loss_plus: Sequence[float], loss_minus: Sequence[float], zo_eps: float) -> list[float]:
-        """One projected gradient for each direction, from what ``paired_passes`` returns."""
-        return projected_grads(loss_plus, loss_minus, zo_eps, self.config.estimator, self.config.scale_by_loss_std)
+    def estimate(self, losses: Sequence[float], baselines: Sequence[float], zo_eps: float) -> list[float]:
+        """One projected gradient for each direction, from what ``loss_passes`` returns."""
+        return projected_grads(losses, baselines, zo_eps, self.config.estimator, self.config.scale_by_loss_std)

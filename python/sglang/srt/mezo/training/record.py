@@ -51,7 +51,7 @@ class RunRecord:
         self._tracker = make_tracker(learner.config, directory.metrics, first_step, learner.max_steps)
 
     @classmethod
-    def open(cls, learner: Learner, make_tracker: MakeTracker, served_only: bool) -> tuple[Self, list[LogRecord]]:
+    def open(cls, learner: Learner, make_tracker: MakeTracker, kept_adapter_only: bool) -> tuple[Self, list[LogRecord]]:
         """Start the run directory, or take up the earlier run in it.
 
         Returns:
@@ -63,9 +63,9 @@ class RunRecord:
         directory = RunDirectory(learner.config, learner.handle.base_model)
         log = directory.open(learner.adapter)
         try:
-            state, warnings = _take_up(learner, directory, log, served_only)
+            state, warnings = _take_up(learner, directory, log, kept_adapter_only)
             records = log.records()
-            if served_only and len(records) >= learner.max_steps and learner.config.load_best_model_at_end:
+            if kept_adapter_only and len(records) >= learner.max_steps and learner.config.load_best_model_at_end:
                 records = records[: state["best_global_step"]]
             return cls(learner, directory, log, state, warnings, make_tracker, len(records)), records
         except BaseException:
@@ -145,9 +145,9 @@ class RunRecord:
                 self._learner.global_step,
             )
 
-    def save_segments(self) -> None:
+    def save_portions(self) -> None:
         """From which step on which training examples count, for a run that resumes."""
-        self._directory.save_segments(self._learner.stream.parts)
+        self._directory.save_portions(self._learner.stream.portions)
         _note_examples(self._learner, self._state)
 
     def append_update(self, record: LogRecord) -> None:
@@ -217,7 +217,7 @@ class RunRecord:
 
 
 def _take_up(
-    learner: Learner, directory: RunDirectory, log: SeedLog, served_only: bool
+    learner: Learner, directory: RunDirectory, log: SeedLog, kept_adapter_only: bool
 ) -> tuple[dict[str, Any], list[str]]:
     """The state of the run so far, in agreement with its log, and what the user should be told of it."""
     state = {"global_step": 0, "evaluated_at": None, "best_global_step": None, "best_metric": None, "log_history": []}
@@ -227,7 +227,7 @@ def _take_up(
         warnings.append(
             f"{directory.path} has no trainer_state.json: what was evaluated before step {len(log)} does not count"
         )
-    if not served_only:
+    if not kept_adapter_only:
         _require_same_examples(learner, directory, state)
         warnings += _recover(log, state)
     if "window" not in state:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class StepResult:
-    """One step. Every tuple has one entry per direction; loss_minus is what the estimator compares loss_plus with."""
+    """One step. Every tuple has one entry per direction; loss_minus is the baseline that loss_plus is compared with."""
 
     step: int
     zo_random_seed: int

@@ -44,24 +44,24 @@ class TrainingRun:
         self.last_step: StepResult | None = None
 
     @classmethod
-    def open(cls, learner: Learner, make_tracker: MakeTracker, served_only: bool = False) -> Passes[Self]:
+    def open(cls, learner: Learner, make_tracker: MakeTracker, kept_adapter_only: bool = False) -> Passes[Self]:
         """Start the run directory, or bring the adapter to where the earlier run in it stopped.
 
         Whatever is open is closed where this is given up halfway.
 
         Args:
-            served_only: of a run that ended with an earlier step's adapter, only to that step.
+            kept_adapter_only: of a run that ended with an earlier step's adapter, only to that step.
 
         Raises:
             ConfigError, LogError, DamagedError: what ``RunDirectory.open`` and ``load_state`` raise; with
-                ``served_only`` also where a record of the log is damaged. Otherwise the run goes on from the records
-                before it, with a warning.
+                ``kept_adapter_only`` also where a record of the log is damaged. Otherwise the run goes on from the
+                records before it, with a warning.
         """
         record: RunRecord | None = None
 
         def open_record():
             nonlocal record
-            record, records = RunRecord.open(learner, make_tracker, served_only)
+            record, records = RunRecord.open(learner, make_tracker, kept_adapter_only)
             return learner.adapter.theta, records, record.window, record.evaluated_at
 
         try:
@@ -108,9 +108,9 @@ class TrainingRun:
         self._on_leader(RunRecord.append_update, record)
         self.learner.commit()
 
-    def save_segments(self) -> None:
+    def save_portions(self) -> None:
         """From which step on which training examples count, for a run that resumes."""
-        self._on_leader(RunRecord.save_segments)
+        self._on_leader(RunRecord.save_portions)
 
     def _on_leader(self, method: Callable[..., T], *arguments: object) -> T:
         """What a method of the record returns, on every rank."""

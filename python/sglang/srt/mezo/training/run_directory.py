@@ -9,12 +9,14 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from sglang.srt.mezo.adapters.adapter import Adapter, atomic_directory
+from sglang.srt.mezo.adapters.adapter import Adapter
+from sglang.srt.mezo.core.atomic import atomic_directory
 from sglang.srt.mezo.core.config import MezoConfig
 from sglang.srt.mezo.core.errors import BaseModelError, ConfigError, DamagedError
 from sglang.srt.mezo.core.integrity import read_checked_json, write_checked_json, write_json
 from sglang.srt.mezo.core.seed_log import LogHeader, SeedLog, digest_of
 from sglang.srt.mezo.core.settings import setting_of
+from sglang.srt.mezo.data.batches import Portion
 
 
 class RunDirectory:
@@ -52,7 +54,7 @@ class RunDirectory:
         return self.path / "passes.jsonl"
 
     @property
-    def segments(self) -> Path:
+    def portions(self) -> Path:
         return self.path / "segments.json"
 
     def open(self, adapter: Adapter) -> SeedLog:
@@ -163,8 +165,8 @@ class RunDirectory:
     def drop_best(self, step: int) -> None:
         shutil.rmtree(self.best(step), ignore_errors=True)
 
-    def save_segments(self, parts: Sequence[tuple[int, int]]) -> None:
-        write_checked_json(self.segments, {"parts": parts})
+    def save_portions(self, portions: Sequence[Portion]) -> None:
+        write_checked_json(self.portions, {"parts": portions})
 
     def save_checkpoint(self, adapter: Adapter, state: dict[str, Any]) -> Path:
         folder = self.checkpoint(state["global_step"])
@@ -182,18 +184,18 @@ class RunDirectory:
         return read_checked_json(path) if path.is_file() else None
 
 
-def read_segments(path: Path) -> list[tuple[int, int]]:
-    """(step from which they count, number) of the parts of a run's training examples; none before some were added.
+def read_portions(path: Path) -> list[Portion]:
+    """Of a run's training examples; none before some were added.
 
     Raises:
-        DamagedError: the file is not as ``save_segments`` wrote it.
+        DamagedError: the file is not as ``save_portions`` wrote it.
     """
     try:
         earlier_format = path.read_bytes().startswith(b"[")
     except FileNotFoundError:
         return []
     try:
-        parts = json.loads(path.read_bytes()) if earlier_format else read_checked_json(path)["parts"]
-        return [(step, count) for step, count in parts]
+        found = json.loads(path.read_bytes()) if earlier_format else read_checked_json(path)["parts"]
+        return [Portion(first_step, examples) for first_step, examples in found]
     except (KeyError, TypeError, ValueError) as error:
         raise error if isinstance(error, DamagedError) else DamagedError(path, str(error)) from error

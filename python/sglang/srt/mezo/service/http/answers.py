@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from fastapi.responses import Response, StreamingResponse
 
 from sglang.srt.mezo.core.errors import shown
-from sglang.srt.mezo.service.jobs import publish
+from sglang.srt.mezo.service.jobs import served_names
 from sglang.srt.mezo.service.wire.upstream import ChatCompletionResponse, CompletionResponse, SGLangORJSONResponse
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ async def around_resolving(
 def _begin(manager: "TokenizerManager", adapter: str | None) -> bool:
     """Take note of what the request asks for; False where there is no such adapter."""
     _answer.set(_Answer(adapter))
-    return adapter is None or adapter in publish.names(manager)
+    return adapter is None or adapter in served_names.names(manager)
 
 
 def _no_such_model(name: str) -> Response:

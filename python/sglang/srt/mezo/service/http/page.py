@@ -64,7 +64,7 @@ def _document() -> tuple[str, str]:
     else."""
     html = _read("page.html")
     allowed: dict[str, list[str]] = {"style": [], "script": []}
-    for kind, name in (("style", "page.css"), ("script", "chart.js"), ("script", "page.js")):
+    for kind, name in (("style", "page.css"), ("script", "curves.js"), ("script", "page.js")):
         text, mark = _read(name), f"/* {name} */"
         assert html.count(mark) == 1, mark
         html = html.replace(mark, text)

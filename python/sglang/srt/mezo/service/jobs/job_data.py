@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sglang.srt.mezo.core.atomic import atomic_file
 from sglang.srt.mezo.core.config import MOST_PASS_TOKENS, Objective, Tuning
 from sglang.srt.mezo.core.errors import DataError
 from sglang.srt.mezo.core.integrity import require_sums, write_sums
@@ -247,13 +248,11 @@ class AppendedRows:
         self._directory.mkdir(parents=True, exist_ok=True)
         last = _number(files[-1]) if (files := self.files()) else 0
         path = self._directory / f"appended-{last + 1}.jsonl"
-        partial = path.with_suffix(".partial")
         try:
-            with open(partial, "w", encoding="utf-8") as file:
+            with atomic_file(path) as partial, open(partial, "w", encoding="utf-8") as file:
                 file.writelines(json.dumps(row) + "\n" for row in rows)
                 file.flush()
                 os.fsync(file.fileno())
-            os.rename(partial, path)
             write_sums(self._directory, [path.name], _sums(path))
             for directory in (self._directory, self._directory.parent):
                 _sync(directory)

@@ -13,11 +13,11 @@ from sglang.srt.mezo.service.jobs.client import EngineClient
 from sglang.srt.mezo.service.jobs.fit import Fit, limits
 from sglang.srt.mezo.service.jobs.forks import Forks
 from sglang.srt.mezo.service.jobs.job_data import JobReader, shared_tokenizer
+from sglang.srt.mezo.service.jobs.job_runs import JobRuns
 from sglang.srt.mezo.service.jobs.manual import ManualWork
 from sglang.srt.mezo.service.jobs.origins import Origin, Origins
 from sglang.srt.mezo.service.jobs.published import PublishedAdapters
 from sglang.srt.mezo.service.jobs.queues import Queues
-from sglang.srt.mezo.service.jobs.runs import Runs
 from sglang.srt.mezo.service.jobs.session import Sessions, TrainingSession
 from sglang.srt.mezo.service.jobs.states import change, fail, hold, release, require
 from sglang.srt.mezo.service.jobs.tokenising import Tokenising
@@ -63,7 +63,7 @@ class JobManager:
         self._published = PublishedAdapters(store, client, self._fit)
         self._reader = JobReader(tokenizer, engine, client.chat_settings)
         self._tokenising = Tokenising(store, self._reader, forks)
-        self._runs = Runs(store, self._reader, engine)
+        self._runs = JobRuns(store, self._reader, engine)
         self._training = Training(
             store, client, self._sessions, self._tokenising, self._runs, self._published, self._state_lock
         )

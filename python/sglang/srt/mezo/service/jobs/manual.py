@@ -11,8 +11,8 @@ from typing import Any
 from sglang.srt.mezo.service.jobs.client import EngineClient
 from sglang.srt.mezo.service.jobs.fit import Fit
 from sglang.srt.mezo.service.jobs.job_data import JobReader, to_message
+from sglang.srt.mezo.service.jobs.job_runs import JobRuns
 from sglang.srt.mezo.service.jobs.published import PublishedAdapters
-from sglang.srt.mezo.service.jobs.runs import Runs
 from sglang.srt.mezo.service.jobs.session import HeldSession, Sessions
 from sglang.srt.mezo.service.jobs.states import Action, require
 from sglang.srt.mezo.service.jobs.training import Training
@@ -35,7 +35,7 @@ class ManualWork:
         store: Store,
         client: EngineClient,
         sessions: Sessions,
-        runs: Runs,
+        runs: JobRuns,
         reader: JobReader,
         published: PublishedAdapters,
         training: Training,

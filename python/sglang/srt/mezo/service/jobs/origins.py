@@ -14,7 +14,7 @@ from sglang.srt.mezo.core.errors import ConfigError, shown
 from sglang.srt.mezo.data.invocation import invocation_setting
 from sglang.srt.mezo.engine.handle import checkpoint_config, config_source
 from sglang.srt.mezo.engine.layers import checkpoint_sites
-from sglang.srt.mezo.service.jobs import publish
+from sglang.srt.mezo.service.jobs import served_names
 from sglang.srt.mezo.service.jobs.client import EngineClient
 from sglang.srt.mezo.service.store.store import Store
 from sglang.srt.mezo.service.wire.errors import RequestError
@@ -72,7 +72,7 @@ class Origins:
         if model in known:
             return None
         folder = (
-            publish.folder_of(self._client.tokenizer_manager, model.removeprefix(f"{base}:"))
+            served_names.folder_of(self._client.tokenizer_manager, model.removeprefix(f"{base}:"))
             if model.startswith(f"{base}:")
             else None
         )

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-from sglang.srt.mezo.service.jobs import publish
+from sglang.srt.mezo.service.jobs import served_names
 from sglang.srt.mezo.service.jobs.client import EngineClient
 from sglang.srt.mezo.service.jobs.fit import Fit
 from sglang.srt.mezo.service.jobs.threads import run_in
@@ -58,7 +58,7 @@ class PublishedAdapters:
         return suffix
 
     def require_free(self, name: str) -> None:
-        served = publish.names(self._client.tokenizer_manager) | self._unserved.keys()
+        served = served_names.names(self._client.tokenizer_manager) | self._unserved.keys()
         holders = [job.id for job in self._store.with_status(*LIVE, "succeeded") if job.adapter_name == name]
         if holders or any(other.partition(":")[0] == name for other in served):
             holder = f"job {holders[0]}" if holders else "an adapter that is served"
@@ -70,7 +70,7 @@ class PublishedAdapters:
         Adapters are loaded as they are asked for.
         """
         manager = self._client.tokenizer_manager
-        answered, self._unserved = publish.names(manager), {}
+        answered, self._unserved = served_names.names(manager), {}
         for adapter in self._store.served():
             reason = self._fit.of_adapter(self._store.job(adapter.job_id))
             if reason is None and adapter.directory.is_dir():
@@ -80,7 +80,7 @@ class PublishedAdapters:
             self._unserved[adapter.name] = reason.message if reason else f"{adapter.directory} is gone"
             logger.error("adapter %r is not served: %s", adapter.name, self._unserved[adapter.name])
             if adapter.name in answered:
-                await self._client.run(publish.withdraw(manager, adapter.name))
+                await self._client.run(served_names.withdraw(manager, adapter.name))
 
     def tell(self) -> None:
         """An event for each job whose adapters are not served, or are served again."""
@@ -118,12 +118,12 @@ class PublishedAdapters:
         self._announce(known.name, folder)
 
     def _announce(self, name: str, directory: Path) -> None:
-        self._client.post(publish.announce, self._client.tokenizer_manager, name, directory)
+        self._client.post(served_names.announce, self._client.tokenizer_manager, name, directory)
 
     async def load_checkpoint(self, job: StoredJob, checkpoint: StoredCheckpoint) -> str:
         """Have a checkpoint loaded now, not when it is first asked for; returns what requests call it."""
         _require_name(job)
-        if not publish.is_loaded(self._client.tokenizer_manager, checkpoint.name):
+        if not served_names.is_loaded(self._client.tokenizer_manager, checkpoint.name):
             await self._publish(checkpoint.name, self._store.job_directory(job.id) / checkpoint.directory)
         return self.model_name(checkpoint.name)
 
@@ -134,7 +134,7 @@ class PublishedAdapters:
             record()
 
         await self._client.run(
-            publish.publish(self._client.tokenizer_manager, name, directory, lambda: run_in(here, recorded()))
+            served_names.publish(self._client.tokenizer_manager, name, directory, lambda: run_in(here, recorded()))
         )
 
     async def add_version(
@@ -184,7 +184,7 @@ class PublishedAdapters:
         )
         for served in names:
             self._unserved.pop(served, None)
-            await self._client.run(publish.withdraw(self._client.tokenizer_manager, served))
+            await self._client.run(served_names.withdraw(self._client.tokenizer_manager, served))
         await asyncio.to_thread(self._store.delete_version, job.id, job.version)
 
 

@@ -8,14 +8,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from sglang.srt.mezo.adapters.adapter import atomic_directory
+from sglang.srt.mezo.core.atomic import atomic_directory
 from sglang.srt.mezo.core.integrity import digest_of_file
 from sglang.srt.mezo.data.examples import count_shared
 from sglang.srt.mezo.service.jobs.client import EngineClient
 from sglang.srt.mezo.service.jobs.job_data import to_message
+from sglang.srt.mezo.service.jobs.job_runs import JobRuns, RunData
 from sglang.srt.mezo.service.jobs.published import PublishedAdapters
 from sglang.srt.mezo.service.jobs.results import FILENAME, PURPOSE, write_results
-from sglang.srt.mezo.service.jobs.runs import RunData, Runs
 from sglang.srt.mezo.service.jobs.session import Last, Sessions, TrainingSession
 from sglang.srt.mezo.service.jobs.states import change
 from sglang.srt.mezo.service.jobs.tokenising import Tokenising
@@ -49,7 +49,7 @@ class Training:
         client: EngineClient,
         sessions: Sessions,
         tokenising: Tokenising,
-        runs: Runs,
+        runs: JobRuns,
         published: PublishedAdapters,
         state_lock: asyncio.Lock,
     ):
@@ -100,7 +100,7 @@ class Training:
         job = change(self._store, job_id, "start", StoredEvent(job_id, message))
         for step, path in self._runs.checkpoints(job_id):  # of which a server that was stopped has not heard
             self._published.add_checkpoint(job, step, path, {})
-        command = await asyncio.to_thread(self._runs.start_command, job, data.segments)
+        command = await asyncio.to_thread(self._runs.start_command, job, data.portions)
         return await self._sessions.open(TrainingSession(command, data.files, len(data.appended)))
 
     async def _see_through(self, session: TrainingSession) -> None:

@@ -110,7 +110,7 @@ class TrainingJob(Job):
 
     def extend(self, examples: Sequence[Example]) -> int:
         """More examples; returns the first step that draws from them."""
-        return self.learner.extend(examples, self._opened().save_segments)
+        return self.learner.extend(examples, self._opened().save_portions)
 
     def _go_on(self, run: TrainingRun) -> Passes[None]:
         result = yield from run.passes()
@@ -205,7 +205,7 @@ def make_job(
         return EventTracker(config, path, first_step, max_steps, command.job_id, emit)
 
     if isinstance(command, HoldJob):
-        return HeldJob(command.job_id, learner, TrainingRun.open(learner, make_tracker, served_only=True), emit)
+        return HeldJob(command.job_id, learner, TrainingRun.open(learner, make_tracker, kept_adapter_only=True), emit)
     return TrainingJob(command.job_id, learner, TrainingRun.open(learner, make_tracker), emit)
 
 
@@ -229,7 +229,7 @@ def _learner(
         evaluation,
         command.objective,
         kept_tokens,
-        command.segments if isinstance(command, StartJob) else (),
+        command.portions if isinstance(command, StartJob) else (),
         claim_slots=False,
         spare_slots=SPARE_SLOTS,
         start=origin,

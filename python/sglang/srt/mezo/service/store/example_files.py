@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from sglang.srt.mezo.adapters.adapter import atomic_directory
+from sglang.srt.mezo.core.atomic import atomic_directory
 from sglang.srt.mezo.core.errors import DamagedError
 from sglang.srt.mezo.core.integrity import read_checked_json, require_sums, write_checked_json, write_sums
 from sglang.srt.mezo.data.examples import Example

@@ -8,11 +8,11 @@ one of each earlier version to the last.
 """
 
 import itertools
-import os
 import sqlite3
 from contextlib import closing
 from pathlib import Path
 
+from sglang.srt.mezo.core.atomic import atomic_file
 from sglang.srt.mezo.core.errors import ConfigError
 
 STEPS = (
@@ -120,11 +120,5 @@ def migrate(connection: sqlite3.Connection, path: Path) -> None:
 
 def _copy(connection: sqlite3.Connection, path: Path) -> None:
     """A copy of the whole database, which appears whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.unlink(missing_ok=True)
-    try:
-        with closing(sqlite3.connect(partial)) as copy:
-            connection.backup(copy)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with atomic_file(path) as partial, closing(sqlite3.connect(partial)) as copy:
+        connection.backup(copy)

@@ -9,6 +9,7 @@ from typing import Any, Literal, Union
 from msgspec import Struct
 
 from sglang.srt.mezo.core.config import MezoConfig, Objective
+from sglang.srt.mezo.data.batches import Portion
 from sglang.srt.mezo.service.wire.events import AnyEvent
 from sglang.srt.mezo.service.wire.upstream import BaseReq, hook_custom_types
 
@@ -43,10 +44,9 @@ class _TakeUp(Struct, kw_only=True):
 
 
 class StartJob(_TakeUp, tag=True, kw_only=True):
-    """Train. segments: (step, number of examples) from which each part of the training data counts; the first is step
-    0."""
+    """Train. portions: of the training data; the first counts from step 0 on."""
 
-    segments: list[tuple[int, int]]
+    portions: list[Portion]
 
 
 class HoldJob(_TakeUp, tag=True, kw_only=True):

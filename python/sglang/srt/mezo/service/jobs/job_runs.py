@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from sglang.srt.mezo.data.batches import Portion
 from sglang.srt.mezo.data.examples import Example
 from sglang.srt.mezo.service.jobs.job_data import AppendedRows, JobReader
 from sglang.srt.mezo.service.jobs.origins import origin_directory
@@ -16,7 +17,7 @@ from sglang.srt.mezo.service.wire.errors import RequestError
 from sglang.srt.mezo.service.wire.messages import EngineDescription, HoldJob, StartJob
 from sglang.srt.mezo.service.wire.packed import pack
 from sglang.srt.mezo.service.wire.records import StoredJob
-from sglang.srt.mezo.training.run_directory import read_segments
+from sglang.srt.mezo.training.run_directory import read_portions
 
 
 @dataclass(frozen=True)
@@ -26,18 +27,18 @@ class RunData:
     Attributes:
         files: those of the job's files.
         appended: those of its files of appended rows, each packed.
-        segments: (step, number) of each part of those to train on.
+        portions: of those to train on.
     """
 
     files: ExampleFiles
     appended: list[bytes]
-    segments: list[tuple[int, int]]
+    portions: list[Portion]
 
     def parts(self, split: Split) -> Iterator[bytes]:
         return itertools.chain(self.files.parts(split), self.appended if split == "train" else ())
 
 
-class Runs:
+class JobRuns:
     """Where runs lie, and the commands that begin or continue them."""
 
     def __init__(self, store: Store, reader: JobReader, engine: EngineDescription):
@@ -71,8 +72,8 @@ class Runs:
             RequestError, DataError, DamagedError: they cannot be read, or are not those that the run has drawn from.
         """
         of_files = count = files.counts["train"]
-        segments = read_segments(self.directory(job.id) / "segments.json") or [(0, of_files)]
-        expected = sum(number for _, number in segments)
+        portions = read_portions(self.directory(job.id) / "segments.json") or [Portion(0, of_files)]
+        expected = sum(number for _, number in portions)
         appended = []
         for path in self.appended(job.id).files():
             if count >= expected:
@@ -80,22 +81,24 @@ class Runs:
             examples = self._reader.encode_file(job, path)
             appended.append(pack(examples))
             count += len(examples)
-        if count != expected or segments[0][1] != of_files:
+        if count != expected or portions[0].examples != of_files:
             cause = "a file with examples has changed, or is gone"
-            message = f"job {job.id} has {count} examples, and its run has drawn from {segments}: {cause}"
+            message = (
+                f"job {job.id} has {count} examples, and its run has drawn from {list(map(tuple, portions))}: {cause}"
+            )
             raise RequestError(500, message, None, "examples_lost")
-        return RunData(files, appended, segments)
+        return RunData(files, appended, portions)
 
     def encode_appended(self, job: StoredJob, path: Path) -> list[Example]:
         return self._reader.encode_file(job, path)
 
-    def start_command(self, job: StoredJob, segments: list[tuple[int, int]]) -> StartJob:
+    def start_command(self, job: StoredJob, portions: list[Portion]) -> StartJob:
         """Begin the run, or go on with it where there is one.
 
         Raises:
             RequestError: there is a run, without its configuration or its seed log.
         """
-        return StartJob(segments=segments, **self._take_up(job))
+        return StartJob(portions=portions, **self._take_up(job))
 
     def hold_command(self, job: StoredJob) -> HoldJob:
         """Have the adapter as the run has left it; raises what ``start_command`` does."""
