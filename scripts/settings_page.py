@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from sglang.srt.mezo.commands.check import CheckArguments
 from sglang.srt.mezo.core.config import MezoConfig
 from sglang.srt.mezo.core.settings import names, rows
 from sglang.srt.mezo.data.splits import DataArguments
@@ -19,6 +20,7 @@ COMMANDS = {
     "`sglang-mezo evaluate`, beside the model": EvaluateArguments,
     "`sglang-mezo preview`, beside the model": PreviewArguments,
     "`sglang-mezo replay`": ReplayArguments,
+    "`sglang-mezo check`": CheckArguments,
 }
 INTRODUCTION = """# Settings
 

@@ -50,7 +50,8 @@ def extend(handle: EngineHandle, sequences: Sequence[Sequenced]) -> tuple[torch.
     rows = handle.req_to_token_pool.alloc_rows(len(sequences))
     if rows is None:
         raise CapacityError(
-            f"{len(sequences)} request rows are needed and {handle.free_rows} are free: raise max_running_requests"
+            f"{len(sequences)} request rows are needed and {handle.free_rows} are free: lower max_tokens_per_batch or "
+            "raise max_running_requests"
         )
     kv_indices = None
     try:

@@ -102,7 +102,7 @@ class RunRecord:
 
         Args:
             pieces: what each piece of the step's work may have run through the model, in tokens.
-            train_seconds: of the run so far.
+            train_seconds: of the run since this process began or resumed it.
         """
         self._pass_sizes.record(result.step, pieces)
         self._log.append(LogRecord(result.zo_random_seed, result.learning_rate, result.projected_grad))

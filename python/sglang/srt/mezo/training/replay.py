@@ -2,7 +2,7 @@
 
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,7 +66,8 @@ def initial_adapter(run: Path, log: SeedLog) -> Adapter:
         Site(path, weights[f"{_PREFIX}{path}{_A}"].shape[1], weights[f"{_PREFIX}{path}{_B}"].shape[0])
         for path in (name.removeprefix(_PREFIX).removesuffix(_A) for name in weights if name.endswith(_A))
     ]
-    for order in _orders(sites):
+    known = log.header.initial_adapter is not None
+    for order in _orders(sites) if known else _orders_of_families(sites):
         adapter = Adapter(spec, order)
         if adapter.shapes != log.header.shapes:
             continue
@@ -94,12 +95,22 @@ def _read(folder: Path) -> tuple[AdapterSpec, dict[str, torch.Tensor]]:
 
 def _orders(sites: list[Site]) -> Iterator[list[Site]]:
     """The orders in which a model may have the layers: known ones first."""
-    names = sorted({site.name for site in sites})
-    known = [[name for name in family.modules if name in names] for family in FAMILIES.values()]
-    for order in itertools.chain(known, itertools.permutations(names)):
-        if len(order) == len(names):
-            place = {name: index for index, name in enumerate(order)}
-            yield sorted(sites, key=lambda site: (_layer(site), place[site.name]))
+    yield from _orders_of_families(sites)
+    for order in itertools.permutations(sorted({site.name for site in sites})):
+        yield _sorted(sites, order)
+
+
+def _orders_of_families(sites: list[Site]) -> Iterator[list[Site]]:
+    """Those of models that we know: all that counts for a log of an earlier version, which cannot tell which is its
+    own."""
+    names = {site.name for site in sites}
+    for family in FAMILIES.values():
+        if names <= set(family.modules):
+            yield _sorted(sites, [name for name in family.modules if name in names])
+
+
+def _sorted(sites: list[Site], names: Sequence[str]) -> list[Site]:
+    return sorted(sites, key=lambda site: (_layer(site), names.index(site.name)))
 
 
 def _layer(site: Site) -> int:
