@@ -50,7 +50,7 @@ from sglang.srt.mezo.core.settings import setting_of
         ),
         ("zo_eps", 1e-320, "at least 1e-12"),
         ("tuning", "prefix", "one of alora, lora"),
-        ("objective", "f1", "one of classification, completion, language_modeling, null"),
+        ("objective", "f1", "one of classification, completion, null"),
         ("lr_scheduler_type", "polynomial", "one of constant, linear, cosine"),
         ("perturbation", "uniform", "one of gaussian, rademacher"),
         ("perturbation_rank", 0, "at least 1, or none for full rank"),

@@ -110,11 +110,11 @@ def test_a_tokenizer_without_a_start_token_gives_prompts_without_one():
 def test_the_objective_follows_the_form_of_the_rows(encoder):
     def objective(fields: dict) -> str:
         row = SourceRow(fields, "rows", 1)
-        return default_objective(encoder.encode_rows([row]), [row])
+        return default_objective(encoder.encode_rows([row]))
 
     assert objective(CHOICE) == "classification"
     assert objective({"prompt": "yes", "completion": " no"}) == "completion"
-    assert objective({"text": "it was great"}) == "language_modeling"
+    assert objective({"text": "it was great"}) == "completion"
 
 
 # --- bad rows ---------------------------------------------------------------------------------------------------------

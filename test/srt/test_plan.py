@@ -134,4 +134,3 @@ def test_normaliser_is_needed_for_all_but_choices_between_single_tokens():
     assert not needs_normaliser([single, single], "classification")
     assert needs_normaliser([single, mixed], "classification")
     assert needs_normaliser([single], "completion")
-    assert needs_normaliser([single], "language_modeling")

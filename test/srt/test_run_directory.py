@@ -160,11 +160,15 @@ def test_a_run_of_a_version_that_did_not_know_a_setting_did_what_its_default_doe
     run(tmp_path, steps=2)
     path = tmp_path / "run" / "config.json"
     earlier = json.loads(path.read_text())
-    del earlier["echoes"], earlier["prefix_reuse"], earlier["objective"]
+    del earlier["echoes"], earlier["prefix_reuse"]
+    earlier["objective"] = "language_modeling"  # of texts, as it was called
     path.write_text(json.dumps(earlier))
     with pytest.raises(ConfigError, match="echoes=2 .* the run to resume has 32"):
-        start(config(tmp_path, resume_from_checkpoint=True, echoes=2), initial_adapter())
-    assert len(start(config(tmp_path, resume_from_checkpoint=True), initial_adapter())) == 2
+        start(config(tmp_path, resume_from_checkpoint=True, echoes=2, objective="completion"), initial_adapter())
+    for objective in ("completion", "language_modeling"):
+        log = start(config(tmp_path, resume_from_checkpoint=True, objective=objective), initial_adapter())
+        assert len(log) == 2
+        log.close()
 
 
 def test_resuming_without_a_run_is_refused(tmp_path):

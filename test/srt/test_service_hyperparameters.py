@@ -185,7 +185,7 @@ def test_null_is_a_setting_of_its_own_or_refused(name):
         ("target_modules", ["v_proj", "v_proj"], "each module once"),
         ("metric_for_best_model", "f1", "one of eval_loss, eval_accuracy, null"),
         ("lr_scheduler_type", "polynomial", 'one of constant, linear, cosine, or "auto"'),
-        ("objective", "f1", 'one of classification, completion, language_modeling, null, or "auto"'),
+        ("objective", "f1", 'one of classification, completion, null, or "auto"'),
     ],
 )
 def test_a_value_out_of_range_is_named_with_what_is_allowed(name, value, allowed):

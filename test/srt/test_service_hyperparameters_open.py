@@ -153,7 +153,7 @@ def in_range(engine):
         "tuning": ("lora",),
         "invocation": (None, *([" It was"] if not engine.no_alora else ())),
         "target_modules": engine.target_modules and [engine.target_modules],
-        "objective": (None, "classification", "completion", "language_modeling"),
+        "objective": (None, "classification", "completion"),
         "metric_for_best_model": (None, "eval_loss", "eval_accuracy"),
     }
 

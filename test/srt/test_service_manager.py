@@ -124,7 +124,7 @@ async def test_the_engine_gets_examples_and_configuration(server, tokenizer, tmp
     [
         (ROW, "classification"),
         ({"prompt": "the food It was", "completion": " great"}, "completion"),
-        ({"text": " It was great and the staff is great"}, "language_modeling"),
+        ({"text": " It was great and the staff is great"}, "completion"),
     ],
 )
 async def test_the_data_decides_the_objective_of_a_job_that_names_none(server, row, objective):

@@ -10,7 +10,9 @@ from sglang.srt.mezo.core.optimizer import Optim, SchedulerType, UpdateRule
 from sglang.srt.mezo.core.settings import Bounds, require_settings, setting
 
 Tuning = Literal["alora", "lora"]
-Objective = Literal["classification", "completion", "language_modeling"]
+Objective = Literal["classification", "completion"]
+OF_EARLIER_VERSIONS = {"objective": {"language_modeling": "completion"}}
+"""Values that are called otherwise now, in configurations that an earlier version has stored."""
 
 LARGEST = 1_000_000
 """Of what multiplies weights, perturbations or steps: nothing is learned beyond it, and float32 has room for the
@@ -196,6 +198,9 @@ class MezoConfig:
     )
 
     def __post_init__(self):
+        for name, renamed in OF_EARLIER_VERSIONS.items():
+            if getattr(self, name) in renamed:
+                object.__setattr__(self, name, renamed[getattr(self, name)])
         require_settings(self)
         settled = defaults(self.num_perturbations, self.estimator, self.perturbation_interval)
         for name, value in (settled if self.init_from is not None else settled | NEW_ADAPTER).items():

@@ -273,11 +273,9 @@ def count_shared(examples: Iterable[Example], others: Iterable[Example]) -> int:
     return sum((example.prompt, example.options) in known for example in examples)
 
 
-def default_objective(examples: Sequence[Example], rows: Sequence[SourceRow]) -> Objective:
+def default_objective(examples: Sequence[Example]) -> Objective:
     """Classification where there is something to choose from; else the likelihood of the completion or the text."""
-    if any(len(example.options) > 1 for example in examples):
-        return "classification"
-    return "language_modeling" if rows and "text" in rows[0].fields else "completion"
+    return "classification" if any(len(example.options) > 1 for example in examples) else "completion"
 
 
 def get_task(name: str) -> Task:

@@ -97,7 +97,7 @@ def load_splits(
         raise DataError("no training row is left", dataset)
     if invocation is None:
         invocation = generation_prompt(encoder, rows[0], [*train, *dev, *test])
-    return Splits(train, dev, test, default_objective(train, rows[0]), tuple(invocation), _shared(train, dev, test))
+    return Splits(train, dev, test, default_objective(train), tuple(invocation), _shared(train, dev, test))
 
 
 def named_data(task: str | None, dataset: str | None) -> tuple[Task | None, str]:

@@ -61,7 +61,7 @@ def evaluate(model: ModelArguments, arguments: EvaluateArguments) -> dict[str, A
     chat = ChatRenderer(tokenizer, chat_settings(model))
     encoder = Encoder(tokenizer, model_config.max_position_embeddings, task, invocation, chat)
     examples = encoder.encode_rows(rows, arguments.on_bad_row)
-    objective = arguments.objective or default_objective(examples, rows)
+    objective = arguments.objective or default_objective(examples)
     require_choices(objective, (len(example.options) for example in examples))
     targets = list(family_of(model_config).default_targets("alora")) if adapter is None else adapter.target_modules
     engine = MezoEngine(

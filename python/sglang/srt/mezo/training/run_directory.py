@@ -11,7 +11,7 @@ from typing import Any
 
 from sglang.srt.mezo.adapters.adapter import Adapter
 from sglang.srt.mezo.core.atomic import atomic_directory
-from sglang.srt.mezo.core.config import MezoConfig
+from sglang.srt.mezo.core.config import OF_EARLIER_VERSIONS, MezoConfig
 from sglang.srt.mezo.core.errors import BaseModelError, ConfigError, DamagedError
 from sglang.srt.mezo.core.integrity import read_checked_json, write_checked_json, write_json
 from sglang.srt.mezo.core.seed_log import LogHeader, SeedLog, digest_of
@@ -133,6 +133,8 @@ class RunDirectory:
             value = json.loads(json.dumps(getattr(self._config, one.name)))
             # A version that did not know a setting did what its default does.
             known = earlier.get(one.name, None if setting_of(one).follows else one.default)
+            if isinstance(known, str):
+                known = OF_EARLIER_VERSIONS.get(one.name, {}).get(known, known)
             if known != value:
                 raise ConfigError(one.name, value, f"the run to resume has {known!r}")
         self._require_base_model(earlier.get("base_model"))

@@ -196,7 +196,7 @@ class JobReader:
     ) -> tuple[list[Example], Objective]:
         """Examples, and the objective that they suggest where the job names none."""
         examples = [example for _, example in encoded]
-        objective = objective or default_objective(examples, [row for row, _ in encoded])
+        objective = objective or default_objective(examples)
         for row, example in encoded:
             self._require_one_pass(planner, example, row)
             if objective == "classification" and len(example.options) < 2:
