@@ -166,6 +166,7 @@ def test_differences_are_told(source, monkeypatch):
     asked = [
         Point("sglang.srt.a", "work", "(one, two=)", "because"),
         Point("sglang.srt.a", "work", "(...)", "because"),
+        Point("sglang.srt.a", "Thing.width", "value", "it is read, a property or not"),
         Point("sglang.srt.a", "work", "(one)", "it is called"),
         Point("sglang.srt.a", "Thing.gone", "value", "it is read"),
         Point("sglang.srt.a", "Thing", "(...)", "it is called"),

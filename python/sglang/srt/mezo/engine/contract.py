@@ -41,8 +41,13 @@ def differences(source: UpstreamSource) -> Iterator[Difference]:
     """What of the contract a version of SGLang does not keep."""
     for point in points():
         found = source.signature(point.module, point.name)
-        if found != point.what and not (point.what == "(...)" and (found or "").startswith("(")):
+        if found != point.what and not _does_as_well(found, point.what):
             yield Difference(point, found)
+
+
+def _does_as_well(found: str | None, what: str) -> bool:
+    """Whether it is used in the same way: called, whatever the parameters are, or read."""
+    return (what == "(...)" and (found or "").startswith("(")) or {found, what} == {"property", "value"}
 
 
 def points() -> Iterator[Point]:
