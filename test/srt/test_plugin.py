@@ -266,7 +266,7 @@ def test_a_start_with_an_adapter_that_cannot_be_applied_is_refused_before_a_mode
     base.save_pretrained(tmp_path / "model")
     good, bad = saved(base, tmp_path / "good"), edit(saved(base, tmp_path / "bad"), use_dora=True)
 
-    def arguments(path):
+    def arguments(path, targets=None):
         given = (
             form.format(name="mine", path=path)
             if isinstance(form, str)
@@ -278,13 +278,18 @@ def test_a_start_with_an_adapter_that_cannot_be_applied_is_refused_before_a_mode
             "revision": None,
             "json_model_override_args": "{}",
         }
-        return SimpleNamespace(**model, lora_paths=[given], max_lora_rank=None)
+        return SimpleNamespace(**model, lora_paths=[given], max_lora_rank=None, lora_target_modules=targets)
 
     adapter_loading.require_adapters(arguments(good))
     with pytest.raises(hooks.StartRefused, match="--lora-paths .*use_dora=True is not allowed"):
         adapter_loading.require_adapters(arguments(bad))
     with pytest.raises(hooks.StartRefused, match="--lora-paths .*lora_path='/nowhere' is not allowed"):
         adapter_loading.require_adapters(arguments("/nowhere"))
+    activated = edit(saved(base, tmp_path / "activated"), alora_invocation_tokens=[1, 2])
+    adapter_loading.require_adapters(arguments(activated, ["q_proj", "v_proj"]))
+    adapter_loading.require_adapters(arguments(good, ["all"]))
+    with pytest.raises(hooks.StartRefused, match="activated LoRA not together with --lora-target-modules all"):
+        adapter_loading.require_adapters(arguments(activated, ["all"]))
 
 
 def test_every_hook_says_why():

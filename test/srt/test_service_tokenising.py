@@ -186,7 +186,7 @@ async def forking(tmp_path, tokenizer, forks, monkeypatch):
 
 
 def tasks(forks) -> list[psutil.Process]:
-    return psutil.Process(forks._process.pid).children()
+    return psutil.Process(forks._running[0].pid).children()
 
 
 async def test_a_job_whose_files_are_tokenised_elsewhere_trains_on_the_same_examples(forking, tokenizer, tmp_path):
@@ -214,7 +214,7 @@ async def test_a_bad_row_of_a_file_that_is_tokenised_elsewhere_is_named(forking)
 
 async def test_a_cancelled_job_is_tokenised_no_further(forking, forks, tmp_path):
     job = await forking.create(*[ROW] * 100_000)
-    await eventually(lambda: forks._process is not None and tasks(forks))
+    await eventually(lambda: forks._running is not None and tasks(forks))
     await forking.manager.cancel(job.id)
     await eventually(lambda: not tasks(forks))
     assert not (tmp_path / "jobs" / job.id / "examples").exists()
@@ -224,7 +224,7 @@ async def test_a_cancelled_job_is_tokenised_no_further(forking, forks, tmp_path)
 async def test_the_process_ends_after_a_rest_and_another_one_begins(forking, forks, monkeypatch):
     monkeypatch.setattr(tokenising, "_REST_SECONDS", 0.0)
     await forking.until(await forking.create(), "running")
-    await eventually(lambda: forks._process is None)
+    await eventually(lambda: forks._running is None)
     waiting = await forking.create()
     await forking.until(waiting, "queued")
 
@@ -234,9 +234,9 @@ async def test_a_server_that_ends_leaves_no_process(tmp_path, tokenizer, forks, 
     async with serving(tmp_path, tokenizer) as server:
         server.manager._tokenising._forks = forks
         await server.create(*[ROW] * 100_000)
-        await eventually(lambda: forks._process is not None and tasks(forks))
+        await eventually(lambda: forks._running is not None and tasks(forks))
     await eventually(lambda: not tasks(forks))
-    process = psutil.Process(forks._process.pid)
+    process = psutil.Process(forks._running[0].pid)
     forks.close()
     assert not process.is_running()
 

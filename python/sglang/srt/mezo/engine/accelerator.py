@@ -65,8 +65,9 @@ def why_no_alora(manager: "LoRAManager") -> str | None:
         return "max_loras_per_batch=1 leaves no slot for the base model, allowed: 2 or more"
     for mode, active in (
         ("LoRA on experts", backend.is_moe_lora),
-        ("LoRA on the embeddings", manager.embed_tokens_module is not None),
-        ("LoRA on the head", manager.lm_head_module is not None),
+        # Not yet there while the adapters of --lora-paths are loaded; for those the flags tell.
+        ("LoRA on the embeddings", getattr(manager, "embed_tokens_module", None) is not None),
+        ("LoRA on the head", getattr(manager, "lm_head_module", None) is not None),
         ("--enable-lora-overlap-loading", manager.enable_lora_overlap_loading),
         ("data-parallel attention", manager.attn_dp_enabled),
         ("speculative decoding", manager.speculative_algorithm is not None),

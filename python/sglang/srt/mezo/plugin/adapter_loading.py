@@ -104,11 +104,15 @@ def require_adapters(server_args) -> None:
         return  # SGLang has more to say about a model that cannot be read
     if layers is None:
         return
+    embeddings = {"all", "embed_tokens", "lm_head"} & set(server_args.lora_target_modules or ())
     for name, path in map(_name_and_path, server_args.lora_paths):
         try:
-            read_adapter(path, layers)
+            adapter = read_adapter(path, layers)
         except ConfigError as error:
             raise StartRefused(f"--lora-paths {name}: {error}") from error
+        if adapter.invocation and embeddings:
+            given = ", ".join(sorted(embeddings))
+            raise StartRefused(f"--lora-paths {name}: activated LoRA not together with --lora-target-modules {given}")
 
 
 def _name_and_path(given: Any) -> tuple[str, str]:
