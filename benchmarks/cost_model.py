@@ -23,9 +23,9 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from sglang.srt.mezo.core.tokens import distinct_tokens
 from sglang.srt.mezo.cpu.linear import HAS_C, HAS_ONEDNN, c_linear, onednn_linear
 from sglang.srt.mezo.scoring.plan import ExamplePlan, needs_normaliser
-from sglang.srt.mezo.scoring.sharing import distinct_tokens
 from sglang.srt.mezo.training.trainer import MezoTrainer
 
 _COPY_BYTES = 256 << 20

@@ -1,5 +1,7 @@
 """The pages: README is one page, links lead somewhere, and what is named is there."""
 
+import ast
+import importlib.util
 import re
 import runpy
 
@@ -35,6 +37,23 @@ def test_programs_that_a_page_names_are_there(page):
         r"(?:bash|python) ((?:scripts|examples|benchmarks)/[\w/]+\.(?:sh|py))", page.read_text(encoding="utf-8")
     )
     assert [name for name in named if not (ROOT / name).is_file()] == []
+
+
+def test_what_programs_import_of_the_package_is_there():
+    """Also inside of their functions; nobody else looks at a benchmark until it is run."""
+    missing = []
+    for path in (path for folder in ("benchmarks", "examples", "scripts") for path in (ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("sglang.srt.mezo"):
+                module = importlib.import_module(node.module)
+                missing += [
+                    f"{path.name}: {node.module}.{one.name}" for one in node.names if not _has(module, one.name)
+                ]
+    assert missing == []
+
+
+def _has(module, name: str) -> bool:
+    return hasattr(module, name) or importlib.util.find_spec(f"{module.__name__}.{name}") is not None
 
 
 @pytest.mark.parametrize("page", HOW_TO, ids=lambda page: page.name)
