@@ -155,7 +155,6 @@ def start(
         "config": config,
         "base_model": model_path,
         "invocation": list(oracle.INVOCATION) if config.tuning == "alora" else [],
-        "objective": "classification",
         **fields,
     }
     if held:

@@ -111,7 +111,7 @@ async def test_the_engine_gets_examples_and_configuration(server, tokenizer, tmp
     assert (train.split, evaluation.split) == ("train", "eval")
     assert unpack(train.examples) == expected and unpack(evaluation.examples) == expected[:1]
     [start] = server.scheduler.sent(StartJob)
-    assert start.portions == [(0, 3)] and start.objective == "classification"
+    assert start.portions == [(0, 3)] and start.config.objective == "classification"
     assert start.invocation == tokenizer(" It was", add_special_tokens=False).input_ids
     assert (start.base_model, start.config.target_modules) == ("/models/opt", ["q_proj", "v_proj"])
     config = start.config
@@ -129,7 +129,7 @@ async def test_the_engine_gets_examples_and_configuration(server, tokenizer, tmp
 )
 async def test_the_data_decides_the_objective_of_a_job_that_names_none(server, row, objective):
     job = await server.running(row, **({"tuning": "lora", "invocation": None} if "text" in row else {}))
-    assert server.scheduler.job.objective == server.store.job(job.id).config["objective"] == objective
+    assert server.scheduler.job.config.objective == server.store.job(job.id).config["objective"] == objective
     assert bool(server.scheduler.job.invocation) == ("text" not in row)
 
 

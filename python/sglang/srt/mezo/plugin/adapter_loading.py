@@ -33,7 +33,10 @@ def _around_loading(original: Callable, manager: "LoRAManager", lora_ref: "LoRAR
     """An adapter in a folder."""
     if not is_known(manager):
         return _served(manager, lora_ref, original(manager, lora_ref))
-    return _load(manager, lora_ref, lambda: read_adapter(lora_ref.lora_path or "", layers_for_adapters(manager)))
+    if lora_ref.lora_path is None:
+        return _refused(manager, lora_ref, ConfigError("lora_path", None, "a folder, or a repository of the hub"))
+    folder = lora_ref.lora_path
+    return _load(manager, lora_ref, lambda: read_adapter(folder, layers_for_adapters(manager)))
 
 
 def _around_loading_from_tensors(

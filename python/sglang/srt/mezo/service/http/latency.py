@@ -158,8 +158,9 @@ def _finished(manager: "TokenizerManager", output: Output) -> list[tuple["ReqSta
     left out."""
     if isinstance(output, BatchEmbeddingOutput):
         return []
+    assert output.rids is not None, "every output is of a request"
     finished = []
-    for rid, reason, tokens in zip(output.rids or (), output.finished_reasons, output.completion_tokens):
+    for rid, reason, tokens in zip(output.rids, output.finished_reasons, output.completion_tokens):
         if reason is None or reason["type"] not in ("stop", "length") or not tokens:
             continue
         state = manager.rid_to_state.get(rid)

@@ -141,7 +141,10 @@ class JobReader:
     def invocation(self, job: StoredJob) -> tuple[int, ...]:
         """Tokens from which the job's adapter acts; none for ordinary LoRA."""
         settings = job.settings
-        return () if settings.tuning == "lora" else invocation_tokens(settings.invocation or (), self._tokenizer)
+        if settings.tuning == "lora":
+            return ()
+        assert settings.invocation is not None, "activated LoRA has one (``resolve``)"
+        return invocation_tokens(settings.invocation, self._tokenizer)
 
     def _read_file(self, file: SourceFile, param: str, invocation: tuple[int, ...]) -> list[RowExample]:
         with _names(param):

@@ -117,7 +117,6 @@ class JobRuns:
             "config": config,
             "base_model": self._engine.model_path,
             "invocation": list(self._reader.invocation(job)),
-            "objective": config.objective,
             "start": None if config.init_from is None else str(origin_directory(self._store, job.id)),
         }
 

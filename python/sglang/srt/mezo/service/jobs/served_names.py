@@ -136,7 +136,8 @@ def _communicator(tokenizer_manager: Any) -> Callable[[Any], Awaitable[list[Any]
 
 
 async def _unload(tokenizer_manager: "TokenizerManager", ref: LoRARef) -> None:
-    unload = UnloadLoRAAdapterReqInput(lora_name=ref.lora_name or "", lora_id=ref.lora_id)
+    assert ref.lora_name is not None, "published under a name"
+    unload = UnloadLoRAAdapterReqInput(lora_name=ref.lora_name, lora_id=ref.lora_id)
     for reply in await _communicator(tokenizer_manager)(unload):
         if not reply.success:
             logger.error("an earlier version of adapter %r stays loaded: %s", ref.lora_name, reply.error_message)

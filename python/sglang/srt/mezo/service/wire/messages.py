@@ -8,7 +8,7 @@ from typing import Any, Literal, Union
 
 from msgspec import Struct
 
-from sglang.srt.mezo.core.config import MezoConfig, Objective
+from sglang.srt.mezo.core.config import MezoConfig
 from sglang.srt.mezo.data.batches import Portion
 from sglang.srt.mezo.service.wire.events import AnyEvent
 from sglang.srt.mezo.service.wire.upstream import BaseReq, hook_custom_types
@@ -39,7 +39,6 @@ class _TakeUp(Struct, kw_only=True):
     config: MezoConfig
     base_model: str
     invocation: list[int]
-    objective: Objective
     start: str | None = None
 
 
