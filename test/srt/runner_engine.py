@@ -10,7 +10,9 @@ import oracle
 from engine_process import EngineProcess
 from sglang.srt.mezo.adapters.adapter import Adapter, AdapterSpec
 from sglang.srt.mezo.core.config import MezoConfig
+from sglang.srt.mezo.core.seed_log import SeedLog
 from sglang.srt.mezo.service.wire.packed import pack
+from sglang.srt.mezo.training.replay import initial_adapter
 
 TARGETS = ("q_proj", "v_proj")
 OPTIONS = [(11,), (12,)]
@@ -189,22 +191,10 @@ def offline(engine, config, model_path, tmp_path) -> MezoConfig:
     return config
 
 
-def empty_adapter(config, model_path) -> Adapter:
-    from safetensors.torch import load_file
-
-    from sglang.srt.mezo.adapters.adapter import Site
-
-    state = load_file(Path(config.output_dir) / "initial_adapter" / "adapter_model.safetensors")
-    names = sorted({name.removeprefix("base_model.model.").rsplit(".", 2)[0] for name in state})
-    sites = [
-        Site(
-            name,
-            state[f"base_model.model.{name}.lora_A.weight"].shape[1],
-            state[f"base_model.model.{name}.lora_B.weight"].shape[0],
-        )
-        for name in names
-    ]
-    return Adapter(spec_of(config, model_path), sites)
+def begun_with(run) -> Adapter:
+    """The adapter that a run has started from."""
+    run = Path(run)
+    return initial_adapter(run, SeedLog.open(run / "seed_log"))
 
 
 def first_batch(engine):

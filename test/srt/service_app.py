@@ -14,6 +14,7 @@ import uvicorn
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
+from hyperparameters import ENGINE
 from sglang.srt.entrypoints import http_server
 from sglang.srt.lora.lora_registry import LoRARegistry
 from sglang.srt.mezo.service.http import native, routes
@@ -31,20 +32,6 @@ from sglang.srt.utils.auth import add_api_key_middleware
 API_KEY = "user-key"
 ADMIN_KEY = "admin-key"
 UPSTREAM = tuple(http_server.app.router.routes)
-
-ENGINE = EngineDescription(
-    model_path="/models/tiny",
-    dtype="float32",
-    context_length=128,
-    kv_capacity=4000,
-    max_lora_rank=16,
-    max_loras_per_batch=8,
-    target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
-    default_target_modules={"alora": ["q_proj", "v_proj"], "lora": ["q_proj", "v_proj"]},
-    micro_step_tokens=64,
-    idle_step_tokens=256,
-    no_alora="",
-)
 
 
 class RecordingManager:

@@ -7,7 +7,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import msgspec
+from msgspec import structs
 
+import hyperparameters
 from sglang.srt.lora.lora_registry import LoRARegistry
 from sglang.srt.managers import tokenizer_control_mixin, tokenizer_manager
 from sglang.srt.managers.io_struct import GenerateReqInput, LoadLoRAAdapterReqInput, LoRAUpdateOutput
@@ -18,18 +20,12 @@ from sglang.srt.mezo.service.wire.events import Event, Failed, Started, Succeede
 from sglang.srt.mezo.service.wire.messages import EngineDescription, MezoReqInput, MezoReqOutput
 from sglang.srt.mezo.service.wire.packed import unpack
 
-ENGINE = EngineDescription(
+ENGINE = structs.replace(
+    hyperparameters.ENGINE,
     model_path="/models/opt",
-    dtype="float32",
     context_length=64,
-    kv_capacity=4000,
-    max_lora_rank=16,
-    max_loras_per_batch=8,
     target_modules=["q_proj", "k_proj", "v_proj", "out_proj"],
     default_target_modules={"alora": ["q_proj", "v_proj"], "lora": ["q_proj", "v_proj"]},
-    micro_step_tokens=64,
-    idle_step_tokens=256,
-    no_alora="",
     base_model="sha256:opt",
 )
 

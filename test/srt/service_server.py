@@ -13,12 +13,14 @@ from transformers import AutoTokenizer
 
 from service_doubles import ENGINE, Scheduler, TokenizerManager, without_runtime_context
 from sglang.srt.mezo.core.config import MezoConfig
+from sglang.srt.mezo.service.jobs import served_names
 from sglang.srt.mezo.service.jobs.client import EngineClient
 from sglang.srt.mezo.service.jobs.fit import limits
 from sglang.srt.mezo.service.jobs.forks import Forks
 from sglang.srt.mezo.service.jobs.manager import JobManager
 from sglang.srt.mezo.service.store.store import Store
 from sglang.srt.mezo.service.wire.events import Started
+from sglang.srt.mezo.service.wire.messages import HoldJob
 from sglang.srt.mezo.service.wire.records import StoredFile, StoredJob, new_id, now
 from sglang.srt.mezo.service.wire.settings import ServiceSettings
 
@@ -151,3 +153,27 @@ async def eventually(condition) -> None:
             return
         await asyncio.sleep(0.01)
     raise AssertionError("it did not come to pass within two minutes")
+
+
+@pytest.fixture(autouse=True)
+def impatience(monkeypatch):
+    monkeypatch.setattr(served_names, "_GRACE_SECONDS", 0.0)
+
+
+async def succeeded_and_opened(server, **arguments):
+    """A succeeded job, and a scheduler that opens it for single operations as soon as it is asked to."""
+    job = await server.succeeded(**arguments)
+    open_at_once(server)
+    return job
+
+
+def open_at_once(server) -> None:
+    handle = server.scheduler.handle
+
+    async def handle_and_open(command):
+        reply = await handle(command)
+        if isinstance(command, HoldJob) and reply.success:
+            asyncio.get_running_loop().call_soon(server.scheduler.report, Started, server.scheduler.step)
+        return reply
+
+    server.scheduler.handle = handle_and_open

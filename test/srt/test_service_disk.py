@@ -11,7 +11,18 @@ from starlette.testclient import TestClient
 
 from service_app import make_app, make_service
 from service_doubles import write_adapter
-from service_server import ROW, Server, anyio_backend, eventually, runtime_context, server, serving, tokenizer  # noqa: F401
+from service_server import (  # noqa: F401
+    ROW,
+    Server,
+    anyio_backend,
+    eventually,
+    impatience,
+    open_at_once,
+    runtime_context,
+    server,
+    serving,
+    tokenizer,
+)
 from sglang.srt.mezo.service.http import routes
 from sglang.srt.mezo.service.jobs import queues
 from sglang.srt.mezo.service.jobs.client import EngineClient
@@ -27,7 +38,6 @@ from sglang.srt.mezo.service.wire.messages import (
     StopJob,
 )
 from small_disk import small_disk
-from test_service_adapters import impatience, open_at_once  # noqa: F401
 
 pytestmark = pytest.mark.anyio
 
@@ -323,13 +333,13 @@ async def test_an_update_that_could_not_be_served_says_that_its_step_is_taken(se
     open_at_once(server)
     handle = refuse_for_room(server, ApplyUpdate)
     with pytest.raises(DiskFull):
-        await server.manager.update(job.id, 7, [0.5], 1e-3)
+        await server.manager.update(job.id, 7, [0.5] * 8, 1e-3)
     server.scheduler.handle = handle
     refuse_for_room(server, SaveAdapter)
     with pytest.raises(
         RequestError, match="the step is taken, and the adapter is at step 11, but not served: the server's disk"
     ) as caught:
-        await server.manager.update(job.id, 7, [0.5], 1e-3)
+        await server.manager.update(job.id, 7, [0.5] * 8, 1e-3)
     assert (caught.value.status, caught.value.code) == (507, "disk_full")
     assert await server.answer(job.adapter_name) == "trained"
 

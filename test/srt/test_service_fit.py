@@ -7,8 +7,7 @@ import copy
 import pytest
 
 from service_doubles import ENGINE, Refusal, write_adapter
-from service_server import ROW, ROWS, anyio_backend, eventually, runtime_context, serving, tokenizer  # noqa: F401
-from sglang.srt.mezo.service.jobs import served_names
+from service_server import ROW, ROWS, anyio_backend, eventually, impatience, runtime_context, serving, tokenizer  # noqa: F401
 from sglang.srt.mezo.service.wire.errors import RequestError
 from sglang.srt.mezo.service.wire.events import BaseModelReplaced, CheckpointSaved, Failed, StepTaken
 from sglang.srt.mezo.service.wire.messages import StartJob
@@ -16,11 +15,6 @@ from sglang.srt.mezo.service.wire.messages import StartJob
 pytestmark = pytest.mark.anyio
 
 OTHER_MODEL = {"base_model": "sha256:other"}
-
-
-@pytest.fixture(autouse=True)
-def impatience(monkeypatch):
-    monkeypatch.setattr(served_names, "_GRACE_SECONDS", 0.0)
 
 
 async def interrupted(directory, tokenizer, *rows, **config):

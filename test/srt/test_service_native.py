@@ -2,28 +2,15 @@
 
 import inspect
 import json
-import math
 
 import pytest
-from starlette.testclient import TestClient
 
-from service_app import RecordingManager, make_app, make_service
+from service_app import RecordingManager
+from service_client import http, service  # noqa: F401
 from sglang.srt.mezo.service.jobs.manager import JobManager
 from sglang.srt.mezo.service.wire.records import StoredFile, new_id, now
 
 ROW = {"prompt": "a", "completion": "b"}
-
-
-@pytest.fixture
-def service(tmp_path):
-    service = make_service(tmp_path)
-    yield service
-    service.close()
-
-
-@pytest.fixture
-def http(service):
-    return TestClient(make_app(service), raise_server_exceptions=False)
 
 
 @pytest.fixture
@@ -61,7 +48,7 @@ def test_an_adapter_is_published(http, service, job_id, body, checkpoint):
     assert service.manager.calls == [("publish_checkpoint", job_id, checkpoint)]
 
 
-@pytest.mark.parametrize(("sent", "zo_eps"), [({}, 0.5), ({"zo_eps": None}, 0.5), ({"zo_eps": 1}, 1.0)])
+@pytest.mark.parametrize(("sent", "zo_eps"), [({}, None), ({"zo_eps": None}, None), ({"zo_eps": 1}, 1.0)])
 def test_a_perturbation_is_evaluated(http, service, job_id, sent, zo_eps):
     response = http.post(f"/mezo/jobs/{job_id}/evaluate", json={"rows": [ROW], "zo_random_seed": 2**64 - 1} | sent)
     assert response.json() == {"loss_plus": [0.5], "loss_minus": [0.25], "projected_grad": [12.5]}
@@ -100,7 +87,6 @@ EVALUATE = {"rows": [ROW], "zo_random_seed": 3}
         ("evaluate", EVALUATE | {"zo_eps": 1e300}, "zo_eps"),
         ("evaluate", EVALUATE | {"zo_eps": 1e-320}, "zo_eps"),
         ("evaluate", EVALUATE | {"rows": [ROW] * 257}, "rows"),
-        ("update", UPDATE | {"projected_grad": [1.0]}, "projected_grad"),
         ("update", UPDATE | {"projected_grad": 1.0}, "projected_grad"),
         ("update", UPDATE | {"projected_grad": [1.0, "2"]}, "projected_grad.1"),
         ("update", UPDATE | {"projected_grad": [1.0, 1e39]}, "projected_grad.1"),
@@ -115,18 +101,6 @@ def test_a_wrong_body_is_refused_with_the_field_at_fault(http, service, job_id, 
     assert response.status_code == 400
     assert response.json()["error"]["param"] == param
     assert service.manager.calls == []
-
-
-@pytest.mark.parametrize("loss", [math.nan, math.inf])
-def test_losses_that_are_no_numbers_are_an_error(http, service, job_id, monkeypatch, loss):
-    async def evaluate(*args):
-        return {"step": 1, "loss_plus": [0.5, loss], "loss_minus": [0.25, 0.25], "projected_grad": [1.0, loss]}
-
-    monkeypatch.setattr(service.manager, "evaluate", evaluate)
-    response = http.post(f"/mezo/jobs/{job_id}/evaluate", json=EVALUATE | {"zo_eps": 100.0})
-    assert response.status_code == 400
-    error = response.json()["error"]
-    assert (error["param"], error["code"]) == ("zo_eps", "diverged") and "zo_eps=100.0" in error["message"]
 
 
 def test_rows_nested_too_deeply_are_refused_whole(http, service, job_id):

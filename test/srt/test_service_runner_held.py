@@ -11,8 +11,8 @@ import oracle
 from runner_engine import (  # noqa: F401
     OPTIONS,
     TRAIN,
+    begun_with,
     config,
-    empty_adapter,
     engine,
     events,
     first_batch,
@@ -131,9 +131,8 @@ def test_single_operations_take_the_steps_of_the_run(engine, config, model_path,
     assert engine.call(send, "SaveAdapter", {"job_id": "job", "directory": str(folder)})[3] == {"step": 1}
     stop(engine)
     assert SeedLog.open(Path(by_hand.output_dir) / "seed_log").records() == [record]
-    saved, rebuilt = (empty_adapter(by_hand, model_path) for _ in range(2))
+    saved, rebuilt = begun_with(by_hand.output_dir), begun_with(by_hand.output_dir)
     saved.load_weights(folder)
-    rebuilt.load_weights(Path(by_hand.output_dir) / "initial_adapter")
     SeedLog.open(Path(by_hand.output_dir) / "seed_log").replay(rebuilt.theta)
     assert torch.equal(saved.theta, rebuilt.theta)
 
@@ -202,9 +201,8 @@ def test_an_update_that_overflows_is_refused_and_changes_nothing(engine, config,
     stop(engine)
     log = SeedLog.open(Path(config.output_dir) / "seed_log")
     assert [record.seed for record in log.records()] == [7, 8]
-    saved, rebuilt = (empty_adapter(config, model_path) for _ in range(2))
+    saved, rebuilt = begun_with(config.output_dir), begun_with(config.output_dir)
     saved.load_weights(tmp_path / "saved")
-    rebuilt.load_weights(Path(config.output_dir) / "initial_adapter")
     log.replay(rebuilt.theta)
     assert torch.equal(saved.theta, rebuilt.theta)
 

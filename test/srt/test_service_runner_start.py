@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from runner_engine import (  # noqa: F401
+    begun_with,
     config,
-    empty_adapter,
     engine,
     events,
     flush,
@@ -121,8 +121,7 @@ def test_a_run_goes_on_from_an_adapter_and_needs_its_folder_once(engine, config,
         assert json.loads((tmp_path / name / "config.json").read_text())["init_from"] == "served:first"
     assert logs[0] == logs[1]
     log = SeedLog.open(tmp_path / "whole" / "seed_log")
-    begun = empty_adapter(further, model_path)
-    begun.load_weights(tmp_path / "whole" / "initial_adapter")
+    begun = begun_with(tmp_path / "whole")
     log.require_initial(begun.theta)
     begun.load_weights(Path(first.output_dir) / "initial_adapter")
     with pytest.raises(LogError):

@@ -13,7 +13,8 @@ import pytest
 from starlette.testclient import TestClient
 
 from clients import openai_client
-from service_app import make_app, make_service, serving
+from service_app import make_app, serving
+from service_client import service  # noqa: F401
 from sglang.srt.mezo.service.http import uploads
 from sglang.srt.mezo.service.store import store as stores
 from sglang.srt.mezo.service.wire.records import StoredFile, new_id
@@ -23,13 +24,6 @@ ROWS = b'{"prompt": "a", "completion": "b"}\n'
 MIB = 1 << 20
 BOUNDARY = "frontier"
 FORM_TYPE = f"multipart/form-data; boundary={BOUNDARY}"
-
-
-@pytest.fixture
-def service(tmp_path):
-    service = make_service(tmp_path)
-    yield service
-    service.close()
 
 
 @pytest.fixture

@@ -81,6 +81,12 @@ def test_a_run_writes_everything_and_the_log_rebuilds_the_adapter(engine, spec, 
     assert [record["step"] for record in state["log_history"]] == [0, 5, 10, 12]
 
 
+def test_a_run_that_nobody_can_be_told_of_begins_nothing(engine, spec, config):
+    with pytest.raises(ConfigError, match="report_to='tensorbord'"):
+        engine.call(run, replace(config, report_to="tensorbord"), spec, TRAIN)
+    assert not Path(config.output_dir).exists()
+
+
 def test_a_resumed_run_equals_the_whole_run(engine, spec, config, tmp_path):
     engine.call(run, config, spec, TRAIN, EVALUATION)
     # The part is evaluated at its end, where the whole is not: that may be its best step.

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from sglang.srt.mezo.core.passes import drain
 from sglang.srt.mezo.data.examples import Example
 from sglang.srt.mezo.training.learner import Learner
+from sglang.srt.mezo.training.reporting import integrations
 from sglang.srt.mezo.training.results import TrainResult
 from sglang.srt.mezo.training.run import train
 
@@ -17,6 +18,7 @@ class MezoTrainer(Learner):
 
         The time of evaluations is not counted as training time.
         """
+        integrations(self.config.report_to)  # before a run directory is begun for nothing
         return train(self)
 
     def evaluate(self, eval_dataset: Sequence[Example] | None = None) -> dict[str, float]:

@@ -254,7 +254,7 @@ class JobManager:
             return await self._manual.publish_current(job_id)
 
     async def evaluate(
-        self, job_id: str, rows: Sequence[Mapping[str, Any]], zo_random_seed: int, zo_eps: float
+        self, job_id: str, rows: Sequence[Mapping[str, Any]], zo_random_seed: int, zo_eps: float | None
     ) -> dict[str, Any]:
         """Losses of a paused or succeeded job's adapter at theta + zo_eps z and theta - zo_eps z; see
         ``ManualWork``."""

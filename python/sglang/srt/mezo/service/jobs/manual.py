@@ -2,12 +2,14 @@
 longer."""
 
 import asyncio
+import math
 import sqlite3
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+from sglang.srt.mezo.core.errors import shown
 from sglang.srt.mezo.service.jobs.client import EngineClient
 from sglang.srt.mezo.service.jobs.fit import Fit
 from sglang.srt.mezo.service.jobs.job_data import JobReader, to_message
@@ -58,11 +60,12 @@ class ManualWork:
             self._idle.cancel()
 
     async def evaluate(
-        self, job_id: str, rows: Sequence[Mapping[str, Any]], zo_random_seed: int, zo_eps: float
+        self, job_id: str, rows: Sequence[Mapping[str, Any]], zo_random_seed: int, zo_eps: float | None
     ) -> dict[str, Any]:
-        """``loss_plus``, ``loss_minus`` and ``projected_grad``, one number for each direction, and ``step``."""
-        job = self._store.job(job_id)
-        require(job, "evaluate")
+        """``loss_plus``, ``loss_minus`` and ``projected_grad``, one number for each direction, and ``step``; zo_eps
+        None is the job's."""
+        job = self._fitting(job_id, "evaluate")
+        zo_eps = job.settings.zo_eps if zo_eps is None else zo_eps
         examples = await asyncio.to_thread(self._reader.encode, job, rows)
         async with self._session(job_id, "evaluate") as session:
             command = EvaluatePerturbed(
@@ -72,7 +75,9 @@ class ManualWork:
                 zo_random_seed=zo_random_seed,
                 zo_eps=zo_eps,
             )
-            return {"step": session.step, **await self._sessions.evaluate(session, command, _TIMEOUT_SECONDS)}
+            losses = await self._sessions.evaluate(session, command, _TIMEOUT_SECONDS)
+            _require_finite(losses, zo_eps)
+            return {"step": session.step, **losses}
 
     async def update(
         self, job_id: str, zo_random_seed: int, projected_grad: Sequence[float], learning_rate: float, publish: bool
@@ -82,6 +87,7 @@ class ManualWork:
         Returns:
             ``step``, and the ``model`` that was published, None for none.
         """
+        _require_directions(self._fitting(job_id, "update"), projected_grad)
         async with self._session(job_id, "update") as session:
             result = await self._client.call(
                 ApplyUpdate(
@@ -130,10 +136,7 @@ class ManualWork:
     @asynccontextmanager
     async def _session(self, job_id: str, action: Action) -> AsyncIterator[HeldSession]:
         """The engine with the job's adapter on it."""
-        job = self._store.job(job_id)
-        require(job, action)
-        if (reason := self._fit.of_job(job)) is not None:
-            raise reason
+        self._fitting(job_id, action)
         other = self._training.current
         if other is not None and self._store.job(other).status in ("queued", "running"):  # others are on their way out
             raise RequestError(
@@ -147,6 +150,14 @@ class ManualWork:
                 yield await self._open(job)
             finally:
                 self._idle = asyncio.create_task(self._give_back())
+
+    def _fitting(self, job_id: str, action: Action) -> StoredJob:
+        """The job, if it is one for such an action and this server can take it up."""
+        job = self._store.job(job_id)
+        require(job, action)
+        if (reason := self._fit.of_job(job)) is not None:
+            raise reason
+        return job
 
     async def _open(self, job: StoredJob) -> HeldSession:
         if isinstance(session := self._sessions.of(job.id), HeldSession):
@@ -173,6 +184,22 @@ class ManualWork:
             session = self._sessions.current
             if isinstance(session, HeldSession):
                 await self._sessions.stop(session.job_id)
+
+
+def _require_finite(losses: Mapping[str, list[float]], zo_eps: float) -> None:
+    if not all(map(math.isfinite, losses["loss_plus"] + losses["loss_minus"])):
+        raise RequestError(
+            400, f"the losses at zo_eps={zo_eps} are {shown(losses)}: lower zo_eps", "zo_eps", "diverged"
+        )
+
+
+def _require_directions(job: StoredJob, projected_grad: Sequence[float]) -> None:
+    count = job.settings.num_perturbations
+    if len(projected_grad) != count:
+        message = (
+            f"projected_grad has {len(projected_grad)} numbers, and the job's num_perturbations={count} needs as many"
+        )
+        raise RequestError(400, message, "projected_grad", "invalid_value")
 
 
 def _only_stepped(step: int, error: Exception) -> RequestError:
