@@ -174,11 +174,6 @@ def suffix(value: str, allowed: str, status: int = 400, code: str = "invalid_val
 
 LETTERS = "1 to 64 letters, digits, '.', '_' or '-', a letter or digit first"
 JOBS: dict[str, tuple[dict[str, Any], Expected]] = {
-    "unknown model": (
-        {"model": "gpt-4"},
-        (404, "model", "model_not_found", "'gpt-4' does not exist: this server trains 'reviews-model'"),
-    ),
-    "no fine-tuned model": ({"model": "reviews-model:nobody"}, (404, "model", "model_not_found", "does not exist")),
     "model of 500,000 characters": ({"model": "m" * 500_000}, (404, "model", "model_not_found", "does not exist")),
     "model a number": ({"model": 5}, (400, "model", "invalid_value", "model=5 is not allowed: a valid string")),
     "unknown training file": (
@@ -227,7 +222,6 @@ JOBS: dict[str, tuple[dict[str, Any], Expected]] = {
     "r above --max-lora-rank": hyperparameter(
         "r", 17, "r=17 is not allowed: from 1 to 16, the server's --max-lora-rank"
     ),
-    "unknown module": hyperparameter("target_modules", ["fc1"], "some of k_proj, out_proj, q_proj, v_proj"),
     "too many directions": hyperparameter("num_perturbations", 65, "at most 64"),
     "invocation for ordinary LoRA": (
         {"method": supervised(**JOB, tuning="lora")},
@@ -235,14 +229,6 @@ JOBS: dict[str, tuple[dict[str, Any], Expected]] = {
     ),
     "no modules": hyperparameter(
         "target_modules", None, 'target_modules=None is not allowed: a list of strings, or "auto"'
-    ),
-    "another rank than the adapter's": (
-        {"model": "reviews-model:done", "method": supervised(**JOB, r=2)},
-        (400, f"{PLACE}.r", "invalid_value", "8, as the adapter has it"),
-    ),
-    "another invocation than the adapter's": (
-        {"model": "reviews-model:done", "method": supervised(**JOB | {"invocation": " good"})},
-        (400, f"{PLACE}.invocation", "invalid_value", "' It was', as the adapter has it"),
     ),
     "a deep list": hyperparameter("target_modules", json.loads("[" * 200 + "]" * 200), "a list of strings"),
     "unknown hyperparameter": hyperparameter(
@@ -252,25 +238,40 @@ JOBS: dict[str, tuple[dict[str, Any], Expected]] = {
         name: hyperparameter(name, "/tmp/x", "is not a hyperparameter", "unknown_parameter")
         for name in ("output_dir", "resume_from_checkpoint", "base_model", "report_to", "../x")
     },
-    "suffix with a slash": suffix("a/b", LETTERS),
-    "suffix a path": suffix("../../x", LETTERS),
-    "suffix of dots": suffix("..", LETTERS),
-    "suffix with a colon": suffix("a:b", LETTERS),
-    "suffix with NUL": suffix("a\0b", LETTERS),
-    "suffix with a line end": suffix("a\n", LETTERS),
     "suffix empty": suffix("", "at least 1 character"),
     "suffix of 65 characters": suffix("a" * 65, "at most 64 characters"),
+}
+
+NAMED_JOBS: dict[str, tuple[dict[str, Any], Expected]] = {
+    "unknown module": hyperparameter("target_modules", ["fc1"], "some of k_proj, out_proj, q_proj, v_proj"),
+    "unknown model": (
+        {"model": "gpt-4"},
+        (404, "model", "model_not_found", "'gpt-4' does not exist: this server trains 'reviews-model'"),
+    ),
+    "no fine-tuned model": ({"model": "reviews-model:nobody"}, (404, "model", "model_not_found", "does not exist")),
+    "another rank than the adapter's": (
+        {"model": "reviews-model:done", "method": supervised(**JOB, r=2)},
+        (400, f"{PLACE}.r", "invalid_value", "8, as the adapter has it"),
+    ),
+    "another invocation than the adapter's": (
+        {"model": "reviews-model:done", "method": supervised(**JOB | {"invocation": " good"})},
+        (400, f"{PLACE}.invocation", "invalid_value", "' It was', as the adapter has it"),
+    ),
     "suffix of a running job": suffix("running", "suffix='running' is not allowed: job ftjob-", 409, "name_taken"),
     "suffix of a finished job": suffix("done", "suffix='done' is not allowed: job ftjob-", 409, "name_taken"),
     "suffix of a loaded adapter": suffix(
         "foreign", "suffix='foreign' is not allowed: an adapter that is served", 409, "name_taken"
     ),
+    "suffix a path": suffix("../../x", LETTERS),
+    "suffix with NUL": suffix("a\0b", LETTERS),
 }
+"""Of a server that serves ``reviews-model``, an OPT, with jobs in each state."""
 
 BODIES: dict[str, tuple[bytes, int, str]] = {
     "nothing": (b"", 400, "the body is not JSON"),
     "no JSON": (b"{", 400, "the body is not JSON"),
     "no object": (b"[]", 400, "the body must be a JSON object, not list"),
+    "null": (b"null", 400, "the body must be a JSON object, not NoneType"),
     "not UTF-8": (b'{"model": "\xff"}', 400, "the body is not JSON"),
     "half of a surrogate pair": (b'{"model": "\\ud800"}', 400, "the body is not JSON"),
     "NaN": (b'{"model": "m", "training_file": "f", "seed": NaN}', 400, "the body is not JSON"),
@@ -284,3 +285,15 @@ BODIES: dict[str, tuple[bytes, int, str]] = {
     ),
     "longer than a body may be": (b'{"model": "' + b"x" * 5 * MIB + b'"}', 413, f"at most {MIB} bytes are taken"),
 }
+
+
+def check(status: int, error: dict[str, Any], *expected: *Expected) -> None:
+    expected_status, param, code, message = expected
+    assert (status, error["param"], error["code"]) == (expected_status, param, code), error
+    assert error["type"] == "invalid_request_error" and message in error["message"] and len(error["message"]) < 1000
+
+
+def few(kinds: dict[str, Any]) -> list[str]:
+    """Five kinds from all over a table: for a real server, where each other test has all of them."""
+    names = list(kinds)
+    return names[:: -(-len(names) // 5)]

@@ -66,10 +66,11 @@ class Server:
         self.scheduler.on_event = self.manager.on_event
 
     def upload(self, *rows, filename: str = "train.jsonl") -> str:
-        content = "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
-        digest = hashlib.sha256(content.encode()).hexdigest()
-        file = StoredFile(new_id("file-"), filename, "fine-tune", len(content.encode()), now(), "processed", digest)
-        self.store.partial_path(file.id).write_text(content)
+        """Of rows, or of lines as they are."""
+        content = b"".join(map(_line, rows))
+        digest = hashlib.sha256(content).hexdigest()
+        file = StoredFile(new_id("file-"), filename, "fine-tune", len(content), now(), "processed", digest)
+        self.store.partial_path(file.id).write_bytes(content)
         return self.store.add_file(file).id
 
     async def create(self, *rows, validation: str | None = None, suffix: str | None = None, **config) -> StoredJob:
@@ -127,6 +128,12 @@ class Server:
     @cached_property
     def answer(self):
         return self.tokenizer_manager.answer
+
+
+def _line(row) -> bytes:
+    if isinstance(row, bytes):
+        return row + b"\n"
+    return (row if isinstance(row, str) else json.dumps(row)).encode() + b"\n"
 
 
 @asynccontextmanager

@@ -241,32 +241,11 @@ async def test_appended_examples_that_are_judged_by_are_counted(server):
 # --- what goes wrong --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "line, reason",
-    [
-        ("{not json", "not JSON"),
-        ("[1]", "a JSON object is needed"),
-        ({"question": "?"}, "have none of the forms"),
-        ({**ROW, "label": 2}, "label=2"),
-        ({**ROW, "prompt": "no invocation"}, "invocation tokens"),
-        ({**ROW, "prompt": "good " * 70 + "It was"}, "more than the context of 64"),
-        ({**ROW, "options": [" good"] * 129}, "129 options are too many: at most 128"),
-        (
-            {**ROW, "prompt": "all right. It was", "options": [f" {i}" + " good film" * 20 for i in range(100)]},
-            "its 100 options take",
-        ),
-        ('{"prompt": "%s"}' % ("x" * (4 << 20)), "the line is longer than 4194304 bytes"),
-        ({"prompt": "all right. It was", "completion": " great"}, "nothing to choose from"),
-    ],
-)
-async def test_a_bad_row_fails_the_job_with_its_place(server, line, reason, monkeypatch):
+async def test_a_row_of_a_bad_line_fails_the_job_with_its_place(server, monkeypatch):
     monkeypatch.setattr(tokenising, "_SMALL_BYTES", 8 << 20)  # in this process, whatever its size
-    bad = await server.create(ROW, "", line)
+    bad = await server.create(ROW, "", '{"prompt": "%s"}' % ("x" * (4 << 20)))
     failed = await server.until(bad, "failed")
-    assert failed.error["code"] == "invalid_training_file" and failed.error["param"] == "training_file"
-    assert failed.error["message"].startswith("train.jsonl:3: ") and reason in failed.error["message"]
-    assert failed.finished_at is not None
-    assert failed.error["message"] in server.messages(bad)[-1]
+    assert failed.error["message"] == "train.jsonl:3: the line is longer than 4194304 bytes"
     await server.running()
 
 

@@ -125,13 +125,7 @@ def test_a_filename_has_a_length(service, filename):
 @pytest.mark.parametrize(
     ("body", "param", "message"),
     [
-        (FILE + END, "purpose", "the form has no purpose"),
-        (PURPOSE + END, "file", "the form has no file"),
-        (PURPOSE + part("file", ROWS) + END, "file", "without a filename"),
-        (PURPOSE + FILE + FILE + END, "file", "more than one file"),
         (PURPOSE + PURPOSE + FILE + END, "purpose", "more than one purpose"),
-        (PURPOSE + part("file", b"", "a.jsonl") + END, "file", "the file 'a.jsonl' is empty"),
-        (part("purpose", b"batch") + FILE + END, "purpose", "purpose='batch' is not allowed: fine-tune"),
         (FILE + part("purpose", b"") + END, "purpose", "purpose='' is not allowed: fine-tune"),
         (FILE + part("purpose", b"\xff") + END, "purpose", "is not allowed: fine-tune"),
         (FILE + part("purpose", b"p" * 2000) + END, "purpose", "purpose is longer than 1024 bytes"),
@@ -165,7 +159,6 @@ def test_a_filename_has_a_length(service, filename):
             "is not allowed",
         ),
         (PURPOSE + part("", b"x") + FILE + END, None, "field '' is not supported"),
-        (PURPOSE + FILE, None, "the form ends before its last boundary"),
         (PURPOSE + FILE[:-10], None, "the form ends before its last boundary"),
         (b"", None, "the form ends before its last boundary"),
         (b"nonsense", None, "not multipart/form-data"),
