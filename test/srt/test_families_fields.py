@@ -27,6 +27,11 @@ def rope(kind: str, **parameters) -> dict[str, Any]:
     return {"rope_type": kind, "rope_theta": 10000.0, **parameters}
 
 
+def long_rope(long_factor: float = 1.0, **parameters) -> dict[str, Any]:
+    factors = dict(short_factor=[1.0] * 8, long_factor=[long_factor] * 8)
+    return rope("longrope", original_max_position_embeddings=32, **factors, **parameters)
+
+
 YARN = dict(factor=4.0, original_max_position_embeddings=32)
 ROPES = [
     rope("default", rope_theta=100.0),
@@ -39,7 +44,10 @@ ROPES = [
     rope("yarn", **YARN, truncate=False),
     rope("yarn", **YARN, mscale=2.0, mscale_all_dim=1.0),
     rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32),
-    rope("longrope", short_factor=[1.0] * 8, long_factor=[2.0] * 8, factor=4.0, original_max_position_embeddings=32),
+    long_rope(factor=2.0),
+    long_rope(attention_factor=2.0),
+    long_rope(short_mscale=1.5, long_mscale=1.5),
+    long_rope(2.0, factor=4.0),
 ]
 VALUES = {
     "attention_bias": [True, False],
@@ -204,6 +212,14 @@ def test_nothing_is_said_of_a_family_as_it_is(architecture):
         ("LlamaForCausalLM", {"rope_parameters": ROPES[-1]}, ["longer than 32"]),
         ("Qwen3ForCausalLM", {"rope_parameters": rope("yarn", **YARN, attention_factor=2.0)}, ["attention_factor=2.0"]),
         ("Qwen3ForCausalLM", {"rope_parameters": rope("yarn", **YARN, attention_factor=1.1386)}, []),
+        ("LlamaForCausalLM", {"rope_parameters": long_rope(factor=2.0)}, ["longer", "attention_factor=1.095"]),
+        ("LlamaForCausalLM", {"rope_parameters": long_rope(factor=4.0)}, ["longer"]),
+        ("LlamaForCausalLM", {"rope_parameters": long_rope(short_mscale=1.5)}, ["longer", "short_mscale"]),
+        (
+            "Gemma3ForCausalLM",
+            {"rope_parameters": {FULL: rope("yarn", **YARN, truncate=False), SLIDING: rope("default")}},
+            ["truncate=False"],
+        ),
     ],
 )
 def test_a_difference_names_the_field_and_its_value(architecture, fields, named):
@@ -229,6 +245,11 @@ def test_what_sglang_does_not_load_is_refused_by_its_name(architecture, fields):
     ((name, value),) = fields.items()
     with pytest.raises(ConfigError, match=f"{name}={value!r}"):
         family_of(tiny_models.config(architecture, **fields))
+
+
+def test_positions_that_sglang_cannot_run_are_refused():
+    with pytest.raises(ConfigError, match="rope_type='longrope'"):
+        family_of(tiny_models.config("Qwen3MoeForCausalLM", rope_parameters=long_rope()))
 
 
 def test_an_engines_start_says_it_in_a_line(caplog):

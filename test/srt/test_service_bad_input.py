@@ -1,4 +1,4 @@
-"""Bad input of every kind, at SGLang's application with our routes and at the manager behind it; nothing is trained."""
+"""Bad input of every kind, at SGLang's application with our routes and the manager behind it; nothing is trained."""
 
 import pytest
 

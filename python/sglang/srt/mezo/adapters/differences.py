@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from sglang.srt.mezo.adapters.families import architecture_of
+from sglang.srt.mezo.adapters.families import architecture_of, rope_parameters
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -87,10 +87,8 @@ def differences(config: "PretrainedConfig", context_length: int | None = None) -
     ]
     found += _windows(config, architecture, longest)
     found += _long_rope(config, longest)
-    found += _yarn(config, architecture)
-    if architecture == "Gemma3ForCausalLM":
-        kind = (config.rope_parameters.get("sliding_attention") or {}).get("rope_type", "default")
-        found += [f"rope_type={kind!r} of sliding_attention is computed as 'default'"] if kind not in _NO_ROPE else []
+    found += _rope_scale(config, architecture)
+    found += _gemma3(config) if architecture == "Gemma3ForCausalLM" else ()
     if architecture == "Gemma2ForCausalLM" and any(
         (kind == "sliding_attention") != (i % 2 == 0) for i, kind in enumerate(config.layer_types)
     ):
@@ -103,15 +101,8 @@ def differences(config: "PretrainedConfig", context_length: int | None = None) -
 def _values(config: "PretrainedConfig", field: str) -> list[Any]:
     """The values of a field; of ``rope_type`` one for each kind of layer that has positions of its own."""
     if field == "rope_type":
-        return sorted({parameters.get("rope_type", "default") for parameters in _rope(config)})
+        return sorted({parameters.get("rope_type", "default") for parameters in rope_parameters(config)})
     return [getattr(config, field)] if hasattr(config, field) else []
-
-
-def _rope(config: "PretrainedConfig") -> list[dict[str, Any]]:
-    """Of each kind of layer, or the one of all."""
-    parameters = getattr(config, "rope_parameters", None) or {}
-    kinds = [value for value in parameters.values() if isinstance(value, dict)]
-    return kinds or [parameters]
 
 
 def _windows(config: "PretrainedConfig", architecture: str, longest: int) -> Iterator[str]:
@@ -122,7 +113,7 @@ def _windows(config: "PretrainedConfig", architecture: str, longest: int) -> Ite
 
 
 def _long_rope(config: "PretrainedConfig", longest: int) -> Iterator[str]:
-    for parameters in _rope(config):
+    for parameters in rope_parameters(config):
         original = parameters.get("original_max_position_embeddings") or config.max_position_embeddings
         if parameters.get("rope_type") == "longrope" and longest > original:
             yield (
@@ -131,11 +122,32 @@ def _long_rope(config: "PretrainedConfig", longest: int) -> Iterator[str]:
             )
 
 
-def _yarn(config: "PretrainedConfig", architecture: str) -> Iterator[str]:
-    """Gemma 3 has Transformers' own positions."""
-    for parameters in _rope(config) if architecture != "Gemma3ForCausalLM" else ():
-        given = parameters.get("attention_factor")
-        if parameters.get("rope_type") == "yarn" and given is not None:
-            computed = 0.1 * math.log(parameters["factor"]) + 1
-            if not math.isclose(given, computed, rel_tol=1e-4):
-                yield f"attention_factor={given!r} is computed as {computed:.4f}, which follows from factor"
+def _rope_scale(config: "PretrainedConfig", architecture: str) -> Iterator[str]:
+    """What rotated vectors are multiplied by. Gemma 3 has Transformers' own positions."""
+    for parameters in rope_parameters(config) if architecture != "Gemma3ForCausalLM" else ():
+        kind, given = parameters.get("rope_type"), parameters.get("attention_factor")
+        if kind == "yarn" and given is not None:
+            computed, reason = 0.1 * math.log(parameters["factor"]) + 1, "factor"
+        elif kind == "longrope":
+            original = parameters.get("original_max_position_embeddings") or config.max_position_embeddings
+            ratio = config.max_position_embeddings / original
+            computed, reason = _long_scale(ratio, original), "max_position_embeddings"
+            given = _long_scale(parameters.get("factor") or ratio, original) if given is None else given
+            if (short := parameters.get("short_mscale")) is not None:
+                computed, reason = short, "short_mscale"
+        else:
+            continue
+        if not math.isclose(given, computed, rel_tol=1e-4):
+            yield f"attention_factor={round(given, 4)!r} of {kind!r} is computed as {computed:.4f}, which follows from {reason}"
+
+
+def _long_scale(factor: float, original: int) -> float:
+    return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+
+
+def _gemma3(config: "PretrainedConfig") -> Iterator[str]:
+    sliding, full = (config.rope_parameters.get(kind) or {} for kind in ("sliding_attention", "full_attention"))
+    if (kind := sliding.get("rope_type", "default")) not in _NO_ROPE:
+        yield f"rope_type={kind!r} of sliding_attention is computed as 'default'"
+    if full.get("rope_type") == "yarn" and not full.get("truncate", True):
+        yield f"truncate={full['truncate']!r} of full_attention is computed so, and Transformers takes it for True"

@@ -6,7 +6,7 @@ but an adapter's files are for the checkpoint.
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sglang.srt.mezo.adapters.adapter import Site
 from sglang.srt.mezo.core.config import Tuning
@@ -83,6 +83,7 @@ FAMILIES = {
 """By the architecture that a checkpoint's configuration names. ``test_families.py`` holds each against Transformers
 and PEFT."""
 
+_NO_LONG_ROPE = ("Qwen3MoeForCausalLM",)
 _HEADS_FILL_HIDDEN = ("Cohere2ForCausalLM", "MixtralForCausalLM")
 
 
@@ -112,7 +113,18 @@ def family_of(config: "PretrainedConfig") -> Family:
         raise ConfigError(
             "head_dim", config.head_dim, f"SGLang loads {architecture} with hidden_size / num_attention_heads, {heads}"
         )
+    if architecture in _NO_LONG_ROPE and any(
+        parameters.get("rope_type") == "longrope" for parameters in rope_parameters(config)
+    ):
+        raise ConfigError("rope_type", "longrope", f"SGLang runs {architecture} with any other")
     return family
+
+
+def rope_parameters(config: "PretrainedConfig") -> list[dict[str, Any]]:
+    """Of each kind of layer that has positions of its own, or the one of all."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    kinds = [value for value in parameters.values() if isinstance(value, dict)]
+    return kinds or [parameters]
 
 
 def require_modules(family: Family, target_modules: Iterable[str]) -> None:
