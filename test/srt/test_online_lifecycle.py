@@ -48,6 +48,14 @@ def answer(server, model: str) -> str:
     return server.client.completions.create(model=model, prompt="good food. It was", max_tokens=1).choices[0].text
 
 
+def restart(server, *flags: str) -> None:
+    """With these flags, whatever the test before has left."""
+    if server._process is not None:
+        server.kill()
+    server._flags = flags
+    server.start()
+
+
 def makes_steps(server, job) -> None:
     server.wait_for(job.id, "running")
     server.wait_for_step(job.id, server.last_step(job.id) + 5)
@@ -123,8 +131,7 @@ def test_sigterm_ends_a_server_whatever_is_under_way(server, jobs):
 @pytest.mark.slow
 def test_with_other_flags_a_job_waits_and_its_adapters_are_not_served(server, jobs):
     done, running = jobs
-    server._flags = ("--max-lora-rank", "4")
-    server.start()
+    restart(server, "--max-lora-rank", "4")
     held = server.wait_for(running.id, "paused")
     assert held.error.code == "does_not_fit" and "--max-lora-rank" in held.error.message
     not_served(server, done, "--max-lora-rank")
@@ -153,8 +160,7 @@ def test_on_another_model_of_that_name_too_until_the_right_weights_are_loaded(se
         other / "model.safetensors",
         {"format": "pt"},
     )
-    server._flags = ("--model-path", str(other))
-    server.start()
+    restart(server, "--model-path", str(other))
     assert server.wait_for(running.id, "paused").error.code == "base_model_changed"
     not_served(server, done, "another base model")
     refusal = server.http.post(f"/v1/fine_tuning/jobs/{running.id}/resume")

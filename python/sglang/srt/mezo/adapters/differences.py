@@ -138,7 +138,7 @@ def _rope_scale(config: "PretrainedConfig", architecture: str) -> Iterator[str]:
         else:
             continue
         if not math.isclose(given, computed, rel_tol=1e-4):
-            yield f"attention_factor={round(given, 4)!r} of {kind!r} is computed as {computed:.4f}, which follows from {reason}"
+            yield f"attention_factor={round(given, 4)!r} of {kind!r} is computed as {computed:.4f} from {reason}"
 
 
 def _long_scale(factor: float, original: int) -> float:
