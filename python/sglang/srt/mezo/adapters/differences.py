@@ -149,5 +149,6 @@ def _gemma3(config: "PretrainedConfig") -> Iterator[str]:
     sliding, full = (config.rope_parameters.get(kind) or {} for kind in ("sliding_attention", "full_attention"))
     if (kind := sliding.get("rope_type", "default")) not in _NO_ROPE:
         yield f"rope_type={kind!r} of sliding_attention is computed as 'default'"
+    # Transformers (5.19) looks for it beside the kinds of layers, where it is not.
     if full.get("rope_type") == "yarn" and not full.get("truncate", True):
         yield f"truncate={full['truncate']!r} of full_attention is computed so, and Transformers takes it for True"
