@@ -138,7 +138,7 @@ def run(trainer: MezoTrainer, steps: int) -> float:
 def difference(trainer: MezoTrainer) -> float:
     """Of a batch's losses with reuse and without it, the larger."""
     batch = trainer.batch(trainer.global_step)
-    z = [trainer.optimizer.direction(1, 0)]
+    z = trainer.optimizer.directions(1, 1)
     reused = drain(trainer.probe.loss_passes(batch, z, ZO_EPS))
     kept, trainer.scorer = (
         trainer.scorer,

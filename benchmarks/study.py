@@ -239,7 +239,9 @@ def open_timed(arguments: argparse.Namespace, run: Run) -> Operations:
     return {
         "prefixes": lambda: timed(
             lambda: drain(
-                trainer.scorer.prefix_passes(trainer.train_plans, trainer.slots.groups(0, trainer.slots.width))
+                trainer.scorer.prefix_passes(
+                    trainer.train_plans, trainer.points.rounds(trainer.config.num_perturbations)[0].groups
+                )
             )
         ),
         "step": lambda: timed(lambda: drain(trainer.step_passes(trainer.batch(trainer.global_step)))),

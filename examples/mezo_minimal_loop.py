@@ -65,7 +65,7 @@ def main() -> None:
         right = 0
         for start in range(0, len(test), 64):
             plans = test[start : start + 64]
-            values = drain(scorer.passes(plans, [(current.lora_id,)], "classification"))
+            values = drain(scorer.passes(plans, [(current.point,)], "classification"))
             right += sum(int(p) == plan.label for p, plan in zip(predictions(plans, values)[0], plans))
         return right / len(test)
 
@@ -77,7 +77,7 @@ def main() -> None:
         z = direction(zo_random_seed, 0, theta.numel())
         plus.write(theta + arguments.zo_eps * z)
         minus.write(theta - arguments.zo_eps * z)
-        values = drain(scorer.passes(batch, [(plus.lora_id, minus.lora_id)], "classification"))
+        values = drain(scorer.passes(batch, [(plus.point, minus.point)], "classification"))
         loss_plus, loss_minus = batch_loss(batch, values, "classification").mean.tolist()
         projected_grad = (loss_plus - loss_minus) / (2 * arguments.zo_eps)
         learning_rate = arguments.learning_rate * (1 - step / arguments.steps)

@@ -17,6 +17,7 @@ from engine_process import EngineProcess
 from sglang.srt.mezo.adapters.adapter import Adapter, AdapterSpec
 from sglang.srt.mezo.adapters.families import FAMILIES
 from sglang.srt.mezo.core.config import MezoConfig
+from sglang.srt.mezo.core.directions import KeptDirections
 from sglang.srt.mezo.core.noise import direction
 from sglang.srt.mezo.core.passes import drain
 from sglang.srt.mezo.data.examples import Example
@@ -56,7 +57,9 @@ def losses(engine, spec: AdapterSpec, theta: torch.Tensor) -> list[float]:
         trainer = MezoTrainer(engine.handle, config, spec, examples, objective=objective)
         try:
             trainer.adapter.theta.copy_(theta)
-            (plus,), (minus,) = drain(trainer.probe.loss_passes(trainer.train_plans, [torch.zeros_like(theta)], 0.0))
+            (plus,), (minus,) = drain(
+                trainer.probe.loss_passes(trainer.train_plans, KeptDirections([torch.zeros_like(theta)]), 0.0)
+            )
         finally:
             trainer.close()
         assert plus == pytest.approx(minus, abs=1e-6)

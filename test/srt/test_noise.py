@@ -13,6 +13,15 @@ BLOCK = 1 << 15  # normal numbers that are drawn together
 WORD = 2**64
 
 
+@pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
+@pytest.mark.parametrize(
+    ("first", "numel"), [(0, 10), (1, 100), (BLOCK, BLOCK), (3 * BLOCK + 5, 9 * BLOCK), (11 * BLOCK - 1, 2)]
+)
+def test_a_stretch_is_that_of_the_whole_direction(distribution, first, numel):
+    whole = direction(SEED, 3, 12 * BLOCK + 5, distribution)
+    assert torch.equal(direction(SEED, 3, numel, distribution, first), whole[first : first + numel])
+
+
 def philox(counter: int, key: tuple[int, int]) -> tuple[int, ...]:
     """The generator as Salmon et al. (2011) define it, one block of 64-bit words, arbitrary-precision integers."""
     words = [counter >> 64 * i & (WORD - 1) for i in range(4)]

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import get_scheduler
 
+from sglang.srt.mezo.core.directions import DrawnDirections, KeptDirections
 from sglang.srt.mezo.core.errors import DivergedError
 from sglang.srt.mezo.core.noise import direction
 from sglang.srt.mezo.core.optimizer import Optimizer, UpdateRule, learning_rate_at
@@ -30,7 +31,7 @@ def test_update_is_the_mean_over_directions(projected_grads, weight_decay):
     estimate = np.mean([g * z_k.double().numpy() for g, z_k in zip(projected_grads, z)], axis=0)
     before = theta.double().numpy()
     expected = before - 0.05 * (estimate + weight_decay * before)
-    optimizer(theta, weight_decay=weight_decay).step(z, projected_grads, 0.05)
+    optimizer(theta, weight_decay=weight_decay).step(KeptDirections(z), projected_grads, 0.05)
     np.testing.assert_allclose(theta, expected, atol=1e-6)
 
 
@@ -60,27 +61,27 @@ def test_a_step_that_does_not_end_in_finite_numbers_is_not_taken(rule, projected
     ours, other = optimizer(theta, **rule), optimizer(untouched, **rule)
     for step in range(4):
         for one in (ours, other):
-            one.step([direction(step, 0, 300)], [0.5 - step], 0.02)
+            one.step(DrawnDirections(step, 1, "gaussian"), [0.5 - step], 0.02)
         with pytest.raises(DivergedError, match="learning_rate=.*projected_grad=.*finite numbers"):
-            ours.step([direction(9, 0, 300)], projected_grads, learning_rate)
+            ours.step(DrawnDirections(9, 1, "gaussian"), projected_grads, learning_rate)
         assert torch.equal(theta, untouched)
 
 
 def test_a_second_moment_that_overflows_alone_is_refused_too():
     theta = random_theta(10)
     with pytest.raises(DivergedError):
-        optimizer(theta, optim="adamw").step([direction(1, 0, 10)], [1e25], 1e-6)
+        optimizer(theta, optim="adamw").step(DrawnDirections(1, 1, "gaussian"), [1e25], 1e-6)
     assert torch.equal(theta, random_theta(10))
 
 
 def test_theta_stays_within_the_largest_number_that_it_may_hold():
     theta = torch.zeros(4)
     one = Optimizer(theta, [(4, 1)], UpdateRule(), largest=100.0)
-    one.step([torch.tensor([1.0, -1.0, 0.5, 0.0])], [100.0], 1.0)
+    one.step(KeptDirections([torch.tensor([1.0, -1.0, 0.5, 0.0])]), [100.0], 1.0)
     before = theta.clone()
     for z in ([1.0, 0.0, 0.0, 0.0], [0.0, -0.01, 0.0, 0.0]):
         with pytest.raises(DivergedError, match="at most 100"):
-            one.step([torch.tensor(z)], [1.0], 1.0)
+            one.step(KeptDirections([torch.tensor(z)]), [1.0], 1.0)
         assert torch.equal(theta, before)
 
 
@@ -108,14 +109,14 @@ def test_momentum_and_adamw_are_those_of_torch_on_the_estimated_gradient(rule, r
         if "momentum" in rule:  # torch adds its decay to the gradient; ours is decoupled, as AdamW's
             parameter.data.mul_(1 - rate * weight_decay)
         theirs.step()
-        ours.step(z, grads, rate)
+        ours.step(KeptDirections(z), grads, rate)
         np.testing.assert_allclose(theta, parameter.detach(), atol=1e-6)
 
 
 def test_update_refuses_directions_without_a_projected_gradient():
     for rule in ({}, {"momentum": 0.9}):
         with pytest.raises(ValueError):
-            optimizer(torch.zeros(3), **rule).step([torch.ones(3)] * 2, [1.0], 0.1)
+            optimizer(torch.zeros(3), **rule).step(KeptDirections([torch.ones(3)] * 2), [1.0], 0.1)
 
 
 def test_shapes_must_be_those_of_theta():
@@ -132,7 +133,7 @@ def test_replay_repeats_the_update_bit_for_bit(rule):
     shapes = [(20, 100), (400, 20)]
     ours, theirs = Optimizer(live, shapes, rule), Optimizer(replayed, shapes, rule)
     for seed, grads in ((77, [0.3, -1.7, 2.5]), (78, [0.0, 1.0, 1.0])):
-        ours.step([ours.direction(seed, k) for k in range(3)], grads, 0.013)
+        ours.step(KeptDirections([ours.direction(seed, k) for k in range(3)]), grads, 0.013)
         theirs.replay(seed, grads, 0.013)
     assert live.equal(replayed)
 
@@ -151,7 +152,7 @@ def test_mezo_steps_descend_a_quadratic(distribution):
     for step in range(400):
         z = [direction(step, k, numel, distribution) for k in range(2)]
         grads = [(loss(theta.double() + eps * z_k) - loss(theta.double() - eps * z_k)) / (2 * eps) for z_k in z]
-        sgd.step(z, grads, 0.04)
+        sgd.step(KeptDirections(z), grads, 0.04)
     assert loss(theta) < 1e-4 * start
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from sglang.srt.mezo.core.directions import KeptDirections
 from sglang.srt.mezo.core.errors import LogError
 from sglang.srt.mezo.core.noise import step_seed
 from sglang.srt.mezo.core.optimizer import Optimizer, UpdateRule
@@ -113,7 +114,7 @@ def test_replay_gives_the_trained_weights_bit_for_bit(tmp_path, rule):
     optimizer = Optimizer(theta, HEADER.shapes, rule)
     for record in fill(log, 6):
         z = [optimizer.direction(record.seed, k) for k in range(2)]
-        optimizer.step(z, record.projected_grads, record.learning_rate)
+        optimizer.step(KeptDirections(z), record.projected_grads, record.learning_rate)
         history.append(theta.clone())
     for steps, expected in ((None, history[-1]), (6, history[-1]), (4, history[3]), (0, INITIAL)):
         rebuilt = INITIAL.clone()

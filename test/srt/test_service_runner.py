@@ -118,7 +118,7 @@ def streams_of_work(engine):
         return call
 
     running._forward_stream, running._description = forward_stream, None
-    slots = running._job.learner.slots
+    slots = running._job.learner.points
     slots.claim = seeing("claim", slots.claim)
     running._job.advance = seeing("piece", running._job.advance)
     runner.calibrate = seeing("calibration", calibrate.calibrate)

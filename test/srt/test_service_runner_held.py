@@ -271,7 +271,7 @@ def score_beside(engine, config, spec, value):
     from sglang.srt.mezo.training.trainer import MezoTrainer
 
     with closing(MezoTrainer(engine.handle, config, spec, TRAIN)) as trainer:
-        slots = [trainer.slots.of_direction(place)[0] for place in range(4)]
+        slots = [trainer.points.of_direction(place)[0] for place in range(4)]
         for seed, slot in enumerate(slots):
             slot.write(0.1 * torch.randn(trainer.adapter.numel, generator=torch.Generator().manual_seed(seed)))
         found = []
@@ -280,7 +280,7 @@ def score_beside(engine, config, spec, value):
             if spoil:
                 slots[1].write(torch.full((trainer.adapter.numel,), value))
             found.append(
-                drain(trainer.scorer.passes(trainer.train_plans, [tuple(slot.lora_id for slot in slots)], "completion"))
+                drain(trainer.scorer.passes(trainer.train_plans, [tuple(slot.point for slot in slots)], "completion"))
             )
         base = base_values(engine, config)
         engine.scheduler.flush_cache()

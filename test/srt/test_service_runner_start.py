@@ -45,11 +45,11 @@ def tick_beside_adapters(engine, adapters):
         scheduler.running_batch,
     )
     runner.tick()
-    beside = runner._job.learner.slots.claimed
+    beside = runner._job.learner.points.claimed
     admitted = lora_capacity.admits(manager, {*ids, "another"}), lora_capacity.admits(manager, {"adapter 0"})
     scheduler.running_batch = batch
     runner.tick()
-    return beside, admitted, runner._job.learner.slots.claimed, lora_capacity.admits(manager, ids)
+    return beside, admitted, runner._job.learner.points.claimed, lora_capacity.admits(manager, ids)
 
 
 def test_slots_are_taken_only_once_requests_in_flight_leave_the_room(engine, config, model_path):

@@ -10,6 +10,7 @@ import oracle
 from engine_process import EngineProcess
 from sglang.srt.mezo.adapters.adapter import Adapter, AdapterSpec
 from sglang.srt.mezo.core.config import MezoConfig
+from sglang.srt.mezo.core.directions import KeptDirections
 from sglang.srt.mezo.core.noise import direction
 from sglang.srt.mezo.core.passes import drain
 from sglang.srt.mezo.data.examples import Example
@@ -53,7 +54,7 @@ def losses(engine, tuning, spec, batch, objective, theta, z, zo_eps, settings):
     trainer = make_trainer(engine, tuning, spec, batch, objective, len(z), **settings)
     try:
         trainer.adapter.theta.copy_(theta)
-        plus, minus = drain(trainer.probe.loss_passes(trainer.train_plans, z, zo_eps))
+        plus, minus = drain(trainer.probe.loss_passes(trainer.train_plans, KeptDirections(z), zo_eps))
     finally:
         trainer.close()
     return plus, minus, free - engine.handle.free_kv_tokens
@@ -73,7 +74,11 @@ def losses_without_sharing_in_slots(engine, *arguments):
 def prefix_stats(engine, tuning, spec, batch, objective):
     trainer = make_trainer(engine, tuning, spec, batch, objective, NUM_PERTURBATIONS)
     try:
-        drain(trainer.probe.loss_passes(trainer.train_plans, [trainer.adapter.theta] * NUM_PERTURBATIONS, ZO_EPS))
+        drain(
+            trainer.probe.loss_passes(
+                trainer.train_plans, KeptDirections([trainer.adapter.theta] * NUM_PERTURBATIONS), ZO_EPS
+            )
+        )
         return trainer.scorer.prefix_stats
     finally:
         trainer.close()
@@ -85,11 +90,11 @@ def losses_around_a_flush(engine, spec, batch, objective, theta):
     trainer = make_trainer(engine, "alora", spec, batch, objective, 1)
     try:
         trainer.adapter.theta.copy_(theta)
-        first = drain(trainer.probe.loss_passes(trainer.train_plans, [theta], ZO_EPS))
+        first = drain(trainer.probe.loss_passes(trainer.train_plans, KeptDirections([theta]), ZO_EPS))
         assert trainer.scorer.base_prefixes.kept_tokens > 0
         engine.scheduler.flush_cache()
         drain(trainer.scorer.base_prefixes.prepare([tuple(range(100))]))
-        return first, drain(trainer.probe.loss_passes(trainer.train_plans, [theta], ZO_EPS))
+        return first, drain(trainer.probe.loss_passes(trainer.train_plans, KeptDirections([theta]), ZO_EPS))
     finally:
         trainer.close()
 
@@ -99,10 +104,10 @@ def losses_on_prefix_of_plus(engine, spec, batch, theta, z):
     trainer = make_trainer(engine, "lora", spec, batch, "classification", len(z))
     try:
         trainer.adapter.theta.copy_(theta)
-        drain(trainer.probe.loss_passes(trainer.train_plans, z, ZO_EPS))
+        drain(trainer.probe.loss_passes(trainer.train_plans, KeptDirections(z), ZO_EPS))
         return [
             loss_on_prefix_of(engine, trainer, batch, plus, minus)
-            for plus, minus in map(trainer.slots.of_direction, range(len(z)))
+            for plus, minus in map(trainer.points.of_direction, range(len(z)))
         ]
     finally:
         trainer.close()
@@ -117,9 +122,9 @@ def loss_on_prefix_of(engine, trainer, batch, plus, minus):
     for example in batch:
         prefix, last = example.prompt[:-1], example.prompt[-1:]
         _, kv = extend(
-            engine.handle, [Sequenced(torch.empty(0, dtype=torch.int64), prefix, ((plus.lora_id, len(prefix)),))]
+            engine.handle, [Sequenced(torch.empty(0, dtype=torch.int64), prefix, ((plus.point.adapter, len(prefix)),))]
         )
-        hidden, end = extend(engine.handle, [Sequenced(kv, last, ((minus.lora_id, 1),))])
+        hidden, end = extend(engine.handle, [Sequenced(kv, last, ((minus.point.adapter, 1),))])
         engine.handle.kv_allocator.free(torch.cat((kv, end)))
         tokens = torch.tensor([option[0] for option in example.options], device=hidden.device)
         values.append(Head(engine.handle).log_probs(hidden, torch.zeros_like(tokens), tokens))

@@ -76,7 +76,7 @@ def passes_of_a_batch(engine, config, spec, train, kept_tokens):
     trainer = MezoTrainer(engine.handle, config, spec, train, kept_tokens=kept_tokens)
     try:
         drain(trainer.step_passes(trainer.batch(0)))
-        return len(list(trainer.scorer.passes(trainer.batch(0), [(trainer.slots.current.lora_id,)], "classification")))
+        return len(list(trainer.scorer.passes(trainer.batch(0), [(trainer.points.current,)], "classification")))
     finally:
         trainer.close()
 

@@ -8,6 +8,7 @@ Philox4x64-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 
 Normal numbers come from the Box-Muller transform in float64, rounded once to float32.
 """
 
+import ctypes
 import math
 from collections.abc import Sequence
 from typing import Literal
@@ -15,16 +16,30 @@ from typing import Literal
 import numpy as np
 import torch
 
+from sglang.srt.mezo.core.library import load
+
 Distribution = Literal["gaussian", "rademacher"]
 
 Shapes = Sequence[tuple[int, int]]
 """(rows, columns) of the matrices that a flat vector holds one after the other."""
 
-_BLOCK = 1 << 15  # normal numbers that belong together
+_BLOCK = 1 << 15  # normal numbers that belong together; a stream can be entered at multiples of it
+_BLOCK_COUNTS: dict[Distribution, int] = {"gaussian": _BLOCK // 8, "rademacher": _BLOCK // 256}  # steps of the counter
+LARGEST_GAUSSIAN = math.sqrt(-2.0 * math.log(2.0**-33))
+"""No normal number that is drawn is larger, up or down."""
+
 _BLOCKS_AT_ONCE = 8  # enough work for several threads
 
 # [256, 8]: the signs that the bits of a byte stand for, lowest bit first.
 _SIGNS = torch.tensor([[1.0 if octet >> bit & 1 else -1.0 for bit in range(8)] for octet in range(256)])
+
+LIBRARY = load(__file__, "_noise")
+if LIBRARY is not None:
+    LIBRARY.mezo_add_signs.argtypes = [
+        *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_float),
+        *(ctypes.c_uint64, ctypes.c_uint64, ctypes.c_int64),
+    ]
+    LIBRARY.mezo_add_signs.restype = None
 
 # Streams that are drawn for different purposes.
 _DIRECTION, _STEP_SEED, _INITIAL, _BASIS = range(4)
@@ -47,19 +62,50 @@ def step_seed(run_seed: int, step: int, interval: int = 1) -> int:
     return first >> 32 << 32 | seed & 0xFFFFFFFF
 
 
-def direction(seed: int, index: int, numel: int, distribution: Distribution = "gaussian") -> torch.Tensor:
-    """Draw direction ``index`` of the step that has ``seed``.
+def direction(
+    seed: int, index: int, numel: int, distribution: Distribution = "gaussian", first: int = 0
+) -> torch.Tensor:
+    """Draw direction ``index`` of the step that has ``seed``, or a stretch of it.
 
     Args:
         seed: unsigned 64-bit step seed.
         index: number of the direction within the step (0 for two-point MeZO), below 2^32.
-        numel: number of trainable parameters, in the flat order of the adapter.
+        numel: how many numbers; of the whole direction, as many as there are trainable parameters, in the flat order
+            of the adapter.
         distribution: "gaussian" for N(0, 1), "rademacher" for +-1 with equal probability.
+        first: of the numbers in the whole direction.
 
     Returns:
         float32 [numel] on the CPU.
     """
-    return _draw(_generator(seed, _DIRECTION, index), numel, distribution)
+    block, skipped = divmod(first, _BLOCK)
+    generator = _generator(seed, _DIRECTION, index, block * _BLOCK_COUNTS[distribution])
+    return _draw(generator, skipped + numel, distribution)[skipped:]
+
+
+def add_direction(
+    seed: int,
+    index: int,
+    scale: float,
+    base: torch.Tensor,
+    out: torch.Tensor,
+    distribution: Distribution = "gaussian",
+    first: int = 0,
+) -> torch.Tensor:
+    """out = base + scale z, of the numbers of ``direction`` from ``first`` on; returns ``out``.
+
+    Args:
+        base, out: float32 [n] on the CPU, contiguous, which may be the same.
+    """
+    if LIBRARY is None or distribution != "rademacher":
+        return torch.add(base, direction(seed, index, out.numel(), distribution, first), alpha=scale, out=out)
+    for vector in (base, out):
+        if not (vector.dtype is torch.float32 and vector.is_contiguous() and vector.device.type == "cpu"):
+            raise ValueError(f"a contiguous float32 vector on the CPU is needed, not {vector.dtype} on {vector.device}")
+    if base.numel() != out.numel():
+        raise ValueError(f"base has {base.numel()} numbers, and out {out.numel()}")
+    LIBRARY.mezo_add_signs(out.data_ptr(), base.data_ptr(), out.numel(), scale, seed, _DIRECTION << 32 | index, first)
+    return out
 
 
 def low_rank_direction(

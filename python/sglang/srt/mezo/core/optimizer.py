@@ -3,17 +3,20 @@ AdamW."""
 
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
+from sglang.srt.mezo.core.directions import Directions, DrawnDirections, KeptDirections
 from sglang.srt.mezo.core.errors import DivergedError, shown
 from sglang.srt.mezo.core.noise import Distribution, Shapes, direction, low_rank_direction, numel_of
 
 Optim = Literal["sgd", "adamw"]
 SchedulerType = Literal["constant", "linear", "cosine"]
+
+_STRETCH = 1 << 20  # numbers that are worked out at a time
 
 
 def learning_rate_at(
@@ -60,7 +63,7 @@ class Optimizer:
 
     Momentum and AdamW keep one or two vectors like theta. They are never stored: replaying the log makes them anew. A
     step that would not end in finite numbers, or in too large ones, is not taken: theta and these vectors stay as they
-    are.
+    are. Beside them a step needs the room of some stretches only.
 
     Args:
         theta: float32 [parameters], the master copy; changed in place.
@@ -78,9 +81,8 @@ class Optimizer:
         self._rule = rule
         self._largest = largest
         self._steps = 0
-        moments = 2 if rule.optim == "adamw" else 1 if rule.momentum else 0
-        self._moments = [torch.zeros_like(theta) for _ in range(moments)]
-        self._next = [torch.zeros_like(theta) for _ in range(1 + moments)]  # theta and moments after the step
+        self._moments = [torch.zeros_like(theta) for _ in range(2 if rule.optim == "adamw" else bool(rule.momentum))]
+        self._prepared: _Step | None = None
 
     def direction(self, seed: int, index: int) -> torch.Tensor:
         """Direction ``index`` of the step that has ``seed``: float32 [parameters]."""
@@ -88,7 +90,14 @@ class Optimizer:
             return low_rank_direction(seed, index, self._shapes, self._rule.perturbation_rank, self._rule.distribution)
         return direction(seed, index, self._theta.numel(), self._rule.distribution)
 
-    def step(self, directions: Sequence[torch.Tensor], projected_grads: Sequence[float], learning_rate: float) -> None:
+    def directions(self, seed: int, count: int) -> Directions:
+        """Those of the step that has ``seed``: drawn where they are needed, but for low-rank ones, which are no stretch
+        of a stream."""
+        if self._rule.perturbation_rank is not None:
+            return KeptDirections([self.direction(seed, k) for k in range(count)])
+        return DrawnDirections(seed, count, self._rule.distribution)
+
+    def step(self, directions: Directions, projected_grads: Sequence[float], learning_rate: float) -> None:
         """One update from directions and the projected gradient along each; raises DivergedError as ``prepare``."""
         self.prepare(directions, projected_grads, learning_rate)
         self.commit()
@@ -100,43 +109,71 @@ class Optimizer:
 
     def prepare_replay(self, seed: int, projected_grads: Sequence[float], learning_rate: float) -> None:
         """``prepare`` with the directions of ``seed``."""
-        self.prepare([self.direction(seed, k) for k in range(len(projected_grads))], projected_grads, learning_rate)
+        self.prepare(self.directions(seed, len(projected_grads)), projected_grads, learning_rate)
 
-    def prepare(
-        self, directions: Sequence[torch.Tensor], projected_grads: Sequence[float], learning_rate: float
-    ) -> None:
-        """Work an update out, which ``commit`` takes then.
+    def prepare(self, directions: Directions, projected_grads: Sequence[float], learning_rate: float) -> None:
+        """Make sure of an update, which ``commit`` takes then.
 
         Raises:
             DivergedError: it does not end in finite numbers, none of theta's beyond ``largest``.
         """
-        rule = self._rule
-        for vector, current in zip(self._next, (self._theta, *self._moments), strict=True):
-            vector.copy_(current)
-        theta, *moments = self._next
-        weights = [projected_grad / len(directions) for projected_grad in projected_grads]
-        if rule.weight_decay:
-            theta.mul_(1.0 - learning_rate * rule.weight_decay)
-        if rule.optim == "adamw":
-            self._adamw(theta, moments[0], moments[1], _weighted_sum(directions, weights), learning_rate)
-        elif rule.momentum:
-            moments[0].mul_(rule.momentum).add_(_weighted_sum(directions, weights))
-            theta.add_(moments[0], alpha=_float32(-learning_rate))
-        else:
-            for z, weight in zip(directions, weights, strict=True):
-                theta.add_(z, alpha=_float32(-learning_rate * weight))
-        if not (is_finite(theta, self._largest) and all(map(is_finite, moments))):
+        if len(directions) != len(projected_grads):
+            raise ValueError(f"{len(directions)} directions have {len(projected_grads)} projected gradients")
+        step = _Step(directions, [grad / len(directions) for grad in projected_grads], learning_rate)
+        if not (self._is_surely_finite(step) or all(map(self._ends_finite, self._stretches(step)))):
             raise DivergedError(
                 f"a step with learning_rate={learning_rate:g} and projected_grad={shown(list(projected_grads))} does "
                 "not end in finite numbers "
                 f"of at most {self._largest:.3g}: lower learning_rate"
             )
+        self._prepared = step
 
     def commit(self) -> None:
         """Take the step that was prepared last."""
+        step, self._prepared = self._prepared, None
+        assert step is not None, "commit follows prepare"
+        for first, after in self._stretches(step):
+            for vector, numbers in zip((self._theta, *self._moments), after, strict=True):
+                vector[first : first + numbers.numel()] = numbers
         self._steps += 1
-        self._theta.copy_(self._next[0])
-        self._moments, self._next[1:] = self._next[1:], self._moments
+
+    def _is_surely_finite(self, step: "_Step") -> bool:
+        """Whether the largest numbers that there are leave no doubt, so that the step need not be worked out twice."""
+        rule = self._rule
+        if rule.optim == "adamw":
+            return False
+        theta, *moments = (_largest_of(vector) for vector in (self._theta, *self._moments))
+        along = sum(map(abs, step.weights)) * step.directions.largest
+        if moments:
+            along += rule.momentum * moments[0]
+        kept = abs(1.0 - step.learning_rate * rule.weight_decay) * theta
+        bound = 1.001 * (kept + abs(step.learning_rate) * along)  # more than rounding adds
+        return 1.001 * along <= torch.finfo(torch.float32).max and bound <= self._largest
+
+    def _ends_finite(self, stretch: tuple[int, list[torch.Tensor]]) -> bool:
+        _, (theta, *moments) = stretch
+        return is_finite(theta, self._largest) and all(map(is_finite, moments))
+
+    def _stretches(self, step: "_Step") -> Iterator[tuple[int, list[torch.Tensor]]]:
+        """Theta and its moments as they are after a step: where a stretch of them begins, and its numbers."""
+        for first in range(0, self._theta.numel(), _STRETCH):
+            after = [vector[first : first + _STRETCH].clone() for vector in (self._theta, *self._moments)]
+            self._move(step, first, *after)
+            yield first, after
+
+    def _move(self, step: "_Step", first: int, theta: torch.Tensor, *moments: torch.Tensor) -> None:
+        """The step itself, on the stretch from ``first`` on."""
+        rule, rate = self._rule, step.learning_rate
+        if rule.weight_decay:
+            theta.mul_(1.0 - rate * rule.weight_decay)
+        if rule.optim == "adamw":
+            self._adamw(theta, moments[0], moments[1], step.estimate(first, theta), rate)
+        elif rule.momentum:
+            moments[0].mul_(rule.momentum).add_(step.estimate(first, theta))
+            theta.add_(moments[0], alpha=_float32(-rate))
+        else:
+            for k, weight in enumerate(step.weights):
+                step.directions.add(k, _float32(-rate * weight), theta, theta, first)
 
     def _adamw(
         self,
@@ -153,21 +190,36 @@ class Optimizer:
         theta.addcdiv_(first, scale, value=_float32(-learning_rate / (1.0 - rule.adam_beta1**t)))
 
 
+@dataclass(frozen=True)
+class _Step:
+    """weights: of the directions in the estimate of the gradient."""
+
+    directions: Directions
+    weights: list[float]
+    learning_rate: float
+
+    def estimate(self, first: int, theta: torch.Tensor) -> torch.Tensor:
+        """Of the gradient, on the stretch of ``theta`` that begins at ``first``."""
+        total = torch.zeros_like(theta)
+        for k, weight in enumerate(self.weights):
+            self.directions.add(k, _float32(weight), total, total, first)
+        return total
+
+
 def is_finite(numbers: torch.Tensor, largest: float = torch.finfo(torch.float32).max) -> bool:
     """Whether all numbers are at most ``largest``, up and down; what is no number is not."""
     return numbers.numel() == 0 or all(abs(bound.item()) <= largest for bound in numbers.aminmax())
 
 
+def _largest_of(numbers: torch.Tensor) -> float:
+    """Up or down; NaN where one is."""
+    low, high = (bound.item() for bound in numbers.aminmax()) if numbers.numel() else (0.0, 0.0)
+    return max(-low, high)
+
+
 def _float32(number: float) -> float:
     """For PyTorch, which takes no factor that does not fit."""
     return number if abs(number) <= torch.finfo(torch.float32).max else math.copysign(math.inf, number)
-
-
-def _weighted_sum(directions: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
-    total = torch.zeros_like(directions[0])
-    for z, weight in zip(directions, weights, strict=True):
-        total.add_(z, alpha=_float32(weight))
-    return total
 
 
 def to_logged_float32(projected_grad: float) -> float:

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from sglang.srt.mezo.core.library import load
 from sglang.srt.mezo.cpu.attention_plan import Row, bundle_rows, cut_rows
-from sglang.srt.mezo.cpu.library import load
 
 # Causal rows longer than this are cut: the scores of a piece are kept at once, and what it cannot see is left out.
 _MOST_QUERIES = 64
@@ -31,7 +31,7 @@ class _Call(ctypes.Structure):
     )
 
 
-LIBRARY = load("_attention")
+LIBRARY = load(__file__, "_attention")
 if LIBRARY is not None:
     LIBRARY.mezo_attend.argtypes = (ctypes.POINTER(_Call), ctypes.c_int64)
 

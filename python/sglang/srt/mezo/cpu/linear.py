@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.nn.functional import linear as torch_linear
 
-from sglang.srt.mezo.cpu.library import load
+from sglang.srt.mezo.core.library import load
 
 
 class _Call(ctypes.Structure):
@@ -23,7 +23,7 @@ class _Call(ctypes.Structure):
     ]
 
 
-_LIBRARY = load("_linear")
+_LIBRARY = load(__file__, "_linear")
 _CAPABILITY = torch.backends.cpu.get_cpu_capability()
 HAS_C = _LIBRARY is not None and _CAPABILITY in ("AVX2", "AVX512")
 IN_C = HAS_C and _CAPABILITY == "AVX2"  # where it was measured to be the fastest

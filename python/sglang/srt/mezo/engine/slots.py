@@ -9,11 +9,13 @@ from uuid import uuid4
 import torch
 
 from sglang.srt.mezo.adapters.adapter import Adapter, AdapterSpec
+from sglang.srt.mezo.core.directions import Directions
 from sglang.srt.mezo.core.errors import CapacityError
 from sglang.srt.mezo.core.estimator import SIGNS, Estimator
 from sglang.srt.mezo.engine.handle import EngineHandle, free_slots, require_pool
 from sglang.srt.mezo.engine.layers import Part, adapted_layers
 from sglang.srt.mezo.engine.peft_layers import CheckedFields
+from sglang.srt.mezo.engine.points import Point, PointGroup, Round
 
 
 class Slot:
@@ -30,6 +32,7 @@ class Slot:
         self._layout = layout
         # No user can have an adapter of that name.
         self._ref = LoRARef(lora_name=f"mezo://{name}/{uuid4().hex}", lora_path=f"mezo://{name}", pinned=True)
+        self.point = Point(self._ref.lora_id)
         with ExitStack() as release_on_error:
             release_on_error.callback(self.release)
             self._claim(spec, name)
@@ -43,12 +46,9 @@ class Slot:
         result = manager.load_lora_adapter_from_tensors(self._ref, self._layout.empty(), config)
         if not result.success:
             raise CapacityError(f"adapter slot {name!r}: {result.error_message}")
-        manager.fetch_new_loras({self.lora_id})
-        self._targets = self._layout.targets(self._handle, manager.memory_pool.uid_to_buffer_id[self.lora_id])
-
-    @property
-    def lora_id(self) -> str:
-        return self._ref.lora_id
+        lora_id = self._ref.lora_id
+        manager.fetch_new_loras({lora_id})
+        self._targets = self._layout.targets(self._handle, manager.memory_pool.uid_to_buffer_id[lora_id])
 
     def write(self, weights: torch.Tensor) -> None:
         """Put an adapter into the slot.
@@ -183,7 +183,7 @@ def _blocks(buffer: int, positions: torch.Tensor) -> Iterator[_Block]:
 
 
 class PerturbedSlots:
-    """Slots for theta itself and for some directions at a time, at the points where ``estimator`` needs their losses.
+    """Slots as the ``Points`` of an adapter: for theta itself and for some directions at a time.
 
     Args:
         num_perturbations: directions of a step; they take turns where the pool has less room.
@@ -227,30 +227,40 @@ class PerturbedSlots:
         self._slots = slots
 
     @property
-    def current(self) -> Slot:
-        return self._slots[0]
+    def current(self) -> Point:
+        return self._slots[0].point
 
     def of_direction(self, place: int) -> list[Slot]:
         """Slots of the direction at ``place``, from 0 to below ``width``, one for each of the estimator's ``SIGNS``."""
         first = 1 + place * len(self._signs)
         return self._slots[first : first + len(self._signs)]
 
-    def groups(self, first: int, end: int) -> list[tuple[str, ...]]:
-        """Adapter ids to score for directions ``first`` to below ``end`` of a step, at most ``width`` of them.
+    def rounds(self, directions: int) -> list[Round]:
+        """One for as many directions as there are slots for. One-sided, theta comes before the first direction."""
+        firsts = range(0, directions, self.width)
+        return [self._round(first, min(first + self.width, directions)) for first in firsts]
 
-        Those of a group are best scored in one pass, as they are compared. One-sided, theta comes before the first
-        direction.
-        """
-        theta = [(self.current.lora_id,)] if first == 0 and self._estimator == "one_sided" else []
-        return theta + [tuple(slot.lora_id for slot in self.of_direction(place)) for place in range(end - first)]
+    def _round(self, first: int, end: int) -> Round:
+        with_theta = first == 0 and self._estimator == "one_sided"
 
-    def write_direction(self, place: int, z: torch.Tensor, zo_eps: float) -> None:
-        """Fill the slots at ``place``; every number is formed in float32 and rounded once to the pool's dtype."""
-        for slot, sign in zip(self.of_direction(place), self._signs):
-            slot.write(torch.add(self._adapter.theta, z, alpha=sign * zo_eps, out=self._layout.scratch))
+        def fill(directions: Directions, zo_eps: float) -> Iterator[None]:
+            if with_theta:
+                self.write_current()
+            for k in range(first, end):
+                for slot, sign in zip(self.of_direction(k - first), self._signs):
+                    self._write(slot, directions, k, sign * zo_eps)
+                yield
+
+        groups: list[PointGroup] = [(self.current,)] if with_theta else []
+        groups += [tuple(slot.point for slot in self.of_direction(place)) for place in range(end - first)]
+        return Round(groups, fill)
+
+    def _write(self, slot: Slot, directions: Directions, k: int, scale: float) -> None:
+        """Every number is formed in float32 and rounded once to the pool's dtype."""
+        slot.write(directions.add(k, scale, self._adapter.theta, self._layout.scratch))
 
     def write_current(self) -> None:
-        self.current.write(self._adapter.theta)
+        self._slots[0].write(self._adapter.theta)
 
     def release(self) -> None:
         slots, self._slots = self._slots, []

@@ -1,4 +1,4 @@
-"""Scores of a batch of examples under several adapter slots: the one path for training and evaluation."""
+"""Scores of a batch of examples at several points: the one path for training and evaluation."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -14,12 +14,10 @@ from sglang.srt.mezo.engine.forward import Sequenced, extend
 from sglang.srt.mezo.engine.handle import EngineHandle
 from sglang.srt.mezo.engine.head import Head
 from sglang.srt.mezo.engine.kv_pool import erase
+from sglang.srt.mezo.engine.points import Point, PointGroup
 from sglang.srt.mezo.engine.prefix import BasePrefixes, PrefixStats
 from sglang.srt.mezo.scoring.plan import ExamplePlan, PrefixScope, Row, needs_normaliser
 from sglang.srt.mezo.scoring.sharing import SharedPrefix, plan_shared_prefixes
-
-SlotGroup = tuple[str | None, ...]
-"""Adapter ids that are scored in the same pass: both signs of a direction, or one adapter alone."""
 
 # Of the KV pool that the prefixes of one pass may fill: the first, or as much as may be kept, up to the second.
 _PREFIX_SHARE, _MOST_PREFIX_SHARE = 0.25, 0.5
@@ -29,10 +27,10 @@ _NOTHING = torch.empty(0, dtype=torch.int64)
 
 @dataclass(frozen=True)
 class _Item:
-    """A row in one slot; ``first_read`` is the column of its first value."""
+    """A row under one point, the ``number``-th of all; ``first_read`` is the column of its first value."""
 
-    slot: int
-    lora_id: str | None
+    number: int
+    point: Point
     row: Row
     first_read: int
 
@@ -71,9 +69,9 @@ class Scorer:
         self._max_tokens = self.base_prefixes.max_tokens = tokens
 
     def passes(
-        self, plans: Sequence[ExamplePlan], groups: Sequence[SlotGroup], objective: Objective, keep: bool = True
+        self, plans: Sequence[ExamplePlan], groups: Sequence[PointGroup], objective: Objective, keep: bool = True
     ) -> Passes[torch.Tensor]:
-        """Read every scored token of every plan in every slot, a forward pass of at most ``max_tokens`` at a time.
+        """Read every scored token of every plan at every point, a forward pass of at most ``max_tokens`` at a time.
 
         Between passes nothing is held but locks on kept prefixes: neither rows nor KV tokens outside of the tree.
 
@@ -81,7 +79,7 @@ class Scorer:
             keep: base-model prefixes may stay locked afterwards.
 
         Returns:
-            float32 [slots, reads] on the CPU: log-probabilities, or logits where the normaliser cancels. Slots are in
+            float32 [points, reads] on the CPU: log-probabilities, or logits where the normaliser cancels. Points are in
             the order of ``groups``, reads in the order of plans, rows and ``Row.reads``.
         """
         normalise = needs_normaliser(plans, objective)
@@ -92,30 +90,30 @@ class Scorer:
                 yield from self.base_prefixes.prepare(item.row.prefix for item in items)
             read = self._score_items(items, normalise, keep)
             for item, part in zip(items, read.split([len(item.row.reads) for item in items])):
-                values[item.slot, item.first_read : item.first_read + part.numel()] = part
+                values[item.number, item.first_read : item.first_read + part.numel()] = part
             yield
         return values
 
-    def prefix_passes(self, plans: Sequence[ExamplePlan], groups: Sequence[SlotGroup]) -> Passes[None]:
+    def prefix_passes(self, plans: Sequence[ExamplePlan], groups: Sequence[PointGroup]) -> Passes[None]:
         """Compute the base-model prefixes that the tree lacks, in the very batches in which ``passes`` would."""
         for items in self._batches(plans, groups):
             yield from self.base_prefixes.prepare(item.row.prefix for item in items)
             yield
 
-    def _batches(self, plans: Sequence[ExamplePlan], groups: Sequence[SlotGroup]) -> Iterator[list[_Item]]:
-        """Pack (example, slot group) units up to the token budget, the free rows and the room for prefixes, slot
-        after slot."""
+    def _batches(self, plans: Sequence[ExamplePlan], groups: Sequence[PointGroup]) -> Iterator[list[_Item]]:
+        """Pack (example, group of points) units up to the token budget, the free rows and the room for prefixes, point
+        after point."""
         batch: list[_Item] = []
         tokens, prefixes, before = 0, _Prefixes(), None
-        for unit in _units(plans, groups, slots_first=self.scope is PrefixScope.SLOT):
+        for unit in _units(plans, groups, points_first=self.scope is PrefixScope.SLOT):
             cost, longer = self._cost(unit, before), prefixes.with_unit(unit)
             full = tokens + cost > self._max_tokens or len(batch) + len(unit.items) > self._handle.free_rows
             if batch and (full or not self._has_room(longer.tokens, tokens + cost)):
-                yield sorted(batch, key=lambda item: item.slot)
+                yield sorted(batch, key=lambda item: item.number)
                 batch, tokens, cost, longer = [], 0, self._cost(unit, None), _Prefixes().with_unit(unit)
             batch += unit.items
             tokens, prefixes, before = tokens + cost, longer, unit
-        yield sorted(batch, key=lambda item: item.slot)
+        yield sorted(batch, key=lambda item: item.number)
 
     def _has_room(self, prefix_tokens: int, tokens: int) -> bool:
         return prefix_tokens <= self._prefix_room and prefix_tokens + tokens <= _PASS_SHARE * self._handle.kv_capacity
@@ -123,7 +121,7 @@ class Scorer:
     def _cost(self, unit: "_Unit", before: "_Unit | None") -> int:
         """Tokens that the unit runs, after ``before`` in the same pass.
 
-        A base-model prefix is not counted, as it is computed once for many steps, nor what slots share with the unit
+        A base-model prefix is not counted, as it is computed once for many steps, nor what a point shares with the unit
         before.
         """
         if not self._prefix_reuse:
@@ -142,7 +140,7 @@ class Scorer:
             hidden, kv_indices = extend(self._handle, self._sequences(items, borrowed, base))
             try:
                 values = self._read(hidden, items, borrowed, normalise)
-                if not hidden.isfinite().all():  # of a slot that has diverged
+                if not hidden.isfinite().all():  # of a point that has diverged
                     erase(self._handle.kv_allocator.get_kvcache(), kv_indices)
             finally:
                 self._handle.kv_allocator.free(kv_indices)
@@ -152,7 +150,7 @@ class Scorer:
         """Item -> the tokens of its suffix that another item runs, in the order in which they run."""
         if not self._shares_in_slots:
             return {number: SharedPrefix(None, 0) for number in range(len(items))}
-        keys = [(item.lora_id, item.row.prefix) for item in items]
+        keys = [(item.point, item.row.prefix) for item in items]
         number_of = {key: number for number, key in enumerate(dict.fromkeys(keys))}
         borrowed = plan_shared_prefixes([item.row.suffix for item in items], [number_of[key] for key in keys])
         self._count_shared(borrowed)
@@ -188,7 +186,7 @@ class Scorer:
             item, cached = items[number], base[items[number].row.prefix]
             own = item.row.suffix[taken.length :]
             on_base = item.row.prefix[len(cached) :]
-            segments = ((item.lora_id, len(own)),)
+            segments = ((item.point.adapter, len(own)),)
             if on_base and self.scope is PrefixScope.BASE:
                 segments = ((None, len(on_base)), *segments)
             follows = None if taken.row is None else (place[taken.row], len(item.row.prefix) + taken.length)
@@ -221,10 +219,10 @@ class Scorer:
 
 @dataclass(frozen=True)
 class _Unit:
-    """What must share a pass: all rows of one example in one group of slots."""
+    """What must share a pass: all rows of one example under one group of points."""
 
     plan: ExamplePlan
-    group: SlotGroup
+    group: PointGroup
     items: list[_Item]
 
 
@@ -240,25 +238,26 @@ class _Prefixes:
         return _Prefixes(self.texts | new, self.tokens + sum(map(len, new))) if new else self
 
 
-def _units(plans: Sequence[ExamplePlan], groups: Sequence[SlotGroup], slots_first: bool) -> Iterator[_Unit]:
-    """Units that follow each other share what is worth most: a base-model prefix, or with ``slots_first`` the slots."""
+def _units(plans: Sequence[ExamplePlan], groups: Sequence[PointGroup], points_first: bool) -> Iterator[_Unit]:
+    """Units that follow each other share what is worth most: a base-model prefix, or with
+    ``points_first`` the point."""
     reads = [sum(len(row.reads) for row in plan.rows) for plan in plans]
     first_reads = [0, *itertools.accumulate(reads)]
-    first_slots = [0, *itertools.accumulate(map(len, groups))]
-    if slots_first:
+    first_points = [0, *itertools.accumulate(map(len, groups))]
+    if points_first:
         order = ((plan, group) for group in range(len(groups)) for plan in range(len(plans)))
     else:
         order = ((plan, group) for plan in range(len(plans)) for group in range(len(groups)))
     for plan, group in order:
         yield _Unit(
-            plans[plan], groups[group], _items(plans[plan], groups[group], first_slots[group], first_reads[plan])
+            plans[plan], groups[group], _items(plans[plan], groups[group], first_points[group], first_reads[plan])
         )
 
 
-def _items(plan: ExamplePlan, group: SlotGroup, first_slot: int, first_read: int) -> list[_Item]:
+def _items(plan: ExamplePlan, group: PointGroup, first_point: int, first_read: int) -> list[_Item]:
     columns = list(itertools.accumulate((len(row.reads) for row in plan.rows), initial=first_read))
     return [
-        _Item(slot, lora_id, row, column)
-        for slot, lora_id in enumerate(group, first_slot)
+        _Item(number, point, row, column)
+        for number, point in enumerate(group, first_point)
         for row, column in zip(plan.rows, columns)
     ]

@@ -16,6 +16,7 @@ from sglang.srt.mezo.data.splits import named_data
 from sglang.srt.mezo.engine.chat import ChatRenderer
 from sglang.srt.mezo.engine.handle import MezoEngine
 from sglang.srt.mezo.engine.layers import adapted_sites
+from sglang.srt.mezo.engine.points import BASE
 from sglang.srt.mezo.engine.slots import Slot, SlotLayout
 from sglang.srt.mezo.scoring.evaluation import evaluation_passes
 from sglang.srt.mezo.scoring.plan import Planner
@@ -76,8 +77,8 @@ def evaluate(model: ModelArguments, arguments: EvaluateArguments) -> dict[str, A
     planner = Planner("alora" if invocation else "lora", invocation)
     plans = [planner.plan(example) for example in examples]
     scorer = Scorer(engine.handle, planner.scope, arguments.max_tokens_per_batch)
-    slot = None if adapter is None else _slot(engine, model.model, adapter)
-    passes = evaluation_passes(scorer, plans, slot and slot.lora_id, objective, arguments.per_device_eval_batch_size)
+    point = BASE if adapter is None else _slot(engine, model.model, adapter).point
+    passes = evaluation_passes(scorer, plans, point, objective, arguments.per_device_eval_batch_size)
     return {"examples": len(examples), **drain(passes)}
 
 

@@ -98,10 +98,10 @@ class Learner:
             config.update_rule,
             _largest_weight(spec, handle.model_runner.dtype),
         )
-        self.slots = PerturbedSlots(handle, self.adapter, config.num_perturbations, config.estimator, spare_slots)
-        self.probe = Probe(handle, config, self.objective, self.optimizer, self.slots, self.scorer)
+        self.points = PerturbedSlots(handle, self.adapter, config.num_perturbations, config.estimator, spare_slots)
+        self.probe = Probe(handle, config, self.objective, self.optimizer, self.points, self.scorer)
         if claim_slots:
-            self.slots.claim()
+            self.points.claim()
         self.slot_dtype = handle.model_runner.dtype
         self.global_step = 0
 
@@ -111,12 +111,12 @@ class Learner:
         """One step of algorithm 1 on a batch. Of z only the seed outlives it; theta moves in the last piece."""
         self.window.enter(self.global_step)
         zo_random_seed = step_seed(self.config.seed, self.global_step, self.config.perturbation_interval)
-        z = yield from self.probe.directions(zo_random_seed)
-        losses, baselines = yield from self.probe.loss_passes(batch, z, self.config.zo_eps)
+        directions = yield from self.probe.directions(zo_random_seed)
+        losses, baselines = yield from self.probe.loss_passes(batch, directions, self.config.zo_eps)
         self._require_finite(losses + baselines)
         projected_grad = list(map(self._clip, self.probe.estimate(losses, baselines, self.config.zo_eps)))
         learning_rate = self._learning_rate()
-        self.optimizer.step(z, projected_grad, learning_rate)
+        self.optimizer.step(directions, projected_grad, learning_rate)
         result = StepResult(
             self.global_step, zo_random_seed, learning_rate, tuple(losses), tuple(baselines), tuple(projected_grad)
         )
@@ -202,16 +202,16 @@ class Learner:
 
     def evaluation_passes(self, plans: Sequence[ExamplePlan] | None = None) -> Passes[dict[str, float]]:
         """``eval_loss`` and ``eval_accuracy`` of the adapter as it is, on the development set or on ``plans``."""
-        self.slots.write_current()
+        self.points.write_current()
         plans = self.eval_plans if plans is None else plans
         metrics = yield from evaluation_passes(
-            self.scorer, plans, self.slots.current.lora_id, self.objective, self.config.per_device_eval_batch_size
+            self.scorer, plans, self.points.current, self.objective, self.config.per_device_eval_batch_size
         )
         return {f"eval_{name}": value for name, value in self.handle.broadcast(metrics).items()}
 
     def prefix_passes(self) -> Passes[None]:
         """Have the prefixes in the tree that a run has there that has come to this step by itself."""
-        return self.window.restore(self.global_step, self.train_plans, self.eval_plans, self.slots)
+        return self.window.restore(self.global_step, self.train_plans, self.eval_plans, self.points)
 
     def trained_tokens(self) -> int:
         """Tokens of the examples drawn so far; a prompt counts once for each of its options that has a row of its
@@ -222,7 +222,7 @@ class Learner:
     def close(self) -> None:
         """Give slots and locks back to the engine, the ones even if the others fail."""
         with ExitStack() as stack:
-            stack.callback(self.slots.release)
+            stack.callback(self.points.release)
             stack.callback(self.scorer.base_prefixes.release)
 
 

@@ -3,14 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
 from sglang.srt.mezo.core.config import MezoConfig, Objective
+from sglang.srt.mezo.core.directions import Directions, KeptDirections
 from sglang.srt.mezo.core.estimator import projected_grads, with_baselines
 from sglang.srt.mezo.core.optimizer import Optimizer
 from sglang.srt.mezo.core.passes import Passes
 from sglang.srt.mezo.engine.handle import EngineHandle
-from sglang.srt.mezo.engine.slots import PerturbedSlots
+from sglang.srt.mezo.engine.points import Points
 from sglang.srt.mezo.scoring.plan import ExamplePlan
 from sglang.srt.mezo.scoring.readout import batch_loss
 from sglang.srt.mezo.scoring.scorer import Scorer
@@ -24,38 +23,30 @@ class Probe:
     config: MezoConfig
     objective: Objective
     optimizer: Optimizer
-    slots: PerturbedSlots
+    points: Points
     scorer: Scorer
 
-    def directions(self, zo_random_seed: int) -> Passes[list[torch.Tensor]]:
-        """z_k, float32 [numel], for each direction of a step's seed."""
+    def directions(self, zo_random_seed: int) -> Passes[KeptDirections]:
+        """Those of a step's seed, as many as a step has."""
         z = []
         for k in range(self.config.num_perturbations):
             z.append(self.optimizer.direction(zo_random_seed, k))
             yield
-        return z
+        return KeptDirections(z)
 
     def loss_passes(
-        self, batch: Sequence[ExamplePlan], z: Sequence[torch.Tensor], zo_eps: float
+        self, batch: Sequence[ExamplePlan], directions: Directions, zo_eps: float
     ) -> Passes[tuple[list[float], list[float]]]:
         """Losses at theta + zo_eps z_k and what they are compared with, of as many directions in the same packed passes
-        as there are slots for.
-
-        Args:
-            z: float32 [numel] for each direction.
+        as the engine holds at a time.
 
         Returns:
             One number per direction of each, as ``with_baselines`` gives them.
         """
-        if self.config.estimator == "one_sided":
-            self.slots.write_current()
         losses = []
-        for first in range(0, len(z), self.slots.width):
-            end = min(first + self.slots.width, len(z))
-            for place in range(end - first):
-                self.slots.write_direction(place, z[first + place], zo_eps)
-                yield
-            values = yield from self.scorer.passes(batch, self.slots.groups(first, end), self.objective)
+        for points in self.points.rounds(len(directions)):
+            yield from points.fill(directions, zo_eps)
+            values = yield from self.scorer.passes(batch, points.groups, self.objective)
             losses += batch_loss(batch, values, self.objective).mean.tolist()
         return with_baselines(self.handle.broadcast(losses), self.config.estimator)
 
@@ -63,8 +54,8 @@ class Probe:
         self, batch: Sequence[ExamplePlan], zo_random_seed: int, zo_eps: float
     ) -> Passes[dict[str, list[float]]]:
         """``loss_plus``, ``loss_minus`` (the baselines) and ``projected_grad`` along the directions of a seed."""
-        z = yield from self.directions(zo_random_seed)
-        losses, baselines = yield from self.loss_passes(batch, z, zo_eps)
+        directions = yield from self.directions(zo_random_seed)
+        losses, baselines = yield from self.loss_passes(batch, directions, zo_eps)
         return {
             "loss_plus": losses,
             "loss_minus": baselines,

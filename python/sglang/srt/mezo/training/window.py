@@ -8,7 +8,7 @@ from sglang.srt.mezo.core.passes import Passes
 from sglang.srt.mezo.core.tokens import distinct_tokens
 from sglang.srt.mezo.data.batches import BatchStream
 from sglang.srt.mezo.engine.handle import EngineHandle
-from sglang.srt.mezo.engine.slots import PerturbedSlots
+from sglang.srt.mezo.engine.points import Points
 from sglang.srt.mezo.scoring.plan import ExamplePlan, PrefixScope
 from sglang.srt.mezo.scoring.scorer import Scorer
 
@@ -46,7 +46,7 @@ class PrefixWindow:
             self._scorer.base_prefixes.release()
 
     def restore(
-        self, steps: int, train: Sequence[ExamplePlan], dev: Sequence[ExamplePlan], slots: PerturbedSlots
+        self, steps: int, train: Sequence[ExamplePlan], dev: Sequence[ExamplePlan], points: Points
     ) -> Passes[None]:
         """Compute base-model prefixes in the batches in which the first ``steps`` steps met them.
 
@@ -60,7 +60,7 @@ class PrefixWindow:
             return
         size = self._config.per_device_eval_batch_size
         for start in range(0, len(dev), size):
-            yield from self._scorer.prefix_passes(dev[start : start + size], [(slots.current.lora_id,)])
+            yield from self._scorer.prefix_passes(dev[start : start + size], [(points.current,)])
         for step in self._stream.first_epochs(steps):
             batch = [train[place] for place in self._stream.batch(step)]
-            yield from self._scorer.prefix_passes(batch, slots.groups(0, slots.width))
+            yield from self._scorer.prefix_passes(batch, points.rounds(self._config.num_perturbations)[0].groups)

@@ -91,7 +91,7 @@ class MezoRunner:
         job = self._job
         if job is None or not job.has_work or self._scheduler.weight_updater.offload_tags:
             return
-        if not job.learner.slots.claimed and not self._claim(job):
+        if not job.learner.points.claimed and not self._claim(job):
             return
         running, waiting = self._load()
         self._give_way(job)
@@ -179,7 +179,7 @@ class MezoRunner:
 
     def _claim(self, job: Job) -> bool:
         """Take the job's slots once the adapters of requests in flight leave the room; new ones wait for that."""
-        slots, manager = job.learner.slots, self._handle.lora_manager
+        slots, manager = job.learner.points, self._handle.lora_manager
         if not lora_capacity.leave_room(manager, {req.lora_id for req in self._batched()}, slots.count):
             lora_capacity.reserve(slots.count)
             return False
