@@ -4,7 +4,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 stamp=.venv/.sglang-mezo
-if [ -f "$stamp" ] && [ -z "$(find pyproject.toml python/sglang/srt/mezo/cpu/*.c -newer "$stamp")" ]; then
+if [ -f "$stamp" ] && [ -z "$(find pyproject.toml python/sglang/srt/mezo/*/*.c -newer "$stamp")" ]; then
     exit 0
 fi
 python=${PYTHON:-python3}

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from sglang.srt.mezo.core import noise, optimizer
+from sglang.srt.mezo.core import optimizer
 from sglang.srt.mezo.core.directions import DrawnDirections, KeptDirections
 from sglang.srt.mezo.core.noise import Distribution, direction
 from sglang.srt.mezo.core.optimizer import Optimizer, UpdateRule
@@ -31,34 +31,6 @@ def test_both_add_the_same(distribution):
             assert directions.add(k, 0.3, base, out, first) is out
             torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-6)
         assert torch.equal(kept.add(k, 0.3, base, torch.empty(numel), first), out)
-
-
-@pytest.mark.skipif(noise.LIBRARY is None, reason="the library was not built")
-@pytest.mark.parametrize(
-    ("first", "numel"), [(0, 1), (0, 300), (5, 1000), (255, 70_000), (256 * 9 + 8, 248), (1 << 40, 100), (0, 200_000)]
-)
-def test_the_library_adds_what_numpy_draws(monkeypatch, first, numel):
-    base = torch.randn(numel)
-    for scale in (0.37, -1e-3, 0.0, math.inf):
-        ours = noise.add_direction(2**64 - 3, 2**32 - 1, scale, base, torch.empty(numel), "rademacher", first)
-        with monkeypatch.context() as patch:
-            patch.setattr(noise, "LIBRARY", None)
-            theirs = noise.add_direction(2**64 - 3, 2**32 - 1, scale, base, torch.empty(numel), "rademacher", first)
-        assert torch.equal(ours, theirs), scale
-    in_place = base.clone()
-    assert noise.add_direction(1, 0, 0.5, in_place, in_place, "rademacher", first) is in_place
-    assert torch.equal(in_place, noise.add_direction(1, 0, 0.5, base, torch.empty(numel), "rademacher", first))
-
-
-@pytest.mark.skipif(noise.LIBRARY is None, reason="the library was not built")
-@pytest.mark.parametrize(
-    "base",
-    [torch.zeros(8, dtype=torch.float64), torch.zeros(16)[::2], torch.zeros(7)],
-    ids=["type", "stride", "length"],
-)
-def test_what_the_library_cannot_read_is_refused(base):
-    with pytest.raises(ValueError):
-        noise.add_direction(1, 0, 1.0, base, torch.empty(8), "rademacher")
 
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)

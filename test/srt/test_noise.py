@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from sglang.srt.mezo.core.noise import direction, initial_uniform, low_rank_direction, step_seed
+from drawn import whole
+from sglang.srt.mezo.core import noise, normal, philox
+from sglang.srt.mezo.core.directions import LowRankDirections
+from sglang.srt.mezo.core.noise import add_direction, direction, initial_uniform, numel_of, step_seed
 
 SEED = 0x0123456789ABCDEF
 BLOCK = 1 << 15  # normal numbers that are drawn together
@@ -22,7 +25,7 @@ def test_a_stretch_is_that_of_the_whole_direction(distribution, first, numel):
     assert torch.equal(direction(SEED, 3, numel, distribution, first), whole[first : first + numel])
 
 
-def philox(counter: int, key: tuple[int, int]) -> tuple[int, ...]:
+def reference(counter: int, key: tuple[int, int]) -> tuple[int, ...]:
     """The generator as Salmon et al. (2011) define it, one block of 64-bit words, arbitrary-precision integers."""
     words = [counter >> 64 * i & (WORD - 1) for i in range(4)]
     for i in range(10):
@@ -35,7 +38,7 @@ def philox(counter: int, key: tuple[int, int]) -> tuple[int, ...]:
 
 def raw(seed: int, stream: int, index: int, place: int) -> int:
     """64-bit word ``place`` of a stream. NumPy steps the counter before it encrypts it."""
-    return philox(place // 4 + 1, (seed, stream << 32 | index))[place % 4]
+    return reference(place // 4 + 1, (seed, stream << 32 | index))[place % 4]
 
 
 def uniform(seed: int, stream: int, index: int, place: int) -> float:
@@ -44,7 +47,7 @@ def uniform(seed: int, stream: int, index: int, place: int) -> float:
     return ((word + 2**31) % 2**32 + 0.5) / 2**32
 
 
-def normal(seed: int, index: int, i: int) -> float:
+def normal_number(seed: int, index: int, i: int) -> float:
     """Element ``i`` of a Gaussian direction."""
     pair = i - i % BLOCK + i % (BLOCK // 2)
     radius = math.sqrt(-2 * math.log(uniform(seed, 0, index, pair)))
@@ -60,9 +63,29 @@ def normal(seed: int, index: int, i: int) -> float:
     ],
 )
 def test_the_reference_gives_the_known_answers_of_random123(word, expected):
-    assert philox(sum(word << 64 * i for i in range(4)), (word, word)) == tuple(
+    assert reference(sum(word << 64 * i for i in range(4)), (word, word)) == tuple(
         int(word, 16) for word in expected.split()
     )
+
+
+@pytest.mark.parametrize(("seed", "key", "count"), [(0, 0, 0), (SEED, 2**63 + 5, 1), (WORD - 1, WORD - 1, 2**40)])
+def test_words_are_the_same_on_every_device(seed, key, count):
+    ours = philox._on_device(seed, key, count, 100, torch.device("cpu"))
+    assert torch.equal(ours, philox.words(seed, key, count, 100, torch.device("cpu")))
+    first = [word - WORD if word >= WORD // 2 else word for word in reference(count + 1, (seed, key))]
+    assert ours[:4].tolist() == first
+
+
+def test_pairs_of_every_kind_of_word_are_box_muller():
+    edges = [-(2**31), 1 - 2**31, 2**31 - 1, *(k * 2**29 + d for k in range(-3, 4) for d in (-1, 0, 1))]
+    words = torch.tensor(edges, dtype=torch.int32)
+    of_radius, of_angle = torch.meshgrid(words, words, indexing="ij")
+    cosines, sines = normal.pairs(of_radius, of_angle)
+    radius = torch.sqrt(-2 * torch.log((of_radius.double() + 2.0**31 + 0.5) / 2**32))
+    angle = (of_angle.double() + 2.0**31 + 0.5) / 2**32 * 2 * math.pi
+    for ours, theirs in ((cosines, angle.cos() * radius), (sines, angle.sin() * radius)):
+        # The angle itself is rounded in the reference.
+        assert (ours.double() - theirs).abs().le(6e-8 * theirs.abs() + 1e-15 * radius).all()
 
 
 @pytest.mark.parametrize("index", [0, 3])
@@ -70,7 +93,7 @@ def test_gaussian_direction_is_box_muller_on_philox(index):
     z = direction(SEED, index, BLOCK + 50).numpy()
     # Cosines, sines, and the second block.
     places = [*range(50), *range(BLOCK // 2 - 50, BLOCK // 2 + 50), *range(BLOCK - 50, BLOCK + 50)]
-    expected = np.array([normal(SEED, index, i) for i in places], dtype=np.float32)
+    expected = np.array([normal_number(SEED, index, i) for i in places], dtype=np.float32)
     np.testing.assert_array_max_ulp(z[places], expected, maxulp=1)
 
 
@@ -149,7 +172,44 @@ def test_directions_seeds_steps_and_neighbours_are_uncorrelated(distribution):
     assert (correlation - torch.eye(len(rows))).abs().max() < 5.5 / math.sqrt(n)
 
 
+@pytest.mark.skipif(noise.LIBRARY is None, reason="the library was not built")
+@pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
+@pytest.mark.parametrize(
+    ("first", "numel"),
+    [
+        *((0, 1), (0, 300), (5, 1000), (255, 70_000), (256 * 9 + 8, 248), (1 << 40, 100), (0, 300_000)),
+        *((BLOCK // 2 - 3, 7), (BLOCK // 2, BLOCK // 2), (BLOCK - 1, 2), (5 * BLOCK + 100, BLOCK // 2)),
+    ],
+)
+def test_the_library_adds_what_numpy_and_pytorch_draw(monkeypatch, distribution, first, numel):
+    base = torch.randn(numel)
+    for scale in (0.37, -1e-3, 0.0, math.inf):
+        ours = add_direction(2**64 - 3, 2**32 - 1, scale, base, torch.empty(numel), distribution, first)
+        with monkeypatch.context() as patch:
+            patch.setattr(noise, "LIBRARY", None)
+            theirs = add_direction(2**64 - 3, 2**32 - 1, scale, base, torch.empty(numel), distribution, first)
+        assert torch.equal(ours.view(torch.int32), theirs.view(torch.int32)), scale
+    in_place = base.clone()
+    assert add_direction(1, 0, 0.5, in_place, in_place, distribution, first) is in_place
+    assert torch.equal(in_place, add_direction(1, 0, 0.5, base, torch.empty(numel), distribution, first))
+
+
+@pytest.mark.parametrize(
+    "base",
+    [torch.zeros(8, dtype=torch.float64), torch.zeros(16)[::2], torch.zeros(7)],
+    ids=["type", "stride", "length"],
+)
+def test_what_cannot_be_added_to_is_refused(base):
+    for distribution in ("gaussian", "rademacher"):
+        with pytest.raises(ValueError):
+            add_direction(1, 0, 1.0, base, torch.empty(8), distribution)
+
+
 SHAPES = [(3, 50), (40, 2), (7, 7)]
+
+
+def low_rank_direction(seed: int, index: int, shapes, rank: int, distribution="gaussian") -> torch.Tensor:
+    return whole(LowRankDirections(seed, index + 1, shapes, rank, distribution), index, numel_of(shapes))
 
 
 @pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
@@ -167,6 +227,17 @@ def test_low_rank_directions_are_products_of_factors(rank, distribution):
         rest = matrix - u @ torch.linalg.pinv(u, rtol=1e-10) @ matrix
         assert rest.norm() < 1e-5 * matrix.norm()
     assert left.numel() == 0
+
+
+@pytest.mark.parametrize(("first", "numel"), [(0, 279), (0, 1), (149, 3), (151, 1), (160, 119), (278, 1), (230, 0)])
+def test_a_stretch_of_a_low_rank_direction_is_that_of_the_whole(first, numel):
+    directions = LowRankDirections(SEED, 2, SHAPES, 3, "gaussian")
+    base = torch.randn(279)
+    expected = directions.add(1, 0.3, base, torch.empty(279))
+    out = torch.empty(numel)
+    assert directions.add(1, 0.3, base[first : first + numel], out, first) is out
+    assert torch.equal(out, expected[first : first + numel])
+    assert whole(directions, 1, 279).abs().max() <= directions.largest
 
 
 def test_low_rank_directions_share_right_factors_within_an_interval():

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from drawn import whole
 from sglang.srt.mezo.core.directions import KeptDirections
 from sglang.srt.mezo.core.errors import LogError
 from sglang.srt.mezo.core.noise import step_seed
@@ -113,7 +114,8 @@ def test_replay_gives_the_trained_weights_bit_for_bit(tmp_path, rule):
     theta, history = INITIAL.clone(), []
     optimizer = Optimizer(theta, HEADER.shapes, rule)
     for record in fill(log, 6):
-        z = [optimizer.direction(record.seed, k) for k in range(2)]
+        directions = optimizer.directions(record.seed, 2)
+        z = [whole(directions, k, theta.numel()) for k in range(2)]
         optimizer.step(KeptDirections(z), record.projected_grads, record.learning_rate)
         history.append(theta.clone())
     for steps, expected in ((None, history[-1]), (6, history[-1]), (4, history[3]), (0, INITIAL)):

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from sglang.srt.mezo.core.noise import LARGEST_GAUSSIAN, Distribution, add_direction
+from sglang.srt.mezo.core.noise import LARGEST_GAUSSIAN, Distribution, Shapes, add_direction, low_rank_factors
 
 
 class Directions(Protocol):
@@ -71,3 +71,39 @@ class DrawnDirections:
 
     def add(self, k: int, scale: float, base: torch.Tensor, out: torch.Tensor, first: int = 0) -> torch.Tensor:
         return add_direction(self._seed, k, scale, base, out, self._distribution, first)
+
+
+class LowRankDirections:
+    """Directions whose matrices are products of two factors, which are kept: those of ``noise.low_rank_factors``."""
+
+    def __init__(self, seed: int, count: int, shapes: Shapes, rank: int, distribution: Distribution):
+        self._shapes = shapes
+        self._factors = [low_rank_factors(seed, k, shapes, rank, distribution) for k in range(count)]
+        self._scale = math.sqrt(rank)
+        self._largest = rank / self._scale * (1.0 if distribution == "rademacher" else LARGEST_GAUSSIAN**2)
+
+    def __len__(self) -> int:
+        return len(self._factors)
+
+    @property
+    def largest(self) -> float:
+        return self._largest
+
+    def add(self, k: int, scale: float, base: torch.Tensor, out: torch.Tensor, first: int = 0) -> torch.Tensor:
+        end, begin = first + out.numel(), 0
+        for (rows, columns), u, v in zip(self._shapes, *self._factors[k]):
+            low, high = max(begin, first), min(begin + rows * columns, end)
+            if low < high:
+                row = (low - begin) // columns
+                numbers = self._rows(u[row : -(-(high - begin) // columns)], v)[low - begin - row * columns :]
+                place = slice(low - first, high - first)
+                torch.add(base[place], numbers[: high - low].to(out.device), alpha=scale, out=out[place])
+            begin += rows * columns
+        return out
+
+    def _rows(self, u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """u v' / sqrt(rank), flat: term by term, as a matrix product may add in any order."""
+        total = torch.zeros(len(u), len(v))
+        for left, right in zip(u.T, v.T):
+            total += left[:, None] * right
+        return total.flatten().div_(self._scale)

@@ -9,9 +9,9 @@ from typing import Literal
 
 import torch
 
-from sglang.srt.mezo.core.directions import Directions, DrawnDirections, KeptDirections
+from sglang.srt.mezo.core.directions import Directions, DrawnDirections, LowRankDirections
 from sglang.srt.mezo.core.errors import DivergedError, shown
-from sglang.srt.mezo.core.noise import Distribution, Shapes, direction, low_rank_direction, numel_of
+from sglang.srt.mezo.core.noise import Distribution, Shapes, numel_of
 
 Optim = Literal["sgd", "adamw"]
 SchedulerType = Literal["constant", "linear", "cosine"]
@@ -84,18 +84,12 @@ class Optimizer:
         self._moments = [torch.zeros_like(theta) for _ in range(2 if rule.optim == "adamw" else bool(rule.momentum))]
         self._prepared: _Step | None = None
 
-    def direction(self, seed: int, index: int) -> torch.Tensor:
-        """Direction ``index`` of the step that has ``seed``: float32 [parameters]."""
-        if self._rule.perturbation_rank is not None:
-            return low_rank_direction(seed, index, self._shapes, self._rule.perturbation_rank, self._rule.distribution)
-        return direction(seed, index, self._theta.numel(), self._rule.distribution)
-
     def directions(self, seed: int, count: int) -> Directions:
-        """Those of the step that has ``seed``: drawn where they are needed, but for low-rank ones, which are no stretch
-        of a stream."""
-        if self._rule.perturbation_rank is not None:
-            return KeptDirections([self.direction(seed, k) for k in range(count)])
-        return DrawnDirections(seed, count, self._rule.distribution)
+        """Those of the step that has ``seed``."""
+        rule = self._rule
+        if rule.perturbation_rank is None:
+            return DrawnDirections(seed, count, rule.distribution)
+        return LowRankDirections(seed, count, self._shapes, rule.perturbation_rank, rule.distribution)
 
     def step(self, directions: Directions, projected_grads: Sequence[float], learning_rate: float) -> None:
         """One update from directions and the projected gradient along each; raises DivergedError as ``prepare``."""

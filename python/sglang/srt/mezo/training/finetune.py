@@ -23,6 +23,7 @@ from sglang.srt.mezo.data.invocation import AUTO, invocation_tokens
 from sglang.srt.mezo.data.splits import DataArguments, Splits, load_splits
 from sglang.srt.mezo.engine.chat import ChatRenderer
 from sglang.srt.mezo.engine.handle import MezoEngine
+from sglang.srt.mezo.engine.points import BASE
 from sglang.srt.mezo.scoring.evaluation import evaluation_passes
 from sglang.srt.mezo.training.checkpoint import read_checkpoint
 from sglang.srt.mezo.training.plots import plot_run
@@ -166,7 +167,7 @@ def _zero_shot(trainer: MezoTrainer, tests: Sequence[Example]) -> dict[str, floa
         return {}
     return drain(
         evaluation_passes(
-            trainer.scorer, trainer.plan(tests), None, trainer.objective, trainer.config.per_device_eval_batch_size
+            trainer.scorer, trainer.plan(tests), BASE, trainer.objective, trainer.config.per_device_eval_batch_size
         )
     )
 

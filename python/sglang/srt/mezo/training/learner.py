@@ -30,6 +30,8 @@ from sglang.srt.mezo.training.results import StepResult
 from sglang.srt.mezo.training.usable import require_usable
 from sglang.srt.mezo.training.window import PrefixWindow, window_of
 
+_LOOKED_AT = 1 << 24  # parameters, to tell whether perturbations are lost
+
 
 class Learner:
     """An adapter, its examples, and the steps that fit it to them.
@@ -111,7 +113,7 @@ class Learner:
         """One step of algorithm 1 on a batch. Of z only the seed outlives it; theta moves in the last piece."""
         self.window.enter(self.global_step)
         zo_random_seed = step_seed(self.config.seed, self.global_step, self.config.perturbation_interval)
-        directions = yield from self.probe.directions(zo_random_seed)
+        directions = self.probe.directions(zo_random_seed)
         losses, baselines = yield from self.probe.loss_passes(batch, directions, self.config.zo_eps)
         self._require_finite(losses + baselines)
         projected_grad = list(map(self._clip, self.probe.estimate(losses, baselines, self.config.zo_eps)))
@@ -137,11 +139,14 @@ class Learner:
         self.optimizer.commit()
         self.global_step += 1
 
-    def lost_perturbations(self, z: torch.Tensor) -> float:
-        """Share of parameters for which theta + eps z and theta - eps z round to the same number in the slot's
-        dtype."""
-        theta, eps = self.adapter.theta, self.config.zo_eps
-        plus, minus = (torch.add(theta, z, alpha=sign * eps).to(self.slot_dtype) for sign in (1, -1))
+    def lost_perturbations(self, zo_random_seed: int) -> float:
+        """Share of parameters, as far as the first of them tell, for which theta + eps z and theta - eps z round to the
+        same number in the engine's dtype."""
+        directions, theta = self.probe.directions(zo_random_seed), self.adapter.theta[:_LOOKED_AT]
+        plus, minus = (
+            directions.add(0, sign * self.config.zo_eps, theta, torch.empty_like(theta)).to(self.slot_dtype)
+            for sign in (1, -1)
+        )
         return (plus == minus).float().mean().item()
 
     def _require_finite(self, losses: Sequence[float]) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sglang.srt.mezo.core.config import MezoConfig, Objective
-from sglang.srt.mezo.core.directions import Directions, KeptDirections
+from sglang.srt.mezo.core.directions import Directions
 from sglang.srt.mezo.core.estimator import projected_grads, with_baselines
 from sglang.srt.mezo.core.optimizer import Optimizer
 from sglang.srt.mezo.core.passes import Passes
@@ -26,13 +26,9 @@ class Probe:
     points: Points
     scorer: Scorer
 
-    def directions(self, zo_random_seed: int) -> Passes[KeptDirections]:
+    def directions(self, zo_random_seed: int) -> Directions:
         """Those of a step's seed, as many as a step has."""
-        z = []
-        for k in range(self.config.num_perturbations):
-            z.append(self.optimizer.direction(zo_random_seed, k))
-            yield
-        return KeptDirections(z)
+        return self.optimizer.directions(zo_random_seed, self.config.num_perturbations)
 
     def loss_passes(
         self, batch: Sequence[ExamplePlan], directions: Directions, zo_eps: float
@@ -54,7 +50,7 @@ class Probe:
         self, batch: Sequence[ExamplePlan], zo_random_seed: int, zo_eps: float
     ) -> Passes[dict[str, list[float]]]:
         """``loss_plus``, ``loss_minus`` (the baselines) and ``projected_grad`` along the directions of a seed."""
-        directions = yield from self.directions(zo_random_seed)
+        directions = self.directions(zo_random_seed)
         losses, baselines = yield from self.loss_passes(batch, directions, zo_eps)
         return {
             "loss_plus": losses,

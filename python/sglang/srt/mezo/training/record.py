@@ -137,7 +137,7 @@ class RunRecord:
         }
 
     def _warn_of_lost_perturbations(self, result: StepResult) -> None:
-        share = self._learner.lost_perturbations(self._learner.optimizer.direction(result.zo_random_seed, 0))
+        share = self._learner.lost_perturbations(result.zo_random_seed)
         if share > _MAX_LOST_SHARE:
             self._tracker.warn(
                 f"zo_eps={self._config.zo_eps:g} is lost in {self._learner.slot_dtype} for {share:.0%} of the "
