@@ -79,9 +79,9 @@ def work(trainer: MezoTrainer, batch: Sequence[ExamplePlan]) -> Work:
         gemm_flops=2 * tokens * sum(weight.numel() for weight in linear_weights(trainer))
         + 2 * head_rows * head.numel(),
         head_rows=head_rows,
-        small_flops=attention + 2 * tokens * trainer.adapter.numel + 2 * single_reads * head.shape[1],
+        small_flops=attention + 2 * tokens * trainer.trainable.numel + 2 * single_reads * head.shape[1],
         bytes=base_tokens * kv_width * itemsize
-        + trainer.adapter.numel * (4 * (3 + config.num_perturbations) + 2 * slots * itemsize),
+        + trainer.trainable.numel * (4 * (3 + config.num_perturbations) + 2 * slots * itemsize),
     )
 
 

@@ -101,10 +101,10 @@ def open_losses(model: str, dtype: str, task: str, runs: Path) -> Operations:
     def train() -> list[float]:
         for step in range(TRAINED_STEPS):
             drain(trainer.step_passes(trainer.batch(step)))
-        return trainer.adapter.theta.tolist()
+        return trainer.trainable.theta.tolist()
 
     def losses(theta: list[float], steps: int, zo_eps: float) -> list[tuple[list[float], list[float]]]:
-        trainer.adapter.theta.copy_(torch.tensor(theta))
+        trainer.trainable.theta.copy_(torch.tensor(theta))
         return [
             drain(trainer.probe.loss_passes(batch, drain(trainer.probe.directions(seed)), zo_eps))
             for seed in range(steps)

@@ -1,8 +1,11 @@
 """The reference that trainer and scorer are held against: Transformers + PEFT, one unpadded sequence at a time."""
 
+import re
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -46,14 +49,15 @@ CONFIGS = {
 TARGETS = {kind: LLAMA_TARGETS if kind == "llama" else OPT_TARGETS for kind in CONFIGS}
 
 
-def save_model(kind: str, folder: Path) -> str:
+def save_model(kind: str, folder: Path, **changes: Any) -> str:
     """A random model of that kind, with biases and norms that are not at their trivial start.
 
-    The biases before OPT's ReLU keep its units well on or well off: the loss is then smooth around the adapter, so that
-    a finite difference can be held against the gradient to a per cent.
+    ``changes`` are those of its configuration. The biases before OPT's ReLU keep its units well on or well off: the
+    loss is then smooth around the adapter, so that a finite difference can be held against the gradient to a per cent.
     """
     torch.manual_seed(1)
-    config = CONFIGS[kind]
+    config = deepcopy(CONFIGS[kind])
+    config.update(changes)
     model = (LlamaForCausalLM if kind == "llama" else OPTForCausalLM)(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -99,15 +103,10 @@ def with_shared_beginnings(made: Sequence[Example], seed: int = 9) -> list[Examp
     return [replace(e, prompt=(2, *template, *passages[i % 2], *e.prompt[1:])) for i, e in enumerate(made)]
 
 
-class Reference:
-    """A PEFT model on the files that the adapter wrote."""
+class Scores:
+    """Losses of a Transformers model."""
 
-    def __init__(self, model_path: str, adapter: Adapter, folder: Path, dtype: torch.dtype = torch.float32):
-        adapter.save_pretrained(folder)
-        # PyTorch's fused attention, which is Transformers' own choice, leaves soft caps out.
-        base = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype, attn_implementation="eager")
-        self.model = PeftModel.from_pretrained(base, folder, is_trainable=True).to(dtype).eval()
-        self._adapter = adapter
+    model: Any
 
     def token_log_probs(self, prompt: Sequence[int], option: Sequence[int]) -> torch.Tensor:
         """Log-probability of each token of ``option`` after ``prompt``: [tokens]."""
@@ -129,6 +128,17 @@ class Reference:
             [self.token_log_probs(example.prompt, example.options[example.label]) for example in batch]
         ).mean()
 
+
+class Reference(Scores):
+    """A PEFT model on the files that the adapter wrote."""
+
+    def __init__(self, model_path: str, adapter: Adapter, folder: Path, dtype: torch.dtype = torch.float32):
+        adapter.save_pretrained(folder)
+        # PyTorch's fused attention, which is Transformers' own choice, leaves soft caps out.
+        base = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype, attn_implementation="eager")
+        self.model = PeftModel.from_pretrained(base, folder, is_trainable=True).to(dtype).eval()
+        self._adapter = adapter
+
     def gradient(self, loss: torch.Tensor) -> torch.Tensor:
         """Gradient of ``loss`` in the adapter's flat order: float64 [numel]."""
         self.model.zero_grad()
@@ -137,3 +147,21 @@ class Reference:
             name.replace(".default", ""): p.grad for name, p in self.model.named_parameters() if p.grad is not None
         }
         return torch.cat([grads[name].flatten().double() for name in self._adapter.state_dict()])
+
+
+class ModelReference(Scores):
+    """A Transformers model whose own parameters are set, those in whose names a pattern is found."""
+
+    def __init__(self, model_path: str, dtype: torch.dtype = torch.float32, pattern: str = ""):
+        self.model = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype, attn_implementation="eager").eval()
+        self._trained = [p for name, p in self.model.named_parameters() if re.search(pattern, name)]
+
+    @property
+    def theta(self) -> torch.Tensor:
+        """[numel], in the order of the model."""
+        return torch.cat([p.detach().flatten() for p in self._trained])
+
+    @torch.no_grad()
+    def set(self, theta: torch.Tensor) -> None:
+        for p, part in zip(self._trained, theta.split([p.numel() for p in self._trained])):
+            p.copy_(part.view_as(p))

@@ -56,7 +56,7 @@ def losses(engine, spec: AdapterSpec, theta: torch.Tensor) -> list[float]:
         )
         trainer = MezoTrainer(engine.handle, config, spec, examples, objective=objective)
         try:
-            trainer.adapter.theta.copy_(theta)
+            trainer.trainable.theta.copy_(theta)
             (plus,), (minus,) = drain(
                 trainer.probe.loss_passes(trainer.train_plans, KeptDirections([torch.zeros_like(theta)]), 0.0)
             )

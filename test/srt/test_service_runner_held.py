@@ -230,7 +230,7 @@ def advance_to(engine, step):
 
 def make_too_large(engine):
     """As a few more steps at a learning rate that is too large would."""
-    engine.runner._job.learner.adapter.theta.fill_(1e18)
+    engine.runner._job.learner.trainable.theta.fill_(1e18)
 
 
 def base_values(engine, config):
@@ -273,12 +273,12 @@ def score_beside(engine, config, spec, value):
     with closing(MezoTrainer(engine.handle, config, spec, TRAIN)) as trainer:
         slots = [trainer.points.of_direction(place)[0] for place in range(4)]
         for seed, slot in enumerate(slots):
-            slot.write(0.1 * torch.randn(trainer.adapter.numel, generator=torch.Generator().manual_seed(seed)))
+            slot.write(0.1 * torch.randn(trainer.trainable.numel, generator=torch.Generator().manual_seed(seed)))
         found = []
         for spoil in (False, True):
             engine.scheduler.flush_cache()
             if spoil:
-                slots[1].write(torch.full((trainer.adapter.numel,), value))
+                slots[1].write(torch.full((trainer.trainable.numel,), value))
             found.append(
                 drain(trainer.scorer.passes(trainer.train_plans, [tuple(slot.point for slot in slots)], "completion"))
             )

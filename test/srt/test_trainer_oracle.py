@@ -53,7 +53,7 @@ def losses(engine, tuning, spec, batch, objective, theta, z, zo_eps, settings):
     free = engine.handle.free_kv_tokens
     trainer = make_trainer(engine, tuning, spec, batch, objective, len(z), **settings)
     try:
-        trainer.adapter.theta.copy_(theta)
+        trainer.trainable.theta.copy_(theta)
         plus, minus = drain(trainer.probe.loss_passes(trainer.train_plans, KeptDirections(z), zo_eps))
     finally:
         trainer.close()
@@ -76,7 +76,7 @@ def prefix_stats(engine, tuning, spec, batch, objective):
     try:
         drain(
             trainer.probe.loss_passes(
-                trainer.train_plans, KeptDirections([trainer.adapter.theta] * NUM_PERTURBATIONS), ZO_EPS
+                trainer.train_plans, KeptDirections([trainer.trainable.theta] * NUM_PERTURBATIONS), ZO_EPS
             )
         )
         return trainer.scorer.prefix_stats
@@ -89,7 +89,7 @@ def losses_around_a_flush(engine, spec, batch, objective, theta):
     engine.scheduler.flush_cache()
     trainer = make_trainer(engine, "alora", spec, batch, objective, 1)
     try:
-        trainer.adapter.theta.copy_(theta)
+        trainer.trainable.theta.copy_(theta)
         first = drain(trainer.probe.loss_passes(trainer.train_plans, KeptDirections([theta]), ZO_EPS))
         assert trainer.scorer.base_prefixes.kept_tokens > 0
         engine.scheduler.flush_cache()
@@ -103,7 +103,7 @@ def losses_on_prefix_of_plus(engine, spec, batch, theta, z):
     """For each direction the loss at theta - eps z, on KV of the prompts that was computed at theta + eps z."""
     trainer = make_trainer(engine, "lora", spec, batch, "classification", len(z))
     try:
-        trainer.adapter.theta.copy_(theta)
+        trainer.trainable.theta.copy_(theta)
         drain(trainer.probe.loss_passes(trainer.train_plans, KeptDirections(z), ZO_EPS))
         return [
             loss_on_prefix_of(engine, trainer, batch, plus, minus)

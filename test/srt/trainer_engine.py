@@ -84,7 +84,7 @@ def passes_of_a_batch(engine, config, spec, train, kept_tokens):
 def step_with_theta(engine, config, spec, train, value):
     trainer = build(engine, config, spec, train)
     try:
-        trainer.adapter.theta.fill_(value)
+        trainer.trainable.theta.fill_(value)
         drain(trainer.step_passes(trainer.batch(0)))
     finally:
         trainer.close()
@@ -100,7 +100,7 @@ def lost_share(engine, config, spec, train, dtype):
     """Share of the perturbation that a slot of another dtype would lose at a typical adapter."""
     trainer = build(engine, config, spec, train)
     try:
-        trainer.adapter.theta.fill_(0.04)
+        trainer.trainable.theta.fill_(0.04)
         trainer.slot_dtype = dtype
         return trainer.lost_perturbations(0)
     finally:

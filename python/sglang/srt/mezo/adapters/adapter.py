@@ -18,6 +18,8 @@ from sglang.srt.mezo.core.noise import initial_uniform
 from sglang.srt.mezo.core.optimizer import is_finite
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+INITIAL = "initial_adapter"
+"""Folder in that of a run: what the first record of its seed log moves."""
 FILES = (CONFIG, WEIGHTS)
 """Of a PEFT folder, those that make an adapter what it is."""
 
@@ -166,6 +168,14 @@ class Adapter:
             _sort_targets(partial / CONFIG)
             (partial / "README.md").write_text(self._model_card(), encoding="utf-8")
             write_sums(partial, FILES)
+
+    def save_initial(self, run: Path) -> None:
+        self.save_pretrained(run / INITIAL)
+
+    def resume_initial(self, run: Path) -> None:
+        self.load_weights(run / INITIAL)
+
+    load_initial = resume_initial
 
     def load_weights(self, directory: Path) -> None:
         """Fill ``theta`` from a folder that ``save_pretrained`` wrote for the same sites and rank.

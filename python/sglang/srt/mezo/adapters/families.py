@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from sglang.srt.mezo.adapters.adapter import Site
+from sglang.srt.mezo.adapters.weights import Parameter
 from sglang.srt.mezo.core.config import Tuning
 from sglang.srt.mezo.core.errors import ConfigError
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PretrainedConfig
 
 
@@ -138,15 +140,27 @@ def require_modules(family: Family, target_modules: Iterable[str]) -> None:
 def model_modules(config: "PretrainedConfig") -> tuple[Site, ...]:
     """The linear layers of every transformer block, in the order of the model; the head is none of them."""
     import torch
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:  # of code that came with the checkpoint
-        config = AutoConfig.for_model(**{name: value for name, value in config.to_dict().items() if name != "auto_map"})
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    model = _without_weights(config)
     linear = [(path, module) for path, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
     return tuple(
         Site(path, module.in_features, module.out_features)
         for path, module in linear
         if any(part.isdigit() for part in path.split("."))
     )
+
+
+def model_parameters(config: "PretrainedConfig") -> tuple[Parameter, ...]:
+    """Every parameter, in the order of the model; one that is used twice comes once."""
+    return tuple(Parameter(name, tuple(one.shape)) for name, one in _without_weights(config).named_parameters())
+
+
+def _without_weights(config: "PretrainedConfig") -> "torch.nn.Module":
+    """Transformers' model."""
+    import torch
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
+
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:  # of code that came with the checkpoint
+        config = AutoConfig.for_model(**{name: value for name, value in config.to_dict().items() if name != "auto_map"})
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, attn_implementation="eager")

@@ -1,12 +1,13 @@
-"""``sglang-mezo train``: fit an adapter to rows, with forward passes only.
+"""``sglang-mezo train``: fit an adapter, or a model's own parameters, to rows, with forward passes only.
 
     sglang-mezo train --model facebook/opt-125m --task sst2
     sglang-mezo train --model facebook/opt-125m --dataset rows.jsonl --invocation " It was"
+    sglang-mezo train --model facebook/opt-125m --task sst2 --tuning full --dtype float32
     sglang-mezo train --config run.yaml --learning_rate 0.01
 
 Every field of ModelArguments, DataArguments and MezoConfig is a flag, and MeZO's, PEFT's and TRL's names for the same
 things are too. --config names a YAML file of fields; flags go before it. The run directory receives the adapter (PEFT
-format), the seed log, metrics.jsonl, the plot and summary.json.
+format) or the model (Transformers' format), the seed log, metrics.jsonl, the plot and summary.json.
 """
 
 import os
@@ -47,21 +48,27 @@ def report(model: ModelArguments, config: MezoConfig, summary: dict) -> None:
     def percent(share: float | None) -> str:
         return "-" if share is None else f"{share:.1%}"
 
-    total = summary["prefix_tokens_total"]
-    name = Path(config.output_dir).name
-    flags = "".join(f" {flag}" for flag in serving_flags(config.tuning == "alora", model.dtype))
+    total, trained = summary["prefix_tokens_total"], summary.get("adapter_dir") or summary["model_dir"]
     shared = "".join(f"; {count} examples: {where}" for where, count in summary["shared_examples"].items())
-    best = f"(adapter of step {summary['best_step']} of {summary['steps']})"
+    kind = "model" if config.tuning == "full" else "adapter"
+    best = f"({kind} of step {summary['best_step']} of {summary['steps']})"
     lines = {
         "zero-shot accuracy": percent(summary["zero_shot_accuracy"]),
         "trained accuracy": f"{percent(summary['accuracy'])}   {best}{shared}",
         "speed": f"{summary['steps_per_second']:.1f} steps/s, {summary['train_seconds']:.0f} s of training",
         "prefix tokens reused": f"{percent(summary['prefix_tokens_reused'] / total if total else None)} of {total}",
         "peak memory": f"{summary['peak_rss_bytes'] / 2**20:.0f} MiB",
-        "adapter": summary["adapter_dir"],
+        kind: trained,
         "plot": summary["plot"] or "not drawn: pip install 'sglang-mezo[plots]'",
     }
     print("", *(f"{title:<22} {value}" for title, value in lines.items()), sep="\n")
-    served = f"--enable-lora --lora-paths {name}={summary['adapter_dir']}{flags}"
-    print("\nServe it:")
-    print(f"  python -m sglang.launch_server --model-path {model.model} --dtype {model.dtype} {served}\n")
+    print(f"\nServe it:\n  python -m sglang.launch_server {_serving(model, config, trained)}\n")
+
+
+def _serving(model: ModelArguments, config: MezoConfig, trained: str) -> str:
+    """Flags of a server of SGLang's for what a run has trained."""
+    if config.tuning == "full":
+        return f"--model-path {trained} --dtype {model.dtype}"
+    flags = "".join(f" {flag}" for flag in serving_flags(config.tuning == "alora", model.dtype))
+    name = Path(config.output_dir).name
+    return f"--model-path {model.model} --dtype {model.dtype} --enable-lora --lora-paths {name}={trained}{flags}"

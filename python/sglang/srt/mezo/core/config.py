@@ -1,5 +1,6 @@
 """Settings of a training run, with the names of Hugging Face's TrainingArguments, PEFT and the MeZO paper."""
 
+import re
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Optional, Union
 
@@ -9,7 +10,7 @@ from sglang.srt.mezo.core.noise import Distribution
 from sglang.srt.mezo.core.optimizer import Optim, SchedulerType, UpdateRule
 from sglang.srt.mezo.core.settings import Bounds, require_settings, setting
 
-Tuning = Literal["alora", "lora"]
+Tuning = Literal["alora", "lora", "full"]
 Objective = Literal["classification", "completion"]
 OF_EARLIER_VERSIONS = {"objective": {"language_modeling": "completion"}}
 """Values that are called otherwise now, in configurations that an earlier version has stored."""
@@ -47,9 +48,15 @@ class MezoConfig:
     )
     tuning: Tuning = setting(
         None,
-        "alora, the default: the adapter acts from the invocation on; lora: on every token.",
+        "alora, the default: the adapter acts from the invocation on; lora: on every token; full: the model's own "
+        "parameters are trained, not in a server.",
         follows=True,
         job=True,
+    )
+    parameters: Optional[str] = setting(
+        None,
+        "Of full tuning: regular expression that is found in the names, as Transformers has them, of the parameters to "
+        "train; all by default.",
     )
     invocation: Optional[Union[str, list[int]]] = setting(
         None,
@@ -73,7 +80,8 @@ class MezoConfig:
     objective: Optional[Objective] = setting(None, "Loss; the one that the data suggests by default.", job=True)
     learning_rate: float = setting(
         None,
-        "Step size at the peak of the schedule; 0.02 by default, 0.001 where a step has one slope.",
+        "Step size at the peak of the schedule; 0.02 by default, 0.001 where a step has one slope; of full tuning 3e-5 "
+        "and 1e-6.",
         above=0,
         at_most=LARGEST,
         follows=True,
@@ -89,14 +97,24 @@ class MezoConfig:
     adam_beta2: float = setting(0.999, "As in AdamW.", at_least=0, below=1, job=True)
     adam_epsilon: float = setting(1e-8, "As in AdamW.", above=0, at_most=LARGEST, job=True)
     weight_decay: float = setting(
-        0.0, "Decoupled weight decay, as in the MeZO paper.", at_least=0, at_most=LARGEST, job=True
+        0.0,
+        "Decoupled weight decay, as in the MeZO paper; of matrices, not of biases and norms.",
+        at_least=0,
+        at_most=LARGEST,
+        job=True,
     )
     clip_projected_grad: Optional[float] = setting(
         None, "Bound on the absolute value of each projected gradient.", above=0, at_most=LARGEST, job=True
     )
 
     zo_eps: float = setting(
-        1e-2, "Radius of the perturbation.", above=0, at_least=SMALLEST_ZO_EPS, at_most=LARGEST, job=True
+        None,
+        "Radius of the perturbation; 0.01 by default, 0.001 of full tuning.",
+        above=0,
+        at_least=SMALLEST_ZO_EPS,
+        at_most=LARGEST,
+        follows=True,
+        job=True,
     )
     num_perturbations: int = setting(
         8, "Directions a step; their gradient estimates are averaged.", at_least=1, job=MOST_DIRECTIONS
@@ -202,10 +220,14 @@ class MezoConfig:
             if getattr(self, name) in renamed:
                 object.__setattr__(self, name, renamed[getattr(self, name)])
         require_settings(self)
-        settled = defaults(self.num_perturbations, self.estimator, self.perturbation_interval)
-        for name, value in (settled if self.init_from is not None else settled | NEW_ADAPTER).items():
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, value)
+        if self.init_from is None:
+            self._settle({"tuning": "alora"})
+            self._settle({} if self.tuning == "full" else NEW_ADAPTER)
+        self._settle(defaults(self.tuning, self.num_perturbations, self.estimator, self.perturbation_interval))
+        for name, tunings in _OF_TUNING.items():
+            belongs = self.tuning is None or self.tuning in tunings
+            self._require(name, belongs or getattr(self, name) is None, f"nothing beside tuning={self.tuning}")
+        self._require("parameters", _is_pattern(self.parameters), "a regular expression")
         self._require("momentum", self.momentum == 0 or self.optim == "sgd", "0 beside adamw, which has adam_beta1")
         self._require(
             "estimator",
@@ -227,6 +249,12 @@ class MezoConfig:
             not (self.resume_from_checkpoint and self.overwrite_output_dir),
             "overwrite_output_dir would delete the run to resume",
         )
+
+    def _settle(self, values: dict[str, Any]) -> None:
+        """Set what is open."""
+        for name, value in values.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
 
     def _require(self, name: str, condition: bool, allowed: str) -> None:
         if not condition:
@@ -273,12 +301,25 @@ class MezoConfig:
         return asdict(self)
 
 
-NEW_ADAPTER: dict[str, Any] = {"tuning": "alora", "r": 8, "lora_alpha": 16}
-"""What an adapter is that nobody describes. With ``init_from`` these stay None until the adapter has been read
-(``start.settled``)."""
+_OF_ADAPTERS: tuple[Tuning, ...] = ("alora", "lora")
+_OF_TUNING: dict[str, tuple[Tuning, ...]] = {
+    "init_from": _OF_ADAPTERS,
+    "invocation": _OF_ADAPTERS,
+    "r": _OF_ADAPTERS,
+    "lora_alpha": _OF_ADAPTERS,
+    "target_modules": _OF_ADAPTERS,
+    "parameters": ("full",),
+}
+"""Settings that only some ways of tuning have."""
+
+NEW_ADAPTER: dict[str, Any] = {"r": 8, "lora_alpha": 16}
+"""What an adapter is that nobody describes. With ``init_from`` these stay None, and ``tuning`` too, until the adapter
+has been read (``start.settled``)."""
 
 
-def defaults(num_perturbations: int, estimator: Estimator | None, perturbation_interval: int) -> dict[str, Any]:
+def defaults(
+    tuning: Tuning | None, num_perturbations: int, estimator: Estimator | None, perturbation_interval: int
+) -> dict[str, Any]:
     """What settings are that nobody gave, and that depend on others.
 
     Leaving one out of two directions leaves a single slope, as one direction does: nothing to scale by, and steps whose
@@ -290,9 +331,21 @@ def defaults(num_perturbations: int, estimator: Estimator | None, perturbation_i
     return {
         "estimator": estimator,
         "scale_by_loss_std": scaled,
-        "learning_rate": 2e-2 if scaled else 1e-3,
+        "learning_rate": _LEARNING_RATES["full" if tuning == "full" else "lora"][scaled],
+        "zo_eps": 1e-3 if tuning == "full" else 1e-2,
         "perturbation_rank": 2 if perturbation_interval > 1 else None,
     }
+
+
+_LEARNING_RATES = {"lora": (1e-3, 2e-2), "full": (1e-6, 3e-5)}  # where a step has one slope, and where more
+
+
+def _is_pattern(text: str | None) -> bool:
+    try:
+        re.compile(text or "")
+    except re.error:
+        return False
+    return True
 
 
 def _slopes(num_perturbations: int, estimator: Estimator) -> int:

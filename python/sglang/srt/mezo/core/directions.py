@@ -91,19 +91,21 @@ class LowRankDirections:
 
     def add(self, k: int, scale: float, base: torch.Tensor, out: torch.Tensor, first: int = 0) -> torch.Tensor:
         end, begin = first + out.numel(), 0
-        for (rows, columns), u, v in zip(self._shapes, *self._factors[k]):
-            low, high = max(begin, first), min(begin + rows * columns, end)
+        for shape, u, v in zip(self._shapes, *self._factors[k]):
+            low, high = max(begin, first), min(begin + math.prod(shape), end)
             if low < high:
-                row = (low - begin) // columns
-                numbers = self._rows(u[row : -(-(high - begin) // columns)], v)[low - begin - row * columns :]
+                numbers = self._numbers(u, v, low - begin, high - begin) if len(shape) == 2 else u[low - begin :, 0]
                 place = slice(low - first, high - first)
                 torch.add(base[place], numbers[: high - low].to(out.device), alpha=scale, out=out[place])
-            begin += rows * columns
+            begin += math.prod(shape)
         return out
 
-    def _rows(self, u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """u v' / sqrt(rank), flat: term by term, as a matrix product may add in any order."""
-        total = torch.zeros(len(u), len(v))
+    def _numbers(self, u: torch.Tensor, v: torch.Tensor, first: int, end: int) -> torch.Tensor:
+        """u v' / sqrt(rank) from number ``first`` on, to ``end`` at least: term by term, as a matrix product may add in
+        any order."""
+        row, columns = first // len(v), len(v)
+        u = u[row : -(-end // columns)]
+        total = torch.zeros(len(u), columns)
         for left, right in zip(u.T, v.T):
             total += left[:, None] * right
-        return total.flatten().div_(self._scale)
+        return total.flatten().div_(self._scale)[first - row * columns :]

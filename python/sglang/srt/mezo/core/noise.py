@@ -18,8 +18,10 @@ from sglang.srt.mezo.core.library import load
 
 Distribution = Literal["gaussian", "rademacher"]
 
-Shapes = Sequence[tuple[int, int]]
-"""(rows, columns) of the matrices that a flat vector holds one after the other."""
+Shape = tuple[int, ...]
+"""(rows, columns) of a matrix, or (numbers,) of a vector."""
+Shapes = Sequence[Shape]
+"""Of the matrices and vectors that a flat vector holds one after the other."""
 
 LARGEST_GAUSSIAN = math.sqrt(-2.0 * math.log(2.0**-33))
 """No normal number that is drawn is larger, up or down."""
@@ -43,7 +45,7 @@ _DIRECTION, _STEP_SEED, _INITIAL, _BASIS = range(4)
 
 
 def numel_of(shapes: Shapes) -> int:
-    return sum(rows * columns for rows, columns in shapes)
+    return sum(map(math.prod, shapes))
 
 
 def step_seed(run_seed: int, step: int, interval: int = 1) -> int:
@@ -101,23 +103,29 @@ def add_direction(
 
 def low_rank_factors(
     seed: int, index: int, shapes: Shapes, rank: int, distribution: Distribution = "gaussian"
-) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Of direction ``index``, which is u v' / sqrt(rank) in every matrix (LOZO, arXiv 2410.07698, with Gaussian u and
-    v).
+) -> tuple[list[torch.Tensor], ...]:
+    """Of direction ``index``, which is u v' / sqrt(rank) in every matrix, and u in every vector (LOZO, arXiv
+    2410.07698, with Gaussian u and v).
 
     Args:
         seed: v depends on its upper half only, so that seeds of ``step_seed`` with an interval share it.
-        shapes: of the matrices.
+        shapes: of the matrices and vectors.
         rank: columns of u and v.
         distribution: of the numbers of u and v.
 
     Returns:
-        u [rows, rank] and v [columns, rank] of each matrix: float32 on the CPU.
+        u [rows, rank] and v [columns, rank] of each matrix, u [numbers, 1] and v [0, 1] of each vector: float32 on
+        the CPU.
     """
-    rows, columns = ([rank * shape[side] for shape in shapes] for side in (0, 1))
+    ranks = [rank if len(shape) == 2 else 1 for shape in shapes]
+    rows = [own * shape[0] for own, shape in zip(ranks, shapes)]
+    columns = [rank * shape[1] if len(shape) == 2 else 0 for shape in shapes]
     left = _numbers(seed, _DIRECTION << 32 | index, sum(rows), distribution)
     right = _numbers(seed >> 32, _BASIS << 32 | index, sum(columns), distribution)
-    return [u.view(-1, rank) for u in left.split(rows)], [v.view(-1, rank) for v in right.split(columns)]
+    return tuple(
+        [part.view(-1, own) for own, part in zip(ranks, drawn.split(lengths))]
+        for drawn, lengths in ((left, rows), (right, columns))
+    )
 
 
 def initial_uniform(seed: int, index: int, numel: int) -> torch.Tensor:

@@ -43,7 +43,7 @@ class UpdateRule:
     Attributes:
         distribution: of the directions' numbers, or of their factors'.
         perturbation_rank: of the directions' matrices; None for full ones.
-        weight_decay: decoupled, as in AdamW.
+        weight_decay: decoupled, as in AdamW; of matrices, not of vectors.
         momentum: of SGD, as in ``torch.optim.SGD`` without dampening.
         adam_beta1, adam_beta2, adam_epsilon: as in ``torch.optim.AdamW``.
     """
@@ -67,7 +67,7 @@ class Optimizer:
 
     Args:
         theta: float32 [parameters], the master copy; changed in place.
-        shapes: of the matrices that theta holds.
+        shapes: of the matrices and vectors that theta holds.
         largest: number that theta may hold.
     """
 
@@ -159,7 +159,8 @@ class Optimizer:
         """The step itself, on the stretch from ``first`` on."""
         rule, rate = self._rule, step.learning_rate
         if rule.weight_decay:
-            theta.mul_(1.0 - rate * rule.weight_decay)
+            for decayed in self._matrices_in(first, theta):
+                decayed.mul_(1.0 - rate * rule.weight_decay)
         if rule.optim == "adamw":
             self._adamw(theta, moments[0], moments[1], step.estimate(first, theta), rate)
         elif rule.momentum:
@@ -168,6 +169,15 @@ class Optimizer:
         else:
             for k, weight in enumerate(step.weights):
                 step.directions.add(k, _float32(-rate * weight), theta, theta, first)
+
+    def _matrices_in(self, first: int, stretch: torch.Tensor) -> Iterator[torch.Tensor]:
+        """What of a stretch of theta that begins at ``first`` belongs to matrices."""
+        begin = 0
+        for shape in self._shapes:
+            end = begin + math.prod(shape)
+            if len(shape) == 2 and end > first and begin < first + stretch.numel():
+                yield stretch[max(0, begin - first) : end - first]
+            begin = end
 
     def _adamw(
         self,

@@ -1,4 +1,4 @@
-"""The log of a run: (seed, learning rate, projected gradients) a step, enough to rebuild the adapter bit for bit.
+"""The log of a run: (seed, learning rate, projected gradients) a step, enough to rebuild what it trained bit for bit.
 
 A header (one JSON line) names what the log belongs to. Behind it, all little-endian: a checksum of the line (CRC-32, as
 all here), the number of records, a checksum of that. Records of fixed size follow: uint64 seed, float64 learning rate,
@@ -25,7 +25,7 @@ from typing import Any, BinaryIO, NamedTuple, Self
 import torch
 
 from sglang.srt.mezo.core.errors import LogError
-from sglang.srt.mezo.core.noise import numel_of
+from sglang.srt.mezo.core.noise import Shape, numel_of
 from sglang.srt.mezo.core.optimizer import Optimizer, UpdateRule
 
 _MAGIC = "sglang-mezo seed log 3"
@@ -40,8 +40,8 @@ _ALIGNMENT = 16  # of the count in the file: it lies in one page, and no crash l
 class LogHeader:
     """What must agree for a log to be replayed on an adapter."""
 
-    shapes: tuple[tuple[int, int], ...]
-    """(rows, columns) of the adapter's matrices."""
+    shapes: tuple[Shape, ...]
+    """Of the matrices and vectors that are trained."""
     num_perturbations: int
     rule: UpdateRule
     initial_adapter: str | None
@@ -51,9 +51,7 @@ class LogHeader:
     def from_json(
         cls, shapes: list[list[int]], num_perturbations: int, rule: dict[str, Any], initial_adapter: str | None
     ) -> Self:
-        return cls(
-            tuple((rows, columns) for rows, columns in shapes), num_perturbations, UpdateRule(**rule), initial_adapter
-        )
+        return cls(tuple(map(tuple, shapes)), num_perturbations, UpdateRule(**rule), initial_adapter)
 
 
 @dataclass(frozen=True)
@@ -290,8 +288,8 @@ def _damage(whole: int, count: int | None, more: bool) -> str | None:
 
 
 def digest_of(theta: torch.Tensor) -> str:
-    """SHA-256 of an adapter's weights (float32 [numel])."""
-    return hashlib.sha256(theta.contiguous().numpy().data).hexdigest()
+    """SHA-256 of what is trained (float32 [numel])."""
+    return hashlib.sha256(theta.contiguous().cpu().numpy().data).hexdigest()
 
 
 def _free_name(path: Path) -> Path:

@@ -2,9 +2,9 @@
 
 import logging
 import secrets
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sglang.srt.mezo.adapters.weights import model_folder
 from sglang.srt.mezo.core.fingerprint import fingerprint
 
 if TYPE_CHECKING:
@@ -46,19 +46,10 @@ def _taken(model_runner: "ModelRunner") -> str:
     config, load = model_runner.model_config, model_runner.load_config
     is_dummy = str(getattr(load.load_format, "value", load.load_format)) == "dummy"
     try:
-        folder = _folder(config.model_path, config.revision, load.download_dir)
+        folder = model_folder(config.model_path, config.revision, load.download_dir)
         taken = fingerprint(folder, weights=not is_dummy)
     except (OSError, ValueError, KeyError, TypeError) as error:
         logger.warning("the base model is told from others by its name alone, as its files cannot be read: %s", error)
         return f"name:{config.model_path}"
     # Made-up weights are random numbers of one seed, drawn in the type of the weights.
     return f"{taken}:dummy:{precision(model_runner)}" if is_dummy else taken
-
-
-def _folder(name: str, revision: str | None, download_dir: str | None) -> Path:
-    """Where the files of a model lie that has been loaded."""
-    if (path := Path(name)).exists():
-        return path
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(name, revision=revision, cache_dir=download_dir, local_files_only=True))

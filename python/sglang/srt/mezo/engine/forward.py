@@ -150,7 +150,9 @@ def _fill_rows(
 
 def _route_adapters(handle: EngineHandle, batch, sequences: Sequence[Sequenced]) -> None:
     """Name the adapter of each sequence, or of each run of tokens where one sequence uses several."""
-    manager = handle.lora_manager
+    manager = handle.model_runner.lora_manager
+    if manager is None:
+        return
     segments = [segment for sequence in sequences for segment in sequence.segments]
     manager.fetch_new_loras({lora_id for lora_id, _ in segments} | {None})
     if len(segments) == len(sequences):

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
@@ -44,8 +44,6 @@ class EngineHandle:
         model_runner = scheduler.tp_worker.model_runner
         tree_cache: Any = scheduler.tree_cache  # the scheduler's declarations say `object`
         requests: Any = scheduler.req_to_token_pool
-        if model_runner.lora_manager is None:
-            raise ConfigError("enable_lora", False, "training needs an engine that was started with LoRA")
         if model_runner.page_size != 1:
             raise ConfigError("page_size", model_runner.page_size, "prefixes are cut at any token, so 1 is needed")
         return cls(model_runner, tree_cache, requests)
@@ -78,8 +76,10 @@ class EngineHandle:
 
     @property
     def lora_manager(self) -> "LoRAManager":
+        """Of an engine with LoRA; raises ConfigError where it is not."""
         manager = self.model_runner.lora_manager
-        assert manager is not None, "from_scheduler refuses an engine without LoRA"
+        if manager is None:
+            raise ConfigError("enable_lora", False, "training needs an engine that was started with LoRA")
         return manager
 
     @property
@@ -145,7 +145,7 @@ class MezoEngine:
     Args:
         model_path: hub name or folder of the base model.
         r: largest rank of an adapter.
-        target_modules: modules that adapters may act on.
+        target_modules: modules that adapters may act on; without any the engine has no LoRA.
         num_slots: adapters that one pass can hold, the base model not counted.
         server_args: any further field of SGLang's ServerArgs.
 
@@ -157,7 +157,9 @@ class MezoEngine:
 
     _started = False
 
-    def __init__(self, model_path: str, *, r: int, target_modules: Iterable[str], num_slots: int, **server_args):
+    def __init__(
+        self, model_path: str, *, r: int = 1, target_modules: Collection[str] = (), num_slots: int = 1, **server_args
+    ):
         if MezoEngine._started:
             raise RuntimeError("this process has had its engine already: SGLang builds its parallel groups once")
         MezoEngine._started = True
@@ -168,15 +170,15 @@ class MezoEngine:
         from sglang.srt.runtime_context import SpawnRanks, publish, spawn_world_rank
         from sglang.srt.server_args import PortArgs, ServerArgs
 
-        fields = {
-            "model_path": model_path,
+        lora = {
             "enable_lora": True,
             "max_lora_rank": r,
             "lora_target_modules": sorted(target_modules),
             "max_loras_per_batch": num_slots + 1,  # the base model takes a slot too
         }
         defaults = {"page_size": 1, "log_level": "warning", "disable_cuda_graph": True}
-        self.server_args: Any = ServerArgs(**fields, **{**defaults, **server_args})
+        fields = {"model_path": model_path, **defaults, **server_args, **(lora if target_modules else {})}
+        self.server_args: Any = ServerArgs(**fields)
         config = checkpoint_config(*config_source(self.server_args))
         require_modules(family_of(config), target_modules)
         warn_of_differences(config, self.server_args.context_length)

@@ -13,7 +13,7 @@ from sglang.srt.mezo.adapters.families import model_modules
 from sglang.srt.mezo.core.errors import ConfigError
 from sglang.srt.mezo.engine.handle import EngineHandle, checkpoint_config, config_source
 
-_STACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+STACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 """SGLang's fused linear layers and the layers in them, in the order of their rows. Some models have them fused
 themselves."""
 
@@ -60,7 +60,7 @@ class Layer:
     def part_names(self) -> tuple[str, ...]:
         """Paths of the parts by which SGLang's loader knows them; it puts fused layers together itself."""
         parent, _, leaf = self.name.rpartition(".")
-        return tuple(f"{parent}.{part}" for part in _STACKED.get(leaf, (leaf,)))
+        return tuple(f"{parent}.{part}" for part in STACKED.get(leaf, (leaf,)))
 
     @property
     def is_wrapped(self) -> bool:
@@ -148,7 +148,7 @@ def _parts(name: str, base: Any, modules: Mapping[str, Site]) -> Iterator[Part]:
             Part(modules[name], first, own, width)
             for first, own, width in zip(itertools.accumulate([0, *rows]), rows, widths)
         )
-    elif (paths := [f"{parent}.{part}" for part in _STACKED.get(leaf, (leaf,))])[0] in modules:
+    elif (paths := [f"{parent}.{part}" for part in STACKED.get(leaf, (leaf,))])[0] in modules:
         for path, width in zip(paths, _output_widths(base), strict=True):
             yield Part(modules[path], 0, modules[path].out_features, width)
 

@@ -56,6 +56,11 @@ class Points(Protocol):
         ...
 
     @property
+    def slots(self) -> int:
+        """Adapters of SGLang's LoRA pool that they are."""
+        ...
+
+    @property
     def claimed(self) -> bool:
         """Whether the engine has given the room for them."""
         ...

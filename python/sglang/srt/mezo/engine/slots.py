@@ -206,7 +206,7 @@ class PerturbedSlots:
         self._slots: list[Slot] = []
 
     @property
-    def count(self) -> int:
+    def slots(self) -> int:
         return 1 + self.width * len(self._signs)
 
     @property

@@ -25,14 +25,18 @@ class PrefixScope(Enum):
     """The adapter does not act on the prefix: base-model KV, shared by all slots, steps and ordinary traffic."""
 
     SLOT = "slot"
-    """The adapter acts on every token: KV holds for the rows of one slot in one pass only, which share what they begin
-    with.
+    """What is trained acts on every token: KV holds for the rows of one point in one pass only, which share what they
+    begin with.
 
     Sharing it between the two signs would lose the term z . dL/dtheta of the prompt at every eps.
     """
 
 
-PREFIX_SCOPE: dict[Tuning, PrefixScope] = {"alora": PrefixScope.BASE, "lora": PrefixScope.SLOT}
+PREFIX_SCOPE: dict[Tuning, PrefixScope] = {
+    "alora": PrefixScope.BASE,
+    "lora": PrefixScope.SLOT,
+    "full": PrefixScope.SLOT,
+}
 
 
 @dataclass(frozen=True)

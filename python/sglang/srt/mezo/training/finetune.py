@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal, Optional
 import torch
 
 from sglang.srt.mezo.adapters.adapter import AdapterSpec
-from sglang.srt.mezo.adapters.families import family_of, model_modules, require_modules
+from sglang.srt.mezo.adapters.families import family_of, model_modules, model_parameters, require_modules
 from sglang.srt.mezo.adapters.peft_adapter import ModelLayers
+from sglang.srt.mezo.adapters.weights import WeightsSpec
 from sglang.srt.mezo.core.config import MezoConfig, Tuning
 from sglang.srt.mezo.core.errors import ConfigError
 from sglang.srt.mezo.core.integrity import write_json
@@ -31,6 +32,7 @@ from sglang.srt.mezo.training.reporting import integrations
 from sglang.srt.mezo.training.results import TrainResult
 from sglang.srt.mezo.training.run_directory import RunDirectory
 from sglang.srt.mezo.training.start import read_start, settled
+from sglang.srt.mezo.training.trained import Spec
 from sglang.srt.mezo.training.trainer import MezoTrainer
 from sglang.srt.mezo.training.usable import require_objective
 
@@ -81,7 +83,13 @@ def open_trainer(model: ModelArguments, data: DataArguments, config: MezoConfig)
     integrations(config.report_to)  # before an engine is started for nothing
     model_config, tokenizer = read_checkpoint(model.model)
     origin = None if config.init_from is None else read_start(config, model_layers(model_config))
-    config, target_modules = _with_targets(model_config, settled(config, origin, tokenizer))
+    config = settled(config, origin, tokenizer)
+    if config.tuning == "full":
+        WeightsSpec(model.model, config.parameters).chosen(model_parameters(model_config))
+        family_of(model_config)
+        target_modules = ()
+    else:
+        config, target_modules = _with_targets(model_config, config)
     RunDirectory(config).check()
     invocation = chosen_invocation(tokenizer, data.task, config.tuning, config.invocation)
     splits = load_splits(
@@ -108,7 +116,11 @@ def open_trainer(model: ModelArguments, data: DataArguments, config: MezoConfig)
         max_total_tokens=model.max_total_tokens,
         log_level="error",
     )
-    spec = AdapterSpec.of(config, model.model, splits.invocation, target_modules)
+    spec: Spec = (
+        WeightsSpec(model.model, config.parameters)
+        if config.tuning == "full"
+        else AdapterSpec.of(config, model.model, splits.invocation, target_modules)
+    )
     return MezoTrainer(engine.handle, config, spec, splits.train, splits.dev, splits.objective, start=origin), splits
 
 
@@ -146,11 +158,12 @@ def chat_settings(model: ModelArguments) -> ChatSettings:
 def chosen_invocation(
     tokenizer: "PreTrainedTokenizerBase", task: str | None, tuning: Tuning, invocation: str | list[int] | None
 ) -> tuple[int, ...] | None:
-    """Token ids from which an aLoRA adapter acts; none for ordinary LoRA, and None where the chat template has them."""
+    """Token ids from which an aLoRA adapter acts; none of what acts on every token, and None where the chat template
+    has them."""
     given = None if invocation == AUTO else invocation
-    if tuning == "lora":
+    if tuning != "alora":
         if given is not None:
-            raise ConfigError("invocation", given, "nothing, as ordinary LoRA acts on every token")
+            raise ConfigError("invocation", given, f"nothing, as what {tuning} trains acts on every token")
         return ()
     if given is None:
         if not task:
@@ -189,6 +202,6 @@ def _summary(
         "prefix_tokens_reused": stats.reused,
         "prefix_tokens_total": stats.total,
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "adapter_dir": str(directory.adapter),
+        "model_dir" if trainer.config.tuning == "full" else "adapter_dir": str(directory.trained),
         "plot": plot_run(directory.path),
     }

@@ -9,7 +9,6 @@ from contextlib import ExitStack
 
 import torch
 
-from sglang.srt.mezo.adapters.adapter import Adapter, AdapterSpec
 from sglang.srt.mezo.adapters.peft_adapter import PeftAdapter
 from sglang.srt.mezo.core.config import MezoConfig, Objective
 from sglang.srt.mezo.core.errors import ConfigError, DivergedError
@@ -20,13 +19,12 @@ from sglang.srt.mezo.core.seed_log import LogRecord
 from sglang.srt.mezo.data.batches import BatchStream, Portion
 from sglang.srt.mezo.data.examples import Example
 from sglang.srt.mezo.engine.handle import EngineHandle
-from sglang.srt.mezo.engine.layers import adapted_sites
-from sglang.srt.mezo.engine.slots import PerturbedSlots
 from sglang.srt.mezo.scoring.evaluation import evaluation_passes
 from sglang.srt.mezo.scoring.plan import ExamplePlan, Planner
 from sglang.srt.mezo.scoring.scorer import Scorer
 from sglang.srt.mezo.training.probe import Probe
 from sglang.srt.mezo.training.results import StepResult
+from sglang.srt.mezo.training.trained import Spec, trained
 from sglang.srt.mezo.training.usable import require_usable
 from sglang.srt.mezo.training.window import PrefixWindow, window_of
 
@@ -34,19 +32,20 @@ _LOOKED_AT = 1 << 24  # parameters, to tell whether perturbations are lost
 
 
 class Learner:
-    """An adapter, its examples, and the steps that fit it to them.
+    """What is trained, its examples, and the steps that fit it to them.
 
     Args:
         handle: the engine. With ``config.num_slots`` free slots in its LoRA pool all directions of a step are scored at
             once.
         config: settings of the run.
-        spec: the adapter that ``config`` describes (``AdapterSpec.of``).
+        spec: what ``config`` describes: an adapter (``AdapterSpec.of``), or the model's own parameters
+            (``WeightsSpec``).
         train_dataset, eval_dataset: tokenised examples. Without ``eval_dataset`` the last adapter is kept.
         objective: what ``config.objective`` leaves open.
         kept_tokens: most KV tokens of base-model prefixes that stay locked between steps; by default half of the pool.
         portions: of the training examples in their order, where a run that
             resumes was given some later; by default all count from step 0.
-        claim_slots: take the slots now; or later by ``slots.claim()``, where requests may need them now.
+        claim_slots: take the slots now; or later by ``points.claim()``, where requests may need them now.
         spare_slots: adapters that the pool is to have room for besides.
         start: the adapter of ``spec`` to go on from; a new one if absent.
 
@@ -58,7 +57,7 @@ class Learner:
         self,
         handle: EngineHandle,
         config: MezoConfig,
-        spec: AdapterSpec,
+        spec: Spec,
         train_dataset: Sequence[Example],
         eval_dataset: Sequence[Example] = (),
         objective: Objective = "classification",
@@ -88,19 +87,10 @@ class Learner:
         self.stream = BatchStream(initial, config.train_batch_size, config.seed, window, config.echoes)
         for first_step, added in later:
             self.stream.extend(first_step, added)
-        sites = adapted_sites(handle, spec.target_modules)
-        self.adapter = (
-            Adapter.initial(spec, sites, config.seed) if start is None else Adapter.holding(spec, sites, start.matrices)
-        )
+        self.trainable, self.points, largest = trained(handle, config, spec, start, spare_slots)
         self.scorer = Scorer(handle, self.planner.scope, config.max_tokens_per_batch, config.prefix_reuse, kept_tokens)
         self.window = PrefixWindow(handle, config, self.scorer, self.stream)
-        self.optimizer = Optimizer(
-            self.adapter.theta,
-            self.adapter.shapes,
-            config.update_rule,
-            _largest_weight(spec, handle.model_runner.dtype),
-        )
-        self.points = PerturbedSlots(handle, self.adapter, config.num_perturbations, config.estimator, spare_slots)
+        self.optimizer = Optimizer(self.trainable.theta, self.trainable.shapes, config.update_rule, largest)
         self.probe = Probe(handle, config, self.objective, self.optimizer, self.points, self.scorer)
         if claim_slots:
             self.points.claim()
@@ -142,7 +132,7 @@ class Learner:
     def lost_perturbations(self, zo_random_seed: int) -> float:
         """Share of parameters, as far as the first of them tell, for which theta + eps z and theta - eps z round to the
         same number in the engine's dtype."""
-        directions, theta = self.probe.directions(zo_random_seed), self.adapter.theta[:_LOOKED_AT]
+        directions, theta = self.probe.directions(zo_random_seed), self.trainable.theta[:_LOOKED_AT]
         plus, minus = (
             directions.add(0, sign * self.config.zo_eps, theta, torch.empty_like(theta)).to(self.slot_dtype)
             for sign in (1, -1)
@@ -206,7 +196,7 @@ class Learner:
         return first_step
 
     def evaluation_passes(self, plans: Sequence[ExamplePlan] | None = None) -> Passes[dict[str, float]]:
-        """``eval_loss`` and ``eval_accuracy`` of the adapter as it is, on the development set or on ``plans``."""
+        """``eval_loss`` and ``eval_accuracy`` of what is trained as it is, on the development set or on ``plans``."""
         self.points.write_current()
         plans = self.eval_plans if plans is None else plans
         metrics = yield from evaluation_passes(
@@ -229,9 +219,3 @@ class Learner:
         with ExitStack() as stack:
             stack.callback(self.points.release)
             stack.callback(self.scorer.base_prefixes.release)
-
-
-def _largest_weight(spec: AdapterSpec, dtype: torch.dtype) -> float:
-    """Of an adapter whose layers can still give finite numbers: products of two weights, scaled, are finite in
-    float32."""
-    return min(torch.finfo(dtype).max, math.sqrt(torch.finfo(torch.float32).max / spec.lora_alpha))

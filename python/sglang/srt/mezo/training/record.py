@@ -55,13 +55,13 @@ class RunRecord:
         """Start the run directory, or take up the earlier run in it.
 
         Returns:
-            The record, and what leads from ``learner.adapter``, now the initial one, to where the run goes on.
+            The record, and what leads from ``learner.trainable``, now as it was at first, to where the run goes on.
 
         Raises:
             As ``TrainingRun.open``.
         """
         directory = RunDirectory(learner.config, learner.handle.base_model)
-        log = directory.open(learner.adapter)
+        log = directory.open(learner.trainable)
         try:
             state, warnings = _take_up(learner, directory, log, kept_adapter_only)
             records = log.records()
@@ -170,7 +170,7 @@ class RunRecord:
         earlier = self._state["best_global_step"]
         keeps = self._is_best(metrics) and self._config.load_best_model_at_end
         if keeps:
-            self._learner.adapter.save_pretrained(self._directory.best(step))
+            self._learner.trainable.save_pretrained(self._directory.best(step))
         self._state["evaluated_at"] = step
         self._directory.save_state(self._current_state())
         if keeps and earlier not in (None, step):
@@ -188,27 +188,27 @@ class RunRecord:
         """Unless the process ended between this and the next step the last time."""
         if self._directory.checkpoint(self._learner.global_step).exists():
             return
-        folder = self._directory.save_checkpoint(self._learner.adapter, self._current_state())
+        folder = self._directory.save_checkpoint(self._learner.trainable, self._current_state())
         self._tracker.checkpoint(self._learner.global_step, folder)
 
     def best(self) -> tuple[int, torch.Tensor, list[LogRecord]]:
-        """The step whose adapter is kept, an adapter, and the records that lead from there to it: none, unless its
-        files are damaged."""
-        adapter, step = self._learner.adapter, self._state["best_global_step"]
+        """The step whose theta is kept, a theta, and the records that lead from there to it: none, unless its files are
+        damaged."""
+        trainable, step = self._learner.trainable, self._state["best_global_step"]
         if not self._config.load_best_model_at_end or step is None:
-            return self._learner.global_step, adapter.theta, []
+            return self._learner.global_step, trainable.theta, []
         try:
-            adapter.load_weights(self._directory.best(step))
-            return step, adapter.theta, []
+            trainable.load_weights(self._directory.best(step))
+            return step, trainable.theta, []
         except DamagedError as error:
             self._tracker.warn(
-                f"{error}; the adapter of step {step} is made anew from the seed log", self._learner.global_step
+                f"{error}; what step {step} had come to is made anew from the seed log", self._learner.global_step
             )
-        adapter.load_weights(self._directory.initial_adapter)
-        return step, adapter.theta, self._log.records(step)
+        trainable.load_initial(self._directory.path)
+        return step, trainable.theta, self._log.records(step)
 
-    def keep_adapter(self) -> None:
-        self._learner.adapter.save_pretrained(self._directory.adapter)
+    def keep_trained(self) -> None:
+        self._learner.trainable.save_pretrained(self._directory.trained)
         self._directory.save_state(self._current_state())
 
     def _current_state(self) -> dict[str, Any]:

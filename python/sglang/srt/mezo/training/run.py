@@ -62,11 +62,11 @@ class TrainingRun:
         def open_record():
             nonlocal record
             record, records = RunRecord.open(learner, make_tracker, kept_adapter_only)
-            return learner.adapter.theta, records, record.window, record.evaluated_at
+            return learner.trainable.theta, records, record.window, record.evaluated_at
 
         try:
             theta, records, learner.stream.window, evaluated_at = learner.handle.on_leader(open_record)
-            learner.adapter.theta.copy_(theta)
+            learner.trainable.theta.copy_(theta)
             for step in records:
                 learner.apply(step)
                 yield
@@ -140,12 +140,12 @@ class TrainingRun:
     def _finish(self) -> Passes[TrainResult]:
         learner = self.learner
         best_step, theta, records = self._on_leader(RunRecord.best)
-        learner.adapter.theta.copy_(theta)
-        optimizer = Optimizer(learner.adapter.theta, learner.adapter.shapes, learner.config.update_rule)
+        learner.trainable.theta.copy_(theta)
+        optimizer = Optimizer(learner.trainable.theta, learner.trainable.shapes, learner.config.update_rule)
         for record in records:
             optimizer.replay(record.seed, record.projected_grads, record.learning_rate)
             yield
-        self._on_leader(RunRecord.keep_adapter)
+        self._on_leader(RunRecord.keep_trained)
         rate = (learner.global_step - self._first_step) / self.train_seconds if self.train_seconds else 0.0
         # Without development examples the last batch shows whether the last step went too far.
         last_batch = learner.batch(max(0, learner.global_step - 1))

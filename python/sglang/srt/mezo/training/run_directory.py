@@ -9,13 +9,13 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from sglang.srt.mezo.adapters.adapter import Adapter
 from sglang.srt.mezo.core.atomic import atomic_directory
 from sglang.srt.mezo.core.config import OF_EARLIER_VERSIONS, MezoConfig
 from sglang.srt.mezo.core.errors import BaseModelError, ConfigError, DamagedError
 from sglang.srt.mezo.core.integrity import read_checked_json, write_checked_json, write_json
 from sglang.srt.mezo.core.seed_log import LogHeader, SeedLog, digest_of
 from sglang.srt.mezo.core.settings import setting_of
+from sglang.srt.mezo.core.trainable import Trainable
 from sglang.srt.mezo.data.batches import Portion
 
 
@@ -32,18 +32,14 @@ class RunDirectory:
         self._base_model = base_model
 
     def best(self, step: int) -> Path:
-        """The adapter of the best step so far; the step is in the name, so that a new one never replaces what is
-        needed."""
+        """What was trained as of the best step so far; the step is in the name, so that a new one never replaces what
+        is needed."""
         return self.path / f"best-{step}"
 
     @property
-    def adapter(self) -> Path:
-        return self.path / "adapter"
-
-    @property
-    def initial_adapter(self) -> Path:
-        """What the first record of the seed log moves."""
-        return self.path / "initial_adapter"
+    def trained(self) -> Path:
+        """What the run ends with."""
+        return self.path / ("model" if self._config.tuning == "full" else "adapter")
 
     @property
     def metrics(self) -> Path:
@@ -57,25 +53,25 @@ class RunDirectory:
     def portions(self) -> Path:
         return self.path / "segments.json"
 
-    def open(self, adapter: Adapter) -> SeedLog:
-        """Make the folder of a new run, or take up the log and the initial ``adapter`` of the earlier run in it.
+    def open(self, trainable: Trainable) -> SeedLog:
+        """Make the folder of a new run, or take up the log and what it starts from of the earlier run in it.
 
         Raises:
             ConfigError: the folder holds a run and the configuration does not say what to do with it, or the earlier
                 run's settings differ.
             BaseModelError: it was trained on another base model.
-            LogError: another process runs in the folder, the log's header is damaged, or the initial adapter is not the
-                one that it starts from.
-            DamagedError: the initial adapter is not as it was written.
+            LogError: another process runs in the folder, the log's header is damaged, or what is there is not what it
+                starts from.
+            DamagedError: what the log starts from is not as it was written.
         """
         self.check()
         if self._config.resume_from_checkpoint:
-            return self._resume(adapter)
+            return self._resume(trainable)
         if self.path.exists() and any(self.path.iterdir()):
             with closing(SeedLog.open(self.path / "seed_log")) as earlier:
                 earlier.claim()  # a run that is still going is not deleted
                 shutil.rmtree(self.path)
-        return self._create(adapter)
+        return self._create(trainable)
 
     def check(self) -> None:
         """Raise ConfigError for what can be told of the folder before there is an adapter."""
@@ -95,17 +91,17 @@ class RunDirectory:
                 )
             self._require_run()
 
-    def _create(self, adapter: Adapter) -> SeedLog:
+    def _create(self, trainable: Trainable) -> SeedLog:
         self.path.mkdir(parents=True, exist_ok=True)
         header = LogHeader(
-            adapter.shapes, self._config.num_perturbations, self._config.update_rule, digest_of(adapter.theta)
+            trainable.shapes, self._config.num_perturbations, self._config.update_rule, digest_of(trainable.theta)
         )
         try:
             log = SeedLog.create(self.path / "seed_log", header)
             log.claim()
             base_model = {} if self._base_model is None else {"base_model": self._base_model}
             write_json(self.path / "config.json", self._config.to_dict() | base_model)
-            adapter.save_pretrained(self.initial_adapter)
+            trainable.save_initial(self.path)
             return log
         except FileExistsError as error:  # which nobody's file is deleted for
             raise ConfigError(
@@ -139,12 +135,12 @@ class RunDirectory:
                 raise ConfigError(one.name, value, f"the run to resume has {known!r}")
         self._require_base_model(earlier.get("base_model"))
 
-    def _resume(self, adapter: Adapter) -> SeedLog:
+    def _resume(self, trainable: Trainable) -> SeedLog:
         log = SeedLog.open(self.path / "seed_log")
         log.claim()
         try:
-            adapter.load_weights(self.initial_adapter)
-            log.require_initial(adapter.theta)
+            trainable.resume_initial(self.path)
+            log.require_initial(trainable.theta)
         except BaseException:
             log.close()
             raise
@@ -170,10 +166,10 @@ class RunDirectory:
     def save_portions(self, portions: Sequence[Portion]) -> None:
         write_checked_json(self.portions, {"parts": portions})
 
-    def save_checkpoint(self, adapter: Adapter, state: dict[str, Any]) -> Path:
+    def save_checkpoint(self, trainable: Trainable, state: dict[str, Any]) -> Path:
         folder = self.checkpoint(state["global_step"])
         with atomic_directory(folder) as checkpoint:
-            adapter.save_pretrained(checkpoint)
+            trainable.save_pretrained(checkpoint)
             write_checked_json(checkpoint / "trainer_state.json", state)
         return folder
 

@@ -3,14 +3,14 @@
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sglang.srt.mezo.adapters.adapter import Site
+from sglang.srt.mezo.adapters.adapter import INITIAL, Site
 from sglang.srt.mezo.adapters.peft_adapter import ModelLayers, PeftAdapter, read_adapter
 from sglang.srt.mezo.core.config import MezoConfig
 from sglang.srt.mezo.core.errors import ConfigError
 from sglang.srt.mezo.data.invocation import AUTO, invocation_setting, invocation_tokens
-from sglang.srt.mezo.training.run_directory import RunDirectory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,7 +27,7 @@ def read_start(config: MezoConfig, layers: ModelLayers, folder: str | None = Non
     """
     if config.init_from is None:
         return None
-    kept = RunDirectory(config).initial_adapter
+    kept = Path(config.output_dir) / INITIAL
     if config.resume_from_checkpoint and kept.is_dir():
         folder = str(kept)
     try:

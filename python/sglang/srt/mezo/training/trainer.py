@@ -11,10 +11,11 @@ from sglang.srt.mezo.training.run import train
 
 
 class MezoTrainer(Learner):
-    """Fits a LoRA or aLoRA adapter of the engine's model; what it takes, ``Learner`` says."""
+    """Fits an adapter of the engine's model, or the model's own parameters; what it takes, ``Learner`` says."""
 
     def train(self) -> TrainResult:
-        """Run to ``max_steps``, write the run directory, keep the best adapter in ``<output_dir>/adapter``.
+        """Run to ``max_steps``, write the run directory, keep the best adapter in ``<output_dir>/adapter``, or the best
+        model in ``<output_dir>/model``.
 
         The time of evaluations is not counted as training time.
         """
@@ -22,7 +23,7 @@ class MezoTrainer(Learner):
         return train(self)
 
     def evaluate(self, eval_dataset: Sequence[Example] | None = None) -> dict[str, float]:
-        """``eval_loss``, and ``eval_accuracy`` where there are options to choose from, of the adapter as it is.
+        """``eval_loss``, and ``eval_accuracy`` where there are options to choose from, of what is trained as it is.
 
         Args:
             eval_dataset: by default that of the trainer.

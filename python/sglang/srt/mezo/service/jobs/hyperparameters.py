@@ -6,7 +6,7 @@ OpenAI's three come beside the settings of ``MezoConfig`` that a job may choose;
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, replace
-from typing import Any, NamedTuple, get_type_hints
+from typing import Any, Literal, NamedTuple, get_type_hints
 
 from sglang.srt.mezo.core.config import LARGEST, MOST_STEPS, NEW_ADAPTER, MezoConfig, defaults
 from sglang.srt.mezo.core.errors import ConfigError, DataError, shown
@@ -37,7 +37,8 @@ def kinds(config: type[MezoConfig] = MezoConfig) -> dict[str, tuple[Any, Bounds]
     """
     types = get_type_hints(config)
     own = {one.name: (types[one.name], bounds) for one in fields(config) if (bounds := setting_of(one).job) is not None}
-    return {**_OPENAI, **own, "target_modules": (list[str], Bounds())}
+    of_server = {"tuning": (Literal["alora", "lora"], Bounds()), "target_modules": (list[str], Bounds())}
+    return {**_OPENAI, **own, **of_server}
 
 
 _KINDS = kinds()
@@ -212,7 +213,7 @@ def _online_defaults(values: Mapping[str, Any], engine: EngineDescription) -> di
 
 
 def _default_estimator(num_perturbations: int, engine: EngineDescription) -> Estimator:
-    estimator = defaults(num_perturbations, None, 1)["estimator"]
+    estimator = defaults(None, num_perturbations, None, 1)["estimator"]
     return estimator if _slots(estimator) <= engine.max_loras_per_batch else "one_sided"
 
 

@@ -80,7 +80,7 @@ class Job:
 
     def save(self, directory: str) -> int:
         self._opened()
-        self.learner.handle.on_leader(self.learner.adapter.save_pretrained, Path(directory))
+        self.learner.handle.on_leader(self.learner.trainable.save_pretrained, Path(directory))
         return self.learner.global_step
 
     def tell(self, kind: Callable[..., JobEvent], **fields: Any) -> None:

@@ -179,14 +179,14 @@ class MezoRunner:
 
     def _claim(self, job: Job) -> bool:
         """Take the job's slots once the adapters of requests in flight leave the room; new ones wait for that."""
-        slots, manager = job.learner.points, self._handle.lora_manager
-        if not lora_capacity.leave_room(manager, {req.lora_id for req in self._batched()}, slots.count):
-            lora_capacity.reserve(slots.count)
+        points, manager = job.learner.points, self._handle.lora_manager
+        if not lora_capacity.leave_room(manager, {req.lora_id for req in self._batched()}, points.slots):
+            lora_capacity.reserve(points.slots)
             return False
         lora_capacity.reserve(0)
         try:
             with self._forward_stream():
-                slots.claim()
+                points.claim()
         except Exception as error:
             self._fail(job, error)
             return False

@@ -1,0 +1,50 @@
+"""What a run trains and where copies of it lie, by the way of tuning; all else goes by the two interfaces."""
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from sglang.srt.mezo.adapters.adapter import Adapter, AdapterSpec
+from sglang.srt.mezo.adapters.peft_adapter import PeftAdapter
+from sglang.srt.mezo.adapters.weights import WeightsSpec
+from sglang.srt.mezo.core.config import MezoConfig
+from sglang.srt.mezo.core.trainable import Trainable
+from sglang.srt.mezo.engine.handle import EngineHandle
+from sglang.srt.mezo.engine.layers import adapted_sites
+from sglang.srt.mezo.engine.points import Points
+from sglang.srt.mezo.engine.slots import PerturbedSlots
+from sglang.srt.mezo.engine.weight_points import WeightPoints
+from sglang.srt.mezo.engine.weights import trained_weights
+
+Spec = AdapterSpec | WeightsSpec
+
+
+class Trained(NamedTuple):
+    """largest: number that theta may hold."""
+
+    trainable: Trainable
+    points: Points
+    largest: float
+
+
+def trained(
+    handle: EngineHandle, config: MezoConfig, spec: Spec, start: PeftAdapter | None, spare_slots: int
+) -> Trained:
+    """What ``spec`` describes, in an engine; the arguments are ``Learner``'s, and it raises what that does."""
+    if isinstance(spec, WeightsSpec):
+        weights, pieces = trained_weights(handle, spec)
+        points = WeightPoints(handle, weights, pieces, config.estimator)
+        return Trained(weights, points, torch.finfo(handle.model_runner.dtype).max)
+    sites = adapted_sites(handle, spec.target_modules)
+    adapter = (
+        Adapter.initial(spec, sites, config.seed) if start is None else Adapter.holding(spec, sites, start.matrices)
+    )
+    slots = PerturbedSlots(handle, adapter, config.num_perturbations, config.estimator, spare_slots)
+    return Trained(adapter, slots, _largest_weight(spec, handle.model_runner.dtype))
+
+
+def _largest_weight(spec: AdapterSpec, dtype: torch.dtype) -> float:
+    """Of an adapter whose layers can still give finite numbers: products of two weights, scaled, are finite in
+    float32."""
+    return min(torch.finfo(dtype).max, math.sqrt(torch.finfo(torch.float32).max / spec.lora_alpha))
