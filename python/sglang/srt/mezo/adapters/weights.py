@@ -187,7 +187,9 @@ class FullWeights:
 
     def load_initial(self, run: Path) -> None:
         """Fill ``theta`` with the base model's numbers."""
-        self.theta.copy_(checkpoint_weights(self._folder, self._dtype, self._trained))
+        state = dict(_load(self._folder, self._dtype).named_parameters())
+        for parameter, view in self.parameters():
+            view.copy_(state[parameter.name].detach())
 
     def _model_card(self) -> str:
         trained = f"parameters with {self.spec.parameters!r} in their names" if self.spec.parameters else "parameters"
@@ -205,15 +207,31 @@ def views(theta: torch.Tensor, parameters: Sequence[Parameter]) -> list[torch.Te
     return [part.view(parameter.shape) for part, parameter in zip(parts, parameters)]
 
 
-def checkpoint_weights(folder: Path, dtype: torch.dtype, parameters: Sequence[Parameter]) -> torch.Tensor:
-    """A model's parameters as an engine of a dtype loads them, read by Transformers: float32 [numel]."""
+def checkpoint_weights(spec: WeightsSpec, precision: str) -> FullWeights:
+    """Those that an engine of a precision begins with, without one.
+
+    Args:
+        precision: as ``base_model.precision`` names it.
+
+    Raises:
+        ConfigError: there is no such model, or it has no such parameters.
+    """
+    dtype: torch.dtype = getattr(torch, precision)
+    try:
+        folder = model_folder(spec.base_model)
+        model = _load(folder, dtype)
+    except (OSError, ValueError) as error:
+        raise ConfigError("model", spec.base_model, f"a hub name or the folder of a model ({error})") from error
+    state = {name: one.detach() for name, one in model.named_parameters()}
+    trained = spec.chosen([Parameter(name, tuple(one.shape)) for name, one in state.items()])
+    theta = torch.cat([state.pop(one.name).flatten().float() for one in trained])
+    return FullWeights(spec, folder, trained, theta, state, dtype)
+
+
+def _load(folder: Path, dtype: torch.dtype) -> torch.nn.Module:
     from transformers import AutoModelForCausalLM
 
-    state = dict(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).named_parameters())
-    theta = torch.empty(sum(parameter.numel for parameter in parameters))
-    for parameter, view in zip(parameters, views(theta, parameters)):
-        view.copy_(state.pop(parameter.name).detach())
-    return theta
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
 
 
 def model_folder(name: str, revision: str | None = None, download_dir: str | None = None) -> Path:

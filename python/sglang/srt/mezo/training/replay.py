@@ -1,4 +1,5 @@
-"""An adapter from a run's seed log: the initial adapter and the records lead to it, without a model."""
+"""What a run had come to at any step, from its seed log: what the log starts from and the records lead to it, without
+an engine."""
 
 import itertools
 import json
@@ -10,56 +11,73 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from sglang.srt.mezo.adapters.adapter import CONFIG, WEIGHTS, Adapter, AdapterSpec, Site
+from sglang.srt.mezo.adapters.adapter import CONFIG, INITIAL, WEIGHTS, Adapter, AdapterSpec, Site
 from sglang.srt.mezo.adapters.families import FAMILIES
+from sglang.srt.mezo.adapters.weights import WeightsSpec, checkpoint_weights
 from sglang.srt.mezo.core.errors import ConfigError, DamagedError
 from sglang.srt.mezo.core.integrity import require_sums
 from sglang.srt.mezo.core.seed_log import SeedLog
 from sglang.srt.mezo.core.settings import require_settings, setting
+from sglang.srt.mezo.core.trainable import Trainable
 
 _PREFIX, _A, _B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
 
 
 @dataclass(frozen=True)
 class ReplayArguments:
-    """Which adapter is made anew; ConfigError names the field at fault."""
+    """Of which run, and which step; ConfigError names the field at fault."""
 
     run: str = setting(help="Run directory: what --output_dir named, or a job's in a server's folder.")
-    step: int = setting(help="Steps of the run that the adapter has behind it; 0 is the initial one.", at_least=0)
-    output: str = setting(help="Folder to write, as PEFT has it; it must not be there.")
+    step: int = setting(help="Steps of the run that are repeated; 0 for what it started from.", at_least=0)
+    output: str = setting(help="Folder to write, as PEFT or Transformers has it; it must not be there.")
 
     def __post_init__(self):
         require_settings(self)
 
 
 def replay(arguments: ReplayArguments) -> Path:
-    """Write the adapter after so many steps; bit for bit what a checkpoint of that step holds.
+    """Write the adapter, or the model, after so many steps; bit for bit what a checkpoint of that step holds.
 
     Raises:
-        ConfigError: the folder holds no run, the output is there, or the run has fewer steps.
-        LogError, DamagedError: a record that is needed, or the initial adapter, is damaged.
+        ConfigError: the folder holds no run, the output is there, the run has fewer steps, or its base model is not to
+            be had.
+        LogError, DamagedError: a record that is needed, or what the log starts from, is damaged.
     """
     run, output = Path(arguments.run), Path(arguments.output)
-    if not (run / "seed_log").is_file() or not (run / "initial_adapter").is_dir():
-        raise ConfigError("run", arguments.run, "a folder that a run made (seed_log and initial_adapter)")
+    if not (run / "seed_log").is_file() or not (run / "config.json").is_file():
+        raise ConfigError("run", arguments.run, "a folder that a run made (seed_log and config.json)")
     if output.exists():
         raise ConfigError("output", arguments.output, "a folder that is not there yet")
     log = SeedLog.open(run / "seed_log")
     if arguments.step > len(log):
         raise ConfigError("step", arguments.step, f"at most {len(log)}, the steps in {log.path}")
-    adapter = initial_adapter(run, log)
-    log.replay(adapter.theta, arguments.step)
-    adapter.save_pretrained(output)
+    trainable = _initial(run, log)
+    log.replay(trainable.theta, arguments.step)
+    trainable.save_pretrained(output)
     return output
 
 
+def _initial(run: Path, log: SeedLog) -> Trainable:
+    """What the first record of a run's log moves."""
+    settings = json.loads((run / "config.json").read_text())
+    if settings.get("tuning") != "full":
+        return initial_adapter(run, log)
+    base = settings["base_model"]
+    weights = checkpoint_weights(WeightsSpec(base["name"], settings["parameters"]), base["precision"])
+    if weights.shapes != log.header.shapes or not log.starts_from(weights.theta):
+        raise ConfigError("run", str(run), f"a run whose log starts from {base['name']}, and that model has changed")
+    return weights
+
+
 def initial_adapter(run: Path, log: SeedLog) -> Adapter:
-    """What the first record of a run's log moves.
+    """That of a run that trains one.
 
     The files of an adapter do not say in which order its matrices lie in theta. That is the model's order of layers,
     and within one the same in all; the log's header has the digest of theta, which tells which it is.
     """
-    folder = run / "initial_adapter"
+    folder = run / INITIAL
+    if not folder.is_dir():
+        raise ConfigError("run", str(run), f"a folder that a run made, with its {INITIAL}")
     require_sums(folder, (CONFIG, WEIGHTS))
     spec, weights = _read(folder)
     sites = [
