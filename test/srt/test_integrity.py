@@ -180,7 +180,7 @@ def test_an_initial_adapter_that_is_another_is_refused_whatever_its_sums_say(tmp
     shutil.rmtree(tmp_path / "run" / "initial_adapter")
     other.save_pretrained(tmp_path / "run" / "initial_adapter")
     before = contents(tmp_path)
-    with pytest.raises(LogError, match="starts from another adapter"):
+    with pytest.raises(LogError, match="starts from other weights"):
         RunDirectory(config(tmp_path, resume_from_checkpoint=True)).open(initial_adapter(seed=1))
     assert contents(tmp_path) == before
 

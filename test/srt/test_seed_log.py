@@ -214,7 +214,7 @@ def test_replay_on_another_initial_adapter_is_refused_and_changes_nothing(log):
     other = INITIAL.clone()
     other[500] = torch.nextafter(other[500], torch.tensor(9.0))
     theta = other.clone()
-    with pytest.raises(LogError, match="starts from another adapter"):
+    with pytest.raises(LogError, match="starts from other weights"):
         log.replay(theta)
     assert theta.equal(other)
 

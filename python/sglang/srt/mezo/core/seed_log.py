@@ -152,7 +152,7 @@ class SeedLog:
     def require_initial(self, theta: torch.Tensor) -> None:
         """Raise LogError where ``theta`` is not the adapter that the log starts from."""
         if not self.starts_from(theta):
-            raise LogError(f"{self.path} starts from another adapter than this one, whose weights differ")
+            raise LogError(f"{self.path} starts from other weights than these")
 
     def starts_from(self, theta: torch.Tensor) -> bool:
         return self.header.initial_adapter in (None, digest_of(theta))

@@ -11,7 +11,7 @@ from sglang.srt.mezo.core.directions import Directions
 from sglang.srt.mezo.core.estimator import SIGNS, Estimator
 from sglang.srt.mezo.engine.handle import EngineHandle
 from sglang.srt.mezo.engine.points import Fill, Point, Round
-from sglang.srt.mezo.engine.weights import Piece
+from sglang.srt.mezo.engine.weights import Piece, mark_trained
 
 _STRETCH, _STRETCH_ON_DEVICE = 1 << 20, 1 << 26  # numbers that are formed at a time before they are cast
 
@@ -50,6 +50,7 @@ class WeightPoints:
     """
 
     def __init__(self, handle: EngineHandle, weights: FullWeights, pieces: Sequence[Piece], estimator: Estimator):
+        self._handle = handle
         self._weights = weights
         self._signs = SIGNS[estimator]
         self._with_theta = estimator == "one_sided"
@@ -100,6 +101,7 @@ class WeightPoints:
 
     def claim(self) -> None:
         """The weights are this run's from now on."""
+        mark_trained(self._handle)
         self._claimed = True
 
     def release(self) -> None:

@@ -15,6 +15,7 @@ from sglang.srt.mezo.core.errors import ConfigError
 from sglang.srt.mezo.engine.handle import EngineHandle, checkpoint_config, config_source
 from sglang.srt.mezo.engine.layers import STACKED
 
+_TRAINED = "mezo_trained"  # attribute of a model runner
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -46,7 +47,9 @@ Pieces = Mapping[str, Sequence[Piece]]
 
 
 def trained_weights(handle: EngineHandle, spec: WeightsSpec) -> tuple[FullWeights, list[Piece]]:
-    """The parameters that ``spec`` chooses, as the engine has them now, and where it has them, in their order.
+    """The parameters that ``spec`` chooses, as the checkpoint has them, and where the engine has them, in their order.
+
+    An engine whose weights another run has trained gets the checkpoint's back.
 
     Raises:
         ConfigError: none is chosen; or the engine has a parameter otherwise than the checkpoint: quantised, packed,
@@ -56,6 +59,8 @@ def trained_weights(handle: EngineHandle, spec: WeightsSpec) -> tuple[FullWeight
     parameters = model_parameters(checkpoint_config(*config_source(runner.server_args)))
     trained = spec.chosen(parameters)
     pieces = engine_pieces(runner.model, parameters)
+    if getattr(runner, _TRAINED, False):
+        _load_checkpoint(handle)
     theta = torch.empty(sum(one.numel for one in trained), device=handle.device)
     for one, view in zip(trained, views(theta, trained)):
         view.copy_(_whole(one, pieces[one.name]))
@@ -66,6 +71,11 @@ def trained_weights(handle: EngineHandle, spec: WeightsSpec) -> tuple[FullWeight
     folder = model_folder(model.model_path, model.revision, runner.load_config.download_dir)
     weights = FullWeights(spec, folder, trained, theta, frozen, runner.dtype)
     return weights, [piece for one in trained for piece in pieces[one.name]]
+
+
+def mark_trained(handle: EngineHandle) -> None:
+    """The engine's weights are no longer the checkpoint's."""
+    setattr(handle.model_runner, _TRAINED, True)
 
 
 def engine_pieces(model: torch.nn.Module, parameters: Sequence[Parameter]) -> Pieces:
@@ -201,17 +211,20 @@ def _sum_of_ranks(tensor: torch.Tensor) -> torch.Tensor:
 
 def _require_loaded(handle: EngineHandle, trained: Sequence[Parameter], pieces: Pieces, theta: torch.Tensor) -> None:
     """Load the checkpoint once more: what is packed or scaled after it has been loaded is then no longer as it was."""
+    _load_checkpoint(handle)
+    for one, view in zip(trained, views(theta, trained)):
+        _require_same(one, pieces[one.name], view, "is not as the checkpoint has it")
+
+
+def _load_checkpoint(handle: EngineHandle) -> None:
     from sglang.srt.model_loader.loader import DefaultModelLoader, get_model_loader
 
     runner = handle.model_runner
     loader = get_model_loader(runner.load_config, runner.model_config)
-    if not isinstance(loader, DefaultModelLoader):  # made-up weights
-        return
-    model: Any = runner.model
-    with torch.inference_mode():
-        model.load_weights(loader._get_all_weights(runner.model_config, model))
-    for one, view in zip(trained, views(theta, trained)):
-        _require_same(one, pieces[one.name], view, "is not as the checkpoint has it")
+    if isinstance(loader, DefaultModelLoader):  # others make weights up
+        model: Any = runner.model
+        with torch.inference_mode():
+            model.load_weights(loader._get_all_weights(runner.model_config, model))
 
 
 def _require_named(handle: EngineHandle, trained: Sequence[Parameter], pieces: Pieces, theta: torch.Tensor) -> None:
