@@ -14,9 +14,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoConfig
 
 from engine_process import EngineProcess
 from sglang.srt.mezo.adapters.adapter import AdapterSpec
+from sglang.srt.mezo.adapters.prefix_adapter import KVShape, PrefixSpec
 from sglang.srt.mezo.adapters.weights import WeightsSpec
 from sglang.srt.mezo.core.config import MezoConfig
 from sglang.srt.mezo.core.directions import KeptDirections
@@ -27,45 +29,59 @@ SHARED = Path(__file__).resolve().parents[3] / "shared"
 GOLDEN = SHARED / "golden"
 pytestmark = pytest.mark.skipif(not (GOLDEN / "traj").is_dir(), reason="the official trajectories are not here")
 
-RUNS = [("SST2", "ft"), ("CB", "ft"), ("Copa", "ft"), ("SST2", "lora"), ("SQuAD", "lora")]
+RUNS = [("SST2", "ft"), ("CB", "ft"), ("Copa", "ft"), ("SST2", "lora"), ("SQuAD", "lora"), ("SST2", "prefix")]
 LORA = {"r": 8, "lora_alpha": 16}
-TUNINGS = {"ft": {"tuning": "full"}, "lora": {"tuning": "lora", **LORA}}
+TUNINGS = {
+    "ft": {"tuning": "full"},
+    "lora": {"tuning": "lora", **LORA},
+    "prefix": {"tuning": "prefix", "prefix_positions": "unshifted"},
+}
 
 
 # --- run in the engine's process --------------------------------------------------------------------------------------
 
 
-def steps(engine, spec, objective: str, settings: dict, start: dict, batches, seeds, names):
-    """(losses at both signs, norm of theta) of every step, and theta at the end by names.
+def steps(engine, spec, objective: str, settings: dict, start: dict, batches, seeds):
+    """(losses at both signs, norm of theta) of every step, and theta at the end by the official names.
 
     Args:
-        start: what is trained, by the names of ``names``; empty for the engine's own weights.
-        names: the official names in the official order, each with the name that we have for it.
+        start: what is trained, by the official names in the official order.
     """
     from sglang.srt.mezo.training.trainer import MezoTrainer
 
     config = MezoConfig(num_perturbations=1, estimator="two_sided", scale_by_loss_std=False, **settings)
     train = [example for batch in batches for example in batch]
     trainer = MezoTrainer(engine.handle, config, spec, train, objective=objective)
-    state = trainer.trainable.state_dict()
+    views = {name: view_of(trainer.trainable, name) for name in start}
     for name, values in start.items():
-        state[names[name]].copy_(values)
+        views[name].copy_(values)
     results, first = [], 0
     try:
         for batch, seed in zip(batches, seeds):
             plans = trainer.train_plans[first : first + len(batch)]
             first += len(batch)
-            z = official_direction(seed, {ours: state[ours].shape for ours in names.values()})
-            directions = KeptDirections([torch.cat([z[name].flatten() for name in state if name in z])])
+            z = torch.full_like(trainer.trainable.theta, torch.nan)
+            for name, values in official_direction(seed, {name: one.shape for name, one in start.items()}).items():
+                view = views[name]
+                z.as_strided(view.shape, view.stride(), view.storage_offset()).copy_(values)
+            directions = KeptDirections([z])
             (plus,), (minus,) = drain(trainer.probe.loss_passes(plans, directions, config.zo_eps))
             (grad,) = trainer.probe.estimate([plus], [minus], config.zo_eps)
             trainer.optimizer.step(directions, [grad], config.learning_rate)
             results.append((plus, minus, trainer.trainable.theta.double().norm().item()))
-        return results, {name: state[ours].clone() for name, ours in names.items()}
+        return results, {name: view.clone() for name, view in views.items()}
     finally:
-        if start == {}:
-            trainer.trainable.load_initial(Path())
         trainer.close()
+
+
+def view_of(trainable, name: str) -> torch.Tensor:
+    """Of theta, by an official name."""
+    if name.endswith((".lora_A", ".lora_B")):
+        return trainable.state_dict()[f"base_model.model.{name}.weight"]
+    if name.endswith((".prefix_keys", ".prefix_values")):
+        layer = int(name.split(".")[3])
+        return trainable.theta.view(trainable.by_layer)[:, layer, int(name.endswith("values"))].flatten(1)
+    return trainable.state_dict()[name]
 
 
 def official_direction(seed: int, shapes: dict[str, torch.Size]) -> dict[str, torch.Tensor]:
@@ -128,7 +144,7 @@ def engines(model):
     """By what is trained; an engine with LoRA has other layers."""
     arguments = dict(model_path=model, dtype="float32", skip_tokenizer_init=True, max_total_tokens=20000)
     made = {
-        "ft": EngineProcess(**arguments),
+        "others": EngineProcess(**arguments),
         "lora": EngineProcess(**arguments, r=LORA["r"], target_modules=("q_proj", "v_proj"), num_slots=3),
     }
     yield made
@@ -136,10 +152,12 @@ def engines(model):
         engine.close()
 
 
-def our_name(official: str) -> str:
-    if not official.endswith((".lora_A", ".lora_B")):
-        return official
-    return f"base_model.model.{official}.weight"
+def spec_of(model: str, mode: str):
+    if mode == "ft":
+        return WeightsSpec(model)
+    if mode == "prefix":
+        return PrefixSpec(model, 5, KVShape.of(AutoConfig.from_pretrained(model)), "unshifted")
+    return AdapterSpec(model, **LORA, target_modules=("q_proj", "v_proj"))
 
 
 def official_steps(run: dict, start: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -165,24 +183,13 @@ def test_losses_and_weights_are_the_official_ones(model, engines, encode, task, 
     run = next(run for run in runs if (run["task"], run["mode"]) == (task, mode))
     rows = [json.loads(line) for line in (SHARED / "data" / task.lower() / "train.jsonl").read_text().splitlines()]
     batches = [[example(encode, task, rows[i]) for i in step["rows"]] for step in run["steps"]]
-    names = {name: our_name(name) for name, _ in run["trainable"]}
-    loaded = load_file(
-        Path(model) / "model.safetensors" if mode == "ft" else GOLDEN / "traj" / f"{mode}-init.safetensors"
-    )
-    start = {name: loaded[name] for name in names}
-    settings = {
-        "learning_rate": run["learning_rate"],
-        "zo_eps": run["zo_eps"],
-        "tuning": "full" if mode == "ft" else mode,
-    }
-    spec = WeightsSpec(model)
-    if mode == "lora":
-        spec, settings = AdapterSpec(model, **LORA, target_modules=("q_proj", "v_proj")), {**settings, **LORA}
+    loaded = load_file(GOLDEN / "traj" / ("model.safetensors" if mode == "ft" else f"{mode}-init.safetensors"))
+    start = {name: loaded[name] for name, _ in run["trainable"]}
+    settings = {"learning_rate": run["learning_rate"], "zo_eps": run["zo_eps"], **TUNINGS[mode]}
     objective = "classification" if run["train_as_classification"] else "completion"
     seeds = [step["seed"] for step in run["steps"]]
-    results, theta = engines[mode].call(
-        steps, spec, objective, settings, {} if mode == "ft" else start, batches, seeds, names
-    )
+    engine = engines["lora" if mode == "lora" else "others"]
+    results, theta = engine.call(steps, spec_of(model, mode), objective, settings, start, batches, seeds)
     for (plus, minus, norm), step in zip(results, run["steps"], strict=True):
         assert plus == pytest.approx(step["loss_plus"], abs=1e-5)
         assert minus == pytest.approx(step["loss_minus"], abs=1e-5)

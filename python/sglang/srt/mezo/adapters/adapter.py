@@ -3,9 +3,10 @@
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import safetensors.torch
 import torch
@@ -159,15 +160,8 @@ class Adapter:
         Raises:
             OSError: the disk is full or the path cannot be written; an older folder of that name is then untouched.
         """
-        with atomic_directory(directory) as partial:
-            # A copy, as safetensors refuses tensors that share storage.
-            state = {name: tensor.clone() for name, tensor in self.state_dict().items()}
-            # Not save_file: it reports a full disk with an exception of its own.
-            (partial / WEIGHTS).write_bytes(safetensors.torch.save(state, metadata={"format": "pt"}))
-            self._peft_config().save_pretrained(str(partial))
+        with peft_folder(directory, self.state_dict(), self._peft_config(), self._model_card()) as partial:
             _sort_targets(partial / CONFIG)
-            (partial / "README.md").write_text(self._model_card(), encoding="utf-8")
-            write_sums(partial, FILES)
 
     def save_initial(self, run: Path) -> None:
         self.save_pretrained(run / INITIAL)
@@ -184,24 +178,7 @@ class Adapter:
             DamagedError: the folder or a file in it is gone, or not as it was written.
             ConfigError: it is of other sites, or another rank.
         """
-        path = Path(directory) / WEIGHTS
-        require_sums(Path(directory), FILES)
-        try:
-            stored = safetensors.torch.load(path.read_bytes())
-        except OSError as error:
-            raise DamagedError(path, f"it cannot be read ({error.strerror})") from error
-        except safetensors.SafetensorError as error:
-            raise DamagedError(path, str(error)) from error
-        own = self.state_dict()
-        if stored.keys() != own.keys() or any(stored[name].shape != own[name].shape for name in own):
-            raise ConfigError(
-                "adapter", str(directory), f"matrices of rank {self.spec.r} on {self.spec.target_modules}"
-            )
-        for name, tensor in stored.items():
-            if not is_finite(tensor):
-                raise ConfigError("adapter", str(directory), f"finite numbers, and {name} has others")
-        for name, tensor in own.items():
-            tensor.copy_(stored[name])
+        fill(self.state_dict(), directory, f"matrices of rank {self.spec.r} on {self.spec.target_modules}")
 
     def _peft_config(self):
         import peft
@@ -233,3 +210,44 @@ def _sort_targets(path: Path) -> None:
     config = json.loads(path.read_text())
     config["target_modules"] = sorted(config["target_modules"])
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+@contextmanager
+def peft_folder(directory: Path, state: Mapping[str, torch.Tensor], config: Any, model_card: str) -> Iterator[Path]:
+    """A folder in PEFT's form that appears, whole, when the block has ended; in it the files may still be changed."""
+    with atomic_directory(directory) as partial:
+        # A copy, as safetensors refuses tensors that share storage.
+        copied = {name: tensor.detach().clone() for name, tensor in state.items()}
+        # Not save_file: it reports a full disk with an exception of its own.
+        (partial / WEIGHTS).write_bytes(safetensors.torch.save(copied, metadata={"format": "pt"}))
+        config.save_pretrained(str(partial))
+        (partial / "README.md").write_text(model_card, encoding="utf-8")
+        yield partial
+        write_sums(partial, FILES)
+
+
+def fill(state: Mapping[str, torch.Tensor], directory: Path, expected: str) -> None:
+    """Copy the tensors of a folder that ``peft_folder`` wrote into those of ``state``.
+
+    Args:
+        expected: what the folder is to hold, in words.
+
+    Raises:
+        DamagedError: the folder or a file in it is gone, or not as it was written.
+        ConfigError: it holds other tensors.
+    """
+    path = Path(directory) / WEIGHTS
+    require_sums(Path(directory), FILES)
+    try:
+        stored = safetensors.torch.load(path.read_bytes())
+    except OSError as error:
+        raise DamagedError(path, f"it cannot be read ({error.strerror})") from error
+    except safetensors.SafetensorError as error:
+        raise DamagedError(path, str(error)) from error
+    if stored.keys() != state.keys() or any(stored[name].shape != state[name].shape for name in state):
+        raise ConfigError("adapter", str(directory), expected)
+    for name, tensor in stored.items():
+        if not is_finite(tensor):
+            raise ConfigError("adapter", str(directory), f"finite numbers, and {name} has others")
+    for name, tensor in state.items():
+        tensor.copy_(stored[name])

@@ -10,7 +10,8 @@ from sglang.srt.mezo.core.noise import Distribution
 from sglang.srt.mezo.core.optimizer import Optim, SchedulerType, UpdateRule
 from sglang.srt.mezo.core.settings import Bounds, require_settings, setting
 
-Tuning = Literal["alora", "lora", "full"]
+Tuning = Literal["alora", "lora", "full", "prefix"]
+PrefixPositions = Literal["shifted", "unshifted"]
 Objective = Literal["classification", "completion"]
 OF_EARLIER_VERSIONS = {"objective": {"language_modeling": "completion"}}
 """Values that are called otherwise now, in configurations that an earlier version has stored."""
@@ -49,9 +50,18 @@ class MezoConfig:
     tuning: Tuning = setting(
         None,
         "alora, the default: the adapter acts from the invocation on; lora: on every token; full: the model's own "
-        "parameters are trained, not in a server.",
+        "parameters are trained; prefix: keys and values of virtual tokens before the text.",
         follows=True,
         job=True,
+    )
+    num_virtual_tokens: int = setting(
+        None, "Of prefix tuning: length of the prefix; 5 by default.", at_least=1, follows=True
+    )
+    prefix_positions: PrefixPositions = setting(
+        None,
+        "Of prefix tuning: positions of the text, counted from behind the prefix as in PEFT (shifted, the default), or "
+        "as without it, as in the MeZO paper.",
+        follows=True,
     )
     parameters: Optional[str] = setting(
         None,
@@ -81,7 +91,7 @@ class MezoConfig:
     learning_rate: float = setting(
         None,
         "Step size at the peak of the schedule; 0.02 by default, 0.001 where a step has one slope; of full tuning 3e-5 "
-        "and 1e-6.",
+        "and 1e-6, of prefixes 0.2 and 0.01.",
         above=0,
         at_most=LARGEST,
         follows=True,
@@ -109,7 +119,7 @@ class MezoConfig:
 
     zo_eps: float = setting(
         None,
-        "Radius of the perturbation; 0.01 by default, 0.001 of full tuning.",
+        "Radius of the perturbation; 0.01 by default, 0.001 of full tuning, 0.1 of prefixes.",
         above=0,
         at_least=SMALLEST_ZO_EPS,
         at_most=LARGEST,
@@ -222,7 +232,7 @@ class MezoConfig:
         require_settings(self)
         if self.init_from is None:
             self._settle({"tuning": "alora"})
-            self._settle({} if self.tuning == "full" else NEW_ADAPTER)
+            self._settle(_NEW.get(self.tuning, NEW_ADAPTER))
         self._settle(defaults(self.tuning, self.num_perturbations, self.estimator, self.perturbation_interval))
         for name, tunings in _OF_TUNING.items():
             belongs = self.tuning is None or self.tuning in tunings
@@ -308,6 +318,8 @@ _OF_TUNING: dict[str, tuple[Tuning, ...]] = {
     "r": _OF_ADAPTERS,
     "lora_alpha": _OF_ADAPTERS,
     "target_modules": _OF_ADAPTERS,
+    "num_virtual_tokens": ("prefix",),
+    "prefix_positions": ("prefix",),
     "parameters": ("full",),
 }
 """Settings that only some ways of tuning have."""
@@ -315,6 +327,8 @@ _OF_TUNING: dict[str, tuple[Tuning, ...]] = {
 NEW_ADAPTER: dict[str, Any] = {"r": 8, "lora_alpha": 16}
 """What an adapter is that nobody describes. With ``init_from`` these stay None, and ``tuning`` too, until the adapter
 has been read (``start.settled``)."""
+_NEW: dict[Tuning, dict[str, Any]] = {"full": {}, "prefix": {"num_virtual_tokens": 5, "prefix_positions": "shifted"}}
+"""The same of what is no adapter of layers."""
 
 
 def defaults(
@@ -331,13 +345,14 @@ def defaults(
     return {
         "estimator": estimator,
         "scale_by_loss_std": scaled,
-        "learning_rate": _LEARNING_RATES["full" if tuning == "full" else "lora"][scaled],
-        "zo_eps": 1e-3 if tuning == "full" else 1e-2,
+        "learning_rate": _LEARNING_RATES.get(tuning or "lora", _LEARNING_RATES["lora"])[scaled],
+        "zo_eps": {"full": 1e-3, "prefix": 1e-1}.get(tuning or "lora", 1e-2),
         "perturbation_rank": 2 if perturbation_interval > 1 else None,
     }
 
 
-_LEARNING_RATES = {"lora": (1e-3, 2e-2), "full": (1e-6, 3e-5)}  # where a step has one slope, and where more
+# Where a step has one slope, and where more.
+_LEARNING_RATES = {"lora": (1e-3, 2e-2), "full": (1e-6, 3e-5), "prefix": (1e-2, 2e-1)}
 
 
 def _is_pattern(text: str | None) -> bool:

@@ -21,12 +21,14 @@ class Sequenced:
         segments: (adapter id or None for the base model, number of tokens), covering ``tokens`` in order.
         follows: instead of ``cached``, (earlier sequence of the batch, how many of its tokens): those come before
             ``tokens``. The attention backend must write the KV of a batch before it reads it.
+        shift: added to the positions of ``tokens``, which count what comes before them.
     """
 
     cached: torch.Tensor
     tokens: Sequence[int]
     segments: Sequence[tuple[str | None, int]]
     follows: tuple[int, int] | None = None
+    shift: int = 0
 
 
 def extend(handle: EngineHandle, sequences: Sequence[Sequenced]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -94,7 +96,8 @@ def _forward_batch(handle: EngineHandle, sequences: Sequence[Sequenced], rows: l
     device = handle.device
     _fill_rows(handle.req_to_token_pool.req_to_token, rows, totals, before, new)
     lora_ids: list[Any] = [sequence.segments[-1][0] for sequence in sequences]  # None for the base model
-    positions = torch.cat([torch.arange(p, t) for p, t in zip(prefixes, totals)])
+    shifts = [sequence.shift for sequence in sequences]
+    positions = torch.cat([torch.arange(p + shift, t + shift) for p, t, shift in zip(prefixes, totals, shifts)])
     batch = ForwardBatch(
         forward_mode=ForwardMode.EXTEND,
         batch_size=len(sequences),

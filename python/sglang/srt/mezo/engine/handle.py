@@ -74,6 +74,10 @@ class EngineHandle:
             raise error
         return value
 
+    def sum_of_ranks(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Over the tensor-parallel ranks, on each of them."""
+        return tensor if _tp_group().world_size == 1 else _tp_group().all_reduce(tensor.to(self.device))
+
     @property
     def lora_manager(self) -> "LoRAManager":
         """Of an engine with LoRA; raises ConfigError where it is not."""

@@ -1,8 +1,10 @@
 """Where copies of what is trained lie in an engine, perturbed or not, and how rows run under one of them."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
+
+import torch
 
 from sglang.srt.mezo.core.directions import Directions
 
@@ -13,9 +15,13 @@ class Point:
 
     Attributes:
         adapter: its id in SGLang's LoRA pool, None for none.
+        cached: int64 [tokens], places in the KV pool of what comes before every row.
+        shift: what is added to the positions that rows have behind that.
     """
 
     adapter: str | None = None
+    cached: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    shift: int = 0
 
 
 BASE = Point()

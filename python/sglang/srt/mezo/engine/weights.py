@@ -47,9 +47,7 @@ Pieces = Mapping[str, Sequence[Piece]]
 
 
 def trained_weights(handle: EngineHandle, spec: WeightsSpec) -> tuple[FullWeights, list[Piece]]:
-    """The parameters that ``spec`` chooses, as the checkpoint has them, and where the engine has them, in their order.
-
-    An engine whose weights another run has trained gets the checkpoint's back.
+    """The parameters that ``spec`` chooses, as the engine has them now, and where it has them, in their order.
 
     Raises:
         ConfigError: none is chosen; or the engine has a parameter otherwise than the checkpoint: quantised, packed,
@@ -59,14 +57,12 @@ def trained_weights(handle: EngineHandle, spec: WeightsSpec) -> tuple[FullWeight
     parameters = model_parameters(checkpoint_config(*config_source(runner.server_args)))
     trained = spec.chosen(parameters)
     pieces = engine_pieces(runner.model, parameters)
-    if getattr(runner, _TRAINED, False):
-        _load_checkpoint(handle)
     theta = torch.empty(sum(one.numel for one in trained), device=handle.device)
     for one, view in zip(trained, views(theta, trained)):
-        view.copy_(_whole(one, pieces[one.name]))
+        view.copy_(_whole(handle, one, pieces[one.name]))
     _require_loaded(handle, trained, pieces, theta)
     _require_named(handle, trained, pieces, theta)
-    frozen = {one.name: _whole(one, pieces[one.name]) for one in parameters if one not in trained}
+    frozen = {one.name: _whole(handle, one, pieces[one.name]) for one in parameters if one not in trained}
     model = runner.model_config
     folder = model_folder(model.model_path, model.revision, runner.load_config.download_dir)
     weights = FullWeights(spec, folder, trained, theta, frozen, runner.dtype)
@@ -76,6 +72,13 @@ def trained_weights(handle: EngineHandle, spec: WeightsSpec) -> tuple[FullWeight
 def mark_trained(handle: EngineHandle) -> None:
     """The engine's weights are no longer the checkpoint's."""
     setattr(handle.model_runner, _TRAINED, True)
+
+
+def untrain(handle: EngineHandle) -> None:
+    """Load the checkpoint's weights into an engine whose own a run has trained."""
+    if getattr(handle.model_runner, _TRAINED, False):
+        _load_checkpoint(handle)
+        setattr(handle.model_runner, _TRAINED, False)
 
 
 def engine_pieces(model: torch.nn.Module, parameters: Sequence[Parameter]) -> Pieces:
@@ -181,7 +184,7 @@ def _parts(module: Any, rank: int) -> list[tuple[int, int, int, bool]]:
 # --- whole parameters -------------------------------------------------------------------------------------------------
 
 
-def _whole(parameter: Parameter, pieces: Sequence[Piece]) -> torch.Tensor:
+def _whole(handle: EngineHandle, parameter: Parameter, pieces: Sequence[Piece]) -> torch.Tensor:
     """A parameter that is cut for the ranks, on each of them; of one rank's alone it is a view."""
     from sglang.srt.runtime_context import get_parallel
 
@@ -192,18 +195,12 @@ def _whole(parameter: Parameter, pieces: Sequence[Piece]) -> torch.Tensor:
     for piece in pieces:
         if piece.is_first_copy:
             own(whole, piece).copy_(piece.view)
-    return _sum_of_ranks(whole)
+    return handle.sum_of_ranks(whole)
 
 
 def own(whole: torch.Tensor, piece: Piece) -> torch.Tensor:
     """What of a whole parameter is the piece."""
     return whole.narrow(piece.dim, piece.first, piece.view.shape[piece.dim])
-
-
-def _sum_of_ranks(tensor: torch.Tensor) -> torch.Tensor:
-    from sglang.srt.distributed import get_tp_group
-
-    return get_tp_group().all_reduce(tensor)
 
 
 # --- checks at start --------------------------------------------------------------------------------------------------

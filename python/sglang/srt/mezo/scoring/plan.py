@@ -36,6 +36,7 @@ PREFIX_SCOPE: dict[Tuning, PrefixScope] = {
     "alora": PrefixScope.BASE,
     "lora": PrefixScope.SLOT,
     "full": PrefixScope.SLOT,
+    "prefix": PrefixScope.SLOT,
 }
 
 

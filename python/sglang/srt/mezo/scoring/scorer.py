@@ -183,14 +183,18 @@ class Scorer:
         place = {number: place for place, number in enumerate(borrowed)}
         sequences = []
         for number, taken in borrowed.items():
-            item, cached = items[number], base[items[number].row.prefix]
+            item = items[number]
+            point, on_base = item.point, item.row.prefix[len(base[item.row.prefix]) :]
             own = item.row.suffix[taken.length :]
-            on_base = item.row.prefix[len(cached) :]
-            segments = ((item.point.adapter, len(own)),)
+            segments = ((point.adapter, len(own)),)
             if on_base and self.scope is PrefixScope.BASE:
                 segments = ((None, len(on_base)), *segments)
-            follows = None if taken.row is None else (place[taken.row], len(item.row.prefix) + taken.length)
-            sequences.append(Sequenced(cached, on_base + own, segments, follows))
+            before = len(point.cached) + len(item.row.prefix) + taken.length
+            follows = None if taken.row is None else (place[taken.row], before)
+            cached = [places for places in (point.cached, base[item.row.prefix]) if len(places)]
+            sequences.append(
+                Sequenced(torch.cat(cached) if cached else _NOTHING, on_base + own, segments, follows, point.shift)
+            )
         return sequences
 
     def _read(

@@ -7,17 +7,19 @@ import torch
 
 from sglang.srt.mezo.adapters.adapter import Adapter, AdapterSpec
 from sglang.srt.mezo.adapters.peft_adapter import PeftAdapter
+from sglang.srt.mezo.adapters.prefix_adapter import PrefixSpec
 from sglang.srt.mezo.adapters.weights import WeightsSpec
 from sglang.srt.mezo.core.config import MezoConfig
 from sglang.srt.mezo.core.trainable import Trainable
 from sglang.srt.mezo.engine.handle import EngineHandle
 from sglang.srt.mezo.engine.layers import adapted_sites
 from sglang.srt.mezo.engine.points import Points
+from sglang.srt.mezo.engine.prefix_points import PrefixPoints, initial_prefix
 from sglang.srt.mezo.engine.slots import PerturbedSlots
 from sglang.srt.mezo.engine.weight_points import WeightPoints
-from sglang.srt.mezo.engine.weights import trained_weights
+from sglang.srt.mezo.engine.weights import trained_weights, untrain
 
-Spec = AdapterSpec | WeightsSpec
+Spec = AdapterSpec | WeightsSpec | PrefixSpec
 
 
 class Trained(NamedTuple):
@@ -31,11 +33,19 @@ class Trained(NamedTuple):
 def trained(
     handle: EngineHandle, config: MezoConfig, spec: Spec, start: PeftAdapter | None, spare_slots: int
 ) -> Trained:
-    """What ``spec`` describes, in an engine; the arguments are ``Learner``'s, and it raises what that does."""
+    """What ``spec`` describes, in an engine; the arguments are ``Learner``'s, and it raises what that does.
+
+    An engine whose own weights an earlier run has trained gets the checkpoint's back.
+    """
+    untrain(handle)
     if isinstance(spec, WeightsSpec):
         weights, pieces = trained_weights(handle, spec)
         points = WeightPoints(handle, weights, pieces, config.estimator)
         return Trained(weights, points, torch.finfo(handle.model_runner.dtype).max)
+    if isinstance(spec, PrefixSpec):
+        prefix = initial_prefix(handle, spec, config.seed)
+        points = PrefixPoints(handle, prefix, config.num_perturbations, config.estimator)
+        return Trained(prefix, points, torch.finfo(handle.model_runner.dtype).max)
     sites = adapted_sites(handle, spec.target_modules)
     adapter = (
         Adapter.initial(spec, sites, config.seed) if start is None else Adapter.holding(spec, sites, start.matrices)

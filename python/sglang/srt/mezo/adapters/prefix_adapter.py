@@ -1,0 +1,157 @@
+"""A prefix: keys and values of some virtual tokens in every layer, which all tokens attend to, and its PEFT files."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, Self
+
+import torch
+
+from sglang.srt.mezo.adapters.adapter import CONFIG, INITIAL, fill, peft_folder
+from sglang.srt.mezo.core.config import MezoConfig, PrefixPositions
+from sglang.srt.mezo.core.errors import ConfigError
+from sglang.srt.mezo.core.integrity import write_json
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+_EMBEDDINGS = "prompt_embeddings"
+_POSITIONS = "prefix_positions"  # field of ours in adapter_config.json, where they are not PEFT's
+
+
+class KVShape(NamedTuple):
+    """Of the keys, and of the values, that a model computes for a token."""
+
+    layers: int
+    heads: int
+    head_dim: int
+
+    @classmethod
+    def of(cls, model_config: "PretrainedConfig") -> Self:
+        config = model_config.get_text_config()
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return cls(config.num_hidden_layers, heads, head_dim)
+
+
+@dataclass(frozen=True)
+class PrefixSpec:
+    """What describes a prefix.
+
+    Attributes:
+        base_model: name or path of the base model.
+        num_virtual_tokens: as PEFT has it.
+        kv: of the base model.
+        positions: of the text behind it: those behind the virtual tokens, as in PEFT, or as if there were none.
+    """
+
+    base_model: str
+    num_virtual_tokens: int
+    kv: KVShape
+    positions: PrefixPositions = "shifted"
+    invocation = ()
+
+    @classmethod
+    def of(cls, config: MezoConfig, base_model: str, model_config: "PretrainedConfig") -> Self:
+        """The prefix that a run of ``config`` trains."""
+        return cls(base_model, config.num_virtual_tokens, KVShape.of(model_config), config.prefix_positions)
+
+    @property
+    def shift(self) -> int:
+        """By how much the positions of the text are larger than without the prefix."""
+        return self.num_virtual_tokens if self.positions == "shifted" else 0
+
+    def require_agreement(self, config: MezoConfig) -> None:
+        """Raise ConfigError for a field of the configuration that says otherwise."""
+        own = {"tuning": "prefix", "num_virtual_tokens": self.num_virtual_tokens, "prefix_positions": self.positions}
+        for name, value in own.items():
+            if getattr(config, name) != value:
+                raise ConfigError(name, getattr(config, name), f"{value!r}, as the prefix has it")
+
+
+class PrefixAdapter:
+    """Master copy ``theta``: float32 [numel] on the CPU, in the order of PEFT's prompt embeddings: for each virtual
+    token, for each layer, its keys of all heads, then its values."""
+
+    def __init__(self, spec: PrefixSpec, theta: torch.Tensor | None = None):
+        self.spec = spec
+        self.theta = torch.zeros(spec.num_virtual_tokens * 2 * spec.kv.layers * spec.kv.heads * spec.kv.head_dim)
+        if theta is not None:
+            self.theta.copy_(theta)
+
+    @property
+    def numel(self) -> int:
+        return self.theta.numel()
+
+    @property
+    def shapes(self) -> tuple[tuple[int, int], ...]:
+        """One matrix, with a row for each virtual token."""
+        tokens = self.spec.num_virtual_tokens
+        return ((tokens, self.numel // tokens),)
+
+    @property
+    def by_layer(self) -> tuple[int, int, int, int, int]:
+        """Shape of ``theta``: [tokens, layers, keys or values, heads, head_dim]."""
+        kv = self.spec.kv
+        return (self.spec.num_virtual_tokens, kv.layers, 2, kv.heads, kv.head_dim)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """PEFT's name to a view of ``theta``."""
+        return {_EMBEDDINGS: self.theta.view(self.shapes[0])}
+
+    def save_pretrained(self, directory: Path) -> None:
+        """Write a folder that ``PeftModel.from_pretrained`` loads; it appears whole or not at all.
+
+        Raises:
+            OSError: the disk is full or the path cannot be written; an older folder of that name is then untouched.
+        """
+        with peft_folder(directory, self.state_dict(), self._peft_config(), self._model_card()) as partial:
+            if self.spec.positions != "shifted":
+                path = partial / CONFIG
+                write_json(path, json.loads(path.read_text()) | {_POSITIONS: self.spec.positions})
+
+    def load_weights(self, directory: Path) -> None:
+        """Fill ``theta`` from a folder that ``save_pretrained`` wrote for a prefix of the same shape.
+
+        Raises:
+            DamagedError: the folder or a file in it is gone, or not as it was written.
+            ConfigError: it is of another shape.
+        """
+        fill(self.state_dict(), directory, f"a prefix of shape {list(self.shapes[0])}")
+
+    def save_initial(self, run: Path) -> None:
+        self.save_pretrained(run / INITIAL)
+
+    def resume_initial(self, run: Path) -> None:
+        self.load_weights(run / INITIAL)
+
+    load_initial = resume_initial
+
+    def _peft_config(self):
+        import peft
+
+        kv = self.spec.kv
+        return peft.PrefixTuningConfig(
+            task_type="CAUSAL_LM",
+            base_model_name_or_path=self.spec.base_model,
+            inference_mode=True,
+            num_virtual_tokens=self.spec.num_virtual_tokens,
+            num_layers=kv.layers,
+            token_dim=kv.heads * kv.head_dim,
+            num_attention_heads=kv.heads,  # of keys and values: PEFT cuts the token's numbers by it
+            num_transformer_submodules=1,
+            encoder_hidden_size=kv.heads * kv.head_dim,
+        )
+
+    def _model_card(self) -> str:
+        unshifted = (
+            "Its text has the positions that it has without the prefix, which PEFT does not give it.\n"
+            if self.spec.positions != "shifted"
+            else ""
+        )
+        return (
+            f"---\nbase_model: {self.spec.base_model}\nlibrary_name: peft\npipeline_tag: text-generation\n"
+            "tags:\n- prefix-tuning\n- mezo\n---\n\n"
+            f"Prefix of {self.spec.num_virtual_tokens} virtual tokens, fitted with forward passes only (MeZO, arXiv "
+            f"2305.17333) by sglang-mezo.\n{unshifted}"
+        )

@@ -1,0 +1,151 @@
+"""Prefixes in the KV pool as ``Points``: each has the keys and values of its virtual tokens in places of its own."""
+
+from collections.abc import Iterator
+
+import torch
+
+from sglang.srt.mezo.adapters.prefix_adapter import PrefixAdapter, PrefixSpec
+from sglang.srt.mezo.core.directions import Directions
+from sglang.srt.mezo.core.errors import CapacityError, ConfigError
+from sglang.srt.mezo.core.estimator import SIGNS, Estimator
+from sglang.srt.mezo.core.noise import initial_uniform
+from sglang.srt.mezo.engine.forward import Sequenced, extend
+from sglang.srt.mezo.engine.handle import EngineHandle
+from sglang.srt.mezo.engine.points import Point, PointGroup, Round
+
+_POOL_SHARE = 0.25  # of the KV pool that the points of a pass may have
+
+
+class PrefixLayout:
+    """Where each number of a prefix lies in the pool: a rank has the heads that it computes.
+
+    Raises:
+        ConfigError: the engine keeps keys and values otherwise than as one of each for every token, layer and head.
+    """
+
+    def __init__(self, handle: EngineHandle, spec: PrefixSpec):
+        from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+        from sglang.srt.runtime_context import get_parallel
+
+        pool = handle.kv_allocator.get_kvcache()
+        if type(pool) is not MHATokenToKVPool:
+            raise ConfigError(
+                "tuning", "prefix", f"alora, lora or full: the KV pool of this model is a {type(pool).__name__}"
+            )
+        self._layers = [pool.get_kv_buffer(pool.start_layer + layer) for layer in range(pool.layer_num)]
+        heads = self._layers[0][0].shape[1]
+        parallel = get_parallel()
+        replicas = max(1, parallel.tp_size * heads // spec.kv.heads)
+        self._heads = slice(parallel.tp_rank // replicas * heads, (parallel.tp_rank // replicas + 1) * heads)
+        self.is_first_copy = parallel.tp_rank % replicas == 0
+
+    def write(self, prefix: torch.Tensor, places: torch.Tensor) -> None:
+        """Put a prefix, [tokens, layers, 2, heads, head_dim], into places of the pool, cast once to its dtype."""
+        own = prefix[:, :, :, self._heads].to(places.device)
+        with torch.inference_mode():
+            for layer, buffers in enumerate(self._layers):
+                for which, buffer in enumerate(buffers):
+                    buffer[places] = own[:, layer, which].to(buffer.dtype)
+
+    def read(self, places: torch.Tensor, out: torch.Tensor) -> None:
+        """Put what this rank has in places of the pool where it belongs in a prefix, [tokens, layers, 2, heads,
+        head_dim]."""
+        for layer, buffers in enumerate(self._layers):
+            for which, buffer in enumerate(buffers):
+                out[:, layer, which, self._heads] = buffer[places].to(out.device, out.dtype)
+
+
+def initial_prefix(handle: EngineHandle, spec: PrefixSpec, seed: int) -> PrefixAdapter:
+    """Keys and values of random tokens, as the paper begins: what the model computes for them."""
+    layout = PrefixLayout(handle, spec)
+    numbers = initial_uniform(seed, 0, spec.num_virtual_tokens).double().add_(1).div_(2)
+    vocabulary = handle.model_runner.model_config.vocab_size
+    tokens = tuple((numbers * vocabulary).long().clamp_(max=vocabulary - 1).tolist())
+    _, places = extend(handle, [Sequenced(torch.empty(0, dtype=torch.int64), tokens, ((None, len(tokens)),))])
+    adapter = PrefixAdapter(spec)
+    adapter.theta.fill_(-0.0)  # leaves every number as it is when it is added
+    if layout.is_first_copy:
+        layout.read(places, adapter.theta.view(adapter.by_layer))
+    handle.kv_allocator.free(places)
+    adapter.theta.copy_(handle.sum_of_ranks(adapter.theta))
+    return adapter
+
+
+class PrefixPoints:
+    """Theta itself, and some directions at a time.
+
+    Raises:
+        CapacityError: the pool has no room for those of one direction.
+    """
+
+    def __init__(self, handle: EngineHandle, adapter: PrefixAdapter, num_perturbations: int, estimator: Estimator):
+        self._handle = handle
+        self._adapter = adapter
+        self._signs = SIGNS[estimator]
+        self._with_theta = estimator == "one_sided"
+        self._layout = PrefixLayout(handle, adapter.spec)
+        tokens = adapter.spec.num_virtual_tokens
+        room = int(_POOL_SHARE * handle.kv_capacity) // tokens - 1
+        self._width = min(num_perturbations, room // len(self._signs))
+        if self._width < 1:
+            raise CapacityError(
+                f"prefixes of {tokens} tokens for theta and one direction are more than a quarter of the KV pool's "
+                f"{handle.kv_capacity} tokens: raise max_total_tokens or lower num_virtual_tokens"
+            )
+        self._points: list[Point] = []
+        self._scratch = torch.empty_like(adapter.theta)
+
+    @property
+    def current(self) -> Point:
+        return self._points[0]
+
+    @property
+    def slots(self) -> int:
+        return 0
+
+    @property
+    def claimed(self) -> bool:
+        return bool(self._points)
+
+    def claim(self) -> None:
+        """Take the places in the pool."""
+        from sglang.srt.mem_cache.allocation import alloc_token_slots
+
+        tokens, shift = self._adapter.spec.num_virtual_tokens, self._adapter.spec.shift
+        count = 1 + self._width * len(self._signs)
+        places = alloc_token_slots(self._handle.tree_cache, tokens * count).split(tokens)
+        self._points = [Point(cached=own, shift=shift - tokens) for own in places]
+
+    def release(self) -> None:
+        points, self._points = self._points, []
+        if points:
+            self._handle.kv_allocator.free(torch.cat([point.cached for point in points]))
+
+    def write_current(self) -> None:
+        self._write(self.current, self._adapter.theta)
+
+    def rounds(self, directions: int) -> list[Round]:
+        """One for as many directions as the pool has room for. One-sided, theta comes before the first direction."""
+        firsts = range(0, directions, self._width)
+        return [self._round(first, min(first + self._width, directions)) for first in firsts]
+
+    def _round(self, first: int, end: int) -> Round:
+        with_theta = first == 0 and self._with_theta
+        groups: list[PointGroup] = [self._of_direction(place) for place in range(end - first)]
+
+        def fill(directions: Directions, zo_eps: float) -> Iterator[None]:
+            if with_theta:
+                self.write_current()
+            for k, group in zip(range(first, end), groups):
+                for point, sign in zip(group, self._signs):
+                    self._write(point, directions.add(k, sign * zo_eps, self._adapter.theta, self._scratch))
+                yield
+
+        return Round([*([(self.current,)] if with_theta else []), *groups], fill)
+
+    def _of_direction(self, place: int) -> PointGroup:
+        begin = 1 + place * len(self._signs)
+        return tuple(self._points[begin : begin + len(self._signs)])
+
+    def _write(self, point: Point, theta: torch.Tensor) -> None:
+        self._layout.write(theta.view(self._adapter.by_layer), point.cached)
