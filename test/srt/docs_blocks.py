@@ -16,6 +16,8 @@ HOW_TO = [
         "docs/quickstart.md",
         "docs/concepts.md",
         "docs/training.md",
+        "docs/full_parameters.md",
+        "docs/prefix_tuning.md",
         "docs/files.md",
         "docs/server.md",
         "docs/chat.md",

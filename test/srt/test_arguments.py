@@ -131,7 +131,7 @@ def test_fields_of_other_dataclasses_are_flags_too():
         ("--r none", "r='none' is not allowed: a whole number"),
         ("--num_train many", "num_train='many' is not allowed: a whole number"),
         ("--prefix_reuse maybe", "prefix_reuse='maybe' is not allowed: true or false"),
-        ("--tuning prefix", "tuning='prefix' is not allowed: one of alora, lora"),
+        ("--tuning prompt", "tuning='prompt' is not allowed: one of alora, lora, full, prefix"),
         ("--dtype float8", "dtype='float8' is not allowed: one of auto, half, float16, bfloat16, float, float32"),
         ("--trainer regular", "trainer='regular' is not allowed: zo, as other programs have it"),
         ("--load_float16 maybe", "load_float16='maybe' is not allowed: true or false, as other programs have it"),

@@ -49,7 +49,7 @@ from sglang.srt.mezo.core.settings import setting_of
             for name in ("learning_rate", "weight_decay", "clip_projected_grad", "zo_eps", "lora_alpha", "adam_epsilon")
         ),
         ("zo_eps", 1e-320, "at least 1e-12"),
-        ("tuning", "prefix", "one of alora, lora"),
+        ("tuning", "prompt", "one of alora, lora, full, prefix"),
         ("objective", "f1", "one of classification, completion, null"),
         ("lr_scheduler_type", "polynomial", "one of constant, linear, cosine"),
         ("perturbation", "uniform", "one of gaussian, rademacher"),

@@ -11,9 +11,13 @@ from pathlib import Path
 
 import httpx
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from docs_blocks import ROOT, of_group, run
 from live_server import free_port, reviews
+
+TEXT = "the plot is thin, but the acting is superb. It was"
 
 
 @contextmanager
@@ -70,6 +74,35 @@ def test_a_job_in_a_server_by_the_commands_of_the_readme(folder):
         checks = "\nassert job.status == 'succeeded' and job.fine_tuned_model.endswith(':reviews-2'), job"
         code = client.code.replace("30000", str(port)).replace('suffix="reviews"', 'suffix="reviews-2"')
         run([client._replace(code=code + checks)], folder, python)
+
+
+def test_other_tunings_and_their_weights_in_a_server(folder):
+    python, port = Path(sys.executable), free_port()
+    run(of_group("tunings"), folder, python)
+    assert (folder / "runs" / "prefix" / "adapter" / "adapter_model.safetensors").is_file()
+    [update] = of_group("weights in a server")
+    serve = f"sglang-mezo serve --model-path examples/assets/opt-reviews --dtype float32 --port {port}"
+    environment = {**os.environ, "PATH": f"{python.parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    with served(serve, folder, environment, port):
+        before = first_logprobs(port)
+        run([update._replace(code=update.code.replace("30000", str(port)))], folder, python)
+        after = first_logprobs(port)
+    tokenizer, model = (
+        kind.from_pretrained(folder / "runs/full/model") for kind in (AutoTokenizer, AutoModelForCausalLM)
+    )
+    ids = tokenizer(TEXT).input_ids
+    with torch.no_grad():
+        log_probs = torch.log_softmax(model(torch.tensor([ids])).logits[0], -1)
+    expected = log_probs[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0].tolist()
+    assert after == pytest.approx(expected, abs=1e-4) and after != pytest.approx(before, abs=1e-4)
+
+
+def first_logprobs(port: int) -> list[float]:
+    """Of the tokens of a prompt, as a server has them."""
+    sampling = {"max_new_tokens": 1}
+    body = {"text": TEXT, "sampling_params": sampling, "return_logprob": True, "logprob_start_len": 0}
+    answer = httpx.post(f"http://127.0.0.1:{port}/generate", json=body, timeout=60).raise_for_status().json()
+    return [logprob for logprob, *_ in answer["meta_info"]["input_token_logprobs"][1:]]
 
 
 @pytest.mark.slow

@@ -21,8 +21,8 @@ WRITTEN, SUFFIXES = (
 MAX_LINES = 400
 
 FLOORS = (
-    ("core", "cpu"),
-    ("data", "adapters"),
+    ("core",),
+    ("data", "adapters", "cpu"),
     ("engine", "service.wire"),
     ("scoring", "service.store"),
     ("training",),

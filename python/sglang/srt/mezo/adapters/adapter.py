@@ -52,6 +52,7 @@ class AdapterSpec:
     lora_alpha: float
     target_modules: tuple[str, ...]
     invocation: tuple[int, ...] = ()
+    virtual_tokens = 0
 
     @classmethod
     def of(

@@ -57,9 +57,9 @@ class PrefixSpec:
         return cls(base_model, config.num_virtual_tokens, KVShape.of(model_config), config.prefix_positions)
 
     @property
-    def shift(self) -> int:
-        """By how much the positions of the text are larger than without the prefix."""
-        return self.num_virtual_tokens if self.positions == "shifted" else 0
+    def virtual_tokens(self) -> int:
+        """How much shorter than the context a text may be."""
+        return self.num_virtual_tokens
 
     def require_agreement(self, config: MezoConfig) -> None:
         """Raise ConfigError for a field of the configuration that says otherwise."""

@@ -55,6 +55,7 @@ class WeightsSpec:
     base_model: str
     parameters: str | None = None
     invocation = ()
+    virtual_tokens = 0
 
     def require_agreement(self, config: MezoConfig) -> None:
         """Raise ConfigError for a field of the configuration that says otherwise."""

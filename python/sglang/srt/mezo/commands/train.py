@@ -3,6 +3,7 @@
     sglang-mezo train --model facebook/opt-125m --task sst2
     sglang-mezo train --model facebook/opt-125m --dataset rows.jsonl --invocation " It was"
     sglang-mezo train --model facebook/opt-125m --task sst2 --tuning full --dtype float32
+    sglang-mezo train --model facebook/opt-125m --task sst2 --tuning prefix --num_virtual_tokens 5
     sglang-mezo train --config run.yaml --learning_rate 0.01
 
 Every field of ModelArguments, DataArguments and MezoConfig is a flag, and MeZO's, PEFT's and TRL's names for the same
@@ -62,7 +63,8 @@ def report(model: ModelArguments, config: MezoConfig, summary: dict) -> None:
         "plot": summary["plot"] or "not drawn: pip install 'sglang-mezo[plots]'",
     }
     print("", *(f"{title:<22} {value}" for title, value in lines.items()), sep="\n")
-    print(f"\nServe it:\n  python -m sglang.launch_server {_serving(model, config, trained)}\n")
+    if config.tuning != "prefix":
+        print(f"\nServe it:\n  python -m sglang.launch_server {_serving(model, config, trained)}\n")
 
 
 def _serving(model: ModelArguments, config: MezoConfig, trained: str) -> str:

@@ -111,10 +111,11 @@ class PrefixPoints:
         """Take the places in the pool."""
         from sglang.srt.mem_cache.allocation import alloc_token_slots
 
-        tokens, shift = self._adapter.spec.num_virtual_tokens, self._adapter.spec.shift
+        tokens = self._adapter.spec.num_virtual_tokens
+        shift = 0 if self._adapter.spec.positions == "shifted" else -tokens
         count = 1 + self._width * len(self._signs)
         places = alloc_token_slots(self._handle.tree_cache, tokens * count).split(tokens)
-        self._points = [Point(cached=own, shift=shift - tokens) for own in places]
+        self._points = [Point(cached=own, shift=shift) for own in places]
 
     def release(self) -> None:
         points, self._points = self._points, []

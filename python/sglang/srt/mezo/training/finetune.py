@@ -12,6 +12,7 @@ import torch
 from sglang.srt.mezo.adapters.adapter import AdapterSpec
 from sglang.srt.mezo.adapters.families import family_of, model_modules, model_parameters, require_modules
 from sglang.srt.mezo.adapters.peft_adapter import ModelLayers
+from sglang.srt.mezo.adapters.prefix_adapter import PrefixSpec
 from sglang.srt.mezo.adapters.weights import WeightsSpec
 from sglang.srt.mezo.core.config import MezoConfig, Tuning
 from sglang.srt.mezo.core.errors import ConfigError
@@ -84,17 +85,12 @@ def open_trainer(model: ModelArguments, data: DataArguments, config: MezoConfig)
     model_config, tokenizer = read_checkpoint(model.model)
     origin = None if config.init_from is None else read_start(config, model_layers(model_config))
     config = settled(config, origin, tokenizer)
-    if config.tuning == "full":
-        WeightsSpec(model.model, config.parameters).chosen(model_parameters(model_config))
-        family_of(model_config)
-        target_modules = ()
-    else:
-        config, target_modules = _with_targets(model_config, config)
+    config, target_modules = _with_targets(model_config, config)
     RunDirectory(config).check()
     invocation = chosen_invocation(tokenizer, data.task, config.tuning, config.invocation)
-    splits = load_splits(
-        tokenizer, model_config.max_position_embeddings, invocation, data, ChatRenderer(tokenizer, chat_settings(model))
-    )
+    max_length = model_config.max_position_embeddings - (config.num_virtual_tokens or 0)
+    splits = load_splits(tokenizer, max_length, invocation, data, ChatRenderer(tokenizer, chat_settings(model)))
+    spec = _spec(config, model.model, model_config, splits.invocation, target_modules)
     require_objective(
         config,
         config.objective or splits.objective,
@@ -109,24 +105,21 @@ def open_trainer(model: ModelArguments, data: DataArguments, config: MezoConfig)
         )
     engine = MezoEngine(
         model.model,
-        r=config.r,
+        r=config.r or 1,
         target_modules=target_modules,
         num_slots=config.num_slots,
         dtype=model.dtype,
         max_total_tokens=model.max_total_tokens,
         log_level="error",
     )
-    spec: Spec = (
-        WeightsSpec(model.model, config.parameters)
-        if config.tuning == "full"
-        else AdapterSpec.of(config, model.model, splits.invocation, target_modules)
-    )
     return MezoTrainer(engine.handle, config, spec, splits.train, splits.dev, splits.objective, start=origin), splits
 
 
 def _with_targets(model_config: "PretrainedConfig", config: MezoConfig) -> tuple[MezoConfig, tuple[str, ...]]:
-    """``config`` with PEFT's "all-linear" spelt out, and the modules to adapt."""
+    """``config`` with PEFT's "all-linear" spelt out, and the modules to adapt, of what adapts any."""
     family = family_of(model_config)
+    if config.tuning in ("full", "prefix"):
+        return config, ()
     targets = config.target_modules or list(family.default_targets(config.tuning))
     if targets == [ALL_LINEAR]:
         targets = sorted({site.path.rpartition(".")[2] for site in model_modules(model_config)})
@@ -135,6 +128,23 @@ def _with_targets(model_config: "PretrainedConfig", config: MezoConfig) -> tuple
     if config.r > model_config.hidden_size:
         raise ConfigError("r", config.r, f"at most {model_config.hidden_size}, the width of the model")
     return config, tuple(targets)
+
+
+def _spec(
+    config: MezoConfig,
+    model: str,
+    model_config: "PretrainedConfig",
+    invocation: Sequence[int],
+    target_modules: Sequence[str],
+) -> Spec:
+    """What a run of ``config`` trains."""
+    if config.tuning == "prefix":
+        return PrefixSpec.of(config, model, model_config)
+    if config.tuning == "full":
+        spec = WeightsSpec(model, config.parameters)
+        spec.chosen(model_parameters(model_config))  # before an engine is started for nothing
+        return spec
+    return AdapterSpec.of(config, model, invocation, target_modules)
 
 
 def model_layers(model_config: "PretrainedConfig") -> ModelLayers:

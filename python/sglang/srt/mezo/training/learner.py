@@ -38,8 +38,8 @@ class Learner:
         handle: the engine. With ``config.num_slots`` free slots in its LoRA pool all directions of a step are scored at
             once.
         config: settings of the run.
-        spec: what ``config`` describes: an adapter (``AdapterSpec.of``), or the model's own parameters
-            (``WeightsSpec``).
+        spec: what ``config`` describes: an adapter (``AdapterSpec.of``), a prefix (``PrefixSpec.of``), or the model's
+            own parameters (``WeightsSpec``).
         train_dataset, eval_dataset: tokenised examples. Without ``eval_dataset`` the last adapter is kept.
         objective: what ``config.objective`` leaves open.
         kept_tokens: most KV tokens of base-model prefixes that stay locked between steps; by default half of the pool.
@@ -70,6 +70,7 @@ class Learner:
         spec.require_agreement(config)
         self.handle = handle
         self.config = config
+        self._virtual_tokens = spec.virtual_tokens
         self.objective: Objective = config.objective or objective
         self.planner = Planner(config.tuning, spec.invocation)
         self.train_plans = self.plan(train_dataset)
@@ -169,7 +170,7 @@ class Learner:
     def plan(self, examples: Sequence[Example]) -> list[ExamplePlan]:
         """How the examples are scored; raises ConfigError or DataError for one that this run cannot score."""
         plans = [self.planner.plan(example) for example in examples]
-        require_usable(plans, self.config, self.objective, self.handle.context_length)
+        require_usable(plans, self.config, self.objective, self.handle.context_length - self._virtual_tokens)
         return plans
 
     def batch(self, step: int) -> list[ExamplePlan]:
