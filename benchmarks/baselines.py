@@ -16,6 +16,7 @@ row, H hidden size, V vocabulary, D trainable parameters.
 
 import dataclasses
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Protocol
 
 import numpy as np
@@ -40,16 +41,18 @@ def build_peft_model(
     lora_alpha: float,
     target_modules: Sequence[str],
     invocation_tokens: Sequence[int] = (),
-) -> PeftModel:
+) -> nn.Module:
     """A causal LM with a trainable adapter in the model's own dtype.
 
-    ``tuning``: "lora", or "alora" (arXiv 2504.12397), whose adapter acts from
-    the last occurrence of ``invocation_tokens`` onward.
+    ``tuning``: "lora", "alora" (arXiv 2504.12397), whose adapter acts from the
+    last occurrence of ``invocation_tokens`` onward, or "full": the model itself.
     """
-    if tuning not in ("lora", "alora"):
-        raise ValueError(f"tuning={tuning!r}; one of 'lora', 'alora'")
+    if tuning not in ("lora", "alora", "full"):
+        raise ValueError(f"tuning={tuning!r}; one of 'lora', 'alora', 'full'")
     if (tuning == "alora") != bool(invocation_tokens):
         raise ValueError("invocation_tokens go with tuning='alora', and only with it")
+    if tuning == "full":
+        return model.eval()
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=r,
@@ -67,7 +70,7 @@ class _MezoLoop:
     """
 
     def __init__(
-        self, model: PeftModel, *, zo_eps: float, learning_rate: float, seed: int, pad_token_id: int = 0
+        self, model: nn.Module, *, zo_eps: float, learning_rate: float, seed: int, pad_token_id: int = 0
     ) -> None:
         self.model = model.eval()
         self.zo_eps = zo_eps
@@ -187,11 +190,12 @@ class StrongMezo(_MezoLoop):
       perturbation is one addition, made from an fp32 master copy.
     """
 
-    def __init__(self, model: PeftModel, **kwargs) -> None:
+    def __init__(self, model: nn.Module, **kwargs) -> None:
         super().__init__(model, **kwargs)
-        base = model.get_base_model()
+        adapted = isinstance(model, PeftModel)
+        base = model.get_base_model() if adapted else model
         self.body, self.head = base.model, base.get_output_embeddings()
-        self.invocation = model.active_peft_config.alora_invocation_tokens
+        self.invocation = model.active_peft_config.alora_invocation_tokens if adapted else None
         flat = [param.detach().flatten() for param in self.params]
         self.master = torch.cat(flat).float()
         self.live = torch.cat(flat)
@@ -263,7 +267,12 @@ class StrongMezo(_MezoLoop):
     def _loss(self, plan: _Plan) -> float:
         """Mean over the batch of the cross-entropy over an example's options."""
         # PeftModel.forward does just this around the whole model, head included.
-        with self.model._enable_peft_forward_hooks(alora_offsets=plan.alora_offsets):
+        hooks = (
+            self.model._enable_peft_forward_hooks(alora_offsets=plan.alora_offsets)
+            if isinstance(self.model, PeftModel)
+            else nullcontext()
+        )
+        with hooks:
             hidden = self.body(plan.ids, use_cache=False).last_hidden_state
         logits = self.head(hidden[plan.row, plan.position])  # [S, V]
         logprobs = F.log_softmax(logits.float(), dim=-1)

@@ -9,7 +9,9 @@ have
 - scores need the head at the rows that are read: single words where the normaliser cancels, the vocabulary where not;
 - the adapter is read for the points and again for the update, which writes it; the directions are read; a slot for each
 adapter
-  that is evaluated is written, and read by the products.
+  that is evaluated is written, and read by the products;
+- of full tuning the master copy is read, and the weights are written, at every point, each of which has its own passes;
+the update reads and writes the copy. Directions are drawn, and take no memory.
 
 The ceiling is measured side by side with the steps: the time of the bare matrix products at these shapes over the
 model's own weights, which come from memory as in a step, by the fastest of PyTorch's choice, oneDNN and linear.c, and
@@ -41,7 +43,7 @@ class Work:
         gemm_flops: of the linear layers, the head's included.
         head_rows: rows whose whole vocabulary is needed.
         small_flops: attention and LoRA.
-        bytes: KV of base-model prefixes, the adapter, the directions and the slots.
+        bytes: KV of base-model prefixes, what is trained, the directions and the slots.
     """
 
     tokens: int
@@ -73,15 +75,21 @@ def work(trainer: MezoTrainer, batch: Sequence[ExamplePlan]) -> Work:
         else 0
     )
     single_reads = 0 if normalise else slots * sum(len(row.reads) for row in rows)
+    full = config.tuning == "full"
+    numel = trainer.trainable.numel
+    moved = (
+        numel * (4 * 2 + slots * (4 + itemsize))
+        if full
+        else (numel * (4 * (3 + config.num_perturbations) + 2 * slots * itemsize))
+    )
     kv_width = 2 * model.num_hidden_layers * model.get_total_num_kv_heads() * model.head_dim
     return Work(
         tokens=tokens,
         gemm_flops=2 * tokens * sum(weight.numel() for weight in linear_weights(trainer))
         + 2 * head_rows * head.numel(),
         head_rows=head_rows,
-        small_flops=attention + 2 * tokens * trainer.trainable.numel + 2 * single_reads * head.shape[1],
-        bytes=base_tokens * kv_width * itemsize
-        + trainer.trainable.numel * (4 * (3 + config.num_perturbations) + 2 * slots * itemsize),
+        small_flops=attention + (0 if full else 2 * tokens * numel) + 2 * single_reads * head.shape[1],
+        bytes=base_tokens * kv_width * itemsize + moved,
     )
 
 
@@ -115,7 +123,8 @@ class CeilingMeter:
         self._work = work
         self._weights = linear_weights(trainer)
         like = {"dtype": self._weights[0].dtype, "device": self._weights[0].device}
-        self._passes = max(1, -(-work.tokens // trainer.config.max_tokens_per_batch))
+        points = trainer.config.forward_passes if trainer.config.tuning == "full" else 1
+        self._passes = points * max(1, -(-work.tokens // points // trainer.config.max_tokens_per_batch))
         tokens = -(-work.tokens // self._passes)
         widths = {weight.shape[1] for weight in self._weights}
         self._inputs = {width: torch.randn(tokens, width, **like) for width in widths}

@@ -1,11 +1,12 @@
-"""Peak memory of LoRA training against the same engine only serving, OPT-125m shape, SST-2 lengths, float32.
+"""Peak memory of training against the same engine only serving, OPT-125m shape, SST-2 lengths, float32.
 
     python benchmarks/memory.py --json benchmarks/results/memory.json
 
-Serving: an ``sgl.Engine`` answers the training prompts under a LoRA adapter, one token each; its scheduler process,
-which holds weights, KV and adapters, is measured. Training: the trainer's only process, with the same engine settings,
-steps over the same prompts. Both see every prompt ``--epochs`` times. Figures are the kernel's high-water marks of
-resident memory.
+Serving: an ``sgl.Engine`` answers the training prompts, one token each, under a LoRA adapter or, beside full tuning, as
+it is; its scheduler process, which holds weights, KV and adapters, is measured. Training: the trainer's only process,
+with the same engine settings, steps over the same prompts. All see every prompt ``--epochs`` times. Figures are the
+kernel's high-water marks of resident memory. Full tuning needs its master copy besides: ``over_weights_and_master`` is
+what training has beyond serving and that copy, as a share of weights and copy.
 """
 
 import argparse
@@ -14,12 +15,13 @@ import multiprocessing
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
-from step_time import ALPHA, BATCH_SIZE, TARGETS, R, machine
+from step_time import ALPHA, TARGETS, machine, spec_of
 from workloads import WORKLOADS
 
-NUM_EXAMPLES = 160
-TUNING = "lora"
+NUM_EXAMPLES, BATCH_SIZE, R = 160, 16, 8
+TUNINGS = ("lora", "full")
 ENGINE = {
     "max_total_tokens": 8192,
     "dtype": "float32",
@@ -37,16 +39,10 @@ def main() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
     with tempfile.TemporaryDirectory() as folder:
         model = save_model(folder)
-        peaks = {kind.__name__: in_new_process(kind, model, arguments.epochs) for kind in (serve, train)}
+        weights = sum(file.stat().st_size for file in Path(model).glob("*.safetensors"))
+        rows = [row(model, weights, tuning, arguments.epochs) for tuning in TUNINGS]
     report = {
-        "rows": [
-            {
-                "tuning": TUNING,
-                "serving_bytes": peaks["serve"],
-                "training_bytes": peaks["train"],
-                "ratio": peaks["train"] / peaks["serve"],
-            }
-        ],
+        "rows": rows,
         "settings": {
             "epochs": arguments.epochs,
             "num_examples": NUM_EXAMPLES,
@@ -55,12 +51,20 @@ def main() -> None:
         },
         "machine": machine(os.cpu_count()),
     }
-    print(
-        f"serving {peaks['serve'] / 2**20:.0f} MiB, training {peaks['train'] / 2**20:.0f} MiB, ratio "
-        f"{report['rows'][0]['ratio']:.3f}"
-    )
     if arguments.json:
         arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def row(model: str, weights: int, tuning: str, epochs: int) -> dict[str, Any]:
+    serving, training = (in_new_process(kind, model, tuning, epochs) for kind in (serve, train))
+    print(f"{tuning}: serving {serving / 2**20:.0f} MiB, training {training / 2**20:.0f} MiB", end=", ")
+    print(f"ratio {training / serving:.3f}")
+    found = {"tuning": tuning, "serving_bytes": serving, "training_bytes": training, "ratio": training / serving}
+    if tuning == "full":
+        found["weights_bytes"] = weights
+        found["over_weights_and_master"] = (training - serving - weights) / (2 * weights)
+        print(f"beyond serving and the master copy: {found['over_weights_and_master']:.1%} of weights and copy")
+    return found
 
 
 def save_model(folder: str) -> str:
@@ -88,51 +92,49 @@ def _report(sender, function, arguments) -> None:
     os._exit(0)  # the engine's threads are of no further use
 
 
-def serve(model: str, epochs: int) -> int:
-    """Peak resident bytes of the scheduler of an engine that serves an adapter."""
+def serve(model: str, tuning: str, epochs: int) -> int:
+    """Peak resident bytes of the scheduler of an engine that serves an adapter, or the model as it is."""
     import psutil
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
 
     import sglang
 
-    adapter = f"{model}-adapter"
-    base = AutoModelForCausalLM.from_pretrained(model)
-    get_peft_model(
-        base, LoraConfig(r=R, lora_alpha=ALPHA, target_modules=list(TARGETS[TUNING]), task_type="CAUSAL_LM")
-    ).save_pretrained(adapter)
-    engine = sglang.Engine(
-        model_path=model, enable_lora=True, lora_paths={"adapter": adapter}, max_loras_per_batch=4, **ENGINE
-    )
+    adapter = {} if tuning == "full" else {"adapter": save_adapter(model, tuning)}
+    lora = {"enable_lora": True, "lora_paths": adapter, "max_loras_per_batch": 4} if adapter else {}
+    engine = sglang.Engine(model_path=model, **lora, **ENGINE)
     prompts = [list(example.prompt) for example in WORKLOADS["sst2"].examples(NUM_EXAMPLES, vocab_size=50_000)]
     for _ in range(epochs):
         for start in range(0, NUM_EXAMPLES, BATCH_SIZE):
             batch = prompts[start : start + BATCH_SIZE]
-            engine.generate(input_ids=batch, sampling_params={"max_new_tokens": 1}, lora_path=["adapter"] * len(batch))
+            names = ["adapter"] * len(batch) if adapter else None
+            engine.generate(input_ids=batch, sampling_params={"max_new_tokens": 1}, lora_path=names)
     peak = max(high_water_mark(child.pid) for child in psutil.Process().children(recursive=True))
     engine.shutdown()
     return peak
 
 
-def train(model: str, epochs: int) -> int:
+def save_adapter(model: str, tuning: str) -> str:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    config = LoraConfig(r=R, lora_alpha=ALPHA, target_modules=list(TARGETS[tuning]), task_type="CAUSAL_LM")
+    get_peft_model(AutoModelForCausalLM.from_pretrained(model), config).save_pretrained(f"{model}-adapter")
+    return f"{model}-adapter"
+
+
+def train(model: str, tuning: str, epochs: int) -> int:
     """Peak resident bytes of the trainer's process."""
-    from sglang.srt.mezo.adapters.adapter import AdapterSpec
     from sglang.srt.mezo.core.config import MezoConfig
     from sglang.srt.mezo.core.passes import drain
     from sglang.srt.mezo.engine.handle import MezoEngine
     from sglang.srt.mezo.training.trainer import MezoTrainer
 
+    settings = {} if tuning == "full" else {"r": R, "lora_alpha": ALPHA, "target_modules": list(TARGETS[tuning])}
     config = MezoConfig(
-        tuning=TUNING,
-        r=R,
-        lora_alpha=ALPHA,
-        target_modules=list(TARGETS[TUNING]),
-        per_device_train_batch_size=BATCH_SIZE,
-        num_train_epochs=epochs,
+        tuning=tuning, per_device_train_batch_size=BATCH_SIZE, num_train_epochs=epochs, learning_rate=1e-6, **settings
     )
-    engine = MezoEngine(model, r=R, target_modules=TARGETS[TUNING], num_slots=config.num_slots, **ENGINE)
+    engine = MezoEngine(model, r=R, target_modules=TARGETS[tuning], num_slots=config.num_slots, **ENGINE)
     examples = WORKLOADS["sst2"].examples(NUM_EXAMPLES, vocab_size=50_000)
-    trainer = MezoTrainer(engine.handle, config, AdapterSpec.of(config, model), examples)
+    trainer = MezoTrainer(engine.handle, config, spec_of(config, model), examples)
     for step in range(trainer.max_steps):
         drain(trainer.step_passes(trainer.batch(step)))
     return high_water_mark(os.getpid())

@@ -32,6 +32,7 @@ from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
 from baselines import OfficialStyleMezo, StrongMezo, build_peft_model
 from cost_model import CeilingMeter, mean_work, synchronize, work
 from sglang.srt.mezo.adapters.adapter import AdapterSpec
+from sglang.srt.mezo.adapters.weights import WeightsSpec
 from sglang.srt.mezo.core.config import MezoConfig
 from sglang.srt.mezo.core.estimator import Estimator
 from sglang.srt.mezo.core.passes import drain
@@ -60,7 +61,7 @@ MODELS: dict[str, dict[str, int]] = {
         "ffn_dim": 20480,
     },
 }
-TARGETS = {"alora": ("q_proj", "k_proj", "v_proj", "out_proj"), "lora": ("q_proj", "v_proj")}
+TARGETS = {"alora": ("q_proj", "k_proj", "v_proj", "out_proj"), "lora": ("q_proj", "v_proj"), "full": ()}
 ALPHA, ZO_EPS, LEARNING_RATE = 16, 1e-3, 1e-6
 
 
@@ -224,11 +225,10 @@ class Plain:
 
 
 def our_trainer(case: Case, model: str, examples: list[Example]) -> MezoTrainer:
+    adapter = {"r": case.r, "lora_alpha": ALPHA, "target_modules": list(TARGETS[case.tuning])}
     config = MezoConfig(
         tuning=case.tuning,
-        r=case.r,
-        lora_alpha=ALPHA,
-        target_modules=list(TARGETS[case.tuning]),
+        **({} if case.tuning == "full" else adapter),
         per_device_train_batch_size=case.batch_size,
         num_perturbations=case.num_perturbations,
         estimator=case.estimator,
@@ -249,7 +249,11 @@ def our_trainer(case: Case, model: str, examples: list[Example]) -> MezoTrainer:
         max_total_tokens=3 * sum(len(example.prompt) for example in examples) // 2 + 2 * config.max_tokens_per_batch,
     )
     invocation = case.shape.invocation_tokens if case.tuning == "alora" else ()
-    return MezoTrainer(engine.handle, config, AdapterSpec.of(config, model, invocation), examples)
+    return MezoTrainer(engine.handle, config, spec_of(config, model, invocation), examples)
+
+
+def spec_of(config: MezoConfig, model: str, invocation: Sequence[int] = ()) -> AdapterSpec | WeightsSpec:
+    return WeightsSpec(model) if config.tuning == "full" else AdapterSpec.of(config, model, invocation)
 
 
 def peft_loop(name: str, case: Case, model: str, device: torch.device):

@@ -105,6 +105,14 @@ def test_a_run_cannot_be_resumed_and_deleted_at_once():
         ({"num_perturbations": 2, "estimator": "leave_one_out", "scale_by_loss_std": True}, "scale_by_loss_std"),
         ({"num_perturbations": 1, "estimator": "leave_one_out"}, "estimator"),
         ({"num_perturbations": 1, "estimator": "leave_one_out", "scale_by_loss_std": False}, "estimator"),
+        *(({"tuning": tuning, "r": 8}, "r") for tuning in ("full", "prefix")),
+        *(({"tuning": tuning, "target_modules": ["q_proj"]}, "target_modules") for tuning in ("full", "prefix")),
+        *(({"tuning": tuning, "invocation": " It was"}, "invocation") for tuning in ("full", "prefix")),
+        *(({"tuning": tuning, "init_from": "adapter"}, "init_from") for tuning in ("full", "prefix")),
+        *(({"tuning": tuning, "parameters": "bias"}, "parameters") for tuning in ("alora", "lora", "prefix")),
+        *(({"tuning": tuning, "num_virtual_tokens": 5}, "num_virtual_tokens") for tuning in ("lora", "full")),
+        *(({"tuning": tuning, "prefix_positions": "shifted"}, "prefix_positions") for tuning in ("lora", "full")),
+        ({"tuning": "full", "parameters": "("}, "parameters"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(settings, field):
@@ -182,3 +190,22 @@ def test_steps_come_from_max_steps_or_from_epochs(settings, num_examples, steps)
 @pytest.mark.parametrize(("warmup_steps", "expected"), [(0, 0), (0.1, 20), (1, 1), (30, 30)])
 def test_warmup_below_one_is_a_share(warmup_steps, expected):
     assert MezoConfig(warmup_steps=warmup_steps).warmup_steps_of(200) == expected
+
+
+@pytest.mark.parametrize(
+    ("tuning", "zo_eps", "rates"),
+    [
+        ("alora", 1e-2, (0.02, 1e-3)),
+        ("lora", 1e-2, (0.02, 1e-3)),
+        ("prefix", 0.1, (0.2, 0.01)),
+        ("full", 1e-3, (1e-3, 1e-6)),
+    ],
+)
+def test_each_way_of_tuning_has_its_own_defaults(tuning, zo_eps, rates):
+    for settings, rate in zip(({}, {"num_perturbations": 1}), rates):
+        config = MezoConfig(tuning=tuning, **settings)
+        assert (config.zo_eps, config.learning_rate) == (zo_eps, rate)
+    adapted = tuning in ("alora", "lora")
+    assert (config.r, config.lora_alpha) == ((8, 16) if adapted else (None, None))
+    assert config.num_virtual_tokens == (5 if tuning == "prefix" else None)
+    assert MezoConfig(**config.to_dict()) == config

@@ -52,6 +52,32 @@ def test_what_programs_import_of_the_package_is_there():
     assert missing == []
 
 
+def test_what_benchmarks_import_of_each_other_is_there():
+    modules = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "benchmarks").glob("*.py")}
+    missing = [
+        f"{importer}: {node.module}.{one.name}"
+        for importer, tree in modules.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module in modules
+        for one in node.names
+        if one.name not in _names_in(modules[node.module])
+    ]
+    assert missing == []
+
+
+def _names_in(module: ast.Module) -> set[str]:
+    """What it has when it has been imported."""
+    names = set()
+    for statement in module.body:
+        if isinstance(statement, ast.FunctionDef | ast.ClassDef):
+            names.add(statement.name)
+        elif isinstance(statement, ast.ImportFrom | ast.Import):
+            names.update(one.asname or one.name for one in statement.names)
+        else:
+            names.update(node.id for node in ast.walk(statement) if isinstance(node, ast.Name))
+    return names
+
+
 def _has(module, name: str) -> bool:
     return hasattr(module, name) or importlib.util.find_spec(f"{module.__name__}.{name}") is not None
 

@@ -8,7 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from live_server import reviews
+from sglang.srt.mezo.training.replay import ReplayArguments, replay
 
 ROOT = Path(__file__).parents[2]
 SUMMARY = {
@@ -73,6 +78,29 @@ def test_the_main_job_runs_and_resumes(tmp_path, tuning):
     assert summary_of(folder)["steps"] == 14
     assert (folder / "adapter" / "adapter_model.safetensors").is_file()
     assert (folder / "curves.png").stat().st_size > 10_000
+
+
+def test_a_prefix_is_trained_resumed_and_run_by_peft(tmp_path):
+    folder = tmp_path / "run"
+    command = ("examples/mezo_opt_training.py", "--prefix_tuning", "true", "--num_prefix", "3", "--num_test", "none")
+    command += ("--num_dev", "20", "--output_dir", str(folder))
+    first = run(*command, "--max_steps", "4")
+    assert f"adapter                {folder}/adapter" in first.stdout and "launch_server" not in first.stdout
+    run(*command, "--max_steps", "6", "--resume_from_checkpoint")
+    assert summary_of(folder)["steps"] == 6
+    replay(ReplayArguments(str(folder), summary_of(folder)["best_step"], str(tmp_path / "again")))
+    kept, again = (load_file(path / "adapter_model.safetensors") for path in (folder / "adapter", tmp_path / "again"))
+    assert torch.equal(kept["prompt_embeddings"], again["prompt_embeddings"])
+    model = str(ROOT / "examples" / "assets" / "opt-reviews")
+    base, tokenizer = AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
+    prefixed = PeftModel.from_pretrained(base, folder / "adapter").eval()
+    losses = []
+    for row in reviews("test", 10**6):
+        ids = tokenizer(row["prompt"], return_tensors="pt").input_ids
+        options = [tokenizer(option, add_special_tokens=False).input_ids[0] for option in row["options"]]
+        with torch.no_grad():
+            losses.append(-torch.log_softmax(prefixed(input_ids=ids).logits[0, -1, options], 0)[row["label"]].item())
+    assert sum(losses) / len(losses) == pytest.approx(summary_of(folder)["loss"], abs=1e-4)
 
 
 def test_a_run_goes_on_from_the_adapter_of_another(tmp_path):

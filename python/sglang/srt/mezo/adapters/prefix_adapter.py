@@ -9,7 +9,7 @@ import torch
 
 from sglang.srt.mezo.adapters.adapter import CONFIG, INITIAL, fill, peft_folder
 from sglang.srt.mezo.core.config import MezoConfig, PrefixPositions
-from sglang.srt.mezo.core.errors import ConfigError
+from sglang.srt.mezo.core.errors import ConfigError, DamagedError
 from sglang.srt.mezo.core.integrity import write_json
 
 if TYPE_CHECKING:
@@ -78,6 +78,21 @@ class PrefixAdapter:
         self.theta = torch.zeros(spec.num_virtual_tokens * 2 * spec.kv.layers * spec.kv.heads * spec.kv.head_dim)
         if theta is not None:
             self.theta.copy_(theta)
+
+    @classmethod
+    def from_pretrained(cls, directory: Path) -> Self:
+        """The prefix in a folder that ``save_pretrained`` wrote; raises what ``load_weights`` does."""
+        path = Path(directory) / CONFIG
+        try:
+            fields = json.loads(path.read_bytes())
+            heads = fields["num_attention_heads"]
+            kv = KVShape(fields["num_layers"], heads, fields["token_dim"] // heads)
+            positions = fields.get(_POSITIONS, "shifted")
+            adapter = cls(PrefixSpec(fields["base_model_name_or_path"], fields["num_virtual_tokens"], kv, positions))
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+            raise DamagedError(path, str(error) or type(error).__name__) from error
+        adapter.load_weights(directory)
+        return adapter
 
     @property
     def numel(self) -> int:

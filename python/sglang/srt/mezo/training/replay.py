@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from sglang.srt.mezo.adapters.adapter import CONFIG, INITIAL, WEIGHTS, Adapter, AdapterSpec, Site
 from sglang.srt.mezo.adapters.families import FAMILIES
+from sglang.srt.mezo.adapters.prefix_adapter import PrefixAdapter
 from sglang.srt.mezo.adapters.weights import WeightsSpec, checkpoint_weights
 from sglang.srt.mezo.core.errors import ConfigError, DamagedError
 from sglang.srt.mezo.core.integrity import require_sums
@@ -60,13 +61,17 @@ def replay(arguments: ReplayArguments) -> Path:
 def _initial(run: Path, log: SeedLog) -> Trainable:
     """What the first record of a run's log moves."""
     settings = json.loads((run / "config.json").read_text())
-    if settings.get("tuning") != "full":
+    if settings.get("tuning") not in ("full", "prefix"):
         return initial_adapter(run, log)
-    base = settings["base_model"]
-    weights = checkpoint_weights(WeightsSpec(base["name"], settings["parameters"]), base["precision"])
-    if weights.shapes != log.header.shapes or not log.starts_from(weights.theta):
-        raise ConfigError("run", str(run), f"a run whose log starts from {base['name']}, and that model has changed")
-    return weights
+    if settings["tuning"] == "prefix":
+        begun, source = PrefixAdapter.from_pretrained(run / INITIAL), f"its {INITIAL}"
+    else:
+        base = settings["base_model"]
+        begun = checkpoint_weights(WeightsSpec(base["name"], settings["parameters"]), base["precision"])
+        source = f"{base['name']}, which has changed"
+    if begun.shapes != log.header.shapes or not log.starts_from(begun.theta):
+        raise ConfigError("run", str(run), f"a run whose log starts from {source}")
+    return begun
 
 
 def initial_adapter(run: Path, log: SeedLog) -> Adapter:
