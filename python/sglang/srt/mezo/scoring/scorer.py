@@ -1,8 +1,8 @@
 """Scores of a batch of examples at several points: the one path for training and evaluation."""
 
 import itertools
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -55,6 +55,7 @@ class Scorer:
         self._prefix_room = max(int(_PREFIX_SHARE * handle.kv_capacity), min(kept_tokens, most))
         self._prefix_reuse = prefix_reuse
         self._head = Head(handle)
+        self.during_prefixes: Callable[[], AbstractContextManager[None]] = nullcontext
         self.prefix_stats = PrefixStats()
         self.base_prefixes = BasePrefixes(handle, max_tokens, self.prefix_stats, kept_tokens)
         self._shares_in_slots = prefix_reuse and handle.writes_kv_first
@@ -87,7 +88,8 @@ class Scorer:
         values = torch.empty(sum(map(len, groups)), num_reads)
         for items in self._batches(plans, groups):
             if self._prefix_reuse and self.scope is PrefixScope.BASE:
-                yield from self.base_prefixes.prepare(item.row.prefix for item in items)
+                with self.during_prefixes():
+                    yield from self.base_prefixes.prepare(item.row.prefix for item in items)
             read = self._score_items(items, normalise, keep)
             for item, part in zip(items, read.split([len(item.row.reads) for item in items])):
                 values[item.number, item.first_read : item.first_read + part.numel()] = part

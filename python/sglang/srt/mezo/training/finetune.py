@@ -1,7 +1,6 @@
 """A whole run, from a model's name and a data set's to an adapter and its accuracy: what the examples call."""
 
 import json
-import resource
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -28,6 +27,7 @@ from sglang.srt.mezo.engine.handle import MezoEngine
 from sglang.srt.mezo.engine.points import BASE
 from sglang.srt.mezo.scoring.evaluation import evaluation_passes
 from sglang.srt.mezo.training.checkpoint import read_checkpoint
+from sglang.srt.mezo.training.memory import MemoryMeter
 from sglang.srt.mezo.training.plots import plot_run
 from sglang.srt.mezo.training.reporting import integrations
 from sglang.srt.mezo.training.results import TrainResult
@@ -68,12 +68,20 @@ def finetune(model: ModelArguments, data: DataArguments, config: MezoConfig) -> 
     Returns:
         The content of ``summary.json``.
     """
-    trainer, splits = open_trainer(model, data, config)
+    memory = MemoryMeter()
+    with memory.phase("load"):
+        trainer, splits = open_trainer(model, data, config)
+    trainer.memory = memory
     with closing(trainer):
-        zero_shot = _zero_shot(trainer, splits.test)
+        with memory.phase("evaluation"):
+            zero_shot = _zero_shot(trainer, splits.test)
         result = trainer.train()
-        summary = _summary(trainer, result, zero_shot, trainer.evaluate(splits.test) if splits.test else {}) | {
-            "shared_examples": splits.shared
+        with memory.phase("evaluation"):
+            trained = trainer.evaluate(splits.test) if splits.test else {}
+        summary = _summary(trainer, result, zero_shot, trained) | {
+            "shared_examples": splits.shared,
+            "peak_rss_bytes": memory.total.host,
+            "peak_memory_bytes": memory.to_dict(),
         }
     write_json(RunDirectory(config).path / "summary.json", summary)
     return summary
@@ -211,7 +219,6 @@ def _summary(
         "steps_per_second": result.steps_per_second,
         "prefix_tokens_reused": stats.reused,
         "prefix_tokens_total": stats.total,
-        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "model_dir" if trainer.config.tuning == "full" else "adapter_dir": str(directory.trained),
         "plot": plot_run(directory.path),
     }

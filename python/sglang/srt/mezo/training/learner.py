@@ -5,7 +5,7 @@ What takes long comes as ``Passes``, one forward pass at a time; ``drain`` does 
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 
 import torch
 
@@ -22,6 +22,7 @@ from sglang.srt.mezo.engine.handle import EngineHandle
 from sglang.srt.mezo.scoring.evaluation import evaluation_passes
 from sglang.srt.mezo.scoring.plan import ExamplePlan, Planner
 from sglang.srt.mezo.scoring.scorer import Scorer
+from sglang.srt.mezo.training.memory import MemoryMeter
 from sglang.srt.mezo.training.probe import Probe
 from sglang.srt.mezo.training.results import StepResult
 from sglang.srt.mezo.training.trained import Spec, trained
@@ -96,7 +97,12 @@ class Learner:
         if claim_slots:
             self.points.claim()
         self.slot_dtype = handle.model_runner.dtype
+        self.memory: MemoryMeter | None = None
         self.global_step = 0
+
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        """In which the memory that is taken counts for a phase, where there is a meter."""
+        return nullcontext() if self.memory is None else self.memory.phase(name)
 
     # --- steps --------------------------------------------------------------------------------------------------------
 

@@ -1,10 +1,12 @@
-"""The plot of a run: loss and accuracy against steps and against forward passes."""
+"""The plot of a run: loss, accuracy and memory against steps and against forward passes."""
 
 import importlib.util
 from pathlib import Path
 from typing import Any
 
 from sglang.srt.mezo.training.tracking import parse_metrics
+
+_MEMORY = {"host_memory_bytes": "host", "device_memory_bytes": "device"}
 
 
 def plot_run(directory: Path) -> str | None:
@@ -18,15 +20,22 @@ def plot_run(directory: Path) -> str | None:
     import matplotlib.pyplot as plt
 
     records = parse_metrics((directory / "metrics.jsonl").read_bytes().splitlines())
-    figure, axes = plt.subplots(2, 2, figsize=(10, 6), sharey="row", constrained_layout=True)
+    for record in records:
+        record |= {name: value / 2**30 for name, value in record.items() if name in _MEMORY}
+    figure, axes = plt.subplots(3, 2, figsize=(10, 8), sharey="row", constrained_layout=True)
     for column, x in enumerate(("step", "forward_passes")):
         _curve(axes[0, column], records, x, "loss", "training loss", alpha=0.6)
         _curve(axes[0, column], records, x, "eval_loss", "development loss", marker="o")
         _curve(axes[1, column], records, x, "eval_accuracy", "development accuracy", marker="o")
-        axes[1, column].set_xlabel("step" if x == "step" else "forward passes of a batch")
+        for name, label in _MEMORY.items():
+            _curve(axes[2, column], records, x, name, label)
+        axes[2, column].set_ylim(bottom=0)
+        axes[2, column].set_xlabel("step" if x == "step" else "forward passes of a batch")
     axes[0, 0].set_ylabel("loss")
     axes[1, 0].set_ylabel("accuracy")
+    axes[2, 0].set_ylabel("peak memory, GiB")
     axes[0, 0].legend()
+    axes[2, 0].legend()
     path = directory / "curves.png"
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -134,7 +134,12 @@ class RunRecord:
             "forward_passes": self._config.forward_passes * learner.global_step,
             "prefix_tokens_reused": stats.reused,
             "prefix_tokens_computed": stats.computed,
+            **self._memory(),
         }
+
+    def _memory(self) -> dict[str, int]:
+        """The peak of the phase in progress, where there is a meter."""
+        return {} if self._learner.memory is None else self._learner.memory.now()
 
     def _warn_of_lost_perturbations(self, result: StepResult) -> None:
         share = self._learner.lost_perturbations(result.zo_random_seed)
@@ -163,7 +168,7 @@ class RunRecord:
 
     def report_evaluation(self, metrics: dict[str, float]) -> None:
         step = self._learner.global_step
-        metrics_with_cost = {**metrics, "forward_passes": self._config.forward_passes * step}
+        metrics_with_cost = {**metrics, "forward_passes": self._config.forward_passes * step, **self._memory()}
         self._tracker.record(step, metrics_with_cost)
         self._state["log_history"].append({"step": step, **metrics_with_cost})
         self._tracker.say(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))

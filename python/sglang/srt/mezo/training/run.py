@@ -83,7 +83,8 @@ class TrainingRun:
         learner, config = self.learner, self.learner.config
         if not self._prefixes_restored:
             self._prefixes_restored = True  # tried once: requests may need the room
-            yield from learner.prefix_passes()
+            with learner.phase("prefixes"):
+                yield from learner.prefix_passes()
         while True:
             step = learner.global_step
             done = step >= learner.max_steps
@@ -91,7 +92,8 @@ class TrainingRun:
                 self._on_leader(RunRecord.save_checkpoint)
                 self._saved_at = step
             if learner.eval_plans and (step % config.eval_steps == 0 or done) and self._evaluated_at != step:
-                self._on_leader(RunRecord.report_evaluation, (yield from learner.evaluation_passes()))
+                with learner.phase("evaluation"):
+                    self._on_leader(RunRecord.report_evaluation, (yield from learner.evaluation_passes()))
                 self._evaluated_at = step
             if done:
                 return (yield from self._finish())
@@ -119,8 +121,9 @@ class TrainingRun:
     def _step(self) -> Passes[None]:
         passes = self.learner.step_passes(self.learner.batch(self.learner.global_step))
         pieces: list[int] = []
-        result = yield from self._timed(passes, pieces)
-        self._on_leader(RunRecord.report_step, result, pieces, self.train_seconds)
+        with self.learner.phase("step"):
+            result = yield from self._timed(passes, pieces)
+            self._on_leader(RunRecord.report_step, result, pieces, self.train_seconds)
         self.last_step = result
 
     def _timed(self, passes: Passes[StepResult], pieces: list[int]) -> Passes[StepResult]:

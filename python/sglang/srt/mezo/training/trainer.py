@@ -1,10 +1,12 @@
 """The trainer, as Transformers' users know one."""
 
 from collections.abc import Sequence
+from functools import partial
 
 from sglang.srt.mezo.core.passes import drain
 from sglang.srt.mezo.data.examples import Example
 from sglang.srt.mezo.training.learner import Learner
+from sglang.srt.mezo.training.memory import MemoryMeter
 from sglang.srt.mezo.training.reporting import integrations
 from sglang.srt.mezo.training.results import TrainResult
 from sglang.srt.mezo.training.run import train
@@ -20,6 +22,8 @@ class MezoTrainer(Learner):
         The time of evaluations is not counted as training time.
         """
         integrations(self.config.report_to)  # before a run directory is begun for nothing
+        self.memory = self.memory or MemoryMeter()
+        self.scorer.during_prefixes = partial(self.memory.phase, "prefixes")
         return train(self)
 
     def evaluate(self, eval_dataset: Sequence[Example] | None = None) -> dict[str, float]:
