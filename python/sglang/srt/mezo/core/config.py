@@ -90,7 +90,7 @@ class MezoConfig:
     objective: Optional[Objective] = setting(None, "Loss; the one that the data suggests by default.", job=True)
     learning_rate: float = setting(
         None,
-        "Step size at the peak of the schedule; 0.02 by default, 0.001 where a step has one slope; of full tuning 3e-5 "
+        "Step size at the peak of the schedule; 0.02 by default, 0.001 where a step has one slope; of full tuning 0.001 "
         "and 1e-6, of prefixes 0.2 and 0.01.",
         above=0,
         at_most=LARGEST,
@@ -352,7 +352,7 @@ def defaults(
 
 
 # Where a step has one slope, and where more.
-_LEARNING_RATES = {"lora": (1e-3, 2e-2), "full": (1e-6, 3e-5), "prefix": (1e-2, 2e-1)}
+_LEARNING_RATES = {"lora": (1e-3, 2e-2), "full": (1e-6, 1e-3), "prefix": (1e-2, 2e-1)}
 
 
 def _is_pattern(text: str | None) -> bool:
