@@ -90,7 +90,7 @@ class MezoConfig:
     objective: Optional[Objective] = setting(None, "Loss; the one that the data suggests by default.", job=True)
     learning_rate: float = setting(
         None,
-        "Step size at the peak of the schedule; 0.02 by default, 0.001 where a step has one slope; of full tuning 0.001 "
+        "Step size at the peak of the schedule; 0.02 by default, 0.001 where a step has one slope; of full tuning 1e-3 "
         "and 1e-6, of prefixes 0.2 and 0.01.",
         above=0,
         at_most=LARGEST,

@@ -28,7 +28,8 @@ LARGEST_GAUSSIAN = math.sqrt(-2.0 * math.log(2.0**-33))
 
 _BLOCK = 1 << 15  # normal numbers that belong together: cosines, then as many sines
 _SIGNS = 64 * philox.WORDS  # from one count
-_AT_ONCE = 1 << 18  # numbers that are worked out at a time: enough for several threads
+# Numbers that are drawn at a time: enough for several threads, or for a device.
+_AT_ONCE, _AT_ONCE_ON_DEVICE = 1 << 18, 1 << 24
 _CPU = torch.device("cpu")
 
 LIBRARY = load(__file__, "_noise")
@@ -152,8 +153,9 @@ def _add(
         add = LIBRARY.mezo_add_signs if distribution == "rademacher" else LIBRARY.mezo_add_normal
         add(out.data_ptr(), base.data_ptr(), out.numel(), scale, seed, key, first)
         return out
-    for start in range(0, out.numel(), _AT_ONCE):
-        stretch = slice(start, start + _AT_ONCE)
+    at_once = _AT_ONCE if out.device.type == "cpu" else _AT_ONCE_ON_DEVICE
+    for start in range(0, out.numel(), at_once):
+        stretch = slice(start, start + at_once)
         z = _drawn(seed, key, first + start, out[stretch].numel(), distribution, out.device)
         torch.add(base[stretch], z, alpha=scale, out=out[stretch])
     return out

@@ -16,7 +16,7 @@ from sglang.srt.mezo.core.noise import Distribution, Shapes, numel_of
 Optim = Literal["sgd", "adamw"]
 SchedulerType = Literal["constant", "linear", "cosine"]
 
-_STRETCH = 1 << 20  # numbers that are worked out at a time
+_STRETCH, _STRETCH_ON_DEVICE = 1 << 20, 1 << 26  # numbers that are worked out at a time
 
 
 def learning_rate_at(
@@ -114,7 +114,7 @@ class Optimizer:
         if len(directions) != len(projected_grads):
             raise ValueError(f"{len(directions)} directions have {len(projected_grads)} projected gradients")
         step = _Step(directions, [grad / len(directions) for grad in projected_grads], learning_rate)
-        if not (self._is_surely_finite(step) or all(map(self._ends_finite, self._stretches(step)))):
+        if not (self._is_surely_finite(step) or self._ends_finite(step)):
             raise DivergedError(
                 f"a step with learning_rate={learning_rate:g} and projected_grad={shown(list(projected_grads))} does "
                 "not end in finite numbers "
@@ -126,9 +126,8 @@ class Optimizer:
         """Take the step that was prepared last."""
         step, self._prepared = self._prepared, None
         assert step is not None, "commit follows prepare"
-        for first, after in self._stretches(step):
-            for vector, numbers in zip((self._theta, *self._moments), after, strict=True):
-                vector[first : first + numbers.numel()] = numbers
+        for first in self._firsts():
+            self._move(step, first, *self._stretch(first))
         self._steps += 1
 
     def _is_surely_finite(self, step: "_Step") -> bool:
@@ -144,16 +143,22 @@ class Optimizer:
         bound = 1.001 * (kept + abs(step.learning_rate) * along)  # more than rounding adds
         return 1.001 * along <= torch.finfo(torch.float32).max and bound <= self._largest
 
-    def _ends_finite(self, stretch: tuple[int, list[torch.Tensor]]) -> bool:
-        _, (theta, *moments) = stretch
-        return is_finite(theta, self._largest) and all(map(is_finite, moments))
+    def _ends_finite(self, step: "_Step") -> bool:
+        """Work a step out on copies, a stretch at a time."""
+        for first in self._firsts():
+            theta, *moments = (numbers.clone() for numbers in self._stretch(first))
+            self._move(step, first, theta, *moments)
+            if not (is_finite(theta, self._largest) and all(map(is_finite, moments))):
+                return False
+        return True
 
-    def _stretches(self, step: "_Step") -> Iterator[tuple[int, list[torch.Tensor]]]:
-        """Theta and its moments as they are after a step: where a stretch of them begins, and its numbers."""
-        for first in range(0, self._theta.numel(), _STRETCH):
-            after = [vector[first : first + _STRETCH].clone() for vector in (self._theta, *self._moments)]
-            self._move(step, first, *after)
-            yield first, after
+    def _firsts(self) -> range:
+        return range(0, self._theta.numel(), _STRETCH if self._theta.device.type == "cpu" else _STRETCH_ON_DEVICE)
+
+    def _stretch(self, first: int) -> list[torch.Tensor]:
+        """Of theta and its moments, from ``first`` on."""
+        end = first + self._firsts().step
+        return [vector[first:end] for vector in (self._theta, *self._moments)]
 
     def _move(self, step: "_Step", first: int, theta: torch.Tensor, *moments: torch.Tensor) -> None:
         """The step itself, on the stretch from ``first`` on."""
