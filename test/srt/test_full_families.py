@@ -10,10 +10,10 @@ from sglang.srt.mezo.adapters.families import FAMILIES
 from sglang.srt.mezo.core.errors import ConfigError
 from sglang.srt.mezo.core.noise import direction
 from sglang.srt.mezo.core.passes import drain
-from test_full_oracle import BATCHES, ZO_EPS, losses, make_trainer, reference_loss
+from test_full_oracle import BATCHES, ZO_EPS, losses, make_trainer, reference_loss, weights_of
 
 REFUSED = {
-    "GemmaForCausalLM": "is not what SGLang makes of it",  # norms that SGLang has with 1 added
+    "GemmaForCausalLM": "is not what SGLang is given",  # norms that SGLang has with 1 added
     "MixtralForCausalLM": "experts",
     "Qwen3MoeForCausalLM": "experts",
 }
@@ -37,8 +37,11 @@ def test_losses_equal_transformers(model):
     theta = reference.theta
     z = [direction(6, 0, theta.numel())]
     if architecture in REFUSED:
+        before = engine.call(weights_of)
         with pytest.raises(ConfigError, match=REFUSED[architecture]):
             engine.call(losses, path, examples, objective, z, ZO_EPS, {})
+        after = engine.call(weights_of)
+        assert all(torch.equal(before[name], after[name]) for name in before)
         return
     plus, minus, perturbed, restored, leaked = engine.call(losses, path, examples, objective, z, ZO_EPS, {})
     for sign, (loss,) in ((1, plus), (-1, minus)):
@@ -58,9 +61,10 @@ def test_what_layers_make_of_their_weights_follows_them(tmp_path):
 
 def norms_that_follow(engine, path) -> int:
     """How many layers have made anew what they keep of their weights, at a perturbed point and afterwards."""
-    trainer = make_trainer(engine, path, BATCHES["longer options"][1], "classification", num_perturbations=1)
     norms = [one for one in engine.handle.model_runner.model.modules() if hasattr(one, "gemma_weight")]
     before = [norm.weight.clone() for norm in norms]
+    trainer = make_trainer(engine, path, BATCHES["longer options"][1], "classification", num_perturbations=1)
+    assert all(torch.equal(norm.gemma_weight, weight + 1) for norm, weight in zip(norms, before))
     drain(trainer.points.rounds(1)[0].fill(trainer.probe.directions(1), 0.5))
     followed = [
         norm

@@ -16,6 +16,8 @@ from sglang.srt.mezo.engine.handle import EngineHandle, checkpoint_config, confi
 from sglang.srt.mezo.engine.layers import STACKED
 
 _TRAINED = "mezo_trained"  # attribute of a model runner
+_SUMMED = 1 << 20  # numbers whose checksum is worked out at a time
+_COUNTED = 251  # a prime below 2^8, up to which bfloat16 has all numbers
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -57,11 +59,14 @@ def trained_weights(handle: EngineHandle, spec: WeightsSpec) -> tuple[FullWeight
     parameters = model_parameters(checkpoint_config(*config_source(runner.server_args)))
     trained = spec.chosen(parameters)
     pieces = engine_pieces(runner.model, parameters)
+    _require_loaded(handle, trained, pieces)
     theta = torch.empty(sum(one.numel for one in trained), device=handle.device)
     for one, view in zip(trained, views(theta, trained)):
         view.copy_(_whole(handle, one, pieces[one.name]))
-    _require_loaded(handle, trained, pieces, theta)
-    _require_named(handle, trained, pieces, theta)
+    try:
+        _require_named(handle, trained, pieces)
+    finally:
+        _restore(trained, pieces, theta)
     frozen = {one.name: _whole(handle, one, pieces[one.name]) for one in parameters if one not in trained}
     model = runner.model_config
     folder = model_folder(model.model_path, model.revision, runner.load_config.download_dir)
@@ -206,11 +211,27 @@ def own(whole: torch.Tensor, piece: Piece) -> torch.Tensor:
 # --- checks at start --------------------------------------------------------------------------------------------------
 
 
-def _require_loaded(handle: EngineHandle, trained: Sequence[Parameter], pieces: Pieces, theta: torch.Tensor) -> None:
+def _require_loaded(handle: EngineHandle, trained: Sequence[Parameter], pieces: Pieces) -> None:
     """Load the checkpoint once more: what is packed or scaled after it has been loaded is then no longer as it was."""
+    before = [_checksums(pieces[one.name]) for one in trained]
     _load_checkpoint(handle)
-    for one, view in zip(trained, views(theta, trained)):
-        _require_same(one, pieces[one.name], view, "is not as the checkpoint has it")
+    for one, sums in zip(trained, before):
+        if _checksums(pieces[one.name]) != sums:
+            raise _refusal(one, "is not as the checkpoint has it")
+
+
+def _checksums(pieces: Sequence[Piece]) -> list[tuple[int, int]]:
+    """Of each piece, the sum of its bits and of their multiples by place, modulo 2^64."""
+    found = []
+    for piece in pieces:
+        plain, by_place = 0, 0
+        integer = {4: torch.int32, 2: torch.int16}[piece.view.element_size()]
+        for start, part in enumerate(piece.view.flatten().view(integer).split(_SUMMED)):
+            bits = part.long()
+            places = torch.arange(start * _SUMMED, start * _SUMMED + len(bits), device=bits.device)
+            plain, by_place = plain + int(bits.sum()), by_place + int((bits * places).sum())
+        found.append((plain, by_place))
+    return found
 
 
 def _load_checkpoint(handle: EngineHandle) -> None:
@@ -224,20 +245,43 @@ def _load_checkpoint(handle: EngineHandle) -> None:
             model.load_weights(loader._get_all_weights(runner.model_config, model))
 
 
-def _require_named(handle: EngineHandle, trained: Sequence[Parameter], pieces: Pieces, theta: torch.Tensor) -> None:
-    """Have SGLang load each parameter by its name, first another, and see where it arrives: there and nowhere else."""
+def _require_named(handle: EngineHandle, trained: Sequence[Parameter], pieces: Pieces) -> None:
+    """Have SGLang load something else by the name of each parameter, and see whether it arrives where it should, and
+    nowhere else. The weights are lost."""
     model: Any = handle.model_runner.model
-    before = [tensor.clone() for tensor in _derived(model)]
-    for change in (1.0, 0.0):
-        for one, view in zip(trained, views(theta, trained)):
-            loaded = view.to(pieces[one.name][0].view.dtype, copy=True).add_(change)
+    derived = [tensor.clone() for tensor in _derived(model)]
+    for one in trained:
+        for dim in range(len(one.shape)):
+            numbers = _numbered(one, dim, pieces[one.name][0].view)
             with torch.inference_mode():
-                model.load_weights([(one.name, loaded.clone())])  # some models change what they are given
-            _require_same(one, pieces[one.name], loaded, "is not what SGLang makes of it")
-        if not all(map(torch.equal, before, _derived(model))):
-            raise ConfigError(
-                "tuning", "full", "alora or lora, as a layer of this model keeps what it has made of its weights"
-            )
+                try:
+                    model.load_weights([(one.name, numbers)])
+                except RuntimeError as error:  # a model that changes what it is given
+                    raise _refusal(one, f"is not what SGLang is given ({error})") from error
+            expected = _numbered(one, dim, pieces[one.name][0].view)
+            if not all(torch.equal(piece.view, own(expected, piece)) for piece in pieces[one.name]):
+                raise _refusal(one, "is not what SGLang is given")
+    if not all(map(torch.equal, derived, _derived(model))):
+        raise ConfigError(
+            "tuning", "full", "alora or lora, as a layer of this model keeps what it has made of its weights"
+        )
+
+
+def _restore(trained: Sequence[Parameter], pieces: Pieces, theta: torch.Tensor) -> None:
+    for one, view in zip(trained, views(theta, trained)):
+        for piece in pieces[one.name]:
+            piece.view.copy_(own(view, piece))
+            if piece.refresh is not None:
+                piece.refresh()
+
+
+def _numbered(parameter: Parameter, dim: int, like: torch.Tensor) -> torch.Tensor:
+    """Numbers that count along one dimension, up to what every type has exactly; of several dimensions a view without
+    memory of its own."""
+    numbers = torch.arange(parameter.shape[dim], device=like.device).remainder_(_COUNTED).to(like.dtype)
+    shape = [1] * len(parameter.shape)
+    shape[dim] = -1
+    return numbers.view(shape).expand(parameter.shape)
 
 
 def _derived(model: torch.nn.Module) -> Iterator[torch.Tensor]:
@@ -246,8 +290,3 @@ def _derived(model: torch.nn.Module) -> Iterator[torch.Tensor]:
         if not hasattr(module, "refresh_gemma_weight"):
             held = {**module._buffers, **vars(module)}
             yield from (value for value in held.values() if isinstance(value, torch.Tensor))
-
-
-def _require_same(parameter: Parameter, pieces: Sequence[Piece], whole: torch.Tensor, otherwise: str) -> None:
-    if not all(torch.equal(piece.view, own(whole, piece).to(piece.view.dtype)) for piece in pieces):
-        raise _refusal(parameter, otherwise)
