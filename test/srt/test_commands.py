@@ -172,5 +172,5 @@ def test_the_front_door_of_the_package():
     assert done.returncode == 0, done.stderr[-3000:]
     trainer, engine, finetune = done.stdout.splitlines()
     assert trainer.startswith("MezoTrainer(handle: ") and "train_dataset: " in trainer and "eval_dataset: " in trainer
-    assert engine.startswith("MezoEngine(model_path: str, *, r: int, target_modules: ")
+    assert engine.startswith("MezoEngine(model_path: str, *, r: int = 1, target_modules: ")
     assert finetune.startswith("finetune(model: ") and ", data: " in finetune and ", config: " in finetune

@@ -17,6 +17,8 @@ _HERE = {
     "MezoError": "core.errors",
     "MezoTrainer": "training.trainer",
     "ModelArguments": "training.finetune",
+    "PrefixSpec": "adapters.prefix_adapter",
+    "WeightsSpec": "adapters.weights",
     "finetune": "training.finetune",
 }
 """Names of the package and the modules that have them, each imported when it is asked for: SGLang imports this

@@ -88,3 +88,20 @@ class DamagedError(MezoError, ValueError):
 class DivergedError(MezoError, RuntimeError):
     """A loss, or what a step makes of the adapter, is infinite or not a number; the adapter and the seed log are
     those of the step before."""
+
+
+class RankError(MezoError, RuntimeError):
+    """A tensor-parallel rank has died, or no longer agrees with the first."""
+
+    def __init__(self, rank: int, exit_code: int | None):
+        super().__init__(rank, exit_code)
+        self.rank = rank
+        self.exit_code = exit_code
+
+    def __str__(self) -> str:
+        if self.exit_code is None:
+            return f"theta of tensor-parallel rank {self.rank} is not that of rank 0: the run ends at its last step"
+        return (
+            f"tensor-parallel rank {self.rank} has ended with {self.exit_code}: the run ends, and goes on with "
+            "resume_from_checkpoint"
+        )

@@ -14,6 +14,7 @@ from sglang.srt.mezo.core.errors import CapacityError, ConfigError
 from sglang.srt.mezo.engine.accelerator import fill_open_fields
 from sglang.srt.mezo.engine.allocator import keep_freed_memory
 from sglang.srt.mezo.engine.base_model import base_model, precision
+from sglang.srt.mezo.engine.ranks import FIRST, Rank
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -57,6 +58,10 @@ class EngineHandle:
         """The leader's ``value``, which must be picklable, on every tensor-parallel rank."""
         shared: Any = _tp_group().broadcast_object(value, src=0)
         return shared
+
+    def gather(self, value: Value) -> list[Value]:
+        """The values of all tensor-parallel ranks, in their order, on each of them."""
+        return [value] if _tp_group().world_size == 1 else _tp_group().all_gather_object(value)
 
     def on_leader(self, function: Callable[..., Value], *arguments) -> Value:
         """Call a function on the leader only; what it returns or raises, every rank returns or raises."""
@@ -151,6 +156,7 @@ class MezoEngine:
         r: largest rank of an adapter.
         target_modules: modules that adapters may act on; without any the engine has no LoRA.
         num_slots: adapters that one pass can hold, the base model not counted.
+        rank: of this process, where the engine has several tensor-parallel ranks (``ranks.other_ranks``).
         server_args: any further field of SGLang's ServerArgs.
 
     A process holds one engine in its life, as SGLang builds its parallel groups once.
@@ -162,7 +168,14 @@ class MezoEngine:
     _started = False
 
     def __init__(
-        self, model_path: str, *, r: int = 1, target_modules: Collection[str] = (), num_slots: int = 1, **server_args
+        self,
+        model_path: str,
+        *,
+        r: int = 1,
+        target_modules: Collection[str] = (),
+        num_slots: int = 1,
+        rank: Rank = FIRST,
+        **server_args: Any,
     ):
         if MezoEngine._started:
             raise RuntimeError("this process has had its engine already: SGLang builds its parallel groups once")
@@ -181,7 +194,13 @@ class MezoEngine:
             "max_loras_per_batch": num_slots + 1,  # the base model takes a slot too
         }
         defaults = {"page_size": 1, "log_level": "warning", "disable_cuda_graph": True}
-        fields = {"model_path": model_path, **defaults, **server_args, **(lora if target_modules else {})}
+        fields = {
+            "model_path": model_path,
+            "nccl_port": rank.nccl_port,
+            **defaults,
+            **server_args,
+            **(lora if target_modules else {}),
+        }
         self.server_args: Any = ServerArgs(**fields)
         config = checkpoint_config(*config_source(self.server_args))
         require_modules(family_of(config), target_modules)
@@ -190,9 +209,13 @@ class MezoEngine:
         self.server_args.resolve_once()
         self.server_args.check_server_args()
         ports = PortArgs.init_new(self.server_args)
-        world_rank = spawn_world_rank(self.server_args, tp_rank=0, pp_rank=0)
+        world_rank = spawn_world_rank(self.server_args, tp_rank=rank.tp_rank, pp_rank=0)
         _configure_logging(self.server_args)
-        publish(self.server_args, role="scheduler", ranks=SpawnRanks(world_rank=world_rank, dp_rank=None, gpu_id=0))
+        publish(
+            self.server_args,
+            role="scheduler",
+            ranks=SpawnRanks(world_rank=world_rank, dp_rank=None, gpu_id=rank.tp_rank),
+        )
         from sglang.srt.managers.scheduler import Scheduler
 
         self.scheduler = Scheduler(self.server_args, ports)

@@ -17,6 +17,7 @@ from sglang.srt.mezo.engine.chat import ChatRenderer
 from sglang.srt.mezo.engine.handle import MezoEngine
 from sglang.srt.mezo.engine.layers import adapted_sites
 from sglang.srt.mezo.engine.points import BASE
+from sglang.srt.mezo.engine.ranks import Rank, other_ranks
 from sglang.srt.mezo.engine.slots import Slot, SlotLayout
 from sglang.srt.mezo.scoring.evaluation import evaluation_passes
 from sglang.srt.mezo.scoring.plan import Planner
@@ -52,6 +53,12 @@ def evaluate(model: ModelArguments, arguments: EvaluateArguments) -> dict[str, A
     Raises:
         ConfigError, DataError, CapacityError: before the engine starts but for what only an engine can tell.
     """
+    with other_ranks(model.tp_size, _evaluate, model, arguments) as rank:
+        return _evaluate(rank, model, arguments)
+
+
+def _evaluate(rank: Rank, model: ModelArguments, arguments: EvaluateArguments) -> dict[str, Any]:
+    """The work of one rank."""
     model_config, tokenizer = read_checkpoint(model.model)
     adapter = None if arguments.adapter is None else read_adapter(arguments.adapter, model_layers(model_config))
     task, dataset = named_data(arguments.task, arguments.dataset)
@@ -73,6 +80,8 @@ def evaluate(model: ModelArguments, arguments: EvaluateArguments) -> dict[str, A
         dtype=model.dtype,
         max_total_tokens=model.max_total_tokens,
         log_level="error",
+        tp_size=model.tp_size,
+        rank=rank,
     )
     planner = Planner("alora" if invocation else "lora", invocation)
     plans = [planner.plan(example) for example in examples]

@@ -25,6 +25,7 @@ from sglang.srt.mezo.data.splits import DataArguments, Splits, load_splits
 from sglang.srt.mezo.engine.chat import ChatRenderer
 from sglang.srt.mezo.engine.handle import MezoEngine
 from sglang.srt.mezo.engine.points import BASE
+from sglang.srt.mezo.engine.ranks import FIRST, Rank, other_ranks
 from sglang.srt.mezo.scoring.evaluation import evaluation_passes
 from sglang.srt.mezo.training.checkpoint import read_checkpoint
 from sglang.srt.mezo.training.memory import MemoryMeter
@@ -53,6 +54,7 @@ class ModelArguments:
     max_total_tokens: Optional[int] = setting(None, "KV tokens to keep; the machine's default if absent.", at_least=1)
     chat_template: Optional[str] = setting(None, "As the server's: a .jinja file, or a name that SGLang knows.")
     default_chat_template_kwargs: Optional[str] = setting(None, "As the server's: JSON for the chat template.")
+    tp_size: int = setting(1, "Tensor-parallel ranks: processes, each with a part of the model.", at_least=1)
 
     def __post_init__(self):
         require_settings(self)
@@ -64,13 +66,20 @@ def finetune(model: ModelArguments, data: DataArguments, config: MezoConfig) -> 
     Raises:
         ConfigError, DataError, CapacityError: bad input is found before training, and before the engine starts but for
             what only an engine can tell: whether its pools have room.
+        RankError: one of several tensor-parallel ranks has died.
 
     Returns:
         The content of ``summary.json``.
     """
+    with other_ranks(model.tp_size, _finetune, model, data, config) as rank:
+        return _finetune(rank, model, data, config)
+
+
+def _finetune(rank: Rank, model: ModelArguments, data: DataArguments, config: MezoConfig) -> dict[str, Any]:
+    """The work of one rank; the summary is the first's."""
     memory = MemoryMeter()
     with memory.phase("load"):
-        trainer, splits = open_trainer(model, data, config)
+        trainer, splits = open_trainer(model, data, config, rank)
     trainer.memory = memory
     with closing(trainer):
         with memory.phase("evaluation"):
@@ -78,6 +87,8 @@ def finetune(model: ModelArguments, data: DataArguments, config: MezoConfig) -> 
         result = trainer.train()
         with memory.phase("evaluation"):
             trained = trainer.evaluate(splits.test) if splits.test else {}
+        if not rank.is_first:
+            return {}
         summary = _summary(trainer, result, zero_shot, trained) | {
             "shared_examples": splits.shared,
             "peak_rss_bytes": memory.total.host,
@@ -87,14 +98,17 @@ def finetune(model: ModelArguments, data: DataArguments, config: MezoConfig) -> 
     return summary
 
 
-def open_trainer(model: ModelArguments, data: DataArguments, config: MezoConfig) -> tuple[MezoTrainer, Splits]:
+def open_trainer(
+    model: ModelArguments, data: DataArguments, config: MezoConfig, rank: Rank = FIRST
+) -> tuple[MezoTrainer, Splits]:
     """Read and check everything, then start an engine; raises what ``finetune`` does."""
     integrations(config.report_to)  # before an engine is started for nothing
     model_config, tokenizer = read_checkpoint(model.model)
     origin = None if config.init_from is None else read_start(config, model_layers(model_config))
     config = settled(config, origin, tokenizer)
     config, target_modules = _with_targets(model_config, config)
-    RunDirectory(config).check()
+    if rank.is_first:  # which makes it
+        RunDirectory(config).check()
     invocation = chosen_invocation(tokenizer, data.task, config.tuning, config.invocation)
     max_length = model_config.max_position_embeddings - (config.num_virtual_tokens or 0)
     splits = load_splits(tokenizer, max_length, invocation, data, ChatRenderer(tokenizer, chat_settings(model)))
@@ -119,6 +133,8 @@ def open_trainer(model: ModelArguments, data: DataArguments, config: MezoConfig)
         dtype=model.dtype,
         max_total_tokens=model.max_total_tokens,
         log_level="error",
+        tp_size=model.tp_size,
+        rank=rank,
     )
     return MezoTrainer(engine.handle, config, spec, splits.train, splits.dev, splits.objective, start=origin), splits
 

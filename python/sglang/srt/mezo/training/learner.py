@@ -4,6 +4,7 @@ What takes long comes as ``Passes``, one forward pass at a time; ``drain`` does 
 """
 
 import math
+import zlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 
@@ -11,7 +12,7 @@ import torch
 
 from sglang.srt.mezo.adapters.peft_adapter import PeftAdapter
 from sglang.srt.mezo.core.config import MezoConfig, Objective
-from sglang.srt.mezo.core.errors import ConfigError, DivergedError
+from sglang.srt.mezo.core.errors import ConfigError, DivergedError, RankError
 from sglang.srt.mezo.core.noise import step_seed
 from sglang.srt.mezo.core.optimizer import Optimizer, learning_rate_at, to_logged_float32
 from sglang.srt.mezo.core.passes import Passes
@@ -145,6 +146,13 @@ class Learner:
             for sign in (1, -1)
         )
         return (plus == minus).float().mean().item()
+
+    def require_same_on_ranks(self) -> None:
+        """Raise RankError, on every rank, where theta is not the same on all of them."""
+        sums = self.handle.gather(zlib.crc32(self.trainable.theta.cpu().numpy().data))
+        for rank, own in enumerate(sums):
+            if own != sums[0]:
+                raise RankError(rank, None)
 
     def _require_finite(self, losses: Sequence[float]) -> None:
         if not all(map(math.isfinite, losses)):

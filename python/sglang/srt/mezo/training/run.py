@@ -92,6 +92,7 @@ class TrainingRun:
                 self._on_leader(RunRecord.save_checkpoint)
                 self._saved_at = step
             if learner.eval_plans and (step % config.eval_steps == 0 or done) and self._evaluated_at != step:
+                learner.require_same_on_ranks()
                 with learner.phase("evaluation"):
                     self._on_leader(RunRecord.report_evaluation, (yield from learner.evaluation_passes()))
                 self._evaluated_at = step

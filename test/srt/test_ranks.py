@@ -1,0 +1,105 @@
+"""Tensor-parallel ranks by the front door: their run is that of one rank, and where one dies all end."""
+
+import multiprocessing
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from safetensors.torch import load_file
+
+from engine_process import require_devices
+from sglang.srt.mezo.core.errors import RankError
+from sglang.srt.mezo.core.seed_log import SeedLog
+from sglang.srt.mezo.engine.ranks import other_ranks
+from test_examples import ROOT, run
+
+SECONDS = 10
+
+
+def command(folder: Path, tuning: str, steps: int, ranks: int) -> list[str]:
+    return [
+        *("examples/mezo_opt_training.py", "--output_dir", str(folder), "--tuning", tuning, "--tp_size", str(ranks)),
+        *("--max_steps", str(steps), "--save_steps", str(steps), "--eval_steps", "10", "--disable_tqdm", "true"),
+        *("--num_test", "8", "--num_dev", "20", "--max_total_tokens", "8000"),
+    ]
+
+
+def require_same(one: Path, two: Path, steps: int, tolerance: float) -> None:
+    """Of what was trained, in parts of its largest number."""
+    [first], [second] = (list((run / f"checkpoint-{steps}").glob("*.safetensors")) for run in (one, two))
+    first, second = load_file(first), load_file(second)
+    largest = max(tensor.abs().max() for tensor in first.values())
+    assert first.keys() == second.keys()
+    assert max((first[name] - second[name]).abs().max() for name in first) <= tolerance * largest
+
+
+def test_a_rank_that_dies_ends_all_and_the_run_goes_on(tmp_path):
+    require_devices(2)
+    run(*command(tmp_path / "one", "lora", 12, 1))
+    arguments = command(tmp_path / "two", "lora", 12, 2)
+    started = subprocess.Popen(
+        [sys.executable, *arguments], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    others = []
+    while not others or steps_of(tmp_path / "two") < 2:
+        assert started.poll() is None, started.stderr.read()
+        others = [one for one in psutil.Process(started.pid).children() if "spawn_main" in " ".join(one.cmdline())]
+        time.sleep(0.01)
+    [other] = others
+    other.kill()
+    assert started.wait(SECONDS) != 0
+    assert b"error: tensor-parallel rank 1 has ended with -9" in started.stderr.read()
+    assert 2 <= steps_of(tmp_path / "two") < 12
+    run(*arguments, "--resume_from_checkpoint")
+    # A default step is divided by the spread of its losses, which magnifies what the order of a sum changes in them.
+    require_same(tmp_path / "one", tmp_path / "two", 12, 1e-4)
+
+
+def steps_of(folder: Path) -> int:
+    return len(SeedLog.open(folder / "seed_log")) if (folder / "config.json").is_file() else 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tuning", ["lora", "alora", "full", "prefix"])
+def test_two_ranks_make_the_steps_of_one(tmp_path, tuning):
+    require_devices(2)
+    paper = ("--num_perturbations", "1", "--perturbation", "gaussian", "--lr_scheduler_type", "constant")
+    for ranks in (1, 2):
+        run(*command(tmp_path / str(ranks), tuning, 200, ranks), *paper)
+    require_same(tmp_path / "1", tmp_path / "2", 200, 1e-5)
+
+
+# --- without an engine ------------------------------------------------------------------------------------------------
+
+
+def ends(rank, code: int) -> None:
+    sys.exit(code)
+
+
+def waits(rank) -> None:
+    time.sleep(3600)
+
+
+def test_what_ends_with_another_rank_says_so():
+    with pytest.raises(RankError, match="tensor-parallel rank 1 has ended with 7"), other_ranks(2, ends, 7) as rank:
+        assert rank.is_first and rank.nccl_port
+        while multiprocessing.active_children():
+            time.sleep(0.05)
+        raise RuntimeError("the connection was closed")
+
+
+def test_the_others_end_with_the_block():
+    before = set(psutil.Process().children())
+    with pytest.raises(ZeroDivisionError), other_ranks(3, waits):
+        started = set(psutil.Process().children()) - before
+        raise ZeroDivisionError
+    assert len(started) >= 2 and not any(one.is_running() and one.status() != "zombie" for one in started)
+
+
+def test_one_rank_needs_no_others():
+    before = set(psutil.Process().children())
+    with other_ranks(1, waits) as rank:
+        assert rank == (0, None) and set(psutil.Process().children()) == before
