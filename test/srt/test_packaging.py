@@ -20,7 +20,7 @@ import docs_blocks
 REPOSITORY = Path(__file__).resolve().parents[2]
 OURS = "sglang_mezo"
 SUFFIXES = {".py", ".html", ".css", ".js"}
-KERNELS = list((REPOSITORY / "python/sglang/srt/mezo/cpu").glob("*.so"))  # none where there is no compiler
+KERNELS = list((REPOSITORY / "python/sglang/srt/mezo").glob("*/*.so"))  # none where there is no compiler
 
 CHECK = """
 import sys
@@ -177,4 +177,6 @@ def test_wheel_holds_what_the_source_tree_holds(tmp_path, source_tree):
     }
     expected |= {f"sglang/srt/mezo/_models/{path.relative_to(models).as_posix()}" for path in models.rglob("*.py")}
     assert packed == expected
-    assert {name for name in names if name.endswith(".so")} == {f"sglang/srt/mezo/cpu/{path.name}" for path in KERNELS}
+    assert {name for name in names if name.endswith(".so")} == {
+        str(path.relative_to(REPOSITORY / "python")) for path in KERNELS
+    }

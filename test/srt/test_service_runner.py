@@ -72,9 +72,7 @@ def tick_beside_a_request(engine, pieces):
     """The sizes of so many pieces after a request has been served; the first ones of the step ran before it."""
     runner, sizes = engine.runner, set()
     step = runner._job.learner.global_step
-    for _ in range(
-        runner._job.learner.config.num_perturbations + 5
-    ):  # directions drawn and written, and a forward pass
+    for _ in range(runner._job.learner.config.num_perturbations + 1):  # directions written, and a forward pass
         runner.tick()
     assert runner._job.learner.global_step == step
     waiting = engine.scheduler.waiting_queue

@@ -236,13 +236,14 @@ def make_too_large(engine):
 def base_values(engine, config):
     """What the base model makes of the training examples, over the prefixes that the tree holds."""
     from sglang.srt.mezo.core.passes import drain
+    from sglang.srt.mezo.engine.points import BASE
     from sglang.srt.mezo.scoring.plan import Planner
     from sglang.srt.mezo.scoring.scorer import Scorer
 
     planner = Planner(config.tuning, oracle.INVOCATION)
     values = drain(
         Scorer(engine.handle, planner.scope, 64).passes(
-            [planner.plan(example) for example in TRAIN], [(None,)], "classification"
+            [planner.plan(example) for example in TRAIN], [(BASE,)], "classification"
         )
     )
     assert values.isfinite().all()

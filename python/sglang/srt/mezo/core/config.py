@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, Optional, Union
+from typing import Any, Literal, Optional, Union, get_args
 
 from sglang.srt.mezo.core.errors import ConfigError
 from sglang.srt.mezo.core.estimator import SIGNS, Estimator, forward_passes
@@ -10,6 +10,8 @@ from sglang.srt.mezo.core.noise import Distribution
 from sglang.srt.mezo.core.optimizer import Optim, SchedulerType, UpdateRule
 from sglang.srt.mezo.core.settings import Bounds, require_settings, setting
 
+AdapterTuning = Literal["alora", "lora"]
+"""What a server trains."""
 Tuning = Literal["alora", "lora", "full", "prefix"]
 PrefixPositions = Literal["shifted", "unshifted"]
 Objective = Literal["classification", "completion"]
@@ -311,7 +313,7 @@ class MezoConfig:
         return asdict(self)
 
 
-_OF_ADAPTERS: tuple[Tuning, ...] = ("alora", "lora")
+_OF_ADAPTERS: tuple[Tuning, ...] = get_args(AdapterTuning)
 _OF_TUNING: dict[str, tuple[Tuning, ...]] = {
     "init_from": _OF_ADAPTERS,
     "invocation": _OF_ADAPTERS,

@@ -6,9 +6,9 @@ OpenAI's three come beside the settings of ``MezoConfig`` that a job may choose;
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, replace
-from typing import Any, Literal, NamedTuple, get_type_hints
+from typing import Any, NamedTuple, get_type_hints
 
-from sglang.srt.mezo.core.config import LARGEST, MOST_STEPS, NEW_ADAPTER, MezoConfig, defaults
+from sglang.srt.mezo.core.config import LARGEST, MOST_STEPS, NEW_ADAPTER, AdapterTuning, MezoConfig, defaults
 from sglang.srt.mezo.core.errors import ConfigError, DataError, shown
 from sglang.srt.mezo.core.estimator import SIGNS, Estimator
 from sglang.srt.mezo.core.kinds import described, fits
@@ -37,7 +37,7 @@ def kinds(config: type[MezoConfig] = MezoConfig) -> dict[str, tuple[Any, Bounds]
     """
     types = get_type_hints(config)
     own = {one.name: (types[one.name], bounds) for one in fields(config) if (bounds := setting_of(one).job) is not None}
-    of_server = {"tuning": (Literal["alora", "lora"], Bounds()), "target_modules": (list[str], Bounds())}
+    of_server = {"tuning": (AdapterTuning, Bounds()), "target_modules": (list[str], Bounds())}
     return {**_OPENAI, **own, **of_server}
 
 

@@ -8,7 +8,7 @@ import msgspec
 import torch
 
 from sglang.srt.mezo.adapters.families import family_of
-from sglang.srt.mezo.core.config import Tuning
+from sglang.srt.mezo.core.config import AdapterTuning
 from sglang.srt.mezo.engine.accelerator import why_no_alora
 from sglang.srt.mezo.engine.forward import Sequenced, extend
 from sglang.srt.mezo.engine.handle import EngineHandle, checkpoint_config, config_source
@@ -40,7 +40,7 @@ def calibrate(handle: EngineHandle, settings: ServiceSettings) -> dict[str, Any]
             max_loras_per_batch=manager.max_loras_per_batch,
             target_modules=modules,
             default_target_modules={
-                tuning: list(family.default_targets(tuning, modules)) for tuning in get_args(Tuning)
+                tuning: list(family.default_targets(tuning, modules)) for tuning in get_args(AdapterTuning)
             },
             micro_step_tokens=micro_step_tokens,
             idle_step_tokens=idle_step_tokens,
