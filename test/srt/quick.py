@@ -21,6 +21,7 @@ STARTERS = {
     "Engine",
     "subprocess",
     "spawn",
+    "other_ranks",
     "fork_tasks",
     "selenium.webdriver",
 }
