@@ -44,15 +44,13 @@ def other_ranks(tp_size: int, work: Callable[..., object], *arguments: object) -
         RankError: one of them has died.
     """
     if tp_size == 1:
-        yield Rank()
+        yield FIRST
         return
-    from sglang.srt.utils.network import get_free_port
+    from sglang.srt.utils.network import get_free_port_below_ephemeral
 
-    port, context = get_free_port(), multiprocessing.get_context("spawn")
-    ranks = [Rank(number, port) for number in range(tp_size)]
-    others = [
-        context.Process(target=_work, args=(os.getpid(), work, rank, arguments), daemon=True) for rank in ranks[1:]
-    ]
+    port, context = get_free_port_below_ephemeral(), multiprocessing.get_context("spawn")
+    given = [(os.getpid(), work, Rank(number, port), arguments) for number in range(1, tp_size)]
+    others = [context.Process(target=_work, args=one, daemon=True) for one in given]
     over = threading.Event()
     for process in others:
         process.start()
