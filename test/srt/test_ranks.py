@@ -91,6 +91,28 @@ def test_what_ends_with_another_rank_says_so():
         raise RuntimeError("the connection was closed")
 
 
+def fails(rank) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def returns(rank) -> None:
+    pass
+
+
+def test_what_all_ranks_meet_is_told_as_it_is():
+    with pytest.raises(OSError, match="No space left"), other_ranks(2, fails) as rank:
+        while multiprocessing.active_children():
+            time.sleep(0.05)
+        fails(rank)
+
+
+def test_a_rank_that_is_done_first_is_not_dead():
+    with other_ranks(2, returns):
+        while multiprocessing.active_children():
+            time.sleep(0.05)
+        time.sleep(SECONDS)  # longer than any grace
+
+
 def test_the_others_end_with_the_block():
     before = set(psutil.Process().children())
     with pytest.raises(ZeroDivisionError), other_ranks(3, waits):

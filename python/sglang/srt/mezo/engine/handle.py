@@ -59,9 +59,13 @@ class EngineHandle:
         shared: Any = _tp_group().broadcast_object(value, src=0)
         return shared
 
+    @property
+    def num_ranks(self) -> int:
+        return _tp_group().world_size
+
     def gather(self, value: Value) -> list[Value]:
         """The values of all tensor-parallel ranks, in their order, on each of them."""
-        return [value] if _tp_group().world_size == 1 else _tp_group().all_gather_object(value)
+        return _tp_group().all_gather_object(value)
 
     def on_leader(self, function: Callable[..., Value], *arguments) -> Value:
         """Call a function on the leader only; what it returns or raises, every rank returns or raises."""

@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from typing import NamedTuple
 
@@ -17,6 +18,8 @@ from sglang.srt.mezo.core.errors import MezoError, RankError
 
 _POLL_SECONDS = 0.2
 _GRACE_SECONDS = 5.0  # in which a rank that hears of another's end by itself may say so
+_MET_BY_ALL = 2  # exit code of a rank that a user's mistake or a full disk ends, which the first meets and tells itself
+_GRACE_TO_MEET_SECONDS = 60.0
 
 
 class Rank(NamedTuple):
@@ -57,7 +60,7 @@ def other_ranks(tp_size: int, work: Callable[..., object], *arguments: object) -
     threading.Thread(target=_watch, args=(others, over), daemon=True).start()
     try:
         yield Rank(0, port)
-    except MezoError:
+    except (MezoError, OSError):
         raise
     except Exception as error:
         if (dead := _dead(others)) is not None:
@@ -71,16 +74,16 @@ def other_ranks(tp_size: int, work: Callable[..., object], *arguments: object) -
 
 
 def _dead(others: Sequence[BaseProcess]) -> tuple[int, int] | None:
-    """Rank and exit code of one that has ended, after a moment in which it may."""
-    others[0].join(_POLL_SECONDS)
-    return next(((rank, one.exitcode) for rank, one in enumerate(others, 1) if one.exitcode is not None), None)
+    """Rank and exit code of one that has died, after a moment in which it may; one that is done has not."""
+    wait([one.sentinel for one in others if one.exitcode is None], _POLL_SECONDS)
+    return next(((rank, one.exitcode) for rank, one in enumerate(others, 1) if one.exitcode), None)
 
 
 def _watch(others: Sequence[BaseProcess], over: threading.Event) -> None:
     """End this process where another rank has died and this one waits for it all the same."""
     while not over.wait(_POLL_SECONDS):
         if (dead := _dead(others)) is not None:
-            if over.wait(_GRACE_SECONDS):
+            if over.wait(_GRACE_TO_MEET_SECONDS if dead[1] == _MET_BY_ALL else _GRACE_SECONDS):
                 return
             print(f"error: {RankError(*dead)}", file=sys.stderr, flush=True)
             for process in others:
@@ -94,8 +97,8 @@ def _work(first: int, work: Callable[..., object], rank: Rank, arguments: Sequen
     logging.disable(logging.WARNING)
     try:
         work(rank, *arguments)
-    except MezoError:  # which the first meets as well
-        os._exit(2)
+    except (MezoError, OSError):
+        os._exit(_MET_BY_ALL)
     os._exit(0)  # an engine's threads are of no further use
 
 
