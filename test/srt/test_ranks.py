@@ -8,14 +8,20 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from engine_process import require_devices
+from sglang.srt.mezo.core.config import MezoConfig
 from sglang.srt.mezo.core.errors import RankError
 from sglang.srt.mezo.core.seed_log import SeedLog
-from sglang.srt.mezo.engine.ranks import other_ranks
+from sglang.srt.mezo.data.splits import DataArguments
+from sglang.srt.mezo.engine.ranks import Rank, other_ranks
+from sglang.srt.mezo.training.arguments import status_of
+from sglang.srt.mezo.training.finetune import ModelArguments, open_trainer
 from test_examples import ROOT, run
 
+ASSETS = ROOT / "examples" / "assets"
 SECONDS = 10
 
 
@@ -70,6 +76,47 @@ def test_two_ranks_make_the_steps_of_one(tmp_path, tuning):
     for ranks in (1, 2):
         run(*command(tmp_path / str(ranks), tuning, 200, ranks), *paper)
     require_same(tmp_path / "1", tmp_path / "2", 200, 1e-5)
+
+
+def test_ranks_that_differ_end_the_run_at_the_next_evaluation(tmp_path):
+    require_devices(2)
+    code = "import sys, test_ranks; test_ranks.train_apart(sys.argv[1])"
+    ended = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "run")],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert "error: theta of tensor-parallel rank 1 is not that of rank 0" in ended.stderr
+    assert ended.returncode == 2
+    assert steps_of(tmp_path / "run") == 4
+
+
+def train_apart(folder: str) -> None:
+    model = ModelArguments(str(ASSETS / "opt-reviews"), max_total_tokens=8000, tp_size=2)
+    data = DataArguments("sst2", str(ASSETS / "reviews"), num_dev=20, num_test=0)
+    config = MezoConfig(folder, tuning="lora", max_steps=8, eval_steps=4, disable_tqdm=True)
+
+    def ranks() -> None:
+        with other_ranks(2, drift, model, data, config) as rank:
+            drift(rank, model, data, config)
+
+    sys.exit(status_of(ranks))
+
+
+def drift(rank: Rank, model: ModelArguments, data: DataArguments, config: MezoConfig) -> None:
+    """Train; one rank has another last bit of a number before the evaluation."""
+    trainer, _ = open_trainer(model, data, config, rank)
+    step = trainer.optimizer.step
+
+    def step_and_drift(*arguments) -> None:
+        step(*arguments)
+        if trainer.global_step == 3 and not rank.is_first:
+            trainer.trainable.theta[:1].nextafter_(torch.tensor([torch.inf]))
+
+    trainer.optimizer.step = step_and_drift
+    trainer.train()
 
 
 # --- without an engine ------------------------------------------------------------------------------------------------
