@@ -50,7 +50,7 @@ from sglang.srt.mezo.core.settings import setting_of
         ),
         ("zo_eps", 1e-320, "at least 1e-12"),
         ("tuning", "prompt", "one of alora, lora, full, prefix"),
-        ("objective", "f1", "one of classification, completion, null"),
+        ("objective", "bleu", "one of classification, completion, accuracy, f1, exact_match, reward, null"),
         ("lr_scheduler_type", "polynomial", "one of constant, linear, cosine"),
         ("perturbation", "uniform", "one of gaussian, rademacher"),
         ("perturbation_rank", 0, "at least 1, or none for full rank"),

@@ -29,8 +29,9 @@ SUMMARY = {
 }
 
 
-def run(*arguments: str, succeed: bool = True) -> subprocess.CompletedProcess:
-    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=600)
+def run(*arguments: str, succeed: bool = True, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
     assert (done.returncode == 0) == succeed, done.stdout[-2000:] + done.stderr[-4000:]
     return done
 

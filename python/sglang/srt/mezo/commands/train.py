@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang.srt.mezo.core.config import MezoConfig
+from sglang.srt.mezo.core.objective import GENERATED
 from sglang.srt.mezo.data.splits import DataArguments
 from sglang.srt.mezo.engine.accelerator import serving_flags
 from sglang.srt.mezo.training.arguments import build, read, status_of
@@ -49,13 +50,15 @@ def report(model: ModelArguments, config: MezoConfig, summary: dict) -> None:
     def percent(share: float | None) -> str:
         return "-" if share is None else f"{share:.1%}"
 
+    score = next(name for name in ("accuracy", *GENERATED) if name in summary)
+    told = percent if score != "reward" else lambda mean: "-" if mean is None else f"{mean:.4g}"
     total, trained = summary["prefix_tokens_total"], summary.get("adapter_dir") or summary["model_dir"]
     shared = "".join(f"; {count} examples: {where}" for where, count in summary["shared_examples"].items())
     kind = "model" if config.tuning == "full" else "adapter"
     best = f"({kind} of step {summary['best_step']} of {summary['steps']})"
     lines = {
-        "zero-shot accuracy": percent(summary["zero_shot_accuracy"]),
-        "trained accuracy": f"{percent(summary['accuracy'])}   {best}{shared}",
+        f"zero-shot {score}": told(summary[f"zero_shot_{score}"]),
+        f"trained {score}": f"{told(summary[score])}   {best}{shared}",
         "speed": f"{summary['steps_per_second']:.1f} steps/s, {summary['train_seconds']:.0f} s of training",
         "prefix tokens reused": f"{percent(summary['prefix_tokens_reused'] / total if total else None)} of {total}",
         "peak memory": f"{summary['peak_rss_bytes'] / 2**20:.0f} MiB",

@@ -4,23 +4,16 @@ import re
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Optional, Union, get_args
 
-from sglang.srt.mezo.core.errors import ConfigError
 from sglang.srt.mezo.core.estimator import SIGNS, Estimator, forward_passes
 from sglang.srt.mezo.core.noise import Distribution
+from sglang.srt.mezo.core.objective import ObjectiveSettings
 from sglang.srt.mezo.core.optimizer import Optim, SchedulerType, UpdateRule
-from sglang.srt.mezo.core.settings import Bounds, require_settings, setting
+from sglang.srt.mezo.core.settings import LARGEST, Bounds, setting
 
 AdapterTuning = Literal["alora", "lora"]
 """What a server trains."""
 Tuning = Literal["alora", "lora", "full", "prefix"]
 PrefixPositions = Literal["shifted", "unshifted"]
-Objective = Literal["classification", "completion"]
-OF_EARLIER_VERSIONS = {"objective": {"language_modeling": "completion"}}
-"""Values that are called otherwise now, in configurations that an earlier version has stored."""
-
-LARGEST = 1_000_000
-"""Of what multiplies weights, perturbations or steps: nothing is learned beyond it, and float32 has room for the
-products."""
 MOST_STEPS = 10**9
 SMALLEST_ZO_EPS = 1e-12
 MOST_DIRECTIONS = Bounds(at_most=64)
@@ -30,7 +23,7 @@ MOST_PASS_TOKENS = 8192
 
 
 @dataclass(frozen=True)
-class MezoConfig:
+class MezoConfig(ObjectiveSettings):
     """Every setting of a run; validated on construction, ConfigError names the field at fault.
 
     What is left open never contradicts what is given: defaults that depend on other settings are settled by
@@ -89,7 +82,6 @@ class MezoConfig:
         None, "Modules to adapt; the attention projections by default.", job=True
     )
 
-    objective: Optional[Objective] = setting(None, "Loss; the one that the data suggests by default.", job=True)
     learning_rate: float = setting(
         None,
         "Step size at the peak of the schedule; 0.02 by default, 0.001 where a step has one slope; of full tuning 1e-3 "
@@ -228,10 +220,7 @@ class MezoConfig:
     )
 
     def __post_init__(self):
-        for name, renamed in OF_EARLIER_VERSIONS.items():
-            if getattr(self, name) in renamed:
-                object.__setattr__(self, name, renamed[getattr(self, name)])
-        require_settings(self)
+        super().__post_init__()
         if self.init_from is None:
             self._settle({"tuning": "alora"})
             self._settle(_NEW.get(self.tuning, NEW_ADAPTER))
@@ -261,16 +250,6 @@ class MezoConfig:
             not (self.resume_from_checkpoint and self.overwrite_output_dir),
             "overwrite_output_dir would delete the run to resume",
         )
-
-    def _settle(self, values: dict[str, Any]) -> None:
-        """Set what is open."""
-        for name, value in values.items():
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, value)
-
-    def _require(self, name: str, condition: bool, allowed: str) -> None:
-        if not condition:
-            raise ConfigError(name, getattr(self, name), allowed)
 
     @property
     def train_batch_size(self) -> int:

@@ -90,6 +90,10 @@ class DivergedError(MezoError, RuntimeError):
     those of the step before."""
 
 
+class RewardError(MezoError, RuntimeError):
+    """A reward failed, or is not one finite number for each completion; the run ends at its last step."""
+
+
 class RankError(MezoError, RuntimeError):
     """A tensor-parallel rank has died, or no longer agrees with the first."""
 

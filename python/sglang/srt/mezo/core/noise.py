@@ -42,7 +42,7 @@ if LIBRARY is not None:
         function.restype = None
 
 # Streams that are drawn for different purposes.
-_DIRECTION, _STEP_SEED, _INITIAL, _BASIS = range(4)
+_DIRECTION, _STEP_SEED, _INITIAL, _BASIS, _SAMPLE = range(5)
 
 
 def numel_of(shapes: Shapes) -> int:
@@ -133,6 +133,11 @@ def initial_uniform(seed: int, index: int, numel: int) -> torch.Tensor:
     """Uniform numbers on [-1, 1] for the initial weights of matrix ``index``: float32 [numel] on the CPU."""
     words = philox.words(seed, _INITIAL << 32 | index, 0, -(-numel // (2 * philox.WORDS)), _CPU)
     return words.view(torch.int32)[:numel].double().add_(2.0**31 + 0.5).mul_(2.0**-31).sub_(1.0).float()
+
+
+def sample_uniform(seed: int, index: int, place: int) -> float:
+    """Where on [0, 1) token ``place`` of the ``index``-th text is drawn that a step with ``seed`` has written."""
+    return (int(philox.generator(seed, _SAMPLE << 32 | index, place).random_raw()) >> 11) * 2.0**-53
 
 
 def _first_word(run_seed: int, step: int) -> int:

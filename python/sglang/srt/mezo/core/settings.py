@@ -15,6 +15,10 @@ from sglang.srt.mezo.core.kinds import described, fits
 
 Number = int | float
 
+LARGEST = 1_000_000
+"""Of what multiplies weights, perturbations or steps: nothing is learned beyond it, and float32 has room for the
+products."""
+
 
 @dataclass(frozen=True)
 class Bounds:

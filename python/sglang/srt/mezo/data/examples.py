@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from sglang.srt.mezo.core.config import Objective
 from sglang.srt.mezo.core.errors import DataError, shown
+from sglang.srt.mezo.core.objective import Generation, Objective
 from sglang.srt.mezo.data.chat import Renderer
 from sglang.srt.mezo.data.conversation import turns
 from sglang.srt.mezo.data.invocation import invocation_start
@@ -30,11 +30,22 @@ _ROWS_TOGETHER = 256
 
 @dataclass(frozen=True)
 class Example:
-    """A tokenised row: ``options[i]`` continues ``prompt``; ``label`` is the index of the right option."""
+    """A tokenised row: ``options[i]`` continues ``prompt``; ``label`` is the index of the right option.
+
+    Attributes:
+        columns: where there are no options, as the model itself goes on: what its completion is graded by, the row's
+            own columns and "prompt" and "answers" among them.
+    """
 
     prompt: tuple[int, ...]
-    options: tuple[tuple[int, ...], ...]
-    label: int
+    options: tuple[tuple[int, ...], ...] = ()
+    label: int = 0
+    columns: Mapping[str, Any] | None = None
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the prompt and the longest option."""
+        return len(self.prompt) + max(map(len, self.options), default=0)
 
 
 class Encoder:
@@ -46,6 +57,7 @@ class Encoder:
         task: renders the rows; without one they must have one of the free forms.
         invocation: token ids that every prompt must hold; empty where none are needed.
         chat: renders messages, which are refused without one.
+        generation: of completions that the model writes itself; None where rows have them.
     """
 
     def __init__(
@@ -55,9 +67,11 @@ class Encoder:
         task: Task | None = None,
         invocation: Sequence[int] = (),
         chat: Renderer | None = None,
+        generation: Generation | None = None,
     ):
         self.tokenizer = tokenizer
         self.max_length = max_length
+        self.generation = generation
         self.task = task
         self.invocation = tuple(invocation)
         self._chat = chat
@@ -130,6 +144,8 @@ class Encoder:
         return (yield from self._encoding(row.whole_fields()))
 
     def _encoding(self, fields: Mapping[str, Any]) -> Encoding[list[Example]]:
+        if self.generation is not None:
+            return (yield from self._encode_prompts(fields, self.generation))
         if self.task is not None:
             return [(yield from self._encode_text(self.task.render(fields)))]
         for needed, encode in self._forms:
@@ -137,6 +153,36 @@ class Encoder:
                 return (yield from encode(self, fields))
         forms = ", ".join("{" + ", ".join(sorted(needed)) + "}" for needed, _ in self._forms)
         raise DataError(f"columns {shown(sorted(fields))} have none of the forms {forms}")
+
+    def _encode_prompts(self, fields: Mapping[str, Any], generation: Generation) -> Encoding[list[Example]]:
+        """Of what the model writes after."""
+        examples = []
+        if self.task is None and "messages" in fields:
+            for turn in turns(fields):
+                prompt, _ = yield from self._renderer.answer(turn)
+                columns = {**fields, "prompt": turn.asked["messages"], "answers": [turn.answer.get("content") or ""]}
+                examples.append(Example(prompt, columns=columns))
+        else:
+            text, answers = self._asked(fields)
+            [prompt] = yield Texts([text])
+            examples.append(Example(tuple(prompt), columns={**fields, "prompt": text, "answers": answers}))
+        for example in examples:
+            if generation.objective != "reward" and not example.columns["answers"]:
+                raise DataError(f"a row needs answers, or a completion, to tell its {generation.objective} by")
+        return [self._checked(example) for example in examples]
+
+    def _asked(self, fields: Mapping[str, Any]) -> tuple[str, list[str]]:
+        """The prompt of a row, and what it has for right answers."""
+        if self.task is not None:
+            text = self.task.render(fields)
+            return text.prompt, [text.options[text.label].strip()]
+        if "prompt" not in fields:
+            raise DataError(f"columns {shown(sorted(fields))} have none of prompt and messages, to write after")
+        _require_text("prompt", fields["prompt"])
+        answers = fields.get("answers", [fields["completion"]] if "completion" in fields else [])
+        if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
+            raise DataError(f"answers={shown(answers)} must be a list of strings")
+        return fields["prompt"], answers
 
     def _encode_options(self, fields: Mapping[str, Any]) -> Encoding[list[Example]]:
         _require_text("prompt", fields["prompt"])
@@ -217,11 +263,14 @@ class Encoder:
         return self._checked(Example(example.prompt, ((*example.options[0], end),), 0))
 
     def _checked(self, example: Example) -> Example:
+        if not example.prompt:
+            raise DataError("the prompt has no tokens")
         if not all(example.options):
             raise DataError(f"option {example.options.index(())} has no tokens")
-        longest = len(example.prompt) + max(map(len, example.options))
-        if longest > self.max_length:
-            raise DataError(f"{longest} tokens are more than the context of {self.max_length}")
+        new = 0 if self.generation is None else self.generation.max_new_tokens
+        if example.longest + new > self.max_length:
+            told = f"{example.longest} tokens" + (f" and max_new_tokens={new} more" if new else "")
+            raise DataError(f"{told} are more than the context of {self.max_length}")
         if self.invocation:
             invocation_start(example.prompt, self.invocation)
         return example

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Optional
 
-from sglang.srt.mezo.core.config import Objective
 from sglang.srt.mezo.core.errors import ConfigError, DataError
+from sglang.srt.mezo.core.objective import Generation, Objective
 from sglang.srt.mezo.core.settings import require_settings, setting
 from sglang.srt.mezo.data.chat import Renderer
 from sglang.srt.mezo.data.examples import Encoder, Example, OnBadRow, count_shared, default_objective, get_task
@@ -78,6 +78,7 @@ def load_splits(
     invocation: Sequence[int] | None,
     data: DataArguments,
     chat: Renderer | None = None,
+    generation: Generation | None = None,
 ) -> Splits:
     """Read and tokenise, as ``Encoder`` does. Examples that are in more than one split are counted in a warning.
 
@@ -91,7 +92,7 @@ def load_splits(
     """
     task, dataset = named_data(data.task, data.dataset)
     rows = _read(dataset, task, data)
-    encoder = Encoder(tokenizer, max_length, task, invocation or (), chat)
+    encoder = Encoder(tokenizer, max_length, task, invocation or (), chat, generation)
     train, dev, test = (encoder.encode_rows(part, data.on_bad_row) if part else [] for part in rows)
     if not train:
         raise DataError("no training row is left", dataset)

@@ -89,12 +89,12 @@ def _forward_batch(handle: EngineHandle, sequences: Sequence[Sequenced], rows: l
 
     extends = [len(sequence.tokens) for sequence in sequences]
     new = kv_indices.split(extends)
-    before = _before(sequences, new)
-    prefixes = [indices.numel() for indices in before]
+    cached = before(sequences, new)
+    prefixes = [indices.numel() for indices in cached]
     totals = [p + e for p, e in zip(prefixes, extends)]
     starts = [0, *itertools.accumulate(extends[:-1])]
     device = handle.device
-    _fill_rows(handle.req_to_token_pool.req_to_token, rows, totals, before, new)
+    _fill_rows(handle.req_to_token_pool.req_to_token, rows, totals, cached, new)
     lora_ids: list[Any] = [sequence.segments[-1][0] for sequence in sequences]  # None for the base model
     shifts = [sequence.shift for sequence in sequences]
     positions = torch.cat([torch.arange(p + shift, t + shift) for p, t, shift in zip(prefixes, totals, shifts)])
@@ -125,16 +125,16 @@ def _forward_batch(handle: EngineHandle, sequences: Sequence[Sequenced], rows: l
     return batch
 
 
-def _before(sequences: Sequence[Sequenced], new: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+def before(sequences: Sequence[Sequenced], new: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """KV indices of what comes before the tokens of each sequence, those being ``new``."""
-    before: list[torch.Tensor] = []
+    cached: list[torch.Tensor] = []
     for sequence in sequences:
         if sequence.follows is None:
-            before.append(sequence.cached)
+            cached.append(sequence.cached)
         else:
             other, tokens = sequence.follows
-            before.append(torch.cat((before[other], new[other]))[:tokens])
-    return before
+            cached.append(torch.cat((cached[other], new[other]))[:tokens])
+    return cached
 
 
 def _fill_rows(

@@ -1,5 +1,6 @@
 """From hidden states to the scores of chosen tokens, in float32, only where they are needed."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -35,13 +36,42 @@ class Head:
         """
         out = torch.empty(rows.numel(), dtype=torch.float32, device=hidden.device)
         needed, row_of_read = rows.unique(return_inverse=True)
-        most = _MOST_ROWS_ON_CPU if hidden.device.type == "cpu" else _MOST_ROWS
-        for start in range(0, needed.numel(), most):
-            logits = self._full_logits(hidden.index_select(0, needed[start : start + most]))
-            log_probs = torch.log_softmax(logits.float(), dim=-1)
-            mine = ((row_of_read >= start) & (row_of_read < start + most)).nonzero().squeeze(1)
+        for start, logits in self._parts(hidden, needed):
+            log_probs = torch.log_softmax(logits, dim=-1)
+            mine = ((row_of_read >= start) & (row_of_read < start + len(logits))).nonzero().squeeze(1)
             out[mine] = log_probs[row_of_read[mine] - start, tokens[mine]]
         return out
+
+    def next_tokens(
+        self, hidden: torch.Tensor, rows: torch.Tensor, temperature: float, uniform: torch.Tensor
+    ) -> torch.Tensor:
+        """The likeliest token, or with a temperature above 0 one that is drawn.
+
+        Args:
+            hidden: [n, hidden size].
+            rows: int64 [tokens], the row of ``hidden`` that each token follows on.
+            uniform: float64 [tokens] on [0, 1), where the drawn token lies among the probabilities in their order.
+
+        Returns:
+            int64 [tokens].
+        """
+        tokens = torch.empty_like(rows)
+        for start, logits in self._parts(hidden, rows):
+            part = slice(start, start + len(logits))
+            if temperature == 0:
+                tokens[part] = logits.argmax(dim=-1)
+                continue
+            ends = torch.softmax(logits.double() / temperature, dim=-1).cumsum(dim=-1)
+            drawn = uniform[part].to(ends.device)[:, None] * ends[:, -1:]
+            tokens[part] = torch.searchsorted(ends, drawn, right=True).squeeze(1).clamp_(max=self._vocab_size - 1)
+        return tokens
+
+    def _parts(self, hidden: torch.Tensor, rows: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+        """Of some rows at a time: the place in ``rows`` of the first, and the logits of all, float32 [some,
+        vocabulary]."""
+        most = _MOST_ROWS_ON_CPU if hidden.device.type == "cpu" else _MOST_ROWS
+        for start in range(0, rows.numel(), most):
+            yield start, self._full_logits(hidden.index_select(0, rows[start : start + most])).float()
 
     def logits(self, hidden: torch.Tensor, rows: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """Like ``log_probs`` up to one constant per row: enough where tokens of one row are compared."""

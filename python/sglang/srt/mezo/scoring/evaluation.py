@@ -1,33 +1,30 @@
-"""Loss and accuracy at one point on a set of planned examples."""
+"""Loss and scores at one point on a set of planned examples."""
 
+from collections import Counter
 from collections.abc import Sequence
 
-from sglang.srt.mezo.core.config import Objective
 from sglang.srt.mezo.core.passes import Passes
 from sglang.srt.mezo.engine.points import Point
+from sglang.srt.mezo.scoring.measures import Measure
 from sglang.srt.mezo.scoring.plan import ExamplePlan
-from sglang.srt.mezo.scoring.readout import batch_loss, predictions
-from sglang.srt.mezo.scoring.scorer import Scorer
 
 
 def evaluation_passes(
-    scorer: Scorer, plans: Sequence[ExamplePlan], point: Point, objective: Objective, batch_size: int
+    measure: Measure, plans: Sequence[ExamplePlan], point: Point, batch_size: int, seed: int
 ) -> Passes[dict[str, float]]:
-    """Score ``plans`` under one point.
+    """Measure ``plans`` under one point.
+
+    Args:
+        seed: of what is drawn by chance.
 
     Returns:
-        ``loss``, and ``accuracy`` where there are options to choose from.
+        ``loss``, and the means of the measure's scores, such as ``accuracy`` where there are options to choose from.
     """
-    total, weight, right = 0.0, 0, 0
+    total, weight, scores = 0.0, 0, Counter()
     for start in range(0, len(plans), batch_size):
         batch = plans[start : start + batch_size]
-        values = yield from scorer.passes(batch, [(point,)], objective, keep=False)
-        loss = batch_loss(batch, values, objective)
-        total += loss.total.item()
-        weight += loss.weight
-        if objective == "classification":
-            right += sum(int(p) == plan.label for p, plan in zip(predictions(batch, values)[0], batch))
-    metrics = {"loss": total / weight}
-    if objective == "classification":
-        metrics["accuracy"] = right / len(plans)
-    return metrics
+        measured = yield from measure.passes(batch, [(point,)], seed + start, keep=False)
+        total += measured.loss.total.item()
+        weight += measured.loss.weight
+        scores.update({name: score.item() for name, score in measured.scores.items()})
+    return {"loss": total / weight, **{name: score / len(plans) for name, score in scores.items()}}

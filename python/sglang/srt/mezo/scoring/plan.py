@@ -4,13 +4,16 @@ Every row of a plan is scored once per adapter slot. Where KV may be shared is d
 """
 
 import hashlib
+import json
 import marshal
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
+from typing import Any
 
-from sglang.srt.mezo.core.config import Objective, Tuning
+from sglang.srt.mezo.core.config import Tuning
+from sglang.srt.mezo.core.objective import Objective
 from sglang.srt.mezo.data.examples import Example
 from sglang.srt.mezo.data.invocation import invocation_start
 from sglang.srt.mezo.scoring.sharing import tokens_run
@@ -54,12 +57,17 @@ class Row:
 
 @dataclass(frozen=True)
 class ExamplePlan:
-    """The rows of one example, and the option (counted within the example) that each read belongs to."""
+    """The rows of one example, and the option (counted within the example) that each read belongs to.
+
+    Attributes:
+        columns: where the model itself goes on after the one row: those of the example.
+    """
 
     rows: tuple[Row, ...]
-    option_of_read: tuple[int, ...]
-    option_lengths: tuple[int, ...]
-    label: int
+    option_of_read: tuple[int, ...] = ()
+    option_lengths: tuple[int, ...] = ()
+    label: int = 0
+    columns: Mapping[str, Any] | None = None
 
     @cached_property
     def slot_tokens(self) -> int:
@@ -77,6 +85,8 @@ def digest_of_plans(plans: Iterable[ExamplePlan]) -> str:
     for plan in plans:
         rows = tuple((row.prefix, row.suffix, row.reads) for row in plan.rows)
         digest.update(marshal.dumps((rows, plan.option_lengths, plan.label), _MARSHAL_FORMAT))
+        if plan.columns is not None:
+            digest.update(json.dumps(plan.columns, default=str, sort_keys=True).encode())
     return f"sha256:{digest.hexdigest()[:32]}"
 
 
@@ -99,6 +109,8 @@ class Planner:
     def plan(self, example: Example) -> ExamplePlan:
         """Options of one token each are read off one row; longer ones get a row each, which share the prompt."""
         prefix, rest = self._split(example.prompt)
+        if example.columns is not None:
+            return ExamplePlan((Row(prefix, rest, ()),), columns=example.columns)
         if all(len(option) == 1 for option in example.options):
             rows = (Row(prefix, rest, tuple((len(rest) - 1, option[0]) for option in example.options)),)
         else:
@@ -123,4 +135,4 @@ def _option_row(prefix: tuple[int, ...], rest: tuple[int, ...], option: tuple[in
 
 def needs_normaliser(plans: Sequence[ExamplePlan], objective: Objective) -> bool:
     """The softmax normaliser cancels in a choice between single tokens at one position, and only there."""
-    return objective != "classification" or not all(plan.single_token_options for plan in plans)
+    return objective == "completion" or not all(plan.single_token_options for plan in plans)

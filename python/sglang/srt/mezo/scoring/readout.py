@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from sglang.srt.mezo.core.config import Objective
+from sglang.srt.mezo.core.objective import Objective
 from sglang.srt.mezo.scoring.losses import option_cross_entropy, option_scores, split_options
 from sglang.srt.mezo.scoring.plan import ExamplePlan
 
@@ -16,7 +16,7 @@ class BatchLoss:
 
     Attributes:
         total: float64 [slots].
-        weight: what to divide by: examples for classification, tokens otherwise.
+        weight: what to divide by: tokens of completions, else examples.
     """
 
     total: torch.Tensor
@@ -30,14 +30,17 @@ class BatchLoss:
 def batch_loss(plans: Sequence[ExamplePlan], values: torch.Tensor, objective: Objective) -> BatchLoss:
     """Loss of a batch in every slot.
 
-    Classification: mean over examples of the cross-entropy over options. Otherwise: mean over all tokens of the batch's
-    right options of their negative log-probability, as the MeZO paper's code does.
+    Classification: mean over examples of the cross-entropy over options. Accuracy: the share of right predictions, with
+    the sign changed. Otherwise: mean over all tokens of the batch's right options of their negative log-probability, as
+    the MeZO paper's code does.
 
     Args:
         values: [slots, reads], from ``Scorer.passes``.
     """
+    labels = torch.tensor([plan.label for plan in plans])
+    if objective == "accuracy":
+        return BatchLoss(-(predictions(plans, values) == labels).sum(dim=1).double(), len(plans))
     if objective == "classification":
-        labels = torch.tensor([plan.label for plan in plans])
         return BatchLoss(option_cross_entropy(_scores(plans, values), labels).sum(dim=1), len(plans))
     right = torch.tensor([option == plan.label for plan in plans for option in plan.option_of_read])
     return BatchLoss(-values[:, right].double().sum(dim=1), int(right.sum()))

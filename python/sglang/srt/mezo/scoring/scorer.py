@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from sglang.srt.mezo.core.config import Objective
+from sglang.srt.mezo.core.objective import Objective
 from sglang.srt.mezo.core.passes import Passes
 from sglang.srt.mezo.core.tokens import common_length
-from sglang.srt.mezo.engine.forward import Sequenced, extend
+from sglang.srt.mezo.engine.forward import Sequenced, before, extend
 from sglang.srt.mezo.engine.handle import EngineHandle
 from sglang.srt.mezo.engine.head import Head
 from sglang.srt.mezo.engine.kv_pool import erase
@@ -26,13 +26,43 @@ _NOTHING = torch.empty(0, dtype=torch.int64)
 
 
 @dataclass(frozen=True)
-class _Item:
-    """A row under one point, the ``number``-th of all; ``first_read`` is the column of its first value."""
+class Item:
+    """A row under one point.
+
+    Attributes:
+        number: of the point among all.
+        plan: number of the row's plan.
+        first_read: the column of its first value.
+    """
 
     number: int
     point: Point
+    plan: int
     row: Row
     first_read: int
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What a pass has computed, good until its KV is given back.
+
+    Attributes:
+        hidden: [tokens, hidden size].
+        rows: item -> for every token of its suffix the row of ``hidden``.
+        order: the items of ``sequences``.
+        kv_indices: int64 [tokens].
+    """
+
+    hidden: torch.Tensor
+    rows: dict[int, list[int]]
+    order: tuple[int, ...]
+    sequences: list[Sequenced]
+    kv_indices: torch.Tensor
+
+    def places(self) -> dict[int, torch.Tensor]:
+        """Item -> int64 places in the KV pool of all its tokens, and of what its point has before them."""
+        new = self.kv_indices.split([len(sequence.tokens) for sequence in self.sequences])
+        return {number: torch.cat(parts) for number, *parts in zip(self.order, before(self.sequences, new), new)}
 
 
 class Scorer:
@@ -54,7 +84,7 @@ class Scorer:
         most = int(_MOST_PREFIX_SHARE * handle.kv_capacity)
         self._prefix_room = max(int(_PREFIX_SHARE * handle.kv_capacity), min(kept_tokens, most))
         self._prefix_reuse = prefix_reuse
-        self._head = Head(handle)
+        self.head = Head(handle)
         self.during_prefixes: Callable[[], AbstractContextManager[None]] = nullcontext
         self.prefix_stats = PrefixStats()
         self.base_prefixes = BasePrefixes(handle, max_tokens, self.prefix_stats, kept_tokens)
@@ -86,31 +116,43 @@ class Scorer:
         normalise = needs_normaliser(plans, objective)
         num_reads = sum(len(row.reads) for plan in plans for row in plan.rows)
         values = torch.empty(sum(map(len, groups)), num_reads)
-        for items in self._batches(plans, groups):
-            if self._prefix_reuse and self.scope is PrefixScope.BASE:
-                with self.during_prefixes():
-                    yield from self.base_prefixes.prepare(item.row.prefix for item in items)
-            read = self._score_items(items, normalise, keep)
+        for items in self.batches(plans, groups):
+            yield from self.prepare(items)
+            with self.running(items, keep) as ran:
+                read = self._read(ran, items, normalise)
             for item, part in zip(items, read.split([len(item.row.reads) for item in items])):
                 values[item.number, item.first_read : item.first_read + part.numel()] = part
             yield
         return values
 
+    def prepare(self, items: Sequence[Item]) -> Passes[None]:
+        """Compute the base-model prefixes of the items that the tree lacks, where they are shared."""
+        if self._prefix_reuse and self.scope is PrefixScope.BASE:
+            with self.during_prefixes():
+                yield from self.base_prefixes.prepare(item.row.prefix for item in items)
+
     def prefix_passes(self, plans: Sequence[ExamplePlan], groups: Sequence[PointGroup]) -> Passes[None]:
         """Compute the base-model prefixes that the tree lacks, in the very batches in which ``passes`` would."""
-        for items in self._batches(plans, groups):
+        for items in self.batches(plans, groups):
             yield from self.base_prefixes.prepare(item.row.prefix for item in items)
             yield
 
-    def _batches(self, plans: Sequence[ExamplePlan], groups: Sequence[PointGroup]) -> Iterator[list[_Item]]:
+    def batches(
+        self, plans: Sequence[ExamplePlan], groups: Sequence[PointGroup], new_tokens: int = 0
+    ) -> Iterator[list[Item]]:
         """Pack (example, group of points) units up to the token budget, the free rows and the room for prefixes, point
-        after point."""
-        batch: list[_Item] = []
+        after point.
+
+        Args:
+            new_tokens: that follow on each row later, for which there must be room.
+        """
+        batch: list[Item] = []
         tokens, prefixes, before = 0, _Prefixes(), None
         for unit in _units(plans, groups, points_first=self.scope is PrefixScope.SLOT):
             cost, longer = self._cost(unit, before), prefixes.with_unit(unit)
-            full = tokens + cost > self._max_tokens or len(batch) + len(unit.items) > self._handle.free_rows
-            if batch and (full or not self._has_room(longer.tokens, tokens + cost)):
+            rows = len(batch) + len(unit.items)
+            full = tokens + cost > self._max_tokens or rows > self._handle.free_rows
+            if batch and (full or not self._has_room(longer.tokens, tokens + cost + rows * new_tokens)):
                 yield sorted(batch, key=lambda item: item.number)
                 batch, tokens, cost, longer = [], 0, self._cost(unit, None), _Prefixes().with_unit(unit)
             batch += unit.items
@@ -136,19 +178,26 @@ class Scorer:
             shared = common_length(a.suffix, b.suffix[:-1]) if a.prefix == b.prefix else 0
         return len(unit.group) * (unit.plan.slot_tokens - shared)
 
-    def _score_items(self, items: Sequence[_Item], normalise: bool, keep: bool) -> torch.Tensor:
+    @contextmanager
+    def running(self, items: Sequence[Item], keep: bool, new_tokens: int = 0) -> Iterator[Ran]:
+        """Run the items in one pass; their KV and the locks on their prefixes are held for the duration.
+
+        Args:
+            keep: base-model prefixes may stay locked afterwards.
+            new_tokens: that are to follow on each item meanwhile.
+        """
         borrowed = self._borrowed(items)
-        with self._base(items, keep) as base:
-            hidden, kv_indices = extend(self._handle, self._sequences(items, borrowed, base))
+        with self._base(items, keep, new_tokens) as base:
+            sequences = self._sequences(items, borrowed, base)
+            hidden, kv_indices = extend(self._handle, sequences)
             try:
-                values = self._read(hidden, items, borrowed, normalise)
+                yield Ran(hidden, self._hidden_rows(items, borrowed), tuple(borrowed), sequences, kv_indices)
+            finally:
                 if not hidden.isfinite().all():  # of a point that has diverged
                     erase(self._handle.kv_allocator.get_kvcache(), kv_indices)
-            finally:
                 self._handle.kv_allocator.free(kv_indices)
-        return values
 
-    def _borrowed(self, items: Sequence[_Item]) -> dict[int, SharedPrefix]:
+    def _borrowed(self, items: Sequence[Item]) -> dict[int, SharedPrefix]:
         """Item -> the tokens of its suffix that another item runs, in the order in which they run."""
         if not self._shares_in_slots:
             return {number: SharedPrefix(None, 0) for number in range(len(items))}
@@ -166,7 +215,7 @@ class Scorer:
         self.prefix_stats.total += lent + sum(lengths)
 
     @contextmanager
-    def _base(self, items: Sequence[_Item], keep: bool):
+    def _base(self, items: Sequence[Item], keep: bool, new_tokens: int):
         """Prefix -> KV indices of the base model: none where prefixes are run anew."""
         prefix_tokens = sum(len(item.row.prefix) for item in items)
         self.prefix_stats.total += prefix_tokens
@@ -174,12 +223,12 @@ class Scorer:
             self.prefix_stats.computed += prefix_tokens
             yield {item.row.prefix: _NOTHING for item in items}
             return
-        tokens = sum(len(item.row.suffix) for item in items)
+        tokens = sum(len(item.row.suffix) + new_tokens for item in items)
         with self.base_prefixes.acquire((item.row.prefix for item in items), tokens, keep) as base:
             yield base
 
     def _sequences(
-        self, items: Sequence[_Item], borrowed: dict[int, SharedPrefix], base: dict[tuple[int, ...], torch.Tensor]
+        self, items: Sequence[Item], borrowed: dict[int, SharedPrefix], base: dict[tuple[int, ...], torch.Tensor]
     ) -> list[Sequenced]:
         """In the order of ``borrowed``."""
         place = {number: place for place, number in enumerate(borrowed)}
@@ -191,27 +240,24 @@ class Scorer:
             segments = ((point.adapter, len(own)),)
             if on_base and self.scope is PrefixScope.BASE:
                 segments = ((None, len(on_base)), *segments)
-            before = len(point.cached) + len(item.row.prefix) + taken.length
-            follows = None if taken.row is None else (place[taken.row], before)
+            first = len(point.cached) + len(item.row.prefix) + taken.length
+            follows = None if taken.row is None else (place[taken.row], first)
             cached = [places for places in (point.cached, base[item.row.prefix]) if len(places)]
             sequences.append(
                 Sequenced(torch.cat(cached) if cached else _NOTHING, on_base + own, segments, follows, point.shift)
             )
         return sequences
 
-    def _read(
-        self, hidden: torch.Tensor, items: Sequence[_Item], borrowed: dict[int, SharedPrefix], normalise: bool
-    ) -> torch.Tensor:
+    def _read(self, ran: Ran, items: Sequence[Item], normalise: bool) -> torch.Tensor:
         """The values of the items, one after the other; a token that was borrowed is read where it ran."""
-        rows_of = self._hidden_rows(items, borrowed)
-        rows = [rows_of[number][position] for number, item in enumerate(items) for position, _ in item.row.reads]
+        rows = [ran.rows[number][position] for number, item in enumerate(items) for position, _ in item.row.reads]
         tokens = [token for item in items for _, token in item.row.reads]
-        rows, tokens = (torch.tensor(column, device=hidden.device) for column in (rows, tokens))
-        read = self._head.log_probs if normalise else self._head.logits
+        rows, tokens = (torch.tensor(column, device=ran.hidden.device) for column in (rows, tokens))
+        read = self.head.log_probs if normalise else self.head.logits
         with torch.inference_mode():
-            return read(hidden, rows, tokens).cpu()
+            return read(ran.hidden, rows, tokens).cpu()
 
-    def _hidden_rows(self, items: Sequence[_Item], borrowed: dict[int, SharedPrefix]) -> dict[int, list[int]]:
+    def _hidden_rows(self, items: Sequence[Item], borrowed: dict[int, SharedPrefix]) -> dict[int, list[int]]:
         """Item -> for every token of its suffix the row of the hidden states."""
         rows_of: dict[int, list[int]] = {}
         end = 0
@@ -229,7 +275,7 @@ class _Unit:
 
     plan: ExamplePlan
     group: PointGroup
-    items: list[_Item]
+    items: list[Item]
 
 
 @dataclass(frozen=True)
@@ -255,15 +301,11 @@ def _units(plans: Sequence[ExamplePlan], groups: Sequence[PointGroup], points_fi
     else:
         order = ((plan, group) for plan in range(len(plans)) for group in range(len(groups)))
     for plan, group in order:
-        yield _Unit(
-            plans[plan], groups[group], _items(plans[plan], groups[group], first_points[group], first_reads[plan])
-        )
-
-
-def _items(plan: ExamplePlan, group: PointGroup, first_point: int, first_read: int) -> list[_Item]:
-    columns = list(itertools.accumulate((len(row.reads) for row in plan.rows), initial=first_read))
-    return [
-        _Item(number, point, row, column)
-        for number, point in enumerate(group, first_point)
-        for row, column in zip(plan.rows, columns)
-    ]
+        rows = plans[plan].rows
+        columns = list(itertools.accumulate((len(row.reads) for row in rows), initial=first_reads[plan]))
+        items = [
+            Item(number, point, plan, row, column)
+            for number, point in enumerate(groups[group], first_points[group])
+            for row, column in zip(rows, columns)
+        ]
+        yield _Unit(plans[plan], groups[group], items)

@@ -6,10 +6,10 @@ from typing import Any, Optional
 from sglang.srt.mezo.adapters.adapter import Adapter
 from sglang.srt.mezo.adapters.families import family_of
 from sglang.srt.mezo.adapters.peft_adapter import PeftAdapter, read_adapter
-from sglang.srt.mezo.core.config import Objective
 from sglang.srt.mezo.core.errors import ConfigError
+from sglang.srt.mezo.core.objective import ObjectiveSettings
 from sglang.srt.mezo.core.passes import drain
-from sglang.srt.mezo.core.settings import require_settings, setting
+from sglang.srt.mezo.core.settings import setting
 from sglang.srt.mezo.data.examples import Encoder, OnBadRow, default_objective
 from sglang.srt.mezo.data.rows import has_splits, read_rows
 from sglang.srt.mezo.data.splits import named_data
@@ -24,11 +24,12 @@ from sglang.srt.mezo.scoring.plan import Planner
 from sglang.srt.mezo.scoring.scorer import Scorer
 from sglang.srt.mezo.training.checkpoint import read_checkpoint
 from sglang.srt.mezo.training.finetune import ModelArguments, chat_settings, model_layers
+from sglang.srt.mezo.training.rewards import Writer, measure_of
 from sglang.srt.mezo.training.usable import require_choices
 
 
 @dataclass(frozen=True)
-class EvaluateArguments:
+class EvaluateArguments(ObjectiveSettings):
     """What is evaluated, and on which rows; ConfigError names the field at fault."""
 
     adapter: Optional[str] = setting(None, "PEFT folder of the adapter; the base model by default.")
@@ -39,16 +40,14 @@ class EvaluateArguments:
     )
     rows: Optional[int] = setting(None, "Rows to use, from the first; all by default.", at_least=1)
     on_bad_row: OnBadRow = setting("raise", "raise: stop; skip: leave the row out.")
-    objective: Optional[Objective] = setting(None, "Loss; the one that the data suggests by default.")
     max_tokens_per_batch: int = setting(4096, "Most tokens run through the model in one forward pass.", at_least=1)
     per_device_eval_batch_size: int = setting(64, "Examples in a batch.", at_least=1)
-
-    def __post_init__(self):
-        require_settings(self)
+    seed: int = setting(42, "Of sampled completions.", at_least=0, below=2**64, words="an unsigned 64-bit number")
 
 
 def evaluate(model: ModelArguments, arguments: EvaluateArguments) -> dict[str, Any]:
-    """``examples``, ``loss``, and ``accuracy`` where there are options to choose from.
+    """``examples``, ``loss``, and the scores of the objective, such as ``accuracy`` where there are options to choose
+    from.
 
     Raises:
         ConfigError, DataError, CapacityError: before the engine starts but for what only an engine can tell.
@@ -67,7 +66,9 @@ def _evaluate(rank: Rank, model: ModelArguments, arguments: EvaluateArguments) -
     rows = read_rows(dataset, arguments.split or (task.eval_split if task else "test"), task)[: arguments.rows]
     invocation = () if adapter is None else adapter.invocation
     chat = ChatRenderer(tokenizer, chat_settings(model))
-    encoder = Encoder(tokenizer, model_config.max_position_embeddings, task, invocation, chat)
+    generation = arguments.generation
+    writer = Writer.of(generation, tokenizer)
+    encoder = Encoder(tokenizer, model_config.max_position_embeddings, task, invocation, chat, generation)
     examples = encoder.encode_rows(rows, arguments.on_bad_row)
     objective = arguments.objective or default_objective(examples)
     require_choices(objective, (len(example.options) for example in examples))
@@ -87,7 +88,8 @@ def _evaluate(rank: Rank, model: ModelArguments, arguments: EvaluateArguments) -
     plans = [planner.plan(example) for example in examples]
     scorer = Scorer(engine.handle, planner.scope, arguments.max_tokens_per_batch)
     point = BASE if adapter is None else _slot(engine, model.model, adapter).point
-    passes = evaluation_passes(scorer, plans, point, objective, arguments.per_device_eval_batch_size)
+    measure = measure_of(engine.handle, scorer, objective, writer)
+    passes = evaluation_passes(measure, plans, point, arguments.per_device_eval_batch_size, arguments.seed)
     return {"examples": len(examples), **drain(passes)}
 
 

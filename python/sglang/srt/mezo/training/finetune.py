@@ -16,6 +16,7 @@ from sglang.srt.mezo.adapters.weights import WeightsSpec
 from sglang.srt.mezo.core.config import MezoConfig, Tuning
 from sglang.srt.mezo.core.errors import ConfigError
 from sglang.srt.mezo.core.integrity import write_json
+from sglang.srt.mezo.core.objective import SCORES
 from sglang.srt.mezo.core.passes import drain
 from sglang.srt.mezo.core.settings import require_settings, setting
 from sglang.srt.mezo.data.chat import ChatSettings
@@ -32,6 +33,7 @@ from sglang.srt.mezo.training.memory import MemoryMeter
 from sglang.srt.mezo.training.plots import plot_run
 from sglang.srt.mezo.training.reporting import integrations
 from sglang.srt.mezo.training.results import TrainResult
+from sglang.srt.mezo.training.rewards import Writer
 from sglang.srt.mezo.training.run_directory import RunDirectory
 from sglang.srt.mezo.training.start import read_start, settled
 from sglang.srt.mezo.training.trained import Spec
@@ -110,17 +112,17 @@ def open_trainer(
     if rank.is_first:  # which makes it
         RunDirectory(config).check()
     invocation = chosen_invocation(tokenizer, data.task, config.tuning, config.invocation)
+    writer = Writer.of(config.generation, tokenizer)
     max_length = model_config.max_position_embeddings - (config.num_virtual_tokens or 0)
-    splits = load_splits(tokenizer, max_length, invocation, data, ChatRenderer(tokenizer, chat_settings(model)))
+    chat = ChatRenderer(tokenizer, chat_settings(model))
+    splits = load_splits(tokenizer, max_length, invocation, data, chat, config.generation)
     spec = _spec(config, model.model, model_config, splits.invocation, target_modules)
     require_objective(
         config,
         config.objective or splits.objective,
         (len(example.options) for example in splits.train + splits.dev + splits.test),
     )
-    longest = max(
-        len(example.prompt) + max(map(len, example.options)) for example in splits.train + splits.dev + splits.test
-    )
+    longest = max(example.longest for example in splits.train + splits.dev + splits.test) + (config.max_new_tokens or 0)
     if model.max_total_tokens is not None and model.max_total_tokens < longest:
         raise ConfigError(
             "max_total_tokens", model.max_total_tokens, f"at least {longest}, the tokens of the longest example"
@@ -136,7 +138,10 @@ def open_trainer(
         tp_size=model.tp_size,
         rank=rank,
     )
-    return MezoTrainer(engine.handle, config, spec, splits.train, splits.dev, splits.objective, start=origin), splits
+    trainer = MezoTrainer(
+        engine.handle, config, spec, splits.train, splits.dev, splits.objective, start=origin, writer=writer
+    )
+    return trainer, splits
 
 
 def _with_targets(model_config: "PretrainedConfig", config: MezoConfig) -> tuple[MezoConfig, tuple[str, ...]]:
@@ -209,13 +214,12 @@ def chosen_invocation(
 
 
 def _zero_shot(trainer: MezoTrainer, tests: Sequence[Example]) -> dict[str, float]:
-    """Loss and accuracy of the base model; nothing without examples."""
+    """Loss and scores of the base model; nothing without examples."""
     if not tests:
         return {}
+    config = trainer.config
     return drain(
-        evaluation_passes(
-            trainer.scorer, trainer.plan(tests), BASE, trainer.objective, trainer.config.per_device_eval_batch_size
-        )
+        evaluation_passes(trainer.measure, trainer.plan(tests), BASE, config.per_device_eval_batch_size, config.seed)
     )
 
 
@@ -224,9 +228,11 @@ def _summary(
 ) -> dict[str, Any]:
     stats = trainer.scorer.prefix_stats
     directory = RunDirectory(trainer.config)
+    scores = {}
+    for name in SCORES[trainer.objective] or ("accuracy",):
+        scores |= {f"zero_shot_{name}": zero_shot.get(name), name: trained.get(f"eval_{name}")}
     return {
-        "zero_shot_accuracy": zero_shot.get("accuracy"),
-        "accuracy": trained.get("eval_accuracy"),
+        **scores,
         "zero_shot_loss": zero_shot.get("loss"),
         "loss": trained.get("eval_loss"),
         "steps": result.global_step,

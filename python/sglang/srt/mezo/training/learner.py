@@ -11,9 +11,10 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 import torch
 
 from sglang.srt.mezo.adapters.peft_adapter import PeftAdapter
-from sglang.srt.mezo.core.config import MezoConfig, Objective
+from sglang.srt.mezo.core.config import MezoConfig
 from sglang.srt.mezo.core.errors import ConfigError, DivergedError, RankError
 from sglang.srt.mezo.core.noise import step_seed
+from sglang.srt.mezo.core.objective import Objective
 from sglang.srt.mezo.core.optimizer import Optimizer, learning_rate_at, to_logged_float32
 from sglang.srt.mezo.core.passes import Passes
 from sglang.srt.mezo.core.seed_log import LogRecord
@@ -26,6 +27,7 @@ from sglang.srt.mezo.scoring.scorer import Scorer
 from sglang.srt.mezo.training.memory import MemoryMeter
 from sglang.srt.mezo.training.probe import Probe
 from sglang.srt.mezo.training.results import StepResult
+from sglang.srt.mezo.training.rewards import Writer, measure_of
 from sglang.srt.mezo.training.trained import Spec, trained
 from sglang.srt.mezo.training.usable import require_usable
 from sglang.srt.mezo.training.window import PrefixWindow, window_of
@@ -50,6 +52,7 @@ class Learner:
         claim_slots: take the slots now; or later by ``points.claim()``, where requests may need them now.
         spare_slots: adapters that the pool is to have room for besides.
         start: the adapter of ``spec`` to go on from; a new one if absent.
+        writer: what it takes for an objective of completions that the model writes.
 
     Raises:
         ConfigError, DataError, CapacityError: before anything is written or trained.
@@ -68,6 +71,7 @@ class Learner:
         claim_slots: bool = True,
         spare_slots: int = 0,
         start: PeftAdapter | None = None,
+        writer: Writer | None = None,
     ):
         spec.require_agreement(config)
         self.handle = handle
@@ -75,6 +79,7 @@ class Learner:
         self._virtual_tokens = spec.virtual_tokens
         self.objective: Objective = config.objective or objective
         self.planner = Planner(config.tuning, spec.invocation)
+        self._new_tokens = 0 if config.generation is None else config.generation.max_new_tokens
         self.train_plans = self.plan(train_dataset)
         self.eval_plans = self.plan(eval_dataset)
         (_, initial), *later = portions or [Portion(0, len(self.train_plans))]
@@ -94,7 +99,8 @@ class Learner:
         self.scorer = Scorer(handle, self.planner.scope, config.max_tokens_per_batch, config.prefix_reuse, kept_tokens)
         self.window = PrefixWindow(handle, config, self.scorer, self.stream)
         self.optimizer = Optimizer(self.trainable.theta, self.trainable.shapes, config.update_rule, largest)
-        self.probe = Probe(handle, config, self.objective, self.optimizer, self.points, self.scorer)
+        self.measure = measure_of(handle, self.scorer, self.objective, writer)
+        self.probe = Probe(handle, config, self.measure, self.optimizer, self.points)
         if claim_slots:
             self.points.claim()
         self.slot_dtype = handle.model_runner.dtype
@@ -112,7 +118,7 @@ class Learner:
         self.window.enter(self.global_step)
         zo_random_seed = step_seed(self.config.seed, self.global_step, self.config.perturbation_interval)
         directions = self.probe.directions(zo_random_seed)
-        losses, baselines = yield from self.probe.loss_passes(batch, directions, self.config.zo_eps)
+        losses, baselines = yield from self.probe.loss_passes(batch, directions, self.config.zo_eps, zo_random_seed)
         self._require_finite(losses + baselines)
         projected_grad = list(map(self._clip, self.probe.estimate(losses, baselines, self.config.zo_eps)))
         learning_rate = self._learning_rate()
@@ -186,7 +192,8 @@ class Learner:
     def plan(self, examples: Sequence[Example]) -> list[ExamplePlan]:
         """How the examples are scored; raises ConfigError or DataError for one that this run cannot score."""
         plans = [self.planner.plan(example) for example in examples]
-        require_usable(plans, self.config, self.objective, self.handle.context_length - self._virtual_tokens)
+        context = self.handle.context_length - self._virtual_tokens - self._new_tokens
+        require_usable(plans, self.config, self.objective, context)
         return plans
 
     def batch(self, step: int) -> list[ExamplePlan]:
@@ -213,11 +220,12 @@ class Learner:
         return first_step
 
     def evaluation_passes(self, plans: Sequence[ExamplePlan] | None = None) -> Passes[dict[str, float]]:
-        """``eval_loss`` and ``eval_accuracy`` of what is trained as it is, on the development set or on ``plans``."""
+        """``eval_loss``, and the scores of the objective such as ``eval_accuracy``, of what is trained as it is, on the
+        development set or on ``plans``."""
         self.points.write_current()
         plans = self.eval_plans if plans is None else plans
         metrics = yield from evaluation_passes(
-            self.scorer, plans, self.points.current, self.objective, self.config.per_device_eval_batch_size
+            self.measure, plans, self.points.current, self.config.per_device_eval_batch_size, self.config.seed
         )
         return {f"eval_{name}": value for name, value in self.handle.broadcast(metrics).items()}
 

@@ -1,9 +1,10 @@
-"""The plot of a run: loss, accuracy and memory against steps and against forward passes."""
+"""The plot of a run: loss, scores and memory against steps and against forward passes."""
 
 import importlib.util
 from pathlib import Path
 from typing import Any
 
+from sglang.srt.mezo.core.objective import SCORES
 from sglang.srt.mezo.training.tracking import parse_metrics
 
 _MEMORY = {"host_memory_bytes": "host", "device_memory_bytes": "device"}
@@ -26,16 +27,18 @@ def plot_run(directory: Path) -> str | None:
     for column, x in enumerate(("step", "forward_passes")):
         _curve(axes[0, column], records, x, "loss", "training loss", alpha=0.6)
         _curve(axes[0, column], records, x, "eval_loss", "development loss", marker="o")
-        _curve(axes[1, column], records, x, "eval_accuracy", "development accuracy", marker="o")
+        for score in sorted({score for scores in SCORES.values() for score in scores}):
+            _curve(axes[1, column], records, x, f"eval_{score}", f"development {score}", marker="o")
         for name, label in _MEMORY.items():
             _curve(axes[2, column], records, x, name, label)
         axes[2, column].set_ylim(bottom=0)
         axes[2, column].set_xlabel("step" if x == "step" else "forward passes of a batch")
     axes[0, 0].set_ylabel("loss")
-    axes[1, 0].set_ylabel("accuracy")
+    axes[1, 0].set_ylabel("score")
     axes[2, 0].set_ylabel("peak memory, GiB")
-    axes[0, 0].legend()
-    axes[2, 0].legend()
+    for axis in axes[:, 0]:
+        if axis.lines:
+            axis.legend()
     path = directory / "curves.png"
     figure.savefig(path, dpi=120)
     plt.close(figure)

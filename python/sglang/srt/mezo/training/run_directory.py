@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from sglang.srt.mezo.core.atomic import atomic_directory
-from sglang.srt.mezo.core.config import OF_EARLIER_VERSIONS, MezoConfig
+from sglang.srt.mezo.core.config import MezoConfig
 from sglang.srt.mezo.core.errors import BaseModelError, ConfigError, DamagedError
 from sglang.srt.mezo.core.integrity import read_checked_json, write_checked_json, write_json
+from sglang.srt.mezo.core.objective import OF_EARLIER_VERSIONS
 from sglang.srt.mezo.core.seed_log import LogHeader, SeedLog, digest_of
 from sglang.srt.mezo.core.settings import setting_of
 from sglang.srt.mezo.core.trainable import Trainable

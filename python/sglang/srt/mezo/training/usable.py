@@ -2,8 +2,9 @@
 
 from collections.abc import Iterable, Sequence
 
-from sglang.srt.mezo.core.config import MezoConfig, Objective
+from sglang.srt.mezo.core.config import MezoConfig
 from sglang.srt.mezo.core.errors import ConfigError, DataError
+from sglang.srt.mezo.core.objective import SCORES, Objective
 from sglang.srt.mezo.scoring.plan import ExamplePlan
 
 
@@ -23,7 +24,7 @@ def require_usable(plans: Sequence[ExamplePlan], config: MezoConfig, objective: 
 def require_objective(config: MezoConfig, objective: Objective, option_counts: Iterable[int]) -> None:
     """Raise ConfigError where ``objective`` is not one for examples of so many options, or has no such metric."""
     require_choices(objective, option_counts)
-    metrics = ["eval_loss", "eval_accuracy"] if objective == "classification" else ["eval_loss"]
+    metrics = ["eval_loss", *(f"eval_{score}" for score in SCORES[objective])]
     if config.metric_for_best_model not in (None, *metrics):
         raise ConfigError(
             "metric_for_best_model", config.metric_for_best_model, f"one of {', '.join(metrics)} for {objective}"
@@ -32,5 +33,7 @@ def require_objective(config: MezoConfig, objective: Objective, option_counts: I
 
 def require_choices(objective: Objective, option_counts: Iterable[int]) -> None:
     """Raise ConfigError where there is nothing to choose from in an example that is to be classified."""
-    if objective == "classification" and any(count < 2 for count in option_counts):
-        raise ConfigError("objective", objective, "completion, as an example has one option only: its loss would be 0")
+    if "accuracy" in SCORES[objective] and any(count < 2 for count in option_counts):
+        raise ConfigError(
+            "objective", objective, "completion, as an example has one option only: nothing to choose from"
+        )

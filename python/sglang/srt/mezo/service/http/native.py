@@ -10,7 +10,8 @@ from fastapi import FastAPI, Query
 from pydantic import Field
 from starlette.requests import Request
 
-from sglang.srt.mezo.core.config import LARGEST, SMALLEST_ZO_EPS
+from sglang.srt.mezo.core.config import SMALLEST_ZO_EPS
+from sglang.srt.mezo.core.settings import LARGEST
 from sglang.srt.mezo.service.http.endpoint import Endpoint, Service, Wire, add_routes, changes, read_json, reads
 from sglang.srt.mezo.service.http.protocol import Json, job_object
 from sglang.srt.mezo.service.jobs.job_data import MAX_EXAMPLES

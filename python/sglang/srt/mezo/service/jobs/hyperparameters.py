@@ -8,11 +8,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import fields, replace
 from typing import Any, NamedTuple, get_type_hints
 
-from sglang.srt.mezo.core.config import LARGEST, MOST_STEPS, NEW_ADAPTER, AdapterTuning, MezoConfig, defaults
+from sglang.srt.mezo.core.config import MOST_STEPS, NEW_ADAPTER, AdapterTuning, MezoConfig, defaults
 from sglang.srt.mezo.core.errors import ConfigError, DataError, shown
 from sglang.srt.mezo.core.estimator import SIGNS, Estimator
 from sglang.srt.mezo.core.kinds import described, fits
-from sglang.srt.mezo.core.settings import Bounds, names, setting_of
+from sglang.srt.mezo.core.objective import JobObjective
+from sglang.srt.mezo.core.settings import LARGEST, Bounds, names, setting_of
 from sglang.srt.mezo.data.invocation import AUTO
 from sglang.srt.mezo.service.jobs.origins import Origin
 from sglang.srt.mezo.service.wire.errors import RequestError
@@ -37,7 +38,11 @@ def kinds(config: type[MezoConfig] = MezoConfig) -> dict[str, tuple[Any, Bounds]
     """
     types = get_type_hints(config)
     own = {one.name: (types[one.name], bounds) for one in fields(config) if (bounds := setting_of(one).job) is not None}
-    of_server = {"tuning": (AdapterTuning, Bounds()), "target_modules": (list[str], Bounds())}
+    of_server = {
+        "tuning": (AdapterTuning, Bounds()),
+        "target_modules": (list[str], Bounds()),
+        "objective": (JobObjective | None, Bounds()),
+    }
     return {**_OPENAI, **own, **of_server}
 
 

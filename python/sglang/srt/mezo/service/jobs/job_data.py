@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sglang.srt.mezo.core.atomic import atomic_file
-from sglang.srt.mezo.core.config import MOST_PASS_TOKENS, Objective, Tuning
+from sglang.srt.mezo.core.config import MOST_PASS_TOKENS, Tuning
 from sglang.srt.mezo.core.errors import DataError
 from sglang.srt.mezo.core.integrity import require_sums, write_sums
+from sglang.srt.mezo.core.objective import Objective
 from sglang.srt.mezo.data.chat import ChatSettings
 from sglang.srt.mezo.data.examples import Encoder, Example, count_shared, default_objective
 from sglang.srt.mezo.data.invocation import AUTO, invocation_setting, invocation_tokens

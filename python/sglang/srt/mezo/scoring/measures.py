@@ -1,0 +1,88 @@
+"""What the loss of a run is: of what the model says of given texts, or of what it writes itself."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from sglang.srt.mezo.core.objective import Objective
+from sglang.srt.mezo.core.passes import Passes
+from sglang.srt.mezo.engine.handle import EngineHandle
+from sglang.srt.mezo.engine.points import PointGroup
+from sglang.srt.mezo.scoring.generator import Generator
+from sglang.srt.mezo.scoring.plan import ExamplePlan
+from sglang.srt.mezo.scoring.readout import BatchLoss, batch_loss, predictions
+from sglang.srt.mezo.scoring.scorer import Scorer
+
+Grade = Callable[[Sequence[ExamplePlan], Sequence[str]], list[float]]
+"""Of a completion of each plan; more is better."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Of examples at points.
+
+    Attributes:
+        loss: summed.
+        scores: float64 [points] sums over the examples, by the name of a metric; more is better.
+    """
+
+    loss: BatchLoss
+    scores: dict[str, torch.Tensor]
+
+
+class Measure(Protocol):
+    @property
+    def objective(self) -> Objective: ...
+
+    def passes(
+        self, plans: Sequence[ExamplePlan], groups: Sequence[PointGroup], seed: int, keep: bool = True
+    ) -> Passes[Measured]:
+        """Measure every plan at every point, in the order of ``groups``.
+
+        Args:
+            seed: of what is drawn by chance.
+            keep: base-model prefixes may stay locked afterwards.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What the model says of the texts of the plans."""
+
+    scorer: Scorer
+    objective: Objective
+
+    def passes(
+        self, plans: Sequence[ExamplePlan], groups: Sequence[PointGroup], seed: int, keep: bool = True
+    ) -> Passes[Measured]:
+        values = yield from self.scorer.passes(plans, groups, self.objective, keep)
+        scores = {}
+        if self.objective != "completion":
+            right = predictions(plans, values) == torch.tensor([plan.label for plan in plans])
+            scores = {"accuracy": right.double().sum(dim=1)}
+        return Measured(batch_loss(plans, values, self.objective), scores)
+
+
+@dataclass(frozen=True)
+class Writing:
+    """What the model writes after the plans, graded; the loss is the grade with its sign changed.
+
+    Attributes:
+        grade: called on the leader, once for each pass through all points, point after point.
+    """
+
+    handle: EngineHandle
+    generator: Generator
+    objective: Objective
+    grade: Grade
+
+    def passes(
+        self, plans: Sequence[ExamplePlan], groups: Sequence[PointGroup], seed: int, keep: bool = True
+    ) -> Passes[Measured]:
+        texts = yield from self.generator.passes(plans, groups, seed, keep)
+        grades = self.handle.on_leader(self.grade, list(plans) * len(texts), sum(texts, []))
+        total = torch.tensor(grades, dtype=torch.float64).view(len(texts), len(plans)).sum(dim=1)
+        return Measured(BatchLoss(-total, len(plans)), {self.objective: total})
