@@ -1,10 +1,10 @@
-"""Accuracy of MeZO on a real model and real data, several seeds; one row of results per seed.
+"""Accuracy of MeZO, or its F1 or reward, on a real model and real data, several seeds; one row of results per seed.
 
     python benchmarks/accuracy.py --model models/smollm2-135m --dtype float32 --task sst2 --dataset data/sst2 \\
         --json benchmarks/results/sst2-alora.json --seeds 0 1 2 --max_steps 2000
 
 Takes every flag of the main example. Resumable: a seed whose row is in the results file is skipped, and one that was
-cut short goes on from its seed log. Accuracies are those of the test split; the adapter to keep is chosen on rows held
+cut short goes on from its seed log. Scores are those of the test split; the adapter to keep is chosen on rows held
 out of the training split.
 """
 
@@ -21,6 +21,7 @@ from typing import Optional
 
 from sglang.srt.mezo.core.config import MezoConfig
 from sglang.srt.mezo.core.integrity import write_json
+from sglang.srt.mezo.core.objective import GENERATED
 from sglang.srt.mezo.core.settings import setting
 from sglang.srt.mezo.training.arguments import build, read, status_of
 from sglang.srt.mezo.training.finetune import DataArguments, ModelArguments, finetune
@@ -28,8 +29,6 @@ from sglang.srt.mezo.training.finetune import DataArguments, ModelArguments, fin
 _MEASURED = (
     "steps",
     "best_step",
-    "zero_shot_accuracy",
-    "accuracy",
     "zero_shot_loss",
     "loss",
     "steps_per_second",
@@ -79,7 +78,7 @@ def run_seed(model: ModelArguments, data: DataArguments, config: MezoConfig, pat
             "task": data.task,
             "tuning": config.tuning,
             "seed": config.seed,
-            **{name: summary[name] for name in _MEASURED},
+            **{name: summary[name] for name in (*_scores(summary), *_MEASURED)},
             "settings": {
                 **config.to_dict(),
                 "dtype": model.dtype,
@@ -100,17 +99,21 @@ def load(path: Path) -> dict:
 
 
 def show(rows: list[dict]) -> None:
-    print(f"{'seed':>6} {'zero-shot':>10} {'accuracy':>10} {'best step':>10} {'steps/s':>8}")
+    _, score = _scores(rows[0])
+    print(f"{'seed':>6} {'zero-shot':>10} {score:>11} {'best step':>10} {'steps/s':>8}")
     for row in rows:
         print(
-            f"{row['seed']:>6} {row['zero_shot_accuracy']:>10.4f} {row['accuracy']:>10.4f} {row['best_step']:>10} "
+            f"{row['seed']:>6} {row[f'zero_shot_{score}']:>10.4f} {row[score]:>11.4f} {row['best_step']:>10} "
             f"{row['steps_per_second']:>8.2f}"
         )
-    accuracies = [row["accuracy"] for row in rows]
-    print(
-        f"mean of {len(rows)} seeds: {statistics.mean(accuracies):.4f} (min {min(accuracies):.4f}, max "
-        f"{max(accuracies):.4f})"
-    )
+    values = [row[score] for row in rows]
+    print(f"mean of {len(rows)} seeds: {statistics.mean(values):.4f} (min {min(values):.4f}, max {max(values):.4f})")
+
+
+def _scores(summary: dict) -> tuple[str, str]:
+    """Names of what the objective is told by, of the base model and trained."""
+    score = next(name for name in ("accuracy", *GENERATED) if name in summary)
+    return f"zero_shot_{score}", score
 
 
 if __name__ == "__main__":
