@@ -18,6 +18,7 @@ HOW_TO = [
         "docs/training.md",
         "docs/full_parameters.md",
         "docs/prefix_tuning.md",
+        "docs/long_text.md",
         "docs/files.md",
         "docs/server.md",
         "docs/chat.md",

@@ -26,7 +26,7 @@ from test_streams import TEXTS, packed, write
 from trainer_engine import adapter_in, build, config, engine, model_path, spec  # noqa: F401
 from trainer_engine import run as train
 
-LENGTH, BATCH, STEPS = 24, 3, 14
+LENGTH, BATCH, STEPS = 48, 3, 14
 LISTED = [Example((2,), ((10 + number, 11, 12 + number, 13),), 0) for number in range(10)]
 
 
@@ -142,7 +142,8 @@ def test_a_run_that_is_killed_goes_on_to_the_same_bits(tmp_path, tuning):
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "examples" / "assets" / "opt-reviews")
     blocks = len(packed(tokenizer, TEXTS, LENGTH)) - 6
     assert BATCH * 5 < blocks < BATCH * STEPS, "it goes over the files more than once"
-    run(*command(whole, data, tuning))
+    printed = run(*command(whole, data, tuning)).stdout
+    assert f"trained loss           {summary_of(whole)['loss']:.4f} " in printed
     arguments = command(killed, data, tuning)
     started = subprocess.Popen(
         [sys.executable, *arguments], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL

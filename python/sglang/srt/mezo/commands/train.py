@@ -4,6 +4,7 @@
     sglang-mezo train --model facebook/opt-125m --dataset rows.jsonl --invocation " It was"
     sglang-mezo train --model facebook/opt-125m --task sst2 --tuning full --dtype float32
     sglang-mezo train --model facebook/opt-125m --task sst2 --tuning prefix --num_virtual_tokens 5
+    sglang-mezo train --model facebook/opt-125m --task text --dataset texts --streaming --tuning lora --max_steps 500
     sglang-mezo train --config run.yaml --learning_rate 0.01
 
 Every field of ModelArguments, DataArguments and MezoConfig is a flag, and MeZO's, PEFT's and TRL's names for the same
@@ -49,13 +50,17 @@ def report(model: ModelArguments, config: MezoConfig, summary: dict) -> None:
     def percent(share: float | None) -> str:
         return "-" if share is None else f"{share:.1%}"
 
+    def loss(value: float | None) -> str:
+        return "-" if value is None else f"{value:.4f}"
+
+    measure, show = ("loss", loss) if summary["accuracy"] is None else ("accuracy", percent)
     total, trained = summary["prefix_tokens_total"], summary.get("adapter_dir") or summary["model_dir"]
     shared = "".join(f"; {count} examples: {where}" for where, count in summary["shared_examples"].items())
     kind = "model" if config.tuning == "full" else "adapter"
     best = f"({kind} of step {summary['best_step']} of {summary['steps']})"
     lines = {
-        "zero-shot accuracy": percent(summary["zero_shot_accuracy"]),
-        "trained accuracy": f"{percent(summary['accuracy'])}   {best}{shared}",
+        f"zero-shot {measure}": show(summary[f"zero_shot_{measure}"]),
+        f"trained {measure}": f"{show(summary[measure])}   {best}{shared}",
         "speed": f"{summary['steps_per_second']:.1f} steps/s, {summary['train_seconds']:.0f} s of training",
         "prefix tokens reused": f"{percent(summary['prefix_tokens_reused'] / total if total else None)} of {total}",
         "peak memory": f"{summary['peak_rss_bytes'] / 2**20:.0f} MiB",
