@@ -179,7 +179,8 @@ class Encoder:
         return [self._checked(example_of(block)) for block in blocks if len(block) > 1]
 
     def _document(self, row: SourceRow) -> Encoding[list[int]]:
-        text, end = row.whole_fields()["text"], self.tokenizer.eos_token_id
+        text = row.whole_fields()["text"]
+        end: Any = self.tokenizer.eos_token_id
         _require_text("text", text)
         [ids] = yield Texts([text])
         return ids if ids and ids[-1] == end else [*ids, end]

@@ -40,13 +40,14 @@ class Named(NamedTuple):
 def named_data(task: str | None, dataset: str | None, config: str | None = None) -> Named:
     """The data set that is meant by settings; ConfigError where they name none."""
     named = get_task(task) if task and not is_text(task) else None
-    if named is None and not dataset:
-        raise ConfigError("dataset", None, "a hub name, folder or file; or name a task")
-    own = named.dataset if named is not None else ()
-    path = dataset or own[0]
-    if config is None and own and path == own[0]:
-        config = next(iter(own[1:]), None)
-    return Named(named, path, config, is_text(task))
+    if named is None:
+        if not dataset:
+            raise ConfigError("dataset", None, "a hub name, folder or file; or name a task")
+        return Named(None, dataset, config, is_text(task))
+    path, *own = named.dataset
+    if config is None and dataset in (None, path):
+        config = next(iter(own), None)
+    return Named(named, dataset or path, config, False)
 
 
 def is_text(task: str | None) -> bool:
