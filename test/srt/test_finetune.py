@@ -225,11 +225,11 @@ STREAM = {"task": "text", "streaming": True, "pack": True, "num_dev": 1, "num_te
     ("data", "settings", "message"),
     [
         ({}, {"max_steps": -1}, "max_steps=-1 is not allowed: at least 1 beside a stream"),
-        ({"max_length": 513}, {}, "max_length=513 is not allowed: at most 512, the context of the model"),
+        ({"max_length": 513}, {}, "max_length=513 is not allowed: at most 512, what the model has room for"),
         (
             {"max_length": 510},
             {"tuning": "prefix", "num_virtual_tokens": 5},
-            "max_length=510 is not allowed: at most 507, the context of the model",
+            "max_length=510 is not allowed: at most 507, what the model has room for",
         ),
         ({}, {"tuning": "alora"}, "tuning='alora' is not allowed: lora, full or prefix for whole texts"),
         (

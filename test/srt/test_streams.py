@@ -157,7 +157,7 @@ def test_every_kind_of_file_is_streamed(tmp_path, kind):
     ("path", "message"),
     [
         ("nowhere.jsonl", "no such file or folder"),
-        ("nobody/nothing", r"nobody/nothing\[train\]:1: cannot be read: "),
+        ("nobody/nothing", r"nobody/nothing\[train\]: cannot be read behind row 0: "),
         ("https://nowhere/rows.jsonl", "nothing is fetched from a URL"),
         (__file__, "the end of a file's name tells its format: .jsonl, "),
     ],
@@ -177,7 +177,7 @@ def test_a_row_without_a_text_and_a_line_that_is_no_json_are_named(tmp_path, tok
             [*TextStream(lambda: rows("train"), encoder, pack, "raise")]
     with open(path, "a") as file:
         file.write("{\n")
-    with pytest.raises(DataError, match="cannot be read: .*JSON"):
+    with pytest.raises(DataError, match=r"rows.jsonl\[train\]: cannot be read behind row 0: .*JSON"):
         [*rows("train")]
 
 
@@ -256,8 +256,11 @@ def test_rows_of_texts_are_texts_whatever_else_they_hold(tokenizer, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"streaming": True}, "streaming=True is not allowed: false but beside task=text"),
-        ({"pack": True, "task": "sst2"}, "pack=True is not allowed: false but beside task=text"),
+        (
+            {"streaming": True},
+            "streaming=True is not allowed: false unless task=text, as only whole texts can be streamed",
+        ),
+        ({"pack": True, "task": "sst2"}, "pack=True is not allowed: false unless task=text"),
         ({"task": "text", "streaming": True, "num_train": 5}, "num_train=5 is not allowed: none beside streaming"),
         (
             {"task": "text", "streaming": True, "num_test": None},

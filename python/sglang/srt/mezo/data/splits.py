@@ -81,9 +81,9 @@ class DataArguments:
                     split,
                     f"another split than {_TRAIN}, which is trained on; rows are held out of it where none is named",
                 )
-        for name in ("streaming", "pack"):
+        for name, done in (("streaming", "streamed"), ("pack", "packed")):
             if getattr(self, name) and not is_text(self.task):
-                raise ConfigError(name, True, f"false but beside task={TEXT}, as only whole texts are")
+                raise ConfigError(name, True, f"false unless task={TEXT}, as only whole texts can be {done}")
         if self.streaming:
             self._require_streamable()
 

@@ -114,7 +114,7 @@ def stream_rows(path: str, split: str, config: str | None = None) -> Iterator[So
     except MezoError:
         raise
     except Exception as error:  # datasets raises a different type for every way in which a path can be wrong
-        raise DataError(f"cannot be read: {one_line(error)}", source, number + 1) from error
+        raise DataError(f"cannot be read behind row {number}: {one_line(error)}", source) from error
 
 
 def _open(path: str, split: str, config: str | None) -> Iterable[dict[str, Any]]:

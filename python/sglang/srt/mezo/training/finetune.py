@@ -147,7 +147,7 @@ def _max_length(data: DataArguments, config: MezoConfig, model_config: "Pretrain
     """Most tokens of an example; ConfigError where the model has no room for what is asked."""
     room = model_config.max_position_embeddings - (config.num_virtual_tokens or 0)
     if data.max_length is not None and data.max_length > room:
-        raise ConfigError("max_length", data.max_length, f"at most {room}, the context of the model")
+        raise ConfigError("max_length", data.max_length, f"at most {room}, what the model has room for")
     return data.max_length or room
 
 
