@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 DATA = Path(__file__).resolve().parents[2] / "shared/data/lm_text"
-LENGTH, WARM_UP = 1024, 20
+LENGTH = 1024
+WARM_UP = 40  # steps, within which texts have been tokenised for a second time: a group of them is some thirty blocks
 
 
 def main() -> None:
@@ -81,8 +82,14 @@ def run(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "host_bytes": [[line["step"], line["host_memory_bytes"]] for line in lines if "loss" in line],
         "seconds_per_step": result.train_seconds / result.global_step,
         "reading": reading(splits.train),
-        "settings": {"length": LENGTH, "warm_up": WARM_UP, "data": vars(data), "config": config.to_dict()}
-        | {"model": Path(arguments.model).name, "dtype": arguments.dtype},
+        "settings": {
+            "model": Path(arguments.model).name,
+            "dtype": arguments.dtype,
+            "length": LENGTH,
+            "warm_up": WARM_UP,
+            "data": vars(data) | {"dataset": Path(arguments.dataset).name},
+            "config": config.to_dict() | {"output_dir": None},
+        },
         "machine": machine(int(os.environ["OMP_NUM_THREADS"])),
     }
 
@@ -104,6 +111,22 @@ def fall(report: dict[str, Any]) -> tuple[float, float]:
     """Of the held-out loss, and its noise."""
     falls = [before - after for before, after in zip(report["losses"], report["losses_trained"])]
     return statistics.mean(falls), statistics.stdev(falls) / len(falls) ** 0.5
+
+
+def table(report: dict[str, Any]) -> list[str]:
+    """Of docs/benchmarks.md."""
+    settings, (mean, noise), read = report["settings"], fall(report), report["reading"]
+    samples = [size / 2**20 for step, size in report["host_bytes"] if step > settings["warm_up"]]
+    tokens = read["blocks"] * settings["length"]
+    run = f"{settings['model']}, {settings['config']['tuning']}, {settings['dtype']}"
+    size = f"{settings['config']['max_steps']} steps of {settings['length']} tokens"
+    return [
+        "| streamed | resident memory, min to max | spread | held-out loss | falls by (noise) | a step | reading |",
+        "|---|---|---|---|---|---|---|",
+        f"| {run}, {size} | {min(samples):.0f} to {max(samples):.0f} MiB | {spread(report):.2%} "
+        f"| {statistics.mean(report['losses']):.4f} | {mean:.4f} ({noise:.4f}) "
+        f"| {report['seconds_per_step']:.1f} s | {tokens / read['seconds']:.0f} tokens/s |",
+    ]
 
 
 def show(report: dict[str, Any]) -> None:
