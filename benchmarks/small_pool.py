@@ -119,7 +119,7 @@ def open_trainer(model: str, share: float, count: int) -> Operations:
             "kv_tokens": engine.handle.kv_capacity,
             "prefix_tokens": tokens,
             "examples": count,
-            "window": trainer.stream.window,
+            "window": trainer.source.window,
         },
         "steps": lambda number: run(trainer, number),
         "difference": lambda: difference(trainer),

@@ -172,7 +172,7 @@ class Measurement:
             trainer = our_trainer(case, model, examples)
             self._loops = {name: peft_loop(name, case, model, trainer.handle.device) for name in case.loops}
         torch.set_num_threads(case.threads)
-        batches = [[Plain(examples[i]) for i in trainer.stream.batch(step)] for step in range(case.epoch_steps)]
+        batches = [[Plain(examples[i]) for i in trainer.drawn.stream.batch(step)] for step in range(case.epoch_steps)]
         self._batches = itertools.cycle(batches)
         self._trainer = trainer
         for _ in range(case.epoch_steps if case.tuning == "alora" else 1):

@@ -240,7 +240,7 @@ def open_timed(arguments: argparse.Namespace, run: Run) -> Operations:
         "prefixes": lambda: timed(
             lambda: drain(
                 trainer.scorer.prefix_passes(
-                    trainer.train_plans, trainer.points.rounds(trainer.config.num_perturbations)[0].groups
+                    trainer.source.plans, trainer.points.rounds(trainer.config.num_perturbations)[0].groups
                 )
             )
         ),

@@ -12,6 +12,7 @@ import directions
 import growth
 import idle_server
 import precision
+import streaming
 import study
 from step_time import IN_BFLOAT16
 
@@ -34,6 +35,7 @@ def main() -> None:
         accuracy(),
         precision.table(load("precision.json")),
         memory(),
+        streaming.table(json.loads((RESULTS / "streaming.json").read_text())),
         *starts,
         idle_server.table(load("idle_server.json")),
         *serving,

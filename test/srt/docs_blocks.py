@@ -19,6 +19,7 @@ HOW_TO = [
         "docs/full_parameters.md",
         "docs/prefix_tuning.md",
         "docs/rewards.md",
+        "docs/long_text.md",
         "docs/files.md",
         "docs/server.md",
         "docs/chat.md",

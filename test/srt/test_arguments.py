@@ -23,6 +23,40 @@ def given(line: str) -> dict:
     return read(line.split(), KINDS)
 
 
+PRESET = {
+    "model": "Qwen/Qwen3-32B",
+    "dtype": "bfloat16",
+    "task": "text",
+    "dataset": "HuggingFaceFW/fineweb",
+    "dataset_config": "sample-10BT",
+    "streaming": True,
+    "max_length": 1024,
+    "pack": True,
+    "num_dev": 64,
+    "num_test": 64,
+    "tuning": "full",
+    "max_steps": 500,
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 4,
+    "learning_rate": 1e-6,
+    "lr_scheduler_type": "constant",
+    "zo_eps": 1e-3,
+    "num_perturbations": 1,
+    "perturbation": "gaussian",
+    "eval_steps": 100,
+    "load_best_model_at_end": False,
+}
+"""Qwen3-32B on FineWeb."""
+
+
+def test_the_preset_is_what_it_says():
+    line = f"--config {ROOT}/examples/qwen3_32b_fineweb.yaml"
+    assert given(line) == PRESET and given(f"--max_steps 5 {line}") == PRESET | {"max_steps": 5}
+    model, data, config = build(KINDS, given(line))
+    assert (model.tp_size, data.dev_split, config.parameters) == (1, None, None)
+    assert (config.estimator, config.scale_by_loss_std, config.train_batch_size) == ("two_sided", False, 1)
+
+
 # --- what works -------------------------------------------------------------------------------------------------------
 
 

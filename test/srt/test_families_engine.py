@@ -58,7 +58,7 @@ def losses(engine, spec: AdapterSpec, theta: torch.Tensor) -> list[float]:
         try:
             trainer.trainable.theta.copy_(theta)
             (plus,), (minus,) = drain(
-                trainer.probe.loss_passes(trainer.train_plans, KeptDirections([torch.zeros_like(theta)]), 0.0)
+                trainer.probe.loss_passes(trainer.source.plans, KeptDirections([torch.zeros_like(theta)]), 0.0)
             )
         finally:
             trainer.close()

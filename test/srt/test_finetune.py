@@ -217,6 +217,50 @@ def test_a_file_has_no_splits(tmp_path, config):
         finetune(MODEL, DataArguments(dataset=path, test_split="test"), replace(config, invocation=" It was"))
 
 
+TEXTS = [{"text": f"the plot of page {number} is thin, but the acting is superb"} for number in range(30)]
+STREAM = {"task": "text", "streaming": True, "pack": True, "num_dev": 1, "num_test": 1}
+
+
+@pytest.mark.parametrize(
+    ("data", "settings", "message"),
+    [
+        ({}, {"max_steps": -1}, "max_steps=-1 is not allowed: at least 1 beside a stream"),
+        ({"max_length": 513}, {}, "max_length=513 is not allowed: at most 512, what the model has room for"),
+        (
+            {"max_length": 510},
+            {"tuning": "prefix", "num_virtual_tokens": 5},
+            "max_length=510 is not allowed: at most 507, what the model has room for",
+        ),
+        ({}, {"tuning": "alora"}, "tuning='alora' is not allowed: lora, full or prefix for whole texts"),
+        (
+            {},
+            {"tuning": "alora", "invocation": " It was"},
+            "tuning='alora' is not allowed: lora, full or prefix for whole texts",
+        ),
+        ({}, {"objective": "classification"}, "objective='classification' .* one option only"),
+        ({"dataset_config": "small"}, {}, "dataset_config='small' is not allowed: none for .*rows.jsonl"),
+        ({"test_split": "test"}, {}, "test_split='test' is not allowed: none for .*, which has no splits"),
+        ({"num_dev": 500}, {}, "no block of max_length=32 tokens is left to train on behind the"),
+        ({"dataset": "nowhere.jsonl"}, {}, "no such file or folder"),
+    ],
+)
+def test_a_stream_that_cannot_be_trained_on(tmp_path, config, data, settings, message):
+    path = write_rows(tmp_path / "rows.jsonl", *TEXTS)
+    data = DataArguments(**{"dataset": path, "max_length": 32, **STREAM, **data})
+    with pytest.raises((ConfigError, DataError), match=message):
+        finetune(
+            MODEL, data, MezoConfig(**{"output_dir": config.output_dir, "max_steps": 2, "tuning": "lora", **settings})
+        )
+    assert not Path(config.output_dir).exists()
+
+
+def test_a_row_that_is_longer_than_max_length_is_a_bad_row(tmp_path, config):
+    path = write_rows(tmp_path / "rows.jsonl", *[GOOD_ROW] * 7, {**GOOD_ROW, "prompt": "words " * 30 + "It was"})
+    data = DataArguments(dataset=path, max_length=20)
+    with pytest.raises(DataError, match="rows.jsonl:8: .* more than the context of 20"):
+        finetune(MODEL, data, replace(config, invocation=" It was"))
+
+
 def test_no_data_at_all(config):
     with pytest.raises(ConfigError, match="dataset=None"):
         finetune(MODEL, DataArguments(), replace(config, tuning="lora"))

@@ -48,7 +48,7 @@ def losses(engine, path, batch, objective, z, zo_eps, settings):
     free, before = engine.handle.free_kv_tokens, weights_of(engine)
     trainer = make_trainer(engine, path, batch, objective, num_perturbations=len(z), **settings)
     try:
-        plus, minus = drain(trainer.probe.loss_passes(trainer.train_plans, KeptDirections(z), zo_eps))
+        plus, minus = drain(trainer.probe.loss_passes(trainer.source.plans, KeptDirections(z), zo_eps))
         perturbed = any(not torch.equal(one, before[name]) for name, one in weights_of(engine).items())
     finally:
         trainer.close()
@@ -63,9 +63,9 @@ def steps(engine, path, batch, count, folder, settings):
     results, thetas = [], []
     try:
         for _ in range(count):
-            results.append(drain(trainer.step_passes(trainer.train_plans)))
+            results.append(drain(trainer.step_passes(trainer.source.plans)))
             thetas.append(trainer.trainable.theta.clone())
-        loss = drain(trainer.evaluation_passes(trainer.train_plans))["eval_loss"]
+        loss = drain(trainer.evaluation_passes(trainer.source.plans))["eval_loss"]
         trainer.trainable.save_pretrained(folder)
         trainer.trainable.theta.zero_()
         trainer.trainable.load_weights(folder)

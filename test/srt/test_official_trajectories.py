@@ -58,7 +58,7 @@ def steps(engine, spec, objective: str, settings: dict, start: dict, batches, se
     results, first = [], 0
     try:
         for batch, seed in zip(batches, seeds):
-            plans = trainer.train_plans[first : first + len(batch)]
+            plans = trainer.source.plans[first : first + len(batch)]
             first += len(batch)
             z = torch.full_like(trainer.trainable.theta, torch.nan)
             for name, values in official_direction(seed, {name: one.shape for name, one in start.items()}).items():

@@ -195,7 +195,18 @@ def test_a_killed_run_of_sampled_rewards_goes_on_to_the_same_bits(tmp_path):
     (tmp_path / "brief.py").write_text(REWARD)
     command = [
         *(str(ROOT / "examples" / "mezo_opt_training.py"), "--reward", "brief:brevity", "--temperature", "1.0"),
-        *("--max_new_tokens", "3", "--zo_eps", "0.1", "--tuning", "lora", "--max_steps", str(STEPS), "--eval_steps", "3"),
+        *(
+            "--max_new_tokens",
+            "3",
+            "--zo_eps",
+            "0.1",
+            "--tuning",
+            "lora",
+            "--max_steps",
+            str(STEPS),
+            "--eval_steps",
+            "3",
+        ),
         *("--num_train", "40", "--num_dev", "8", "--num_test", "8", "--disable_tqdm", "true"),
     ]
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}

@@ -281,7 +281,7 @@ def score_beside(engine, config, spec, value):
             if spoil:
                 slots[1].write(torch.full((trainer.trainable.numel,), value))
             found.append(
-                drain(trainer.scorer.passes(trainer.train_plans, [tuple(slot.point for slot in slots)], "completion"))
+                drain(trainer.scorer.passes(trainer.source.plans, [tuple(slot.point for slot in slots)], "completion"))
             )
         base = base_values(engine, config)
         engine.scheduler.flush_cache()

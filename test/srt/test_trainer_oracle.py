@@ -54,7 +54,7 @@ def losses(engine, tuning, spec, batch, objective, theta, z, zo_eps, settings):
     trainer = make_trainer(engine, tuning, spec, batch, objective, len(z), **settings)
     try:
         trainer.trainable.theta.copy_(theta)
-        plus, minus = drain(trainer.probe.loss_passes(trainer.train_plans, KeptDirections(z), zo_eps))
+        plus, minus = drain(trainer.probe.loss_passes(trainer.source.plans, KeptDirections(z), zo_eps))
     finally:
         trainer.close()
     return plus, minus, free - engine.handle.free_kv_tokens
@@ -76,7 +76,7 @@ def prefix_stats(engine, tuning, spec, batch, objective):
     try:
         drain(
             trainer.probe.loss_passes(
-                trainer.train_plans, KeptDirections([trainer.trainable.theta] * NUM_PERTURBATIONS), ZO_EPS
+                trainer.source.plans, KeptDirections([trainer.trainable.theta] * NUM_PERTURBATIONS), ZO_EPS
             )
         )
         return trainer.scorer.prefix_stats
@@ -90,11 +90,11 @@ def losses_around_a_flush(engine, spec, batch, objective, theta):
     trainer = make_trainer(engine, "alora", spec, batch, objective, 1)
     try:
         trainer.trainable.theta.copy_(theta)
-        first = drain(trainer.probe.loss_passes(trainer.train_plans, KeptDirections([theta]), ZO_EPS))
+        first = drain(trainer.probe.loss_passes(trainer.source.plans, KeptDirections([theta]), ZO_EPS))
         assert trainer.scorer.base_prefixes.kept_tokens > 0
         engine.scheduler.flush_cache()
         drain(trainer.scorer.base_prefixes.prepare([tuple(range(100))]))
-        return first, drain(trainer.probe.loss_passes(trainer.train_plans, KeptDirections([theta]), ZO_EPS))
+        return first, drain(trainer.probe.loss_passes(trainer.source.plans, KeptDirections([theta]), ZO_EPS))
     finally:
         trainer.close()
 
@@ -104,7 +104,7 @@ def losses_on_prefix_of_plus(engine, spec, batch, theta, z):
     trainer = make_trainer(engine, "lora", spec, batch, "classification", len(z))
     try:
         trainer.trainable.theta.copy_(theta)
-        drain(trainer.probe.loss_passes(trainer.train_plans, KeptDirections(z), ZO_EPS))
+        drain(trainer.probe.loss_passes(trainer.source.plans, KeptDirections(z), ZO_EPS))
         return [
             loss_on_prefix_of(engine, trainer, batch, plus, minus)
             for plus, minus in map(trainer.points.of_direction, range(len(z)))
@@ -128,7 +128,7 @@ def loss_on_prefix_of(engine, trainer, batch, plus, minus):
         engine.handle.kv_allocator.free(torch.cat((kv, end)))
         tokens = torch.tensor([option[0] for option in example.options], device=hidden.device)
         values.append(Head(engine.handle).log_probs(hidden, torch.zeros_like(tokens), tokens))
-    return batch_loss(trainer.train_plans, torch.cat(values)[None], "classification").mean.item()
+    return batch_loss(trainer.source.plans, torch.cat(values)[None], "classification").mean.item()
 
 
 # --- fixtures ---------------------------------------------------------------------------------------------------------

@@ -59,8 +59,8 @@ def windowed_steps(engine, config, spec, train, count):
     for reuse in (True, False):
         trainer = build(engine, replace(config, prefix_reuse=reuse), spec, train)
         if reuse:
-            window, stats = trainer.stream.window, trainer.scorer.prefix_stats
-        trainer.stream.window = window
+            window, stats = trainer.source.window, trainer.scorer.prefix_stats
+        trainer.source.window = window
         try:
             results = [drain(trainer.step_passes(trainer.batch(trainer.global_step))) for _ in range(count)]
         finally:

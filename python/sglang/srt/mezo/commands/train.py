@@ -4,6 +4,7 @@
     sglang-mezo train --model facebook/opt-125m --dataset rows.jsonl --invocation " It was"
     sglang-mezo train --model facebook/opt-125m --task sst2 --tuning full --dtype float32
     sglang-mezo train --model facebook/opt-125m --task sst2 --tuning prefix --num_virtual_tokens 5
+    sglang-mezo train --model facebook/opt-125m --task text --dataset texts --streaming --tuning lora --max_steps 500
     sglang-mezo train --config run.yaml --learning_rate 0.01
 
 Every field of ModelArguments, DataArguments and MezoConfig is a flag, and MeZO's, PEFT's and TRL's names for the same
@@ -50,8 +51,11 @@ def report(model: ModelArguments, config: MezoConfig, summary: dict) -> None:
     def percent(share: float | None) -> str:
         return "-" if share is None else f"{share:.1%}"
 
-    score = next(name for name in ("accuracy", *GENERATED) if name in summary)
-    told = percent if score != "reward" else lambda mean: "-" if mean is None else f"{mean:.4g}"
+    def shown(value: float | None) -> str:
+        return "-" if value is None else f"{value:.4g}"
+
+    score = next((name for name in ("accuracy", *GENERATED) if summary.get(name) is not None), "loss")
+    told = shown if score in ("loss", "reward") else percent
     total, trained = summary["prefix_tokens_total"], summary.get("adapter_dir") or summary["model_dir"]
     shared = "".join(f"; {count} examples: {where}" for where, count in summary["shared_examples"].items())
     kind = "model" if config.tuning == "full" else "adapter"

@@ -16,7 +16,7 @@ from sglang.srt.mezo.data.conversation import turns
 from sglang.srt.mezo.data.invocation import invocation_start
 from sglang.srt.mezo.data.rows import SourceRow
 from sglang.srt.mezo.data.tasks import TASKS, Task, TextExample
-from sglang.srt.mezo.data.texts import Encoding, Texts, encode_together
+from sglang.srt.mezo.data.texts import Encoding, Result, Texts, encode_together
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -113,13 +113,8 @@ class Encoder:
         """Tokenise all rows. A bad one raises DataError, or is logged and left out with ``on_bad_row="skip"``."""
         examples = []
         for start in range(0, len(rows), _ROWS_TOGETHER):
-            for outcome in self.encode_each(rows[start : start + _ROWS_TOGETHER]):
-                if isinstance(outcome, list):
-                    examples += outcome
-                elif on_bad_row == "raise":
-                    raise outcome
-                else:
-                    logger.warning("skipped %s", outcome)
+            for of_row in usable(self.encode_each(rows[start : start + _ROWS_TOGETHER]), on_bad_row):
+                examples += of_row
         if not examples:
             source = rows[0].source if rows else "data set"
             raise DataError("no usable row", source)
@@ -127,7 +122,16 @@ class Encoder:
 
     def encode_each(self, rows: Sequence[SourceRow]) -> list[list[Example] | DataError]:
         """The examples of each row, or why it cannot be used; the rows are tokenised together."""
-        outcomes = encode_together(self.tokenizer, [self._encoding_of(row) for row in rows])
+        return self._outcomes(rows, self._encoding_of)
+
+    def documents(self, rows: Sequence[SourceRow]) -> list[list[int] | DataError]:
+        """The tokens of each row's text and the EOS token after it, or why it cannot be used."""
+        return self._outcomes(rows, self._document)
+
+    def _outcomes(
+        self, rows: Sequence[SourceRow], encoding_of: Callable[[SourceRow], Encoding[Result]]
+    ) -> list[Result | DataError]:
+        outcomes = encode_together(self.tokenizer, [encoding_of(row) for row in rows])
         return [
             _problem(outcome, row) if isinstance(outcome, Exception) else outcome
             for outcome, row in zip(outcomes, rows)
@@ -218,7 +222,14 @@ class Encoder:
         if len(ids) < 2:
             raise DataError("a text needs two tokens or more, one to start from and one to predict")
         blocks = [ids[start : start + self.max_length] for start in range(0, len(ids), self.max_length)]
-        return [self._checked(Example(tuple(block[:1]), (tuple(block[1:]),), 0)) for block in blocks if len(block) > 1]
+        return [self._checked(example_of(block)) for block in blocks if len(block) > 1]
+
+    def _document(self, row: SourceRow) -> Encoding[list[int]]:
+        text = row.whole_fields()["text"]
+        end: Any = self.tokenizer.eos_token_id
+        _require_text("text", text)
+        [ids] = yield Texts([text])
+        return ids if ids and ids[-1] == end else [*ids, end]
 
     _forms: Sequence[tuple[set[str], Callable[[Self, Mapping[str, Any]], Encoding[list[Example]]]]] = (
         ({"prompt", "options", "label"}, _encode_options),
@@ -274,6 +285,22 @@ class Encoder:
         if self.invocation:
             invocation_start(example.prompt, self.invocation)
         return example
+
+
+def example_of(block: Sequence[int]) -> Example:
+    """Tokens of a text, of which all but the first are learned."""
+    return Example(tuple(block[:1]), (tuple(block[1:]),), 0)
+
+
+def usable(outcomes: Iterable[Result | DataError], on_bad_row: OnBadRow) -> Iterator[Result]:
+    """Those that are no error. An error is raised, or logged and left out with ``on_bad_row="skip"``."""
+    for outcome in outcomes:
+        if not isinstance(outcome, DataError):
+            yield outcome
+        elif on_bad_row == "raise":
+            raise outcome
+        else:
+            logger.warning("skipped %s", outcome)
 
 
 def _require_distinct(options: Sequence[str], values: Sequence[Any]) -> None:

@@ -16,8 +16,7 @@ from typing import IO, Any, BinaryIO
 
 import torch
 
-from sglang.srt.mezo.core.errors import DataError, one_line
-from sglang.srt.mezo.data.tasks import Task
+from sglang.srt.mezo.core.errors import ConfigError, DataError, one_line
 
 _STORED_DATASET, _STORED_SPLITS = "state.json", "dataset_dict.json"  # in folders that datasets' save_to_disk wrote
 
@@ -51,31 +50,30 @@ def has_splits(path: str) -> bool:
     return not local.is_file() and not (local / _STORED_DATASET).is_file()
 
 
-def read_rows(path: str, split: str, task: Task | None = None) -> list[SourceRow]:
+def read_rows(path: str, split: str, config: str | None = None) -> list[SourceRow]:
     """Read one split of a local file, a local folder or a hub data set.
 
     Args:
         path: a file of one of the ``FORMATS``, which is then the whole split; a folder with ``<split>.jsonl`` or
             another of them; a folder that ``datasets`` wrote; or anything that ``datasets.load_dataset`` takes.
         split: name of the split.
-        task: supplies the configuration of a hub data set.
+        config: name of a configuration of a data set that ``datasets.load_dataset`` takes.
 
     Raises:
+        ConfigError: ``config`` is given for what has none.
         DataError: nothing can be read there.
     """
-    if "://" in path:
-        raise DataError("nothing is fetched from a URL: download the file and name that", path)
-    local = Path(path).expanduser()
     try:
-        if local.is_dir():
-            return _read_folder(local, split, path, task)
-        if local.exists():
-            return _read_file(local)
+        file = file_of(path, split, config)
+        if file is not None:
+            return _read_file(file)
     except OSError as error:
         raise DataError(f"cannot be read: {error.strerror or error}", str(error.filename or path)) from error
-    if _parts(local)[1] in FORMATS or local.is_absolute() or path.startswith((".", "~")) or path.count("/") > 1:
-        raise DataError("no such file or folder", path)
-    return _read_with_datasets(path, split, task)
+    try:
+        rows = load_rows(path, split, config)
+        return [SourceRow(without_padding(row), f"{path}[{split}]", number) for number, row in enumerate(rows, 1)]
+    except Exception as error:  # datasets raises a different type for every way in which a path can be wrong
+        raise DataError(f"cannot load split {split!r}: {one_line(error)}", path) from error
 
 
 def read_jsonl(path: Path, source: str, max_line_bytes: int = sys.maxsize - 1) -> Iterator[SourceRow]:
@@ -174,10 +172,10 @@ def _parquet(file: IO[bytes], source: str) -> Iterator[SourceRow]:
     except (pyarrow.ArrowException, ValueError) as error:
         raise DataError(f"not a Parquet file: {error}", source) from error
     for number, row in enumerate(rows, 1):
-        yield SourceRow(_without_padding(row), source, number)
+        yield SourceRow(without_padding(row), source, number)
 
 
-def _without_padding(row: Mapping[str, Any]) -> dict[str, Any]:
+def without_padding(row: Mapping[str, Any]) -> dict[str, Any]:
     """Arrow gives all objects of a column the same keys, and those that a row lacks the value None."""
 
     def clean(value: Any) -> Any:
@@ -209,7 +207,7 @@ _COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zip": "zip"}
 """What may follow it, and what ``fsspec`` calls it."""
 
 
-def _parts(path: Path) -> tuple[str, str, str]:
+def parts(path: Path) -> tuple[str, str, str]:
     """A file's name without its ends; the end that tells the format and the one that tells the compression, in small
     letters."""
     compression = path.suffix.lower() if path.suffix.lower() in _COMPRESSED else ""
@@ -227,7 +225,7 @@ def _opened(raw: BinaryIO, compression: str) -> AbstractContextManager[Any]:
 
 
 def _read_file(path: Path) -> list[SourceRow]:
-    _, ending, compression = _parts(path)
+    _, ending, compression = parts(path)
     if ending not in FORMATS:
         raise DataError(
             f"the end of a file's name tells its format: {', '.join(FORMATS)}, and after it {', '.join(_COMPRESSED)}",
@@ -243,28 +241,48 @@ def _read_file(path: Path) -> list[SourceRow]:
 # --- folders and the hub ----------------------------------------------------------------------------------------------
 
 
-def _read_folder(folder: Path, split: str, path: str, task: Task | None) -> list[SourceRow]:
+def file_of(path: str, split: str, config: str | None) -> Path | None:
+    """The file that is the split, of a file or of a folder with one for each; None where ``datasets`` has to tell.
+
+    Raises:
+        ConfigError: there is a file, which has no configuration, and one is named.
+        DataError: there is no such file or folder, or more than one for the split.
+        OSError: a folder cannot be read.
+    """
+    if "://" in path:
+        raise DataError("nothing is fetched from a URL: download the file and name that", path)
+    local = Path(path).expanduser()
+    if local.is_dir():
+        file = _file_in(local, split, path)
+    elif local.exists():
+        file = local
+    elif parts(local)[1] in FORMATS or local.is_absolute() or path.startswith((".", "~")) or path.count("/") > 1:
+        raise DataError("no such file or folder", path)
+    else:
+        return None
+    stored = any((local / name).is_file() for name in (_STORED_DATASET, _STORED_SPLITS))
+    if config is not None and (file is not None or stored):
+        raise ConfigError("dataset_config", config, f"none for {file or path}, which has no configurations")
+    return file
+
+
+def _file_in(folder: Path, split: str, path: str) -> Path | None:
     files = sorted(
-        file for file in folder.iterdir() if _parts(file)[0] == split and _parts(file)[1] in FORMATS and file.is_file()
+        file for file in folder.iterdir() if parts(file)[0] == split and parts(file)[1] in FORMATS and file.is_file()
     )
     if len(files) > 1:
         raise DataError(f"more than one file for split {split!r}: {', '.join(file.name for file in files)}", path)
-    if files:
-        return _read_file(files[0])
-    return _read_with_datasets(str(folder), split, task)
+    return files[0] if files else None
 
 
-def _read_with_datasets(path: str, split: str, task: Task | None) -> list[SourceRow]:
+def load_rows(path: str, split: str, config: str | None, streaming: bool = False) -> Any:
+    """What ``datasets`` has of a folder or of a hub data set: an iterable of dictionaries; raises whatever it
+    raises."""
     import datasets
 
-    arguments = (path, *task.dataset[1:]) if task is not None and path == task.dataset[0] else (path,)
-    try:
-        if (Path(path) / _STORED_DATASET).is_file():
-            rows: Any = datasets.load_from_disk(path)
-        elif (Path(path) / _STORED_SPLITS).is_file():
-            rows = datasets.load_from_disk(path)[split]
-        else:
-            rows = datasets.load_dataset(*arguments, split=split)
-        return [SourceRow(_without_padding(row), f"{path}[{split}]", number) for number, row in enumerate(rows, 1)]
-    except Exception as error:  # datasets raises a different type for every way in which a path can be wrong
-        raise DataError(f"cannot load split {split!r}: {one_line(error)}", path) from error
+    local = Path(path).expanduser()
+    if (local / _STORED_DATASET).is_file():
+        return datasets.load_from_disk(str(local))
+    if (local / _STORED_SPLITS).is_file():
+        return datasets.load_from_disk(str(local))[split]
+    return datasets.load_dataset(str(local) if local.is_dir() else path, config, split=split, streaming=streaming)

@@ -25,6 +25,11 @@ SAME = {
     "task_name": "task",
     "dataset_name": "dataset",
     "train_file": "dataset",
+    "dataset_config_name": "dataset_config",
+    "dataset_streaming": "streaming",
+    "max_seq_length": "max_length",
+    "block_size": "max_length",
+    "packing": "pack",
     "dataset_test_split": "test_split",
     "max_train_samples": "num_train",
     "num_eval": "num_test",
@@ -83,6 +88,7 @@ MEANT: dict[str, dict[str, dict[str, str]]] = {
     "evaluation_strategy": {"steps": {}},
     "logging_strategy": {"steps": {}},
     "save_strategy": {"steps": {}, "no": {"save_steps": "0"}},
+    "dataset_text_field": {"text": {"task": "text"}},
     "do_train": {"true": {}},
     "do_eval": {"true": {}},
 }
@@ -91,9 +97,6 @@ MEANT: dict[str, dict[str, dict[str, str]]] = {
 _FILE = "config"
 
 INSTEAD = {
-    "max_length": "no row is cut: one longer than the model's context is an error, or left out with --on_bad_row skip",
-    "max_seq_length": "no row is cut: one longer than the model's context is an error, or left out with --on_bad_row "
-    "skip",
     "validation_file": "put the files into one folder as train.jsonl and validation.jsonl: --dataset FOLDER "
     "--dev_split validation",
     "test_file": "put the files into one folder as train.jsonl and test.jsonl: --dataset FOLDER --test_split test",

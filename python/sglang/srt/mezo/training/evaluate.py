@@ -11,8 +11,8 @@ from sglang.srt.mezo.core.objective import ObjectiveSettings
 from sglang.srt.mezo.core.passes import drain
 from sglang.srt.mezo.core.settings import setting
 from sglang.srt.mezo.data.examples import Encoder, OnBadRow, default_objective
-from sglang.srt.mezo.data.rows import has_splits, read_rows
-from sglang.srt.mezo.data.splits import named_data
+from sglang.srt.mezo.data.named import named_data
+from sglang.srt.mezo.data.rows import has_splits
 from sglang.srt.mezo.engine.chat import ChatRenderer
 from sglang.srt.mezo.engine.handle import MezoEngine
 from sglang.srt.mezo.engine.layers import adapted_sites
@@ -33,8 +33,11 @@ class EvaluateArguments(ObjectiveSettings):
     """What is evaluated, and on which rows; ConfigError names the field at fault."""
 
     adapter: Optional[str] = setting(None, "PEFT folder of the adapter; the base model by default.")
-    task: Optional[str] = setting(None, "Task that renders the rows; none for files of prompts.")
+    task: Optional[str] = setting(
+        None, "Task that renders the rows; text: they are whole texts, in a column text; none for files of prompts."
+    )
     dataset: Optional[str] = setting(None, "Hub name, folder or file; the task's own by default.")
+    dataset_config: Optional[str] = setting(None, "Configuration of a hub data set; the task's own by default.")
     split: Optional[str] = setting(
         None, "Split of the data set; the task's for tests by default, or test. A file has none."
     )
@@ -60,15 +63,15 @@ def _evaluate(rank: Rank, model: ModelArguments, arguments: EvaluateArguments) -
     """The work of one rank."""
     model_config, tokenizer = read_checkpoint(model.model)
     adapter = None if arguments.adapter is None else read_adapter(arguments.adapter, model_layers(model_config))
-    task, dataset = named_data(arguments.task, arguments.dataset)
-    if arguments.split is not None and not has_splits(dataset):
-        raise ConfigError("split", arguments.split, f"none for {dataset}, which has no splits")
-    rows = read_rows(dataset, arguments.split or (task.eval_split if task else "test"), task)[: arguments.rows]
+    named = named_data(arguments.task, arguments.dataset, arguments.dataset_config)
+    if arguments.split is not None and not has_splits(named.path):
+        raise ConfigError("split", arguments.split, f"none for {named.path}, which has no splits")
+    rows = named.rows(arguments.split or (named.task.eval_split if named.task else "test"))[: arguments.rows]
     invocation = () if adapter is None else adapter.invocation
     chat = ChatRenderer(tokenizer, chat_settings(model))
     generation = arguments.generation
     writer = Writer.of(generation, tokenizer)
-    encoder = Encoder(tokenizer, model_config.max_position_embeddings, task, invocation, chat, generation)
+    encoder = Encoder(tokenizer, model_config.max_position_embeddings, named.task, invocation, chat, generation)
     examples = encoder.encode_rows(rows, arguments.on_bad_row)
     objective = arguments.objective or default_objective(examples)
     require_choices(objective, (len(example.options) for example in examples))

@@ -22,6 +22,7 @@ from sglang.srt.mezo.core.settings import require_settings, setting
 from sglang.srt.mezo.data.chat import ChatSettings
 from sglang.srt.mezo.data.examples import Example, get_task
 from sglang.srt.mezo.data.invocation import AUTO, invocation_tokens
+from sglang.srt.mezo.data.named import is_text
 from sglang.srt.mezo.data.splits import DataArguments, Splits, load_splits
 from sglang.srt.mezo.engine.chat import ChatRenderer
 from sglang.srt.mezo.engine.handle import MezoEngine
@@ -35,6 +36,7 @@ from sglang.srt.mezo.training.reporting import integrations
 from sglang.srt.mezo.training.results import TrainResult
 from sglang.srt.mezo.training.rewards import Writer
 from sglang.srt.mezo.training.run_directory import RunDirectory
+from sglang.srt.mezo.training.source import require_length
 from sglang.srt.mezo.training.start import read_start, settled
 from sglang.srt.mezo.training.trained import Spec
 from sglang.srt.mezo.training.trainer import MezoTrainer
@@ -111,18 +113,16 @@ def open_trainer(
     config, target_modules = _with_targets(model_config, config)
     if rank.is_first:  # which makes it
         RunDirectory(config).check()
+    if data.streaming:
+        require_length(config)
     invocation = chosen_invocation(tokenizer, data.task, config.tuning, config.invocation)
     writer = Writer.of(config.generation, tokenizer)
-    max_length = model_config.max_position_embeddings - (config.num_virtual_tokens or 0)
-    chat = ChatRenderer(tokenizer, chat_settings(model))
+    max_length, chat = _max_length(data, config, model_config), ChatRenderer(tokenizer, chat_settings(model))
     splits = load_splits(tokenizer, max_length, invocation, data, chat, config.generation)
     spec = _spec(config, model.model, model_config, splits.invocation, target_modules)
-    require_objective(
-        config,
-        config.objective or splits.objective,
-        (len(example.options) for example in splits.train + splits.dev + splits.test),
-    )
-    longest = max(example.longest for example in splits.train + splits.dev + splits.test) + (config.max_new_tokens or 0)
+    objective = config.objective or splits.objective
+    require_objective(config, objective, (len(example.options) for example in splits.known))
+    longest = max(example.longest for example in splits.known) + (config.max_new_tokens or 0)
     if model.max_total_tokens is not None and model.max_total_tokens < longest:
         raise ConfigError(
             "max_total_tokens", model.max_total_tokens, f"at least {longest}, the tokens of the longest example"
@@ -142,6 +142,14 @@ def open_trainer(
         engine.handle, config, spec, splits.train, splits.dev, splits.objective, start=origin, writer=writer
     )
     return trainer, splits
+
+
+def _max_length(data: DataArguments, config: MezoConfig, model_config: "PretrainedConfig") -> int:
+    """Most tokens of an example; ConfigError where the model has no room for what is asked."""
+    room = model_config.max_position_embeddings - (config.num_virtual_tokens or 0)
+    if data.max_length is not None and data.max_length > room:
+        raise ConfigError("max_length", data.max_length, f"at most {room}, what the model has room for")
+    return data.max_length or room
 
 
 def _with_targets(model_config: "PretrainedConfig", config: MezoConfig) -> tuple[MezoConfig, tuple[str, ...]]:
@@ -204,6 +212,8 @@ def chosen_invocation(
         if given is not None:
             raise ConfigError("invocation", given, f"nothing, as what {tuning} trains acts on every token")
         return ()
+    if is_text(task):
+        raise ConfigError("tuning", tuning, "lora, full or prefix for whole texts, which have no invocation")
     if given is None:
         if not task:
             return None

@@ -12,14 +12,15 @@ import torch
 
 from sglang.srt.mezo.adapters.peft_adapter import PeftAdapter
 from sglang.srt.mezo.core.config import MezoConfig
-from sglang.srt.mezo.core.errors import ConfigError, DivergedError, RankError
+from sglang.srt.mezo.core.errors import DivergedError, RankError
 from sglang.srt.mezo.core.noise import step_seed
 from sglang.srt.mezo.core.objective import Objective
 from sglang.srt.mezo.core.optimizer import Optimizer, learning_rate_at, to_logged_float32
 from sglang.srt.mezo.core.passes import Passes
 from sglang.srt.mezo.core.seed_log import LogRecord
-from sglang.srt.mezo.data.batches import BatchStream, Portion
+from sglang.srt.mezo.data.batches import Portion
 from sglang.srt.mezo.data.examples import Example
+from sglang.srt.mezo.data.streams import ExampleStream
 from sglang.srt.mezo.engine.handle import EngineHandle
 from sglang.srt.mezo.scoring.evaluation import evaluation_passes
 from sglang.srt.mezo.scoring.plan import ExamplePlan, Planner
@@ -28,6 +29,7 @@ from sglang.srt.mezo.training.memory import MemoryMeter
 from sglang.srt.mezo.training.probe import Probe
 from sglang.srt.mezo.training.results import StepResult
 from sglang.srt.mezo.training.rewards import Writer, measure_of
+from sglang.srt.mezo.training.source import DrawnSource, Source, StreamedSource
 from sglang.srt.mezo.training.trained import Spec, trained
 from sglang.srt.mezo.training.usable import require_usable
 from sglang.srt.mezo.training.window import PrefixWindow, window_of
@@ -44,7 +46,8 @@ class Learner:
         config: settings of the run.
         spec: what ``config`` describes: an adapter (``AdapterSpec.of``), a prefix (``PrefixSpec.of``), or the model's
             own parameters (``WeightsSpec``).
-        train_dataset, eval_dataset: tokenised examples. Without ``eval_dataset`` the last adapter is kept.
+        train_dataset: tokenised examples, or a stream of them, which is read as they are needed.
+        eval_dataset: tokenised examples. Without any the last adapter is kept.
         objective: what ``config.objective`` leaves open.
         kept_tokens: most KV tokens of base-model prefixes that stay locked between steps; by default half of the pool.
         portions: of the training examples in their order, where a run that
@@ -63,7 +66,7 @@ class Learner:
         handle: EngineHandle,
         config: MezoConfig,
         spec: Spec,
-        train_dataset: Sequence[Example],
+        train_dataset: Sequence[Example] | ExampleStream,
         eval_dataset: Sequence[Example] = (),
         objective: Objective = "classification",
         kept_tokens: int | None = None,
@@ -80,24 +83,17 @@ class Learner:
         self.objective: Objective = config.objective or objective
         self.planner = Planner(config.tuning, spec.invocation)
         self._new_tokens = 0 if config.generation is None else config.generation.max_new_tokens
-        self.train_plans = self.plan(train_dataset)
-        self.eval_plans = self.plan(eval_dataset)
-        (_, initial), *later = portions or [Portion(0, len(self.train_plans))]
-        if initial + sum(added for _, added in later) != len(self.train_plans):
-            raise ConfigError(
-                "portions",
-                list(map(tuple, portions)),
-                f"{len(self.train_plans)} examples, as many as there are, in all",
-            )
-        self.max_steps = config.steps_for(initial)
         kept_tokens = handle.kv_capacity // 2 if kept_tokens is None else kept_tokens
-        window = window_of(handle, config, self.train_plans, kept_tokens)
-        self.stream = BatchStream(initial, config.train_batch_size, config.seed, window, config.echoes)
-        for first_step, added in later:
-            self.stream.extend(first_step, added)
+        self.eval_plans = self.plan(eval_dataset)
+        if isinstance(train_dataset, Sequence):
+            plans = self.plan(train_dataset)
+            self.source: Source = DrawnSource(plans, config, portions, window_of(handle, config, plans, kept_tokens))
+        else:
+            self.source = StreamedSource(handle, config, train_dataset, self.eval_plans, self.plan)
+        self.max_steps = self.source.max_steps
         self.trainable, self.points, largest = trained(handle, config, spec, start, spare_slots)
         self.scorer = Scorer(handle, self.planner.scope, config.max_tokens_per_batch, config.prefix_reuse, kept_tokens)
-        self.window = PrefixWindow(handle, config, self.scorer, self.stream)
+        self.window = PrefixWindow(handle, config, self.scorer, self.source)
         self.optimizer = Optimizer(self.trainable.theta, self.trainable.shapes, config.update_rule, largest)
         self.measure = measure_of(handle, self.scorer, self.objective, writer)
         self.probe = Probe(handle, config, self.measure, self.optimizer, self.points)
@@ -198,7 +194,13 @@ class Learner:
 
     def batch(self, step: int) -> list[ExamplePlan]:
         """The planned examples of ``step``."""
-        return [self.train_plans[i] for i in self.stream.batch(step)]
+        return self.source.batch(step)
+
+    @property
+    def drawn(self) -> DrawnSource:
+        """The training examples, where all of them are at hand."""
+        assert isinstance(self.source, DrawnSource)
+        return self.source
 
     def extend(self, examples: Sequence[Example], record: Callable[[], None] = lambda: None) -> int:
         """Add training examples; returns the first step that draws from them, the one after the step in progress.
@@ -206,18 +208,7 @@ class Learner:
         It is later where examples that were added before count from later on. ``max_steps`` stays as it is. Where
         ``record``, which is called once they are added, raises, they are not.
         """
-        plans = self.plan(examples)
-        totals, before = list(self.stream.totals), len(self.train_plans)
-        first_step = max(self.global_step + 1, totals[-1][0])
-        self.stream.extend(first_step, len(plans))
-        self.train_plans += plans
-        try:
-            record()
-        except Exception:
-            self.stream.totals = totals
-            del self.train_plans[before:]
-            raise
-        return first_step
+        return self.drawn.extend(self.plan(examples), self.global_step + 1, record)
 
     def evaluation_passes(self, plans: Sequence[ExamplePlan] | None = None) -> Passes[dict[str, float]]:
         """``eval_loss``, and the scores of the objective such as ``eval_accuracy``, of what is trained as it is, on the
@@ -231,13 +222,11 @@ class Learner:
 
     def prefix_passes(self) -> Passes[None]:
         """Have the prefixes in the tree that a run has there that has come to this step by itself."""
-        return self.window.restore(self.global_step, self.train_plans, self.eval_plans, self.points)
+        return self.window.restore(self.global_step, self.eval_plans, self.points)
 
     def trained_tokens(self) -> int:
-        """Tokens of the examples drawn so far; a prompt counts once for each of its options that has a row of its
-        own."""
-        lengths = (sum(len(row.prefix) + len(row.suffix) for row in plan.rows) for plan in self.train_plans)
-        return sum(length * draws for length, draws in zip(lengths, self.stream.draws(self.global_step)))
+        """Tokens of the examples drawn so far."""
+        return self.drawn.trained_tokens(self.global_step)
 
     def close(self) -> None:
         """Give slots and locks back to the engine, the ones even if the others fail."""

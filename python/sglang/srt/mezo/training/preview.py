@@ -3,14 +3,14 @@
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any, Optional
 
 from sglang.srt.mezo.core.config import Tuning
 from sglang.srt.mezo.core.settings import require_settings, setting
 from sglang.srt.mezo.data.examples import Encoder, Example
-from sglang.srt.mezo.data.rows import SourceRow, read_rows
-from sglang.srt.mezo.data.splits import generation_prompt, named_data
+from sglang.srt.mezo.data.named import named_data
+from sglang.srt.mezo.data.rows import SourceRow
+from sglang.srt.mezo.data.splits import generation_prompt
 from sglang.srt.mezo.data.tasks import Task
 from sglang.srt.mezo.engine.chat import ChatRenderer
 from sglang.srt.mezo.scoring.plan import Planner
@@ -22,8 +22,11 @@ from sglang.srt.mezo.training.finetune import ModelArguments, chat_settings, cho
 class PreviewArguments:
     """Which rows are shown, and as which adapter would be trained on them; ConfigError names the field at fault."""
 
-    task: Optional[str] = setting(None, "Task that renders the rows; none for files of prompts.")
+    task: Optional[str] = setting(
+        None, "Task that renders the rows; text: they are whole texts, in a column text; none for files of prompts."
+    )
     dataset: Optional[str] = setting(None, "Hub name, folder or file; the task's own by default.")
+    dataset_config: Optional[str] = setting(None, "Configuration of a hub data set; the task's own by default.")
     split: str = setting("train", "Split of the data set; a file has none.")
     rows: int = setting(3, "Rows to show, from the first.", at_least=1)
     tuning: Tuning = setting("alora", "alora: the adapter acts from the invocation on; lora: on every token.")
@@ -49,17 +52,17 @@ def preview(model: ModelArguments, arguments: PreviewArguments) -> Iterator[dict
         ConfigError, DataError: a setting is wrong, or a row cannot be used.
     """
     model_config, tokenizer = read_checkpoint(model.model)
-    task, dataset = named_data(arguments.task, arguments.dataset)
-    rows = list(islice(read_rows(dataset, arguments.split, task), arguments.rows))
+    named = named_data(arguments.task, arguments.dataset, arguments.dataset_config)
+    rows = named.rows(arguments.split)[: arguments.rows]
     chat = ChatRenderer(tokenizer, chat_settings(model))
     invocation = chosen_invocation(tokenizer, arguments.task, arguments.tuning, arguments.invocation)
-    encoder = Encoder(tokenizer, model_config.max_position_embeddings, task, invocation or (), chat)
+    encoder = Encoder(tokenizer, model_config.max_position_embeddings, named.task, invocation or (), chat)
     examples = [(row, example) for row in rows for example in encoder.encode_rows([row])]
     if invocation is None:
         invocation = generation_prompt(encoder, rows, [example for _, example in examples])
     planner = Planner(arguments.tuning, invocation)
     for row, example in examples:
-        yield _shown(row, example, planner, task, tokenizer)
+        yield _shown(row, example, planner, named.task, tokenizer)
 
 
 def _shown(row: SourceRow, example: Example, planner: Planner, task: Task | None, tokenizer: Any) -> dict[str, Any]:

@@ -13,7 +13,6 @@ import torch
 from sglang.srt.mezo.core.config import MezoConfig
 from sglang.srt.mezo.core.errors import DamagedError, DataError
 from sglang.srt.mezo.core.seed_log import LogRecord, SeedLog
-from sglang.srt.mezo.scoring.plan import digest_of_plans
 from sglang.srt.mezo.training.learner import Learner
 from sglang.srt.mezo.training.pass_sizes import PassSizes
 from sglang.srt.mezo.training.results import StepResult
@@ -130,7 +129,7 @@ class RunRecord:
             "loss_minus": result.loss_minus,
             "projected_grad": result.projected_grad,
             "learning_rate": result.learning_rate,
-            "epoch": learner.stream.epoch(learner.global_step),
+            "epoch": learner.source.epoch(learner.global_step),
             "forward_passes": self._config.forward_passes * learner.global_step,
             "prefix_tokens_reused": stats.reused,
             "prefix_tokens_computed": stats.computed,
@@ -152,8 +151,12 @@ class RunRecord:
 
     def save_portions(self) -> None:
         """From which step on which training examples count, for a run that resumes."""
-        self._directory.save_portions(self._learner.stream.portions)
-        _note_examples(self._learner, self._state)
+        self._directory.save_portions(self._learner.drawn.stream.portions)
+        self._note_examples()
+
+    def _note_examples(self) -> None:
+        """Record those that there is no record of yet."""
+        self._state["examples"] = self._learner.source.seen()
 
     def append_update(self, record: LogRecord) -> None:
         """What the run did after the adapter that was taken up is dropped: the log is the way to this adapter."""
@@ -177,6 +180,7 @@ class RunRecord:
         if keeps:
             self._learner.trainable.save_pretrained(self._directory.best(step))
         self._state["evaluated_at"] = step
+        self._note_examples()
         self._directory.save_state(self._current_state())
         if keeps and earlier not in (None, step):
             self._directory.drop_best(earlier)
@@ -193,6 +197,7 @@ class RunRecord:
         """Unless the process ended between this and the next step the last time."""
         if self._directory.checkpoint(self._learner.global_step).exists():
             return
+        self._note_examples()
         folder = self._directory.save_checkpoint(self._learner.trainable, self._current_state())
         self._tracker.checkpoint(self._learner.global_step, folder)
 
@@ -236,30 +241,19 @@ def _take_up(
         _require_same_examples(learner, directory, state)
         warnings += _recover(log, state)
     if "window" not in state:
-        state["window"] = learner.stream.window
+        state["window"] = learner.source.window
         directory.save_state(state)
     return state, warnings
 
 
 def _require_same_examples(learner: Learner, directory: RunDirectory, state: dict[str, Any]) -> None:
-    """Those that the run has drawn from, part by part; what has been added since is new. Of earlier versions there
-    is no record."""
-    plans, first = learner.train_plans, 0
-    for count, digest in state.setdefault("examples", []):
-        if digest_of_plans(plans[first : first + count]) != digest:
-            raise DataError(
-                f"the training examples are not those that the run in {directory.path} has been trained on: "
-                "its rows, or how they are rendered or tokenised, have changed"
-            )
-        first += count
-    _note_examples(learner, state)
-
-
-def _note_examples(learner: Learner, state: dict[str, Any]) -> None:
-    """Record those that there is no record of yet."""
-    new = learner.train_plans[sum(count for count, _ in state["examples"]) :]
-    if new:
-        state["examples"] = [*state["examples"], [len(new), digest_of_plans(new)]]
+    """Those that the run has drawn from. Of earlier versions there is no record."""
+    if "examples" in state and not learner.source.is_same(state["examples"]):
+        raise DataError(
+            f"the training examples are not those that the run in {directory.path} has been trained on: "
+            "its rows, or how they are rendered or tokenised, have changed"
+        )
+    state["examples"] = learner.source.seen()
 
 
 def _recover(log: SeedLog, state: dict[str, Any]) -> list[str]:

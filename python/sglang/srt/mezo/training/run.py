@@ -65,7 +65,7 @@ class TrainingRun:
             return learner.trainable.theta, records, record.window, record.evaluated_at
 
         try:
-            theta, records, learner.stream.window, evaluated_at = learner.handle.on_leader(open_record)
+            theta, records, learner.source.window, evaluated_at = learner.handle.on_leader(open_record)
             learner.trainable.theta.copy_(theta)
             for step in records:
                 learner.apply(step)
