@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 
 import torch
 
-from sglang.srt.mezo.adapters.peft_adapter import PeftAdapter
+from sglang.srt.mezo.adapters.foreign import ForeignAdapter
 from sglang.srt.mezo.core.config import MezoConfig, Objective
 from sglang.srt.mezo.core.errors import ConfigError, DivergedError, RankError
 from sglang.srt.mezo.core.noise import step_seed
@@ -44,7 +44,8 @@ class Learner:
             own parameters (``WeightsSpec``).
         train_dataset, eval_dataset: tokenised examples. Without ``eval_dataset`` the last adapter is kept.
         objective: what ``config.objective`` leaves open.
-        kept_tokens: most KV tokens of base-model prefixes that stay locked between steps; by default half of the pool.
+        kept_tokens: most KV tokens of base-model prefixes, or of points, that stay locked between steps; by default
+            half of the pool.
         portions: of the training examples in their order, where a run that
             resumes was given some later; by default all count from step 0.
         claim_slots: take the slots now; or later by ``points.claim()``, where requests may need them now.
@@ -67,7 +68,7 @@ class Learner:
         portions: Sequence[Portion] = (),
         claim_slots: bool = True,
         spare_slots: int = 0,
-        start: PeftAdapter | None = None,
+        start: ForeignAdapter | None = None,
     ):
         spec.require_agreement(config)
         self.handle = handle
@@ -90,7 +91,7 @@ class Learner:
         self.stream = BatchStream(initial, config.train_batch_size, config.seed, window, config.echoes)
         for first_step, added in later:
             self.stream.extend(first_step, added)
-        self.trainable, self.points, largest = trained(handle, config, spec, start, spare_slots)
+        self.trainable, self.points, largest = trained(handle, config, spec, start, spare_slots, kept_tokens)
         self.scorer = Scorer(handle, self.planner.scope, config.max_tokens_per_batch, config.prefix_reuse, kept_tokens)
         self.window = PrefixWindow(handle, config, self.scorer, self.stream)
         self.optimizer = Optimizer(self.trainable.theta, self.trainable.shapes, config.update_rule, largest)
