@@ -329,9 +329,9 @@ def test_requests_that_would_be_answered_wrongly_are_refused(engine, models):
 # --- at a start -------------------------------------------------------------------------------------------------------
 
 
-def starts(models, name: str, **arguments) -> list[int]:
-    """Starts an engine with one prefix and nothing else, and asks it."""
-    engine = ServingEngine(
+def started(models, name: str, **arguments) -> ServingEngine:
+    """An engine with one prefix and nothing else."""
+    return ServingEngine(
         model_path=str(models / "base"),
         lora_paths=[f"{name}={models / name}"],
         skip_tokenizer_init=True,
@@ -339,17 +339,17 @@ def starts(models, name: str, **arguments) -> list[int]:
         max_total_tokens=POOL,
         **arguments,
     )
-    try:
-        return ask(engine, [PROMPT], [name])[0]["output_ids"]
-    finally:
-        engine.close()
 
 
 def test_a_server_starts_with_prefixes_alone(models):
-    assert starts(models, "ours") == peft_answer(models, PROMPT, "ours")[0]
+    engine = started(models, "ours")
+    try:
+        assert ask(engine, [PROMPT], ["ours"])[0]["output_ids"] == peft_answer(models, PROMPT, "ours")[0]
+    finally:
+        engine.close()
 
 
 @pytest.mark.parametrize("flag", [{"disable_radix_cache": True}, {"page_size": 16}], ids=str)
 def test_a_server_that_cannot_serve_a_prefix_does_not_start_with_one(models, flag):
     with pytest.raises(RuntimeError):
-        starts(models, "prefix", **flag)
+        started(models, "prefix", **flag)
