@@ -9,11 +9,12 @@ from itertools import cycle
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from engine_process import EngineProcess
 from live_server import MODEL, LiveServer
 from sglang.srt.mezo.adapters.adapter import AdapterSpec
+from sglang.srt.mezo.adapters.prefix_adapter import PrefixSpec
 from sglang.srt.mezo.core.config import MezoConfig
 from sglang.srt.mezo.data.examples import Encoder
 
@@ -36,7 +37,7 @@ def offline_series(server, job, rows: list[dict], tmp_path: Path) -> list[tuple]
     sent = job.method.supervised.hyperparameters.model_dump()
     names = MezoConfig.__dataclass_fields__.keys() & sent.keys()
     config = MezoConfig(
-        **{name: sent[name] for name in names},
+        **{name: sent[name] for name in names if sent[name] != "auto"},
         per_device_train_batch_size=sent["batch_size"],
         num_train_epochs=sent["n_epochs"],
         seed=job.seed,
@@ -65,7 +66,11 @@ def train_offline(engine, config: MezoConfig, rows: list[dict]) -> None:
     invocation = tuple(tokenizer(config.invocation, add_special_tokens=False).input_ids) if config.invocation else ()
     encoder = Encoder(tokenizer, 512, None, invocation)
     examples = [example for row in rows for example in encoder.encode(row)]
-    MezoTrainer(engine.handle, config, AdapterSpec.of(config, str(MODEL), invocation), examples).train()
+    if config.tuning == "prefix":
+        spec = PrefixSpec.of(config, str(MODEL), AutoConfig.from_pretrained(MODEL))
+    else:
+        spec = AdapterSpec.of(config, str(MODEL), invocation)
+    MezoTrainer(engine.handle, config, spec, examples).train()
 
 
 def series(run: Path) -> list[tuple]:

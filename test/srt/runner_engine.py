@@ -5,10 +5,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from transformers import AutoConfig
 
 import oracle
 from engine_process import EngineProcess
 from sglang.srt.mezo.adapters.adapter import Adapter, AdapterSpec
+from sglang.srt.mezo.adapters.prefix_adapter import PrefixSpec
 from sglang.srt.mezo.core.config import MezoConfig
 from sglang.srt.mezo.core.seed_log import SeedLog
 from sglang.srt.mezo.service.wire.packed import pack
@@ -168,7 +170,17 @@ def stop(engine, job_id="job"):
     assert engine.call(send, "StopJob", {"job_id": job_id})[0]
 
 
-def spec_of(config, model_path) -> AdapterSpec:
+def tuned(config: MezoConfig, tuning: str) -> MezoConfig:
+    """The same run of another way of tuning, which the engine has room for."""
+    if tuning != "prefix":
+        return replace(config, tuning=tuning, r=4)
+    of_adapters = dict.fromkeys(("r", "lora_alpha", "target_modules", "learning_rate", "zo_eps"))
+    return replace(config, tuning=tuning, **of_adapters)
+
+
+def spec_of(config, model_path) -> AdapterSpec | PrefixSpec:
+    if config.tuning == "prefix":
+        return PrefixSpec.of(config, model_path, AutoConfig.from_pretrained(model_path))
     return AdapterSpec.of(config, model_path, oracle.INVOCATION if config.tuning == "alora" else ())
 
 

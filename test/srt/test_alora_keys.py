@@ -8,6 +8,7 @@ import pytest
 from sglang.srt.lora.backend.base_backend import BaseLoRABackend
 from sglang.srt.mezo.core.errors import ConfigError
 from sglang.srt.mezo.data.invocation import find_invocation
+from sglang.srt.mezo.engine.held_places import keeps_keys
 from sglang.srt.mezo.plugin import alora_serving
 from sglang.srt.mezo.plugin.alora_serving import ServedAdapter
 
@@ -62,7 +63,7 @@ def look_up(req, shared=True) -> tuple[str | None, list[int]]:
 
 
 class Tree:
-    """Stands in for UnifiedRadixCache, of which `_shares_base` asks this much."""
+    """Stands in for UnifiedRadixCache, of which `keeps_keys` asks this much."""
 
     linker = None
     tree_core = SimpleNamespace(enable_kv_cache_events=False)
@@ -71,7 +72,7 @@ class Tree:
 def test_a_batch_without_an_invocation_is_left_as_it_is():
     """What speculative decoding verifies counts as a prefill, and has no lengths."""
     batch = SimpleNamespace(forward_mode=SimpleNamespace(is_extend=lambda: True), lora_ids=["plain", None])
-    reqs = [SimpleNamespace(mezo_binding=None)] * 2
+    reqs = [SimpleNamespace(mezo_binding=None, mezo_prefix=None)] * 2
     runner = SimpleNamespace(lora_manager=object())
     alora_serving._after_batch_created(batch, None, SimpleNamespace(reqs=reqs), runner)
 
@@ -114,9 +115,9 @@ def test_tagged_keys_are_told_to_nobody(served):
     """With KV events the tokens of the tree leave the process."""
     tree = Tree()
     tree.enable_storage = False
-    assert alora_serving._shares_base(tree)
+    assert keeps_keys(tree)
     tree.tree_core = SimpleNamespace(enable_kv_cache_events=True)
-    assert not alora_serving._shares_base(tree)
+    assert not keeps_keys(tree)
 
 
 def test_prompt_without_invocation_is_the_base_models(served):

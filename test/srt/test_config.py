@@ -108,7 +108,7 @@ def test_a_run_cannot_be_resumed_and_deleted_at_once():
         *(({"tuning": tuning, "r": 8}, "r") for tuning in ("full", "prefix")),
         *(({"tuning": tuning, "target_modules": ["q_proj"]}, "target_modules") for tuning in ("full", "prefix")),
         *(({"tuning": tuning, "invocation": " It was"}, "invocation") for tuning in ("full", "prefix")),
-        *(({"tuning": tuning, "init_from": "adapter"}, "init_from") for tuning in ("full", "prefix")),
+        ({"tuning": "full", "init_from": "adapter"}, "init_from"),
         *(({"tuning": tuning, "parameters": "bias"}, "parameters") for tuning in ("alora", "lora", "prefix")),
         *(({"tuning": tuning, "num_virtual_tokens": 5}, "num_virtual_tokens") for tuning in ("lora", "full")),
         *(({"tuning": tuning, "prefix_positions": "shifted"}, "prefix_positions") for tuning in ("lora", "full")),

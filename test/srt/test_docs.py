@@ -9,7 +9,7 @@ import pytest
 
 from docs_blocks import HOW_TO, ROOT, blocks
 
-RUN = {"quickstart", "server", "two commands", "tunings", "weights in a server"}
+RUN = {"quickstart", "server", "two commands", "tunings", "weights in a server", "prefix in a server"}
 """Groups of blocks: the first runs in test_packaging, the others in test_docs_run."""
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(
     (ROOT / "docs").glob("*.md")

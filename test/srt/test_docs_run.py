@@ -17,6 +17,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from docs_blocks import ROOT, of_group, run
 from live_server import free_port, reviews
 
+UNTIL_IT_HAS_SUCCEEDED = """
+import time
+while (job := client.fine_tuning.jobs.retrieve(job.id)).status != "succeeded":
+    assert job.status not in ("failed", "cancelled"), job.error
+    time.sleep(0.5)
+"""
 TEXT = "the plot is thin, but the acting is superb. It was"
 
 
@@ -83,7 +89,11 @@ def test_other_tunings_and_their_weights_in_a_server(folder):
     [update] = of_group("weights in a server")
     serve = f"sglang-mezo serve --model-path examples/assets/opt-reviews --dtype float32 --port {port}"
     environment = {**os.environ, "PATH": f"{python.parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    job, load = of_group("prefix in a server")
     with served(serve, folder, environment, port):
+        for block, check in ((job, UNTIL_IT_HAS_SUCCEEDED), (load, "")):
+            run([block._replace(code=block.code.replace("30000", str(port)) + check)], folder, python)
+        assert first_logprobs(port, lora_path="mine") != first_logprobs(port, lora_path="a-prefix")
         before = first_logprobs(port)
         run([update._replace(code=update.code.replace("30000", str(port)))], folder, python)
         after = first_logprobs(port)
@@ -97,10 +107,10 @@ def test_other_tunings_and_their_weights_in_a_server(folder):
     assert after == pytest.approx(expected, abs=1e-4) and after != pytest.approx(before, abs=1e-4)
 
 
-def first_logprobs(port: int) -> list[float]:
+def first_logprobs(port: int, **fields) -> list[float]:
     """Of the tokens of a prompt, as a server has them."""
     sampling = {"max_new_tokens": 1}
-    body = {"text": TEXT, "sampling_params": sampling, "return_logprob": True, "logprob_start_len": 0}
+    body = {"text": TEXT, "sampling_params": sampling, "return_logprob": True, "logprob_start_len": 0, **fields}
     answer = httpx.post(f"http://127.0.0.1:{port}/generate", json=body, timeout=60).raise_for_status().json()
     return [logprob for logprob, *_ in answer["meta_info"]["input_token_logprobs"][1:]]
 

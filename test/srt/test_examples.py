@@ -102,6 +102,16 @@ def test_a_prefix_is_trained_resumed_and_run_by_peft(tmp_path):
         with torch.no_grad():
             losses.append(-torch.log_softmax(prefixed(input_ids=ids).logits[0, -1, options], 0)[row["label"]].item())
     assert sum(losses) / len(losses) == pytest.approx(summary_of(folder)["loss"], abs=1e-4)
+    rows = tmp_path / "test.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in reviews("test", 10**6)))
+    program = ("-m", "sglang.srt.mezo.commands.main", "evaluate", "--model", model, "--dtype", "float32")
+    evaluated = json.loads(run(*program, "--dataset", str(rows), "--adapter", str(folder / "adapter")).stdout)
+    assert evaluated["loss"] == pytest.approx(summary_of(folder)["loss"], abs=1e-5)
+    further = tmp_path / "further"
+    command = (*command[:-1], str(further), "--init_from", str(folder / "adapter"))
+    run(*command, "--max_steps", "1")
+    begun = load_file(further / "initial_adapter" / "adapter_model.safetensors")
+    assert torch.equal(begun["prompt_embeddings"], kept["prompt_embeddings"])
 
 
 def test_a_run_goes_on_from_the_adapter_of_another(tmp_path):

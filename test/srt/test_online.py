@@ -197,7 +197,7 @@ def published(server, job_id: str) -> Path:
     return max((server.directory / "jobs" / job_id / "adapters").glob("v*"), key=lambda path: int(path.name[1:]))
 
 
-@pytest.mark.parametrize("tuning", ["alora", "lora"])
+@pytest.mark.parametrize("tuning", ["alora", "lora", "prefix"])
 def test_answers_equal_peft_on_the_saved_files_before_and_after_updates(server, files, tuning):
     settings = {**SHORT, "tuning": tuning, "invocation": " It was" if tuning == "alora" else None}
     job = server.create_job(files[0], suffix=f"peft-{tuning}", **settings)
@@ -226,13 +226,13 @@ def test_answers_equal_peft_on_the_saved_files_before_and_after_updates(server, 
         assert answer == {"step": 31 + update, "model": job.fine_tuned_model}
 
 
-@pytest.mark.parametrize("tuning", ["alora", "lora"])
+@pytest.mark.parametrize("tuning", ["alora", "lora", "prefix"])
 def test_a_quiet_server_makes_the_offline_series_bit_for_bit_and_a_busy_one_nearly(server, tmp_path, tuning):
     rows = reviews("train", 64)
     file = server.upload(rows)
     # More directions than the server has slots for.
     settings = {**SHORT, "tuning": tuning, "invocation": " It was", "save_steps": 0, "num_perturbations": 15}
-    if tuning == "lora":  # whole prompts run in every slot, and beside requests a tenth of the time is little
+    if tuning != "alora":  # whole prompts run at every point, and beside requests a tenth of the time is little
         settings |= {"invocation": None, "max_steps": 10, "batch_size": 8}
     assert server.http.post("/flush_cache").status_code == 200
     quiet = server.create_job(file, suffix=f"quiet-{tuning}", **settings)

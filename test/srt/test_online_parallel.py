@@ -27,7 +27,7 @@ JOB = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tuning", ["lora", "alora"])
+@pytest.mark.parametrize("tuning", ["lora", "alora", "prefix"])
 def test_two_ranks_make_the_steps_of_one(tmp_path, tuning):
     two_ranks_make_the_steps_of_one(tmp_path, tuning, ["q_proj", "k_proj", "v_proj", "out_proj"])
 
@@ -48,12 +48,9 @@ def test_layers_that_two_ranks_widen_keep_the_checkpoints_shapes(tmp_path):
 def two_ranks_make_the_steps_of_one(tmp_path, tuning: str, target_modules: list[str], *flags: str) -> Path:
     """Returns the folder of the adapter that two ranks made."""
     require_devices(2)
-    settings = {
-        **JOB,
-        "target_modules": target_modules,
-        "tuning": tuning,
-        "invocation": " It was" if tuning == "alora" else None,
-    }
+    settings = {**JOB, "tuning": tuning, "invocation": " It was" if tuning == "alora" else None}
+    if tuning != "prefix":
+        settings["target_modules"] = target_modules
     runs = []
     for ranks in (1, 2):
         pool = ["--lora-target-modules", *target_modules]

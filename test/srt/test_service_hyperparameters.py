@@ -97,6 +97,8 @@ def test_every_hyperparameter_is_reported_under_its_own_name():
 def test_what_is_reported_makes_the_same_job_again():
     config, hyperparameters = resolved(r=4, n_epochs=3, zo_eps=1e-3, invocation=" It was", num_perturbations=4)
     assert resolved(**reported(stored(config), hyperparameters)) == (config, hyperparameters)
+    config, hyperparameters = resolved(tuning="prefix", num_virtual_tokens=7)
+    assert resolved(**reported(stored(config), hyperparameters)) == (config, hyperparameters)
 
 
 WRONG_TYPES = {

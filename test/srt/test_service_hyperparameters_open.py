@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import msgspec
 import pytest
 
 from hyperparameters import ENGINE, KINDS, PLACE, refused, request, resolved
@@ -69,6 +70,31 @@ def test_rows_that_suggest_no_invocation_make_ordinary_lora_unless_the_client_wa
         caught.value.param == f"{PLACE}.invocation"
         and "such as ' It was', as there are no messages" in caught.value.message
     )
+
+
+def test_a_prefix_has_defaults_of_its_own_and_nothing_of_adapters():
+    config, _ = resolved(tuning="prefix")
+    assert (config.num_virtual_tokens, config.prefix_positions, config.invocation) == (5, "shifted", None)
+    assert config.r is config.lora_alpha is config.target_modules is None
+    assert (config.learning_rate, config.zo_eps) == (0.2, 0.1)
+    few_slots = EngineDescription(**{**msgspec.structs.asdict(ENGINE), "max_loras_per_batch": 2})
+    assert resolved(tuning="prefix", engine=few_slots)[0] == config, "a prefix needs no slot"
+    for name, value in {"r": 4, "lora_alpha": 2, "target_modules": ["q_proj"], "invocation": " It was"}.items():
+        error = refused(request(tuning="prefix", **{name: value}))
+        assert error.param == f"{PLACE}.{name}" and "nothing beside tuning=prefix" in error.message
+    assert "nothing beside tuning=lora" in refused(request(tuning="lora", num_virtual_tokens=5)).message
+
+
+@pytest.mark.parametrize(("tokens", "allowed"), [(0, "at least 1"), (128, "from 1 to 127"), (1001, "from 1 to 127")])
+def test_a_prefix_fits_the_context_and_the_pool(tokens, allowed):
+    error = refused(request(tuning="prefix", num_virtual_tokens=tokens))
+    assert error.param == f"{PLACE}.num_virtual_tokens" and allowed in error.message
+
+
+def test_a_server_that_cannot_serve_prefixes_says_so():
+    engine = EngineDescription(**{**msgspec.structs.asdict(ENGINE), "no_prefixes": "it has no room"})
+    error = refused(request(tuning="prefix"), engine)
+    assert error.param == f"{PLACE}.tuning" and "cannot serve prefixes: it has no room" in error.message
 
 
 def test_a_backend_without_activated_adapters_says_so():
@@ -150,7 +176,8 @@ def in_range(engine):
         "optim": ("sgd", "adamw"),
         "estimator": ("one_sided", "leave_one_out", *two_sided),
         "perturbation": ("gaussian", "rademacher"),
-        "tuning": ("lora",),
+        "tuning": ("lora", "prefix"),
+        "num_virtual_tokens": (1, 5, min(engine.kv_capacity // 4, engine.context_length - 1)),
         "invocation": (None, *([" It was"] if not engine.no_alora else ())),
         "target_modules": engine.target_modules and [engine.target_modules],
         "objective": (None, "classification", "completion"),

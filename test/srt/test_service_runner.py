@@ -26,6 +26,7 @@ from runner_engine import (  # noqa: F401
     stop,
     tick,
     tick_to_step,
+    tuned,
 )
 from sglang.srt.mezo.core.seed_log import LogRecord
 from sglang.srt.mezo.service.wire.events import CheckpointSaved, Started, Succeeded
@@ -33,9 +34,9 @@ from sglang.srt.mezo.training.pass_sizes import read_pass_sizes
 from small_disk import small_disk
 
 
-@pytest.mark.parametrize("tuning", ["alora", "lora"])
+@pytest.mark.parametrize("tuning", ["alora", "lora", "prefix"])
 def test_pieces_give_the_series_of_the_offline_run_bit_for_bit(engine, config, model_path, tmp_path, tuning):
-    config = replace(config, tuning=tuning, r=4)
+    config = tuned(config, tuning)
     whole = offline(engine, config, model_path, tmp_path)
     engine.call(flush)
     assert start(engine, config, model_path)[0]
@@ -68,6 +69,12 @@ def set_piece_sizes(engine, beside_requests, idle):
     engine.runner._describe().update(micro_step_tokens=beside_requests, idle_step_tokens=idle)
 
 
+def request(rid: str, tokens: int) -> SimpleNamespace:
+    """As the scheduler has one that waits."""
+    sampling = SimpleNamespace(max_new_tokens=1)
+    return SimpleNamespace(rid=rid, lora_id=None, origin_input_ids=[1] * (tokens - 1), sampling_params=sampling)
+
+
 def tick_beside_a_request(engine, pieces):
     """The sizes of so many pieces after a request has been served; the first ones of the step ran before it."""
     runner, sizes = engine.runner, set()
@@ -76,7 +83,7 @@ def tick_beside_a_request(engine, pieces):
         runner.tick()
     assert runner._job.learner.global_step == step
     waiting = engine.scheduler.waiting_queue
-    waiting.append(SimpleNamespace(rid="HEALTH_CHECK_1", lora_id=None))
+    waiting.append(request("HEALTH_CHECK_1", tokens=1))
     runner.tick()
     assert runner._pacer.quiet, "a probe is no request"
     waiting[0].rid = "somebody"
@@ -115,7 +122,8 @@ def streams_of_work(engine):
 
         return call
 
-    running._forward_stream, running._description = forward_stream, None
+    running._description, original = None, runner.forward_stream
+    runner.forward_stream = lambda scheduler: forward_stream()
     slots = running._job.learner.points
     slots.claim = seeing("claim", slots.claim)
     running._job.advance = seeing("piece", running._job.advance)
@@ -123,7 +131,7 @@ def streams_of_work(engine):
     try:
         running.tick()
     finally:
-        runner.calibrate = calibrate.calibrate
+        runner.calibrate, runner.forward_stream = calibrate.calibrate, original
     return seen
 
 
@@ -154,8 +162,9 @@ def train_in_pieces(engine, config, spec, sizes):
     trainer.close()
 
 
-def test_flushes_between_pieces_change_nothing_but_time(engine, config, model_path, tmp_path):
-    config = replace(config, r=4)
+@pytest.mark.parametrize("tuning", ["alora", "prefix"])
+def test_flushes_between_pieces_change_nothing_but_time(engine, config, model_path, tmp_path, tuning):
+    config = tuned(config, tuning)
     whole = offline(engine, config, model_path, tmp_path)
     assert start(engine, config, model_path)[0]
     for pieces in (1, 4, 9, 2, 30):
@@ -168,8 +177,9 @@ def test_flushes_between_pieces_change_nothing_but_time(engine, config, model_pa
         assert flushed[1] + flushed[2] == pytest.approx(quiet[1] + quiet[2], rel=1e-5)
 
 
-def test_stopped_and_started_again_it_ends_as_the_whole_run(engine, config, model_path, tmp_path):
-    config = replace(config, r=4)
+@pytest.mark.parametrize("tuning", ["alora", "prefix"])
+def test_stopped_and_started_again_it_ends_as_the_whole_run(engine, config, model_path, tmp_path, tuning):
+    config = tuned(config, tuning)
     whole = offline(engine, config, model_path, tmp_path)
     engine.call(flush)
     resumed = config
@@ -240,12 +250,59 @@ def tick_with_the_pool_taken(engine):
     return locked, kept(engine)
 
 
-def test_a_step_for_which_there_is_no_room_waits_for_requests_to_end(engine, config, model_path, tmp_path):
-    config = replace(config, r=4)
+def test_points_in_the_pool_go_when_requests_want_it_and_come_again(engine, config, model_path, tmp_path):
+    config = tuned(config, "prefix")
     whole = offline(engine, config, model_path, tmp_path)
     engine.call(flush)
     assert start(engine, config, model_path)[0]
     engine.call(tick_to_step, 2)
+    assert engine.call(tick_while_requests_want_the_pool) == [True, False, False, True]
+    assert engine.call(tick_while_a_request_wants_more_than_is_free) == [True, False, True]
+    engine.call(tick)
+    assert log_of(config.output_dir) == log_of(whole.output_dir)
+
+
+def tick_while_requests_want_the_pool(engine):
+    """Whether the engine has the points: before, twice while requests have taken the pool, and once they leave."""
+    from sglang.srt.mem_cache.allocation import alloc_token_slots
+
+    handle, runner = engine.handle, engine.runner
+    points, load = runner._job.learner.points, runner._load
+    found = [points.claimed]
+    runner._load = lambda: (1, 0)
+    taken = alloc_token_slots(handle.tree_cache, handle.free_kv_tokens - 100)
+    for _ in range(2):
+        runner.tick()
+        found.append(points.claimed)
+    handle.kv_allocator.free(taken)
+    runner.tick()
+    runner._load = load
+    return [*found, points.claimed]
+
+
+def tick_while_a_request_wants_more_than_is_free(engine):
+    """Whether the engine has the points: before, while the request waits, and once it does not."""
+    runner, waiting = engine.runner, engine.scheduler.waiting_queue
+    points = runner._job.learner.points
+    found = [points.claimed]
+    waiting.append(request("long", engine.handle.free_kv_tokens + 1))
+    runner.tick()
+    found.append(points.claimed)
+    waiting.clear()
+    runner.tick()
+    return [*found, points.claimed]
+
+
+@pytest.mark.parametrize("tuning", ["alora", "prefix"])
+@pytest.mark.parametrize("step", [0, 2])
+def test_a_step_for_which_there_is_no_room_waits_for_requests_to_end(
+    engine, config, model_path, tmp_path, tuning, step
+):
+    config = tuned(config, tuning)
+    whole = offline(engine, config, model_path, tmp_path)
+    engine.call(flush)
+    assert start(engine, config, model_path)[0]
+    engine.call(tick_to_step, step)
     assert engine.call(tick_while_requests_hold_every_row) == ("job", 0)
     engine.call(tick)
     assert log_of(config.output_dir) == log_of(whole.output_dir)

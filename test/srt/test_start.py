@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM
 import oracle
 from foreign_adapters import APPLIED, edit, saved
 from sglang.srt.mezo.adapters.adapter import Adapter, AdapterSpec
-from sglang.srt.mezo.adapters.families import model_modules
-from sglang.srt.mezo.adapters.peft_adapter import ModelLayers
+from sglang.srt.mezo.adapters.foreign import AdaptedModel
 from sglang.srt.mezo.core.config import MezoConfig
 from sglang.srt.mezo.core.errors import ConfigError
+from sglang.srt.mezo.training.finetune import adapted_model
 from sglang.srt.mezo.training.start import read_start, settled
 from tiny import tiny_tokenizer
 
@@ -29,9 +29,8 @@ def base():
 
 
 @pytest.fixture(scope="module")
-def layers() -> ModelLayers:
-    sites = {site.path: site for site in model_modules(CONFIG)}
-    return ModelLayers(sites, sites.keys(), None, torch.float32, CONFIG.vocab_size)
+def model() -> AdaptedModel:
+    return adapted_model("base", CONFIG)
 
 
 WHOLE = [
@@ -45,14 +44,14 @@ WHOLE = [
 
 
 @pytest.mark.parametrize("name", WHOLE)
-def test_a_run_begins_with_what_peft_makes_of_the_folder(base, layers, tmp_path, name):
+def test_a_run_begins_with_what_peft_makes_of_the_folder(base, model, tmp_path, name):
     """The adapter that is trained has one rank and one scale, and is the same function."""
     folder = saved(base, tmp_path / "adapter", **APPLIED[name])
     config = MezoConfig(init_from=str(folder))
-    origin = read_start(config, layers)
+    origin = read_start(config, model)
     config = settled(config, origin, TOKENIZER)
     spec = AdapterSpec("base", config.r, config.lora_alpha, tuple(config.target_modules), origin.invocation)
-    sites = [site for site in layers.sites.values() if site.name in config.target_modules]
+    sites = [site for site in model.layers.sites.values() if site.name in config.target_modules]
     Adapter.holding(spec, sites, origin.matrices).save_pretrained(tmp_path / "initial")
     ids = torch.tensor([[5, 6, 9, *oracle.INVOCATION, 11, 12]])
     with torch.no_grad():
@@ -65,28 +64,28 @@ def test_a_run_begins_with_what_peft_makes_of_the_folder(base, layers, tmp_path,
 
 
 @pytest.mark.parametrize("name", ["one layer", "modules left out", "names in full", "an expression"])
-def test_an_adapter_of_some_layers_is_refused(base, layers, tmp_path, name):
+def test_an_adapter_of_some_layers_is_refused(base, model, tmp_path, name):
     folder = saved(base, tmp_path / "adapter", **APPLIED[name])
     with pytest.raises(ConfigError, match="in all layers, and it has nothing for model.layers") as caught:
-        read_start(MezoConfig(init_from=str(folder)), layers)
+        read_start(MezoConfig(init_from=str(folder)), model)
     assert caught.value.field == "init_from"
 
 
-def test_a_scale_below_zero_is_not_trained_further(base, layers, tmp_path):
+def test_a_scale_below_zero_is_not_trained_further(base, model, tmp_path):
     folder = saved(base, tmp_path / "adapter", lora_alpha=-3)
     config = MezoConfig(init_from=str(folder))
     with pytest.raises(ConfigError, match="lora_alpha=-3.* is not allowed: a positive number"):
-        settled(config, read_start(config, layers), None)
+        settled(config, read_start(config, model), None)
 
 
-def test_a_folder_that_is_no_adapter_is_named(layers, tmp_path, base):
+def test_a_folder_that_is_no_adapter_is_named(model, tmp_path, base):
     with pytest.raises(
         ConfigError, match="init_from='/nowhere' is not allowed: an adapter of this model .lora_path='/nowhere'"
     ):
-        read_start(MezoConfig(init_from="/nowhere"), layers)
+        read_start(MezoConfig(init_from="/nowhere"), model)
     folder = edit(saved(base, tmp_path / "adapter"), use_dora=True)
     with pytest.raises(ConfigError, match="use_dora=True"):
-        read_start(MezoConfig(init_from=str(folder)), layers)
+        read_start(MezoConfig(init_from=str(folder)), model)
 
 
 ORIGIN = SimpleNamespace(

@@ -5,30 +5,29 @@ A folder that a user names can hold anything. Whatever it holds is an adapter th
 ConfigError.
 """
 
-import io
-import json
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
-import safetensors.torch
 import torch
 
-from sglang.srt.mezo.adapters.adapter import CONFIG, FILES, WEIGHTS, AdapterSpec, Site
+from sglang.srt.mezo.adapters.adapter import CONFIG, AdapterSpec, Site
 from sglang.srt.mezo.adapters.peft_config import PeftConfig, read_config
-from sglang.srt.mezo.core.errors import ConfigError, DamagedError, one_line
-from sglang.srt.mezo.core.integrity import SUMS, require_sums
+from sglang.srt.mezo.adapters.peft_files import (
+    ADDED_TOKENS,
+    DTYPES,
+    directory_of,
+    name_of,
+    read_json,
+    read_weights,
+    refuse_added_tokens,
+    require_finite,
+    require_own_sums,
+    shape_of,
+)
+from sglang.srt.mezo.core.errors import ConfigError
 
-PICKLED_WEIGHTS = "adapter_model.bin"
-ADDED_TOKENS = "added_tokens.json"
-
-_MAX_JSON_BYTES = 4 << 20
-_MAX_HEADER_BYTES = 16 << 20  # names and shapes, and what a pickle has around the numbers
-_MOST_BYTES_A_NUMBER = 8
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _TENSOR = re.compile(r"(?:base_model\.model\.)?(?P<path>.+)\.lora_(?P<side>[AB])\.weight")
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
 @dataclass(frozen=True)
@@ -75,15 +74,15 @@ def read_adapter(folder: str, layers: ModelLayers) -> PeftAdapter:
     Raises:
         ConfigError: naming the file or field at fault. Nothing larger than an adapter can be is read.
     """
-    directory = _directory(folder)
-    config = read_config(_read_json(directory / CONFIG))
-    _refuse_added_tokens(directory / ADDED_TOKENS, layers.vocab_size)
+    directory = directory_of(folder)
+    config = read_config(read_json(directory / CONFIG))
+    refuse_added_tokens(directory / ADDED_TOKENS, layers.vocab_size)
     ranks = _ranks(config, layers)
     room = sum(
         rank * (layers.sites[path].in_features + layers.sites[path].out_features) for path, (rank, _) in ranks.items()
     )
-    tensors = _read_weights(directory, _MOST_BYTES_A_NUMBER * room + _MAX_HEADER_BYTES)
-    _require_sums(directory)
+    tensors = read_weights(directory, room)
+    require_own_sums(directory)
     return _fit(config, ranks, tensors, layers)
 
 
@@ -93,97 +92,6 @@ def fit_adapter(fields: object, tensors: Mapping[str, torch.Tensor], layers: Mod
         raise ConfigError("tensors", type(tensors).__name__, "a dictionary of tensors")
     config = read_config(fields)
     return _fit(config, _ranks(config, layers), tensors, layers)
-
-
-# --- files ------------------------------------------------------------------------------------------------------------
-
-
-def _directory(folder: str) -> Path:
-    path = Path(folder)
-    try:
-        is_folder, exists = path.is_dir(), path.exists()
-    except (OSError, ValueError) as error:
-        raise ConfigError("lora_path", folder, f"a folder with {CONFIG} ({_reason(error)})") from error
-    if is_folder:
-        return path
-    if exists or not _HUB_NAME.fullmatch(folder):
-        raise ConfigError(
-            "lora_path", folder, f"a folder with {CONFIG}, and " + ("this is a file" if exists else "there is none")
-        )
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(folder, allow_patterns=[CONFIG, WEIGHTS, PICKLED_WEIGHTS, ADDED_TOKENS]))
-    except Exception as error:  # of any kind that a network has
-        raise ConfigError(
-            "lora_path", folder, f"a folder with {CONFIG}, or a repository of the hub ({_reason(error)})"
-        ) from error
-
-
-def _read_file(path: Path, most: int) -> bytes:
-    """The content of a regular file of at most so many bytes; what is none could be read for ever."""
-    try:
-        if not path.is_file():
-            raise ConfigError(path.name, str(path), "a file" if path.exists() else "a file, and there is none")
-        with open(path, "rb") as file:
-            data = file.read(most + 1)
-    except OSError as error:
-        raise ConfigError(path.name, str(path), f"a file that can be read ({_reason(error)})") from error
-    if len(data) > most:
-        raise ConfigError(path.name, str(path), f"at most {most} bytes, as large as its adapter can be")
-    return data
-
-
-def _read_json(path: Path) -> object:
-    data = _read_file(path, _MAX_JSON_BYTES)
-    try:
-        return json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(path.name, str(path), f"JSON ({_reason(error)})") from error
-
-
-def _require_sums(directory: Path) -> None:
-    """The files of an adapter of ours are as they were written. They are small enough, as they have been read."""
-    if not (directory / SUMS).exists():
-        return
-    _read_file(directory / SUMS, _MAX_JSON_BYTES)
-    try:
-        require_sums(directory, FILES)
-    except DamagedError as error:
-        raise ConfigError(SUMS, str(directory / SUMS), f"the sums of the files beside it ({error})") from error
-
-
-def _reason(error: Exception) -> str:
-    """What a library says, in short, and of a file without its path, which the message has."""
-    return (getattr(error, "strerror", None) or one_line(error))[:200]
-
-
-def _refuse_added_tokens(path: Path, vocab_size: int) -> None:
-    """A tokenizer that lies beside an adapter may know more tokens than the model; requests are tokenised without
-    them."""
-    if not path.exists():
-        return
-    tokens = _read_json(path)
-    ids = tokens.values() if isinstance(tokens, dict) else [tokens]
-    wrong = [token for token in ids if not isinstance(token, int) or token >= vocab_size]
-    if wrong:
-        raise ConfigError(ADDED_TOKENS, wrong[0], f"token ids below {vocab_size}, the size of the model's vocabulary")
-
-
-def _read_weights(directory: Path, most: int) -> dict[str, torch.Tensor]:
-    """PEFT's order: safetensors where they are, else what torch has pickled."""
-    pickled = not (directory / WEIGHTS).exists() and (directory / PICKLED_WEIGHTS).exists()
-    path = directory / (PICKLED_WEIGHTS if pickled else WEIGHTS)
-    data = _read_file(path, most)
-    try:
-        if not pickled:
-            return safetensors.torch.load(data)
-        tensors = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a damaged file leads to
-        raise ConfigError(path.name, str(path), f"a file of tensors ({_reason(error)})") from error
-    if not isinstance(tensors, dict):
-        raise ConfigError(path.name, str(path), f"a dictionary of tensors, not {type(tensors).__name__}")
-    return tensors
 
 
 # --- against the model ------------------------------------------------------------------------------------------------
@@ -225,7 +133,7 @@ def _fit(
     common = scales.pop() if len(scales) == 1 else 1.0
     lora_alpha = config.lora_alpha if common == config.lora_alpha / r else r * common
     if not torch.tensor(common, dtype=torch.float64).to(layers.dtype).isfinite():
-        raise ConfigError("lora_alpha", config.lora_alpha, f"one that gives a finite scale in {_name(layers.dtype)}")
+        raise ConfigError("lora_alpha", config.lora_alpha, f"one that gives a finite scale in {name_of(layers.dtype)}")
     fitted = {
         path: _brought(sides["A"], sides["B"], r, ranks[path][1] / common if common else 1.0)
         for path, sides in matrices.items()
@@ -246,7 +154,7 @@ def _of_targets(
         path, sides = min(found.items(), key=lambda item: item[0])
         left_out = "none, as target_modules, exclude_modules or layers_to_transform leave its module out"
         allowed = left_out if path in layers.sites else "matrices of linear layers of the model"
-        raise ConfigError(f"{path}.lora_{min(sides)}.weight", _shape(sides[min(sides)]), allowed)
+        raise ConfigError(f"{path}.lora_{min(sides)}.weight", shape_of(sides[min(sides)]), allowed)
     outside = [path for path in matrices if path not in layers.adapted]
     if outside:
         names = sorted({path.rpartition(".")[2] for path in layers.adapted})
@@ -273,12 +181,12 @@ def _by_path(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.T
         if match is None:
             raise ConfigError(
                 str(name)[:200],
-                _shape(tensor),
+                shape_of(tensor),
                 "only lora_A.weight and lora_B.weight of linear layers, as PEFT names them",
             )
         sides = found.setdefault(match["path"], {})
         if match["side"] in sides:
-            raise ConfigError(name[:200], _shape(tensor), "given once")
+            raise ConfigError(name[:200], shape_of(tensor), "given once")
         sides[match["side"]] = tensor
     return found
 
@@ -290,13 +198,13 @@ def _check(path: str, sides: Mapping[str, torch.Tensor], rank: int, config: Peft
         if side not in sides:
             raise ConfigError(name, None, f"a matrix {expected} beside the other of its module")
         matrix = sides[side]
-        if matrix.layout != torch.strided or matrix.dtype not in _DTYPES:
-            raise ConfigError(name, str(matrix.dtype), "numbers of type " + ", ".join(map(_name, _DTYPES)))
+        if matrix.layout != torch.strided or matrix.dtype not in DTYPES:
+            raise ConfigError(name, str(matrix.dtype), "numbers of type " + ", ".join(map(name_of, DTYPES)))
         if list(matrix.shape) != expected:
             says = f"{expected} by the model and r={rank} of {CONFIG}"
             raise ConfigError(
                 name,
-                _shape(matrix),
+                shape_of(matrix),
                 says if not config.rank_pattern else f"{expected} by the model and rank_pattern of {CONFIG}",
             )
 
@@ -308,18 +216,3 @@ def _brought(a: torch.Tensor, b: torch.Tensor, r: int, scale: float) -> tuple[to
     if scale != 1.0:
         b = b.float() * scale
     return torch.nn.functional.pad(a, (0, 0, 0, more)).contiguous(), torch.nn.functional.pad(b, (0, more)).contiguous()
-
-
-def require_finite(name: str, matrix: torch.Tensor, dtype: torch.dtype) -> None:
-    """Every matrix of an adapter from outside passes here: ConfigError where it is not finite as the engine keeps
-    it."""
-    if not matrix.to(dtype).isfinite().all():
-        raise ConfigError(name, "inf or nan", f"finite numbers in {_name(dtype)}")
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _shape(tensor: object) -> object:
-    return list(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor).__name__

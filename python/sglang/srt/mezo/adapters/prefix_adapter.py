@@ -15,8 +15,8 @@ from sglang.srt.mezo.core.integrity import write_json
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-_EMBEDDINGS = "prompt_embeddings"
-_POSITIONS = "prefix_positions"  # field of ours in adapter_config.json, where they are not PEFT's
+EMBEDDINGS = "prompt_embeddings"
+POSITIONS = "prefix_positions"  # field of ours in adapter_config.json, where they are not PEFT's
 
 
 class KVShape(NamedTuple):
@@ -73,6 +73,8 @@ class PrefixAdapter:
     """Master copy ``theta``: float32 [numel] on the CPU, in the order of PEFT's prompt embeddings: for each virtual
     token, for each layer, its keys of all heads, then its values."""
 
+    invocation = ()  # it acts on every token
+
     def __init__(self, spec: PrefixSpec, theta: torch.Tensor | None = None):
         self.spec = spec
         self.theta = torch.zeros(spec.num_virtual_tokens * 2 * spec.kv.layers * spec.kv.heads * spec.kv.head_dim)
@@ -87,7 +89,7 @@ class PrefixAdapter:
             fields = json.loads(path.read_bytes())
             heads = fields["num_attention_heads"]
             kv = KVShape(fields["num_layers"], heads, fields["token_dim"] // heads)
-            positions = fields.get(_POSITIONS, "shifted")
+            positions = fields.get(POSITIONS, "shifted")
             adapter = cls(PrefixSpec(fields["base_model_name_or_path"], fields["num_virtual_tokens"], kv, positions))
         except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
             raise DamagedError(path, str(error) or type(error).__name__) from error
@@ -112,7 +114,7 @@ class PrefixAdapter:
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """PEFT's name to a view of ``theta``."""
-        return {_EMBEDDINGS: self.theta.view(self.shapes[0])}
+        return {EMBEDDINGS: self.theta.view(self.shapes[0])}
 
     def save_pretrained(self, directory: Path) -> None:
         """Write a folder that ``PeftModel.from_pretrained`` loads; it appears whole or not at all.
@@ -123,7 +125,7 @@ class PrefixAdapter:
         with peft_folder(directory, self.state_dict(), self._peft_config(), self._model_card()) as partial:
             if self.spec.positions != "shifted":
                 path = partial / CONFIG
-                write_json(path, json.loads(path.read_text()) | {_POSITIONS: self.spec.positions})
+                write_json(path, json.loads(path.read_text()) | {POSITIONS: self.spec.positions})
 
     def load_weights(self, directory: Path) -> None:
         """Fill ``theta`` from a folder that ``save_pretrained`` wrote for a prefix of the same shape.

@@ -11,6 +11,7 @@ from sglang.srt.mezo.core.optimizer import Optim, SchedulerType, UpdateRule
 from sglang.srt.mezo.core.settings import LARGEST, Bounds, setting
 
 AdapterTuning = Literal["alora", "lora"]
+ServedTuning = Literal["alora", "lora", "prefix"]
 """What a server trains."""
 Tuning = Literal["alora", "lora", "full", "prefix"]
 PrefixPositions = Literal["shifted", "unshifted"]
@@ -40,7 +41,8 @@ class MezoConfig(ObjectiveSettings):
 
     init_from: Optional[str] = setting(
         None,
-        "PEFT folder of an adapter to go on from; tuning, invocation, r, lora_alpha and target_modules are its own.",
+        "PEFT folder of an adapter to go on from; tuning, invocation, r, lora_alpha and target_modules are its own, or "
+        "num_virtual_tokens of a prefix, which is to be named as tuning.",
     )
     tuning: Tuning = setting(
         None,
@@ -50,7 +52,7 @@ class MezoConfig(ObjectiveSettings):
         job=True,
     )
     num_virtual_tokens: int = setting(
-        None, "Of prefix tuning: length of the prefix; 5 by default.", at_least=1, follows=True
+        None, "Of prefix tuning: length of the prefix; 5 by default.", at_least=1, follows=True, job=True
     )
     prefix_positions: PrefixPositions = setting(
         None,
@@ -294,7 +296,7 @@ class MezoConfig(ObjectiveSettings):
 
 _OF_ADAPTERS: tuple[Tuning, ...] = get_args(AdapterTuning)
 _OF_TUNING: dict[str, tuple[Tuning, ...]] = {
-    "init_from": _OF_ADAPTERS,
+    "init_from": get_args(ServedTuning),
     "invocation": _OF_ADAPTERS,
     "r": _OF_ADAPTERS,
     "lora_alpha": _OF_ADAPTERS,

@@ -7,11 +7,16 @@ import torch
 from torch.nn.functional import pad
 
 from sglang.srt.mezo.adapters.families import FAMILIES
+from sglang.srt.mezo.adapters.foreign import AdaptedModel
 from sglang.srt.mezo.adapters.peft_adapter import ModelLayers, PeftAdapter
+from sglang.srt.mezo.adapters.peft_prefix import PrefixModel
+from sglang.srt.mezo.adapters.prefix_adapter import KVShape
 from sglang.srt.mezo.engine.handle import checkpoint_config, config_source
 from sglang.srt.mezo.engine.layers import Layer, Part, checkpoint_sites, model_layers
 
 if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
     from sglang.srt.lora.lora_manager import LoRAManager
 
 
@@ -25,11 +30,12 @@ def is_known(manager: "LoRAManager") -> bool:
     return any(architecture in FAMILIES for architecture in config.architectures or ())
 
 
-def layers_for_adapters(manager: "LoRAManager") -> ModelLayers:
-    """What an adapter may act on: any layer before SGLang has laid out its pool, which it does for the adapters that
-    it starts with."""
+def model_for_adapters(manager: "LoRAManager") -> AdaptedModel:
+    """What an adapter has to fit. It may act on any layer before SGLang has laid out its pool, which it does for the
+    adapters that it starts with."""
     from sglang.srt.runtime_context import get_server_args
 
+    args = get_server_args()
     any_layer = not hasattr(manager, "lora_modules")
     adapted = [
         part.site.path
@@ -39,17 +45,13 @@ def layers_for_adapters(manager: "LoRAManager") -> ModelLayers:
     ]
     max_rank = getattr(manager, "max_lora_rank", None)
     config: Any = manager.base_hf_config
-    return ModelLayers(
-        checkpoint_sites(*config_source(get_server_args())),
-        frozenset(adapted),
-        max_rank,
-        manager.dtype,
-        config.vocab_size,
-    )
+    sites = checkpoint_sites(*config_source(args))
+    layers = ModelLayers(sites, frozenset(adapted), max_rank, manager.dtype, config.vocab_size)
+    return AdaptedModel(layers, _prefixes(args, checkpoint_config(*config_source(args)), manager.dtype))
 
 
-def layers_of_checkpoint(server_args) -> ModelLayers | None:
-    """What an adapter may act on, before there is an engine; None where that is not known.
+def model_of_checkpoint(server_args) -> AdaptedModel | None:
+    """What an adapter has to fit, before there is an engine; None where that is not known.
 
     Raises:
         ConfigError: the model's configuration cannot be read.
@@ -59,9 +61,14 @@ def layers_of_checkpoint(server_args) -> ModelLayers | None:
     if not set(config.architectures or ()) & FAMILIES.keys():
         return None
     sites = checkpoint_sites(*source)
-    return ModelLayers(
-        sites, sites.keys(), server_args.max_lora_rank, torch.float32, config.get_text_config().vocab_size
-    )
+    vocab_size = config.get_text_config().vocab_size
+    layers = ModelLayers(sites, sites.keys(), server_args.max_lora_rank, torch.float32, vocab_size)
+    return AdaptedModel(layers, _prefixes(server_args, config, torch.float32))
+
+
+def _prefixes(server_args, config: "PretrainedConfig", dtype: torch.dtype) -> PrefixModel:
+    context_length = server_args.context_length or config.get_text_config().max_position_embeddings
+    return PrefixModel(server_args.model_path, KVShape.of(config), context_length, dtype)
 
 
 def as_sglang_takes_it(manager: "LoRAManager", adapter: PeftAdapter) -> tuple[CheckedFields, dict[str, torch.Tensor]]:

@@ -67,6 +67,11 @@ class Points(Protocol):
         ...
 
     @property
+    def tokens(self) -> int:
+        """Places of the KV pool that they are."""
+        ...
+
+    @property
     def claimed(self) -> bool:
         """Whether the engine has given the room for them."""
         ...

@@ -1,6 +1,7 @@
 """Prefixes in the KV pool as ``Points``: each has the keys and values of its virtual tokens in places of its own."""
 
 from collections.abc import Iterator
+from itertools import count
 
 import torch
 
@@ -11,9 +12,12 @@ from sglang.srt.mezo.core.estimator import SIGNS, Estimator
 from sglang.srt.mezo.core.noise import initial_uniform
 from sglang.srt.mezo.engine.forward import Sequenced, extend
 from sglang.srt.mezo.engine.handle import EngineHandle
+from sglang.srt.mezo.engine.held_places import OURS, HeldPlaces
+from sglang.srt.mezo.engine.kv_pool import erase
 from sglang.srt.mezo.engine.points import Point, PointGroup, Round
 
 _POOL_SHARE = 0.25  # of the KV pool that the points of a pass may have
+_NAMES = count(1)
 
 
 class PrefixLayout:
@@ -55,43 +59,54 @@ class PrefixLayout:
                 out[:, layer, which, self._heads] = buffer[places].to(out.device, out.dtype)
 
 
-def initial_prefix(handle: EngineHandle, spec: PrefixSpec, seed: int) -> PrefixAdapter:
-    """Keys and values of random tokens, as the paper begins: what the model computes for them."""
-    layout = PrefixLayout(handle, spec)
-    numbers = initial_uniform(seed, 0, spec.num_virtual_tokens).double().add_(1).div_(2)
-    vocabulary = handle.model_runner.model_config.vocab_size
-    tokens = tuple((numbers * vocabulary).long().clamp_(max=vocabulary - 1).tolist())
-    _, places = extend(handle, [Sequenced(torch.empty(0, dtype=torch.int64), tokens, ((None, len(tokens)),))])
-    adapter = PrefixAdapter(spec)
-    adapter.theta.fill_(-0.0)  # leaves every number as it is when it is added
-    if layout.is_first_copy:
-        layout.read(places, adapter.theta.view(adapter.by_layer))
-    handle.kv_allocator.free(places)
-    adapter.theta.copy_(handle.sum_of_ranks(adapter.theta))
-    return adapter
+def held_prefix(handle: EngineHandle, adapter: PrefixAdapter) -> Point:
+    """A point at which a prefix stays as it is, as long as the engine lives."""
+    held = HeldPlaces(handle, adapter.spec.num_virtual_tokens, f"{OURS}points{next(_NAMES)}")
+    PrefixLayout(handle, adapter.spec).write(adapter.theta.view(adapter.by_layer), held.places)
+    return Point(cached=held.places, shift=_shift(adapter.spec))
+
+
+def _shift(spec: PrefixSpec) -> int:
+    return 0 if spec.positions == "shifted" else -spec.num_virtual_tokens
 
 
 class PrefixPoints:
     """Theta itself, and some directions at a time.
 
+    Args:
+        most_tokens: of the KV pool that they may have, besides a share that they never pass.
+        seed: of the random tokens whose keys and values theta begins with, as in the paper, once the engine has the
+            room to compute them; None where theta has begun.
+
     Raises:
+        ConfigError: see ``PrefixLayout``.
         CapacityError: the pool has no room for those of one direction.
     """
 
-    def __init__(self, handle: EngineHandle, adapter: PrefixAdapter, num_perturbations: int, estimator: Estimator):
+    def __init__(
+        self,
+        handle: EngineHandle,
+        adapter: PrefixAdapter,
+        num_perturbations: int,
+        estimator: Estimator,
+        most_tokens: int,
+        seed: int | None,
+    ):
         self._handle = handle
         self._adapter = adapter
+        self._seed = seed
         self._signs = SIGNS[estimator]
         self._with_theta = estimator == "one_sided"
         self._layout = PrefixLayout(handle, adapter.spec)
         tokens = adapter.spec.num_virtual_tokens
-        room = int(_POOL_SHARE * handle.kv_capacity) // tokens - 1
-        self._width = min(num_perturbations, room // len(self._signs))
+        room = min(int(_POOL_SHARE * handle.kv_capacity), most_tokens)
+        self._width = min(num_perturbations, (room // tokens - 1) // len(self._signs))
         if self._width < 1:
             raise CapacityError(
-                f"prefixes of {tokens} tokens for theta and one direction are more than a quarter of the KV pool's "
-                f"{handle.kv_capacity} tokens: raise max_total_tokens or lower num_virtual_tokens"
+                f"prefixes of {tokens} tokens for theta and one direction are more than the {room} of the KV pool's "
+                f"{handle.kv_capacity} tokens that they may have: raise max_total_tokens or lower num_virtual_tokens"
             )
+        self._held: HeldPlaces | None = None
         self._points: list[Point] = []
         self._scratch = torch.empty_like(adapter.theta)
 
@@ -104,23 +119,42 @@ class PrefixPoints:
         return 0
 
     @property
+    def tokens(self) -> int:
+        return self._adapter.spec.num_virtual_tokens * (1 + self._width * len(self._signs))
+
+    @property
     def claimed(self) -> bool:
-        return bool(self._points)
+        return self._held is not None and self._held.is_valid
 
     def claim(self) -> None:
         """Take the places in the pool."""
-        from sglang.srt.mem_cache.allocation import alloc_token_slots
-
-        tokens = self._adapter.spec.num_virtual_tokens
-        shift = 0 if self._adapter.spec.positions == "shifted" else -tokens
-        count = 1 + self._width * len(self._signs)
-        places = alloc_token_slots(self._handle.tree_cache, tokens * count).split(tokens)
-        self._points = [Point(cached=own, shift=shift) for own in places]
+        if self._seed is not None:
+            self._begin(self._seed)
+            self._seed = None
+        spec, shift = self._adapter.spec, _shift(self._adapter.spec)
+        self._held = HeldPlaces(self._handle, self.tokens, f"{OURS}points{next(_NAMES)}")
+        self._points = [Point(cached=own, shift=shift) for own in self._held.places.split(spec.num_virtual_tokens)]
 
     def release(self) -> None:
-        points, self._points = self._points, []
-        if points:
-            self._handle.kv_allocator.free(torch.cat([point.cached for point in points]))
+        held, self._held, self._points = self._held, None, []
+        if held is None or not held.is_valid:
+            return
+        with torch.inference_mode():  # a perturbed number may have been none in the pool's dtype
+            erase(self._handle.kv_allocator.get_kvcache(), held.places)
+        held.release()
+
+    def _begin(self, seed: int) -> None:
+        """Fill theta with what the model computes for random tokens."""
+        spec, theta = self._adapter.spec, self._adapter.theta
+        numbers = initial_uniform(seed, 0, spec.num_virtual_tokens).double().add_(1).div_(2)
+        vocabulary = self._handle.model_runner.model_config.vocab_size
+        tokens = tuple((numbers * vocabulary).long().clamp_(max=vocabulary - 1).tolist())
+        _, places = extend(self._handle, [Sequenced(torch.empty(0, dtype=torch.int64), tokens, ((None, len(tokens)),))])
+        theta.fill_(-0.0)  # leaves every number as it is when it is added
+        if self._layout.is_first_copy:
+            self._layout.read(places, theta.view(self._adapter.by_layer))
+        self._handle.kv_allocator.free(places)
+        theta.copy_(self._handle.sum_of_ranks(theta))
 
     def write_current(self) -> None:
         self._write(self.current, self._adapter.theta)

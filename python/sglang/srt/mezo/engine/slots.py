@@ -210,6 +210,10 @@ class PerturbedSlots:
         return 1 + self.width * len(self._signs)
 
     @property
+    def tokens(self) -> int:
+        return 0
+
+    @property
     def claimed(self) -> bool:
         return bool(self._slots)
 

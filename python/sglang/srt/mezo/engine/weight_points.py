@@ -96,6 +96,10 @@ class WeightPoints:
         return 0
 
     @property
+    def tokens(self) -> int:
+        return 0
+
+    @property
     def claimed(self) -> bool:
         return self._claimed
 

@@ -9,16 +9,19 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from sglang.srt.mezo.adapters.peft_adapter import PeftAdapter, fit_adapter, read_adapter
-from sglang.srt.mezo.core.errors import ConfigError
+import msgspec
+
+from sglang.srt.mezo.adapters.foreign import ForeignAdapter, fit_foreign, read_foreign
+from sglang.srt.mezo.adapters.prefix_adapter import PrefixAdapter
+from sglang.srt.mezo.core.errors import ConfigError, MezoError
 from sglang.srt.mezo.engine.peft_layers import (
     CheckedFields,
     as_sglang_takes_it,
     is_known,
-    layers_for_adapters,
-    layers_of_checkpoint,
+    model_for_adapters,
+    model_of_checkpoint,
 )
-from sglang.srt.mezo.plugin import alora_serving
+from sglang.srt.mezo.plugin import alora_serving, served_prefixes
 from sglang.srt.mezo.plugin.hooks import Hook, StartRefused
 
 if TYPE_CHECKING:
@@ -36,7 +39,7 @@ def _around_loading(original: Callable, manager: "LoRAManager", lora_ref: "LoRAR
     if lora_ref.lora_path is None:
         return _refused(manager, lora_ref, ConfigError("lora_path", None, "a folder, or a repository of the hub"))
     folder = lora_ref.lora_path
-    return _load(manager, lora_ref, lambda: read_adapter(folder, layers_for_adapters(manager)))
+    return _load(manager, lora_ref, lambda: read_foreign(folder, model_for_adapters(manager)))
 
 
 def _around_loading_from_tensors(
@@ -58,20 +61,32 @@ def _around_loading_from_tensors(
                 "added_tokens_config", added_tokens_config, "nothing, as the server's tokenizer has its own tokens"
             ),
         )
-    return _load(manager, lora_ref, lambda: fit_adapter(config_dict, tensors, layers_for_adapters(manager)))
+    return _load(manager, lora_ref, lambda: fit_foreign(config_dict, tensors, model_for_adapters(manager)))
 
 
-def _load(manager: "LoRAManager", lora_ref: "LoRARef", make: Callable[[], PeftAdapter]) -> "LoRAUpdateOutput":
+def _load(manager: "LoRAManager", lora_ref: "LoRARef", make: Callable[[], ForeignAdapter]) -> "LoRAUpdateOutput":
     try:
         adapter = make()
+        if isinstance(adapter, PrefixAdapter):
+            return _serve_prefix(manager, lora_ref, adapter)
         alora_serving.require_servable(manager, adapter.invocation)
         fields, tensors = as_sglang_takes_it(manager, adapter)
-    except ConfigError as error:
+    except MezoError as error:
         return _refused(manager, lora_ref, error)
     except Exception as error:  # as SGLang's loader has it: an adapter, whatever it is, does not end the server
         logger.exception("adapter %r was not loaded", lora_ref.lora_name)
         return _refused(manager, lora_ref, f"{type(error).__name__}: {error}")
     return manager._load_lora_adapter_from_tensors(lora_ref, tensors, fields)
+
+
+def _serve_prefix(manager: "LoRAManager", lora_ref: "LoRARef", adapter: PrefixAdapter) -> "LoRAUpdateOutput":
+    """SGLang knows a prefix by name and id, so that it unloads it; there is nothing of it in the LoRA pool."""
+    name = lora_ref.lora_name or ""
+    if any(name == other.lora_name for other in manager.lora_refs.values()):
+        raise ConfigError("lora_name", name, "a name that is free: an adapter of that name is already loaded")
+    served_prefixes.load(lora_ref.lora_id, name, adapter)
+    manager.lora_refs[lora_ref.lora_id] = msgspec.structs.replace(lora_ref, pinned=False)
+    return manager.create_lora_update_result(success=True)
 
 
 def _served(manager: "LoRAManager", lora_ref: "LoRARef", result: "LoRAUpdateOutput") -> "LoRAUpdateOutput":
@@ -88,7 +103,7 @@ def _served(manager: "LoRAManager", lora_ref: "LoRARef", result: "LoRAUpdateOutp
     return result
 
 
-def _refused(manager: "LoRAManager", lora_ref: "LoRARef", error: ConfigError | str) -> "LoRAUpdateOutput":
+def _refused(manager: "LoRAManager", lora_ref: "LoRARef", error: MezoError | str) -> "LoRAUpdateOutput":
     """Nothing of it stays; a server that was to start with it does not start."""
     if lora_ref.lora_id in manager.lora_refs:
         manager.num_pinned_loras -= int(lora_ref.pinned or False)
@@ -99,23 +114,30 @@ def _refused(manager: "LoRAManager", lora_ref: "LoRARef", error: ConfigError | s
     return manager.create_lora_update_result(success=False, error_message=str(error))
 
 
-def require_adapters(server_args) -> None:
-    """StartRefused, before a model is loaded for nothing, where an adapter of --lora-paths cannot be applied."""
+def require_adapters(server_args) -> bool:
+    """StartRefused, before a model is loaded for nothing, where an adapter of --lora-paths cannot be applied.
+
+    Returns:
+        Whether all of them are prefixes, from which SGLang does not learn what its LoRA pool is to hold.
+    """
     try:
-        layers = layers_of_checkpoint(server_args)
+        model = model_of_checkpoint(server_args)
     except ConfigError:
-        return  # SGLang has more to say about a model that cannot be read
-    if layers is None:
-        return
+        return False  # SGLang has more to say about a model that cannot be read
+    if model is None:
+        return False
+    prefixes = 0
     embeddings = {"all", "embed_tokens", "lm_head"} & set(server_args.lora_target_modules or ())
     for name, path in map(_name_and_path, server_args.lora_paths):
         try:
-            adapter = read_adapter(path, layers)
+            adapter = read_foreign(path, model)
         except ConfigError as error:
             raise StartRefused(f"--lora-paths {name}: {error}") from error
+        prefixes += isinstance(adapter, PrefixAdapter)
         if adapter.invocation and embeddings:
             given = ", ".join(sorted(embeddings))
             raise StartRefused(f"--lora-paths {name}: activated LoRA not together with --lora-target-modules {given}")
+    return prefixes == len(server_args.lora_paths)
 
 
 def _name_and_path(given: Any) -> tuple[str, str]:

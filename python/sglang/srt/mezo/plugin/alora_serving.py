@@ -13,18 +13,17 @@ from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import count
-from typing import Any
 
 from sglang.srt.mezo.core.errors import ConfigError
 from sglang.srt.mezo.data.invocation import find_invocation
 from sglang.srt.mezo.engine import lora_capacity
 from sglang.srt.mezo.engine.accelerator import why_no_alora
+from sglang.srt.mezo.engine.held_places import OURS, keeps_keys
+from sglang.srt.mezo.plugin import prefix_serving, served_prefixes
 from sglang.srt.mezo.plugin.hooks import Hook
 
 # Tags start above every token id; radix keys are 64 bits wide.
 _TAG_SHIFT = 40
-# First character of the namespaces that are ours; a user's extra_key that starts with it is escaped.
-_MARK = "\x1f"
 
 
 @dataclass
@@ -69,6 +68,7 @@ def _after_unloading(result, manager, lora_ref) -> None:
     """Forget an adapter; SGLang unloads it only when no request uses it any more."""
     if result.success:
         _SERVED.pop(lora_ref.lora_id, None)
+        served_prefixes.unload(lora_ref.lora_id)
 
 
 # --- requests and the radix tree ---------------------------------------------------------------------------------
@@ -76,9 +76,12 @@ def _after_unloading(result, manager, lora_ref) -> None:
 
 def _after_request_created(result: None, req, *args, **kwargs) -> None:
     """Name the request's place in the cache; one whose prompt lacks the invocation is the base model's altogether."""
-    req.mezo_binding = None
+    req.mezo_binding = req.mezo_prefix = None
     if req.lora_id is None:
         req.extra_key = _user_key(req.extra_key)
+        return
+    if (prefix := served_prefixes.find(req.lora_id)) is not None:
+        prefix_serving.bind(req, prefix)
         return
     adapter = _SERVED[req.lora_id]
     user_key = _user_key(req.extra_key[: -len(req.lora_id)] or None)
@@ -96,33 +99,23 @@ def _after_request_created(result: None, req, *args, **kwargs) -> None:
 
 def _user_key(extra_key: str | None) -> str | None:
     """A namespace that the user chose, kept out of ours."""
-    return f"{_MARK}user{extra_key}" if extra_key and extra_key.startswith(_MARK) else extra_key
+    return f"{OURS}user{extra_key}" if extra_key and extra_key.startswith(OURS) else extra_key
 
 
 def _namespace(tag: int, start: int | None) -> str:
     version = tag >> _TAG_SHIFT
-    return f"{_MARK}{version}{_MARK}" if start is None else f"{_MARK}{version}@{start}{_MARK}"
+    return f"{OURS}{version}{OURS}" if start is None else f"{OURS}{version}@{start}{OURS}"
 
 
 def _around_radix_key(original: Callable, tree_cache, req, token_ids: array, *args, **kwargs):
     """Look a request up where its KV lies."""
     binding = req.mezo_binding
     if binding is None:
-        return original(tree_cache, req, token_ids, *args, **kwargs)
-    if binding.start is not None and binding.tag and not _shares_base(tree_cache):
+        return original(tree_cache, req, prefix_serving.shared(req, token_ids), *args, **kwargs)
+    if binding.start is not None and binding.tag and not keeps_keys(tree_cache):
         # Version and start in the namespace say what tags would say.
         binding.tag, req.extra_key = 0, binding.namespace + (req.extra_key or "")
     return original(tree_cache, req, _tagged(binding, token_ids), *args, **kwargs)
-
-
-def _shares_base(tree_cache: Any) -> bool:
-    """Only this tree is known to take tagged keys, and only while it keeps them to this process."""
-    from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
-
-    if type(tree_cache) is not UnifiedRadixCache:
-        return False
-    core: Any = tree_cache.tree_core
-    return not core.enable_kv_cache_events and not tree_cache.enable_storage and tree_cache.linker is None
 
 
 def _tagged(binding: CacheBinding, token_ids: array) -> array:
@@ -154,6 +147,7 @@ def _after_batch_created(forward_batch, cls, batch, model_runner, *args, **kwarg
 
     Only a prefill has such tokens. In decode every request is under its adapter as a whole, as SGLang has it.
     """
+    forward_batch.mezo_under_prefix = any(req.mezo_prefix is not None for req in batch.reqs)
     if model_runner.lora_manager is None or not forward_batch.forward_mode.is_extend():
         return
     starts = [req.mezo_binding.start if req.mezo_binding else None for req in batch.reqs]

@@ -6,11 +6,13 @@ from types import ModuleType
 from sglang.srt.mezo.plugin import (
     adapter_loading,
     alora_serving,
+    flushing,
     hooks,
     isolation,
     online,
     overlay,
     platform,
+    prefix_serving,
     upstream_models,
 )
 from sglang.srt.mezo.plugin.hooks import StartRefused, install
@@ -32,8 +34,9 @@ def register() -> None:
         overlay.install()
         _register_targets()
         _register_cpu_backends()
-        for hook in (*adapter_loading.HOOKS, *alora_serving.HOOKS, *isolation.HOOKS, *upstream_models.HOOKS):
-            install(hook)
+        for part in (adapter_loading, alora_serving, prefix_serving, flushing, isolation, upstream_models):
+            for hook in part.HOOKS:
+                install(hook)
         online.register()
     except Exception as error:
         raise StartRefused(f"{type(error).__name__}: {error}") from error

@@ -17,6 +17,7 @@ import torch
 
 from sglang.srt.mezo.engine.kv_pool import erase
 from sglang.srt.mezo.plugin.hooks import Hook
+from sglang.srt.mezo.plugin.served_prefixes import public_name
 
 # --- forward ----------------------------------------------------------------------------------------------------------
 
@@ -52,7 +53,8 @@ def _after_forward(output, runner, forward_batch, *args, **kwargs) -> None:
 
 
 def _has_adapter(batch) -> bool:
-    return any(lora_id is not None for lora_id in getattr(batch, "lora_ids", None) or ())
+    lora_ids = getattr(batch, "lora_ids", None) or ()
+    return any(lora_id is not None for lora_id in lora_ids) or getattr(batch, "mezo_under_prefix", False)
 
 
 def _around_generation(original: Callable, worker, *args, **kwargs):
@@ -98,10 +100,11 @@ def _end(scheduler, batch, req) -> None:
 
 
 def _message(scheduler, req) -> str:
-    ref = scheduler.tp_worker.model_runner.lora_manager.lora_refs.get(req.lora_id)
+    lora_id = req.lora_id if req.mezo_prefix is None else req.mezo_prefix.lora_id
+    ref = scheduler.tp_worker.model_runner.lora_manager.lora_refs.get(lora_id)
     if ref is None:
         return "the model's outputs for this request are not finite numbers"
-    name = ref.lora_name.removesuffix(f"@{ref.lora_id}")  # a version of a published adapter
+    name = public_name(ref.lora_name, ref.lora_id)
     return (
         f"adapter {name!r} does not give finite numbers for this request: its weights have diverged, or are too large"
     )
@@ -120,6 +123,8 @@ def _around_chunk(original: Callable, scheduler, req) -> None:
 
 def _acts_before(req, end: int) -> bool:
     """Whether an adapter acts on any of the first ``end`` tokens."""
+    if req.mezo_prefix is not None:
+        return True
     start = req.mezo_binding.start if req.mezo_binding is not None else None
     return req.lora_id is not None and (start is None or start < end)
 

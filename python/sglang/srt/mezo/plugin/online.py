@@ -107,8 +107,8 @@ def _fill_server_args(server_args) -> None:
     settings = _settings()
     if getattr(server_args, "_resolution_finished", False):
         return
-    if isinstance(server_args.lora_paths, list):
-        require_adapters(server_args)
+    if isinstance(server_args.lora_paths, list) and server_args.lora_paths and require_adapters(server_args):
+        _size_lora_pool(server_args)
     if not settings.enabled:
         return
     from sglang.srt.mezo.adapters.families import family_of
@@ -117,7 +117,7 @@ def _fill_server_args(server_args) -> None:
     try:  # before a model is loaded for nothing
         folder.make(settings.directory)
         config = checkpoint_config(*config_source(server_args))
-        family = family_of(config)
+        family_of(config)
     except ConfigError as error:
         raise StartRefused(str(error)) from error
     warn_of_differences(config, server_args.context_length)
@@ -134,10 +134,19 @@ def _fill_server_args(server_args) -> None:
     os.environ.setdefault("SGLANG_SANITIZE_NAN_LOGITS", "1")
     if not server_args.lora_paths:
         server_args.enable_lora = True
-        server_args.max_lora_rank = server_args.max_lora_rank or _DEFAULT_RANK
-        server_args.lora_target_modules = server_args.lora_target_modules or list(family.default_targets("alora"))
+        _size_lora_pool(server_args)
     _leave_slots(server_args)
     fill_open_fields(server_args)
+
+
+def _size_lora_pool(server_args) -> None:
+    """What the pool is to hold where neither the user nor an adapter says it."""
+    from sglang.srt.mezo.adapters.families import family_of
+    from sglang.srt.mezo.engine.handle import checkpoint_config, config_source
+
+    family = family_of(checkpoint_config(*config_source(server_args)))
+    server_args.max_lora_rank = server_args.max_lora_rank or _DEFAULT_RANK
+    server_args.lora_target_modules = server_args.lora_target_modules or list(family.default_targets("alora"))
 
 
 def _leave_slots(server_args) -> None:
@@ -332,13 +341,6 @@ def _around_sleep(original: Callable, scheduler) -> None:
         original(scheduler)
 
 
-def _around_flush(original: Callable, scheduler, *args, **kwargs) -> bool:
-    flushed = original(scheduler, *args, **kwargs)
-    if flushed and scheduler.mezo_runner is not None:
-        scheduler.mezo_runner.on_flush()
-    return flushed
-
-
 def _before_queue(scheduler, request, *args, **kwargs) -> None:
     """The time of the first token is sent along with --enable-metrics only, and not to be seen from outside if
     nothing streams."""
@@ -362,7 +364,6 @@ SCHEDULER_HOOKS = (
         _around_sleep,
         "keeps the loop awake while a job has work",
     ),
-    Hook(_SCHEDULER, "Scheduler.flush_cache", "around", _around_flush, "training gives up its locks with the cache"),
     Hook(
         _SCHEDULER, "Scheduler._add_request_to_queue", "before", _before_queue, "tells when the first token was there"
     ),

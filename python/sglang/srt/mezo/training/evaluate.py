@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from typing import Any, Optional
 
 from sglang.srt.mezo.adapters.adapter import Adapter
-from sglang.srt.mezo.adapters.families import family_of
-from sglang.srt.mezo.adapters.peft_adapter import PeftAdapter, read_adapter
+from sglang.srt.mezo.adapters.foreign import ForeignAdapter, read_foreign
+from sglang.srt.mezo.adapters.peft_adapter import PeftAdapter
+from sglang.srt.mezo.adapters.prefix_adapter import PrefixAdapter
 from sglang.srt.mezo.core.errors import ConfigError
 from sglang.srt.mezo.core.objective import ObjectiveSettings
 from sglang.srt.mezo.core.passes import drain
@@ -16,14 +17,15 @@ from sglang.srt.mezo.data.rows import has_splits
 from sglang.srt.mezo.engine.chat import ChatRenderer
 from sglang.srt.mezo.engine.handle import MezoEngine
 from sglang.srt.mezo.engine.layers import adapted_sites
-from sglang.srt.mezo.engine.points import BASE
+from sglang.srt.mezo.engine.points import BASE, Point
+from sglang.srt.mezo.engine.prefix_points import held_prefix
 from sglang.srt.mezo.engine.ranks import Rank, other_ranks
 from sglang.srt.mezo.engine.slots import Slot, SlotLayout
 from sglang.srt.mezo.scoring.evaluation import evaluation_passes
 from sglang.srt.mezo.scoring.plan import Planner
 from sglang.srt.mezo.scoring.scorer import Scorer
 from sglang.srt.mezo.training.checkpoint import read_checkpoint
-from sglang.srt.mezo.training.finetune import ModelArguments, chat_settings, model_layers
+from sglang.srt.mezo.training.finetune import ModelArguments, adapted_model, chat_settings
 from sglang.srt.mezo.training.rewards import Writer, measure_of
 from sglang.srt.mezo.training.usable import require_choices
 
@@ -62,24 +64,28 @@ def evaluate(model: ModelArguments, arguments: EvaluateArguments) -> dict[str, A
 def _evaluate(rank: Rank, model: ModelArguments, arguments: EvaluateArguments) -> dict[str, Any]:
     """The work of one rank."""
     model_config, tokenizer = read_checkpoint(model.model)
-    adapter = None if arguments.adapter is None else read_adapter(arguments.adapter, model_layers(model_config))
+    adapter = (
+        None if arguments.adapter is None else read_foreign(arguments.adapter, adapted_model(model.model, model_config))
+    )
     named = named_data(arguments.task, arguments.dataset, arguments.dataset_config)
     if arguments.split is not None and not has_splits(named.path):
         raise ConfigError("split", arguments.split, f"none for {named.path}, which has no splits")
     rows = named.rows(arguments.split or (named.task.eval_split if named.task else "test"))[: arguments.rows]
     invocation = () if adapter is None else adapter.invocation
     chat = ChatRenderer(tokenizer, chat_settings(model))
+    virtual_tokens = adapter.spec.virtual_tokens if isinstance(adapter, PrefixAdapter) else 0
+    longest = model_config.max_position_embeddings - virtual_tokens
     generation = arguments.generation
     writer = Writer.of(generation, tokenizer)
-    encoder = Encoder(tokenizer, model_config.max_position_embeddings, named.task, invocation, chat, generation)
+    encoder = Encoder(tokenizer, longest, named.task, invocation, chat, generation)
     examples = encoder.encode_rows(rows, arguments.on_bad_row)
     objective = arguments.objective or default_objective(examples)
     require_choices(objective, (len(example.options) for example in examples))
-    targets = list(family_of(model_config).default_targets("alora")) if adapter is None else adapter.target_modules
+    of_layers = adapter if isinstance(adapter, PeftAdapter) else None
     engine = MezoEngine(
         model.model,
-        r=1 if adapter is None else adapter.r,
-        target_modules=targets,
+        r=1 if of_layers is None else of_layers.r,
+        target_modules=() if of_layers is None else of_layers.target_modules,
         num_slots=1,
         dtype=model.dtype,
         max_total_tokens=model.max_total_tokens,
@@ -87,13 +93,22 @@ def _evaluate(rank: Rank, model: ModelArguments, arguments: EvaluateArguments) -
         tp_size=model.tp_size,
         rank=rank,
     )
-    planner = Planner("alora" if invocation else "lora", invocation)
+    planner = Planner("alora" if invocation else "prefix" if virtual_tokens else "lora", invocation)
     plans = [planner.plan(example) for example in examples]
     scorer = Scorer(engine.handle, planner.scope, arguments.max_tokens_per_batch)
-    point = BASE if adapter is None else _slot(engine, model.model, adapter).point
+    point = _point(engine, model.model, adapter)
     measure = measure_of(engine.handle, scorer, objective, writer)
     passes = evaluation_passes(measure, plans, point, arguments.per_device_eval_batch_size, arguments.seed)
     return {"examples": len(examples), **drain(passes)}
+
+
+def _point(engine: MezoEngine, model: str, adapter: ForeignAdapter | None) -> Point:
+    """Where the engine has what is evaluated."""
+    if adapter is None:
+        return BASE
+    if isinstance(adapter, PrefixAdapter):
+        return held_prefix(engine.handle, adapter)
+    return _slot(engine, model, adapter).point
 
 
 def _slot(engine: MezoEngine, model: str, adapter: PeftAdapter) -> Slot:

@@ -10,8 +10,10 @@ import torch
 
 from sglang.srt.mezo.adapters.adapter import AdapterSpec
 from sglang.srt.mezo.adapters.families import family_of, model_modules, model_parameters, require_modules
+from sglang.srt.mezo.adapters.foreign import AdaptedModel
 from sglang.srt.mezo.adapters.peft_adapter import ModelLayers
-from sglang.srt.mezo.adapters.prefix_adapter import PrefixSpec
+from sglang.srt.mezo.adapters.peft_prefix import PrefixModel
+from sglang.srt.mezo.adapters.prefix_adapter import KVShape, PrefixSpec
 from sglang.srt.mezo.adapters.weights import WeightsSpec
 from sglang.srt.mezo.core.config import MezoConfig, Tuning
 from sglang.srt.mezo.core.errors import ConfigError
@@ -108,7 +110,7 @@ def open_trainer(
     """Read and check everything, then start an engine; raises what ``finetune`` does."""
     integrations(config.report_to)  # before an engine is started for nothing
     model_config, tokenizer = read_checkpoint(model.model)
-    origin = None if config.init_from is None else read_start(config, model_layers(model_config))
+    origin = None if config.init_from is None else read_start(config, adapted_model(model.model, model_config))
     config = settled(config, origin, tokenizer)
     config, target_modules = _with_targets(model_config, config)
     if rank.is_first:  # which makes it
@@ -184,10 +186,14 @@ def _spec(
     return AdapterSpec.of(config, model, invocation, target_modules)
 
 
-def model_layers(model_config: "PretrainedConfig") -> ModelLayers:
-    """What an adapter of the model can act on, before there is an engine."""
+def adapted_model(model: str, model_config: "PretrainedConfig") -> AdaptedModel:
+    """What an adapter of the model has to fit, before there is an engine."""
     sites = {site.path: site for site in model_modules(model_config)}
-    return ModelLayers(sites, sites.keys(), None, torch.float32, model_config.get_text_config().vocab_size)
+    text = model_config.get_text_config()
+    layers = ModelLayers(sites, sites.keys(), None, torch.float32, text.vocab_size)
+    return AdaptedModel(
+        layers, PrefixModel(model, KVShape.of(model_config), text.max_position_embeddings, torch.float32)
+    )
 
 
 def chat_settings(model: ModelArguments) -> ChatSettings:

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 
 import torch
 
-from sglang.srt.mezo.adapters.peft_adapter import PeftAdapter
+from sglang.srt.mezo.adapters.foreign import ForeignAdapter
 from sglang.srt.mezo.core.config import MezoConfig
 from sglang.srt.mezo.core.errors import DivergedError, RankError
 from sglang.srt.mezo.core.noise import step_seed
@@ -49,7 +49,8 @@ class Learner:
         train_dataset: tokenised examples, or a stream of them, which is read as they are needed.
         eval_dataset: tokenised examples. Without any the last adapter is kept.
         objective: what ``config.objective`` leaves open.
-        kept_tokens: most KV tokens of base-model prefixes that stay locked between steps; by default half of the pool.
+        kept_tokens: most KV tokens of base-model prefixes, or of points, that stay locked between steps; by default
+            half of the pool.
         portions: of the training examples in their order, where a run that
             resumes was given some later; by default all count from step 0.
         claim_slots: take the slots now; or later by ``points.claim()``, where requests may need them now.
@@ -73,7 +74,7 @@ class Learner:
         portions: Sequence[Portion] = (),
         claim_slots: bool = True,
         spare_slots: int = 0,
-        start: PeftAdapter | None = None,
+        start: ForeignAdapter | None = None,
         writer: Writer | None = None,
     ):
         spec.require_agreement(config)
@@ -91,7 +92,7 @@ class Learner:
         else:
             self.source = StreamedSource(handle, config, train_dataset, self.eval_plans, self.plan)
         self.max_steps = self.source.max_steps
-        self.trainable, self.points, largest = trained(handle, config, spec, start, spare_slots)
+        self.trainable, self.points, largest = trained(handle, config, spec, start, spare_slots, kept_tokens)
         self.scorer = Scorer(handle, self.planner.scope, config.max_tokens_per_batch, config.prefix_reuse, kept_tokens)
         self.window = PrefixWindow(handle, config, self.scorer, self.source)
         self.optimizer = Optimizer(self.trainable.theta, self.trainable.shapes, config.update_rule, largest)

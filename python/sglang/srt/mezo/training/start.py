@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sglang.srt.mezo.adapters.adapter import INITIAL, Site
-from sglang.srt.mezo.adapters.peft_adapter import ModelLayers, PeftAdapter, read_adapter
+from sglang.srt.mezo.adapters.foreign import AdaptedModel, ForeignAdapter, read_foreign
+from sglang.srt.mezo.adapters.prefix_adapter import PrefixAdapter
 from sglang.srt.mezo.core.config import MezoConfig
 from sglang.srt.mezo.core.errors import ConfigError
 from sglang.srt.mezo.data.invocation import AUTO, invocation_setting, invocation_tokens
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def read_start(config: MezoConfig, layers: ModelLayers, folder: str | None = None) -> PeftAdapter | None:
+def read_start(config: MezoConfig, model: AdaptedModel, folder: str | None = None) -> ForeignAdapter | None:
     """The adapter that a run begins with, None where it makes one. A run that is resumed has a copy of its own.
 
     Args:
@@ -31,15 +32,17 @@ def read_start(config: MezoConfig, layers: ModelLayers, folder: str | None = Non
     if config.resume_from_checkpoint and kept.is_dir():
         folder = str(kept)
     try:
-        adapter = read_adapter(folder or config.init_from, layers)
+        adapter = read_foreign(folder or config.init_from, model)
     except ConfigError as error:
         raise ConfigError("init_from", config.init_from, f"an adapter of this model ({error})") from error
-    require_whole(adapter, layers.sites.values(), config.init_from)
+    require_whole(adapter, model.layers.sites.values(), config.init_from)
     return adapter
 
 
-def require_whole(adapter: PeftAdapter, sites: Collection[Site], name: str) -> None:
+def require_whole(adapter: ForeignAdapter, sites: Collection[Site], name: str) -> None:
     """A run trains its modules in all layers: an adapter of some of them would become another."""
+    if isinstance(adapter, PrefixAdapter):
+        return
     absent = [site.path for site in sites if site.name in adapter.target_modules and site.path not in adapter.matrices]
     if absent:
         raise ConfigError(
@@ -49,8 +52,11 @@ def require_whole(adapter: PeftAdapter, sites: Collection[Site], name: str) -> N
         )
 
 
-def of_adapter(adapter: PeftAdapter) -> dict[str, Any]:
+def of_adapter(adapter: ForeignAdapter) -> dict[str, Any]:
     """The settings that an adapter decides, but for its invocation."""
+    if isinstance(adapter, PrefixAdapter):
+        spec = adapter.spec
+        return {"tuning": "prefix", "num_virtual_tokens": spec.num_virtual_tokens, "prefix_positions": spec.positions}
     return {
         "tuning": "alora" if adapter.invocation else "lora",
         "r": adapter.r,
@@ -60,7 +66,7 @@ def of_adapter(adapter: PeftAdapter) -> dict[str, Any]:
 
 
 def contradiction(
-    given: Mapping[str, Any], adapter: PeftAdapter, tokenizer: "PreTrainedTokenizerBase | None"
+    given: Mapping[str, Any], adapter: ForeignAdapter, tokenizer: "PreTrainedTokenizerBase | None"
 ) -> tuple[str, Any] | None:
     """A setting that was given otherwise than the adapter has it, and what that is; None where all agree.
 
@@ -88,7 +94,7 @@ def contradiction(
     return "invocation", invocation_setting(adapter.invocation, tokenizer) if adapter.invocation else None
 
 
-def settled(config: MezoConfig, adapter: PeftAdapter | None, tokenizer: "PreTrainedTokenizerBase") -> MezoConfig:
+def settled(config: MezoConfig, adapter: ForeignAdapter | None, tokenizer: "PreTrainedTokenizerBase") -> MezoConfig:
     """The configuration with what the adapter decides.
 
     Raises:
@@ -96,6 +102,8 @@ def settled(config: MezoConfig, adapter: PeftAdapter | None, tokenizer: "PreTrai
     """
     if adapter is None:
         return config
+    if isinstance(adapter, PrefixAdapter) and config.tuning is None:
+        raise ConfigError("tuning", None, "prefix: the adapter of init_from is one, and other settings follow from it")
     names = [*of_adapter(adapter), "invocation"]
     given = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
     if (wrong := contradiction(given, adapter, tokenizer)) is not None:

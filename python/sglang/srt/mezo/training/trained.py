@@ -6,15 +6,16 @@ from typing import NamedTuple
 import torch
 
 from sglang.srt.mezo.adapters.adapter import Adapter, AdapterSpec
+from sglang.srt.mezo.adapters.foreign import ForeignAdapter
 from sglang.srt.mezo.adapters.peft_adapter import PeftAdapter
-from sglang.srt.mezo.adapters.prefix_adapter import PrefixSpec
+from sglang.srt.mezo.adapters.prefix_adapter import PrefixAdapter, PrefixSpec
 from sglang.srt.mezo.adapters.weights import WeightsSpec
 from sglang.srt.mezo.core.config import MezoConfig
 from sglang.srt.mezo.core.trainable import Trainable
 from sglang.srt.mezo.engine.handle import EngineHandle
 from sglang.srt.mezo.engine.layers import adapted_sites
 from sglang.srt.mezo.engine.points import Points
-from sglang.srt.mezo.engine.prefix_points import PrefixPoints, initial_prefix
+from sglang.srt.mezo.engine.prefix_points import PrefixPoints
 from sglang.srt.mezo.engine.slots import PerturbedSlots
 from sglang.srt.mezo.engine.weight_points import WeightPoints
 from sglang.srt.mezo.engine.weights import trained_weights, untrain
@@ -31,7 +32,12 @@ class Trained(NamedTuple):
 
 
 def trained(
-    handle: EngineHandle, config: MezoConfig, spec: Spec, start: PeftAdapter | None, spare_slots: int
+    handle: EngineHandle,
+    config: MezoConfig,
+    spec: Spec,
+    start: ForeignAdapter | None,
+    spare_slots: int,
+    kept_tokens: int,
 ) -> Trained:
     """What ``spec`` describes, in an engine; the arguments are ``Learner``'s, and it raises what that does.
 
@@ -43,9 +49,12 @@ def trained(
         points = WeightPoints(handle, weights, pieces, config.estimator)
         return Trained(weights, points, torch.finfo(handle.model_runner.dtype).max)
     if isinstance(spec, PrefixSpec):
-        prefix = initial_prefix(handle, spec, config.seed)
-        points = PrefixPoints(handle, prefix, config.num_perturbations, config.estimator)
+        assert start is None or isinstance(start, PrefixAdapter), "it is what the spec describes"
+        prefix = PrefixAdapter(spec, None if start is None else start.theta)
+        seed = config.seed if start is None else None
+        points = PrefixPoints(handle, prefix, config.num_perturbations, config.estimator, kept_tokens, seed)
         return Trained(prefix, points, torch.finfo(handle.model_runner.dtype).max)
+    assert start is None or isinstance(start, PeftAdapter), "it is what the spec describes"
     sites = adapted_sites(handle, spec.target_modules)
     adapter = (
         Adapter.initial(spec, sites, config.seed) if start is None else Adapter.holding(spec, sites, start.matrices)

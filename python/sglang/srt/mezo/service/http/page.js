@@ -278,7 +278,7 @@ async function showJob(job) {
   showEvents(events.data);
   showCheckpoints(checkpoints.data);
   const {target_modules, ...others} = hyperparameters(job);
-  facts($("hyperparameters"), {...others, target_modules: target_modules?.join(", "), seed: job.seed});
+  facts($("hyperparameters"), {...others, target_modules: [target_modules].flat().join(", "), seed: job.seed});
 }
 
 async function fileNames(job) {

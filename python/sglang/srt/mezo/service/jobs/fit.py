@@ -21,6 +21,7 @@ _LIMITS = (
     "max_loras_per_batch",
     "target_modules",
     "no_alora",
+    "no_prefixes",
     "rendering",
 )
 

@@ -8,13 +8,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import fields, replace
 from typing import Any, NamedTuple, get_type_hints
 
-from sglang.srt.mezo.core.config import MOST_STEPS, NEW_ADAPTER, AdapterTuning, MezoConfig, defaults
+from sglang.srt.mezo.core.config import MOST_STEPS, NEW_ADAPTER, MezoConfig, ServedTuning, defaults
 from sglang.srt.mezo.core.errors import ConfigError, DataError, shown
 from sglang.srt.mezo.core.estimator import SIGNS, Estimator
 from sglang.srt.mezo.core.kinds import described, fits
 from sglang.srt.mezo.core.objective import JobObjective
 from sglang.srt.mezo.core.settings import LARGEST, Bounds, names, setting_of
 from sglang.srt.mezo.data.invocation import AUTO
+from sglang.srt.mezo.engine.prefix_needs import POOL_SHARE
 from sglang.srt.mezo.service.jobs.origins import Origin
 from sglang.srt.mezo.service.wire.errors import RequestError
 from sglang.srt.mezo.service.wire.messages import SPARE_SLOTS, EngineDescription
@@ -39,7 +40,7 @@ def kinds(config: type[MezoConfig] = MezoConfig) -> dict[str, tuple[Any, Bounds]
     types = get_type_hints(config)
     own = {one.name: (types[one.name], bounds) for one in fields(config) if (bounds := setting_of(one).job) is not None}
     of_server = {
-        "tuning": (AdapterTuning, Bounds()),
+        "tuning": (ServedTuning, Bounds()),
         "target_modules": (list[str], Bounds()),
         "objective": (JobObjective | None, Bounds()),
     }
@@ -96,7 +97,8 @@ def resolve(
     multiplier = values.pop("learning_rate_multiplier", 1)
     n_epochs = values.pop("n_epochs", None)
 
-    fields = _online_defaults(values, engine) | values
+    tuning = {} if origin is None else {"tuning": origin.settings["tuning"]}
+    fields = _online_defaults(tuning | values, engine) | values
     if origin is not None:
         _check_origin(origin, given)
         fields |= origin.settings
@@ -147,9 +149,14 @@ def settle(
 
 
 def reported(config: Mapping[str, Any], hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
-    """What was ``stored``, under the names that a client uses; max_steps is "auto" where n_epochs decides."""
-    settings = {name: config[name] for name in _SETTINGS}
+    """What was ``stored``, under the names that a client uses; "auto" is what the job's tuning does not have, and
+    max_steps where n_epochs decides."""
+    settings = {name: _or_auto(name, config.get(name)) for name in _SETTINGS}
     return {**hyperparameters, **settings, "max_steps": settings["max_steps"] if settings["max_steps"] >= 1 else "auto"}
+
+
+def _or_auto(name: str, value: Any) -> Any:
+    return "auto" if value is None and not fits(None, _KINDS[name][0]) else value
 
 
 def _given(request: Mapping[str, Any]) -> dict[str, _Given]:
@@ -205,21 +212,25 @@ def _online_defaults(values: Mapping[str, Any], engine: EngineDescription) -> di
     decide (``settle``)."""
     is_open = "invocation" not in values
     act_on_all = bool(engine.no_alora) if is_open else values["invocation"] is None
-    tuning = values.get("tuning", "lora" if act_on_all else "alora")
+    suggested = "prefix" if "num_virtual_tokens" in values else "lora" if act_on_all else "alora"
+    tuning = values.get("tuning", suggested)
+    of_layers = {
+        "invocation": AUTO if is_open and tuning == "alora" else None,
+        "target_modules": engine.default_target_modules.get(tuning),
+        "r": min(NEW_ADAPTER["r"], engine.max_lora_rank),
+    }
     return {
         "tuning": tuning,
-        "invocation": AUTO if is_open and tuning == "alora" else None,
-        "target_modules": engine.default_target_modules[tuning],
-        "r": min(NEW_ADAPTER["r"], engine.max_lora_rank),
-        "estimator": _default_estimator(values.get("num_perturbations", MezoConfig.num_perturbations), engine),
+        **({} if tuning == "prefix" else of_layers),
+        "estimator": _default_estimator(tuning, values.get("num_perturbations", MezoConfig.num_perturbations), engine),
         "max_tokens_per_batch": min(engine.idle_step_tokens, engine.kv_capacity),
         "save_steps": values.get("eval_steps", MezoConfig.eval_steps),
     }
 
 
-def _default_estimator(num_perturbations: int, engine: EngineDescription) -> Estimator:
-    estimator = defaults(None, num_perturbations, None, 1)["estimator"]
-    return estimator if _slots(estimator) <= engine.max_loras_per_batch else "one_sided"
+def _default_estimator(tuning: ServedTuning, num_perturbations: int, engine: EngineDescription) -> Estimator:
+    estimator = defaults(tuning, num_perturbations, None, 1)["estimator"]
+    return estimator if tuning == "prefix" or _slots(estimator) <= engine.max_loras_per_batch else "one_sided"
 
 
 def _slots(estimator: Estimator) -> int:
@@ -251,7 +262,7 @@ def _check_against(engine: EngineDescription, config: MezoConfig, given: Mapping
     if config.tuning == "alora":
         require("invocation", bool(config.invocation), "the text from which activated LoRA acts, such as ' It was'")
     else:
-        require("invocation", config.invocation is None, "null, as ordinary LoRA acts on every token")
+        require("invocation", config.invocation is None, f"null, as what {config.tuning} trains acts on every token")
     targets = config.target_modules or []
     require("target_modules", len(set(targets)) == len(targets), "each module once")
     for name, allowed in beyond(engine, config):
@@ -265,13 +276,15 @@ def beyond(engine: EngineDescription, config: MezoConfig, to_serve: bool = False
     """
     if config.tuning == "alora" and engine.no_alora:
         yield "tuning", f"lora, as this server cannot serve aLoRA adapters: {engine.no_alora}"
-    if config.r > engine.max_lora_rank:
+    if config.tuning == "prefix":
+        yield from _beyond_with_prefix(engine, config)
+    elif config.r > engine.max_lora_rank:
         yield "r", f"from 1 to {engine.max_lora_rank}, the server's --max-lora-rank"
     if not set(config.target_modules or []) <= set(engine.target_modules):
         yield "target_modules", f"some of {', '.join(engine.target_modules)}, which this server adapts"
     if to_serve:
         return
-    if (slots := _slots(config.estimator)) > engine.max_loras_per_batch:
+    if config.tuning != "prefix" and (slots := _slots(config.estimator)) > engine.max_loras_per_batch:
         yield (
             "estimator",
             f"one that the server's --max-loras-per-batch={engine.max_loras_per_batch} has room for: this one needs "
@@ -279,6 +292,14 @@ def beyond(engine: EngineDescription, config: MezoConfig, to_serve: bool = False
         )
     if config.max_tokens_per_batch > engine.kv_capacity:
         yield "max_tokens_per_batch", f"from 1 to {engine.kv_capacity}, the size of the KV pool"
+
+
+def _beyond_with_prefix(engine: EngineDescription, config: MezoConfig) -> Iterator[tuple[str, str]]:
+    if engine.no_prefixes:
+        yield "tuning", f"alora or lora, as this server cannot serve prefixes: {engine.no_prefixes}"
+    most = min(int(POOL_SHARE * engine.kv_capacity), engine.context_length - 1)
+    if config.num_virtual_tokens > most:
+        yield "num_virtual_tokens", f"from 1 to {most}, a quarter of the KV pool and less than the context"
 
 
 def _refused(name: str, value: Any, allowed: str, given: Mapping[str, _Given]) -> RequestError:

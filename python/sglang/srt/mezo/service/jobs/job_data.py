@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sglang.srt.mezo.core.atomic import atomic_file
-from sglang.srt.mezo.core.config import MOST_PASS_TOKENS, Tuning
+from sglang.srt.mezo.core.config import MOST_PASS_TOKENS, MezoConfig, Tuning
 from sglang.srt.mezo.core.errors import DataError
 from sglang.srt.mezo.core.integrity import require_sums, write_sums
 from sglang.srt.mezo.core.objective import Objective
@@ -100,8 +100,9 @@ class JobReader:
         settings = job.settings
         is_open = settings.invocation == AUTO
         tuning, invocation = settings.tuning, () if is_open else self.invocation(job)
-        train = self._read_file(training_file, "training_file", invocation)
-        evaluation = self._read_file(validation_file, "validation_file", invocation) if validation_file else []
+        longest = self._longest(settings)
+        train = self._read_file(training_file, "training_file", invocation, longest)
+        evaluation = self._read_file(validation_file, "validation_file", invocation, longest) if validation_file else []
         found = None
         if is_open:
             tuning, invocation, found = self._suggested([*train, *evaluation])
@@ -140,19 +141,23 @@ class JobReader:
         return self._encode(job, list(read_jsonl(path, path.name)))
 
     def invocation(self, job: StoredJob) -> tuple[int, ...]:
-        """Tokens from which the job's adapter acts; none for ordinary LoRA."""
+        """Tokens from which the job's adapter acts; none for what acts on every token."""
         settings = job.settings
-        if settings.tuning == "lora":
+        if settings.tuning != "alora":
             return ()
         assert settings.invocation is not None, "activated LoRA has one (``resolve``)"
         return invocation_tokens(settings.invocation, self._tokenizer)
 
-    def _read_file(self, file: SourceFile, param: str, invocation: tuple[int, ...]) -> list[RowExample]:
+    def _longest(self, settings: MezoConfig) -> int:
+        """Tokens of a sequence: virtual ones before it take theirs from the context."""
+        return self._max_length - (settings.num_virtual_tokens or 0)
+
+    def _read_file(self, file: SourceFile, param: str, invocation: tuple[int, ...], longest: int) -> list[RowExample]:
         with _names(param):
             rows = list(read_jsonl(file.path, file.name, MAX_ROW_BYTES))
             if not rows:
                 raise DataError("no row", file.name)
-            return self._tokenised(rows, invocation)
+            return self._tokenised(rows, invocation, longest)
 
     def _suggested(self, encoded: Sequence[RowExample]) -> tuple[Tuning, tuple[int, ...], str | list[int] | DataError]:
         """How an adapter acts that leaves it open: from the chat template's generation prompt on, or else on every
@@ -167,13 +172,13 @@ class JobReader:
     def _encode(self, job: StoredJob, rows: Sequence[SourceRow]) -> list[Example]:
         """Examples of a job whose files have been read."""
         invocation = self.invocation(job)
-        encoded = self._tokenised(rows, invocation)
+        encoded = self._tokenised(rows, invocation, self._longest(job.settings))
         examples, _ = self._usable(encoded, Planner(job.settings.tuning, invocation), job.settings.objective)
         return examples
 
-    def _tokenised(self, rows: Sequence[SourceRow], invocation: tuple[int, ...]) -> list[RowExample]:
+    def _tokenised(self, rows: Sequence[SourceRow], invocation: tuple[int, ...], longest: int) -> list[RowExample]:
         """Each row with its examples, in order; raises DataError at the first that has none."""
-        encoder = Encoder(self._tokenizer, self._max_length, invocation=invocation, chat=self._chat)
+        encoder = Encoder(self._tokenizer, longest, invocation=invocation, chat=self._chat)
         encoded = []
         for start in range(0, len(rows), _ROWS_TOGETHER):
             together = rows[start : start + _ROWS_TOGETHER]

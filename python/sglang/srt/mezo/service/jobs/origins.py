@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sglang.srt.mezo.adapters.adapter import Adapter
-from sglang.srt.mezo.adapters.peft_adapter import ModelLayers, PeftAdapter, read_adapter
+from sglang.srt.mezo.adapters.foreign import AdaptedModel, ForeignAdapter, read_foreign
+from sglang.srt.mezo.adapters.peft_adapter import ModelLayers
+from sglang.srt.mezo.adapters.peft_prefix import PrefixModel
+from sglang.srt.mezo.adapters.prefix_adapter import KVShape, PrefixAdapter
 from sglang.srt.mezo.core.errors import ConfigError, shown
 from sglang.srt.mezo.data.invocation import invocation_setting
 from sglang.srt.mezo.engine.handle import checkpoint_config, config_source
@@ -35,7 +38,7 @@ class Origin:
     """An adapter that a job goes on from; ``model`` is what requests call it."""
 
     model: str
-    adapter: PeftAdapter
+    adapter: ForeignAdapter
     tokenizer: "PreTrainedTokenizerBase"
 
     @property
@@ -81,18 +84,21 @@ class Origins:
             trains = f"this server trains {' or '.join(map(repr, known))}, or {goes_on}"
             raise RequestError(404, f"the model {shown(model)} does not exist: {trains}", "model", "model_not_found")
         try:
-            adapter = read_adapter(folder, self._layers)
-            require_whole(adapter, self._layers.sites.values(), model)
+            adapter = read_foreign(folder, self._adapted)
+            require_whole(adapter, self._adapted.layers.sites.values(), model)
         except ConfigError as error:
             raise RequestError(
                 400, f"model={shown(model)} cannot be trained further: {error}", "model", "invalid_value"
             ) from error
         return Origin(model, adapter, self._tokenizer)
 
-    def keep(self, job_id: str, adapter: PeftAdapter) -> None:
+    def keep(self, job_id: str, adapter: ForeignAdapter) -> None:
         """Put an adapter with a job that goes on from it."""
+        if isinstance(adapter, PrefixAdapter):
+            adapter.save_pretrained(origin_directory(self._store, job_id))
+            return
         spec = adapter.spec(self._engine.model_path)
-        sites = [self._layers.sites[path] for path in adapter.matrices]
+        sites = [self._adapted.layers.sites[path] for path in adapter.matrices]
         Adapter.holding(spec, sites, adapter.matrices).save_pretrained(origin_directory(self._store, job_id))
 
     def drop(self, job_id: str) -> None:
@@ -100,9 +106,12 @@ class Origins:
         shutil.rmtree(self._store.job_directory(job_id), ignore_errors=True)
 
     @cached_property
-    def _layers(self) -> ModelLayers:
+    def _adapted(self) -> AdaptedModel:
         source = config_source(self._client.tokenizer_manager.server_args)
         sites = checkpoint_sites(*source)
         adapted = frozenset(path for path, site in sites.items() if site.name in self._engine.target_modules)
-        vocab_size = checkpoint_config(*source).get_text_config().vocab_size
-        return ModelLayers(sites, adapted, self._engine.max_lora_rank, getattr(torch, self._engine.dtype), vocab_size)
+        config, dtype = checkpoint_config(*source), getattr(torch, self._engine.dtype)
+        vocab_size = config.get_text_config().vocab_size
+        layers = ModelLayers(sites, adapted, self._engine.max_lora_rank, dtype, vocab_size)
+        prefixes = PrefixModel(self._engine.model_path, KVShape.of(config), self._engine.context_length, dtype)
+        return AdaptedModel(layers, prefixes)

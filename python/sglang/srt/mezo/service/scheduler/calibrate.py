@@ -22,7 +22,7 @@ _TRIES = 3  # a busy machine only ever adds
 _PROBE = 8  # times as many tokens as a short piece has, to see what a token costs in a long one
 
 
-def calibrate(handle: EngineHandle, settings: ServiceSettings) -> dict[str, Any]:
+def calibrate(handle: EngineHandle, settings: ServiceSettings, no_prefixes: str | None) -> dict[str, Any]:
     """The fields of ``EngineDescription``. Called on every rank, as it runs the model."""
     manager, runner = handle.lora_manager, handle.model_runner
     micro_step_tokens, idle_step_tokens = pass_sizes(
@@ -45,6 +45,7 @@ def calibrate(handle: EngineHandle, settings: ServiceSettings) -> dict[str, Any]
             micro_step_tokens=micro_step_tokens,
             idle_step_tokens=idle_step_tokens,
             no_alora=why_no_alora(manager) or "",
+            no_prefixes=no_prefixes or "",
             base_model=handle.base_model["fingerprint"],
         )
     )

@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from sglang.srt.mezo.adapters.adapter import AdapterSpec
-from sglang.srt.mezo.adapters.peft_adapter import PeftAdapter
+from sglang.srt.mezo.adapters.foreign import ForeignAdapter
+from sglang.srt.mezo.adapters.prefix_adapter import PrefixSpec
 from sglang.srt.mezo.core.config import MezoConfig
 from sglang.srt.mezo.core.errors import ConfigError, DivergedError
 from sglang.srt.mezo.core.optimizer import to_logged_float32
 from sglang.srt.mezo.core.passes import Passes
 from sglang.srt.mezo.core.seed_log import LogRecord
 from sglang.srt.mezo.data.examples import Example
-from sglang.srt.mezo.engine.handle import EngineHandle
-from sglang.srt.mezo.engine.peft_layers import layers_for_adapters
+from sglang.srt.mezo.engine.handle import EngineHandle, checkpoint_config, config_source
+from sglang.srt.mezo.engine.peft_layers import model_for_adapters
 from sglang.srt.mezo.service.wire import events
 from sglang.srt.mezo.service.wire.events import JobEvent
 from sglang.srt.mezo.service.wire.messages import SPARE_SLOTS, HoldJob, StartJob
@@ -23,6 +24,7 @@ from sglang.srt.mezo.training.learner import Learner
 from sglang.srt.mezo.training.run import TrainingRun
 from sglang.srt.mezo.training.start import contradiction, of_adapter, read_start
 from sglang.srt.mezo.training.tracking import Tracker
+from sglang.srt.mezo.training.trained import Spec
 
 Emit = Callable[[JobEvent], None]
 """Sends an event to the HTTP process."""
@@ -218,13 +220,13 @@ def _learner(
 ) -> Learner:
     config, origin = command.config, None
     if config.init_from is not None:
-        origin = read_start(config, layers_for_adapters(handle.lora_manager), command.start)
+        origin = read_start(config, model_for_adapters(handle.lora_manager), command.start)
     if origin is not None:
         _require_agreement(command, origin)
     return Learner(
         handle,
         config,
-        AdapterSpec.of(config, command.base_model, command.invocation),
+        _spec(handle, command),
         train,
         evaluation,
         kept_tokens=kept_tokens,
@@ -235,7 +237,16 @@ def _learner(
     )
 
 
-def _require_agreement(command: StartJob | HoldJob, origin: PeftAdapter) -> None:
+def _spec(handle: EngineHandle, command: StartJob | HoldJob) -> Spec:
+    """What the job trains."""
+    config = command.config
+    if config.tuning == "prefix":
+        model_config = checkpoint_config(*config_source(handle.model_runner.server_args))
+        return PrefixSpec.of(config, command.base_model, model_config)
+    return AdapterSpec.of(config, command.base_model, command.invocation)
+
+
+def _require_agreement(command: StartJob | HoldJob, origin: ForeignAdapter) -> None:
     """The adapter is still the one that the job was created for."""
     given = {name: getattr(command.config, name) for name in of_adapter(origin)}
     if (wrong := contradiction(given, origin, None)) is not None:

@@ -8,7 +8,6 @@ import itertools
 import logging
 import threading
 import time
-from contextlib import contextmanager
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -16,6 +15,8 @@ from sglang.srt.mezo.core.errors import BaseModelError, CapacityError, ConfigErr
 from sglang.srt.mezo.data.examples import Example
 from sglang.srt.mezo.engine import lora_capacity
 from sglang.srt.mezo.engine.handle import EngineHandle
+from sglang.srt.mezo.engine.prefix_needs import why_no_prefixes
+from sglang.srt.mezo.engine.streams import forward_stream
 from sglang.srt.mezo.service.scheduler.calibrate import calibrate
 from sglang.srt.mezo.service.scheduler.job import HeldJob, Job, TrainingJob, make_job
 from sglang.srt.mezo.service.scheduler.metrics import TrainingMetrics
@@ -91,14 +92,14 @@ class MezoRunner:
         job = self._job
         if job is None or not job.has_work or self._scheduler.weight_updater.offload_tags:
             return
+        self._give_way(job)
         if not job.learner.points.claimed and not self._claim(job):
             return
         running, waiting = self._load()
-        self._give_way(job)
         max_tokens = self._handle.broadcast(self._max_tokens(running, waiting))
         if not max_tokens:
             return
-        with self._forward_stream(), Stopwatch(self._handle.device) as watch:
+        with forward_stream(self._scheduler), Stopwatch(self._handle.device) as watch:
             self._advance(job, max_tokens)
         self._pacer.ran(watch.seconds, running)
         if self._metrics is not None:
@@ -124,8 +125,9 @@ class MezoRunner:
     def _describe(self, command: messages.Describe | None = None) -> dict[str, Any]:
         if self._description is not None:
             return self._description
-        with self._forward_stream():
-            description = self._description = self._handle.broadcast(calibrate(self._handle, self._settings))
+        with forward_stream(self._scheduler):
+            found = calibrate(self._handle, self._settings, why_no_prefixes(self._scheduler))
+            description = self._description = self._handle.broadcast(found)
         # What writes adapters takes a while to import: neither the start nor, at the first adapter, a request waits
         # for it.
         threading.Thread(target=import_module, args=("peft",), daemon=True).start()
@@ -140,7 +142,8 @@ class MezoRunner:
         if self._job is not None:
             raise ConfigError("job", command.job_id, f"one job at a time, and {self._job.job_id} has the engine")
         kept_tokens = int(self._settings.kv_share * self._handle.kv_capacity)
-        self._job = make_job(self._handle, command, train, evaluation, self._emit, kept_tokens)
+        with forward_stream(self._scheduler):
+            self._job = make_job(self._handle, command, train, evaluation, self._emit, kept_tokens)
 
     def _stop(self, command: messages.StopJob) -> dict[str, int]:
         self._loaded.clear()  # of a job that is stopped before it has started
@@ -178,17 +181,21 @@ class MezoRunner:
     # --- pieces -------------------------------------------------------------------------------------------------------
 
     def _claim(self, job: Job) -> bool:
-        """Take the job's slots once the adapters of requests in flight leave the room; new ones wait for that."""
+        """Take the job's slots once the adapters of requests in flight leave the room, which new ones wait for; its
+        places in the KV pool while requests leave them."""
         points, manager = job.learner.points, self._handle.lora_manager
+        if points.tokens and any(self._load()) and not self._is_roomy(points.tokens):
+            return False
         if not lora_capacity.leave_room(manager, {req.lora_id for req in self._batched()}, points.slots):
             lora_capacity.reserve(points.slots)
             return False
         lora_capacity.reserve(0)
         try:
-            with self._forward_stream():
+            with forward_stream(self._scheduler):
                 points.claim()
         except Exception as error:
-            self._fail(job, error)
+            if not isinstance(error, CapacityError) or not any(self._load()):
+                self._fail(job, error)
             return False
         return True
 
@@ -216,10 +223,25 @@ class MezoRunner:
         return self._describe()["idle_step_tokens" if self._pacer.quiet else "micro_step_tokens"]
 
     def _give_way(self, job: Job) -> None:
-        """Locks on kept prefixes are the first thing to go where requests need the room."""
-        prefixes = job.learner.scorer.base_prefixes
-        if prefixes.kept_tokens and self._handle.free_kv_tokens < _LOW_WATER * self._handle.kv_capacity:
+        """Locks on kept prefixes are the first thing to go where requests need the room, and then the points that lie
+        in the KV pool, with the step in progress."""
+        prefixes, points = job.learner.scorer.base_prefixes, job.learner.points
+        if self._is_roomy():
+            return
+        if prefixes.kept_tokens:
             prefixes.release()
+        if points.tokens and points.claimed and any(self._load()):
+            points.release()
+            job.restart_work()
+
+    def _is_roomy(self, less: int = 0) -> bool:
+        """Whether the KV pool has room enough for requests, and for each that waits, with so many tokens less than
+        now."""
+        wanted = (
+            len(req.origin_input_ids) + req.sampling_params.max_new_tokens for req in self._scheduler.waiting_queue
+        )
+        enough = max(_LOW_WATER * self._handle.kv_capacity, *wanted, 0)
+        return self._handle.free_kv_tokens - less >= enough
 
     def _advance(self, job: Job, max_tokens: int) -> None:
         try:
@@ -257,18 +279,6 @@ class MezoRunner:
             (full.message, full.code) if full else (str(error) or type(error).__name__, type(error).__name__)
         )
         job.tell(events.Failed, message=message, code=code)
-
-    @contextmanager
-    def _forward_stream(self):
-        """On an accelerator, pieces queue behind the batch in flight, whose buffers they share."""
-        scheduler: Any = self._scheduler
-        if not scheduler.enable_overlap or self._handle.device.type == "cpu":
-            yield
-            return
-        with scheduler.forward_stream_ctx:
-            scheduler.forward_stream.wait_stream(scheduler.schedule_stream)
-            yield
-        scheduler.schedule_stream.wait_stream(scheduler.forward_stream)
 
     def _end(self, job: Job) -> None:
         self._job = None

@@ -106,9 +106,10 @@ class EngineDescription(Struct, kw_only=True):
 
     target_modules: Hugging Face names of the linear layers that the LoRA pool can adapt. default_target_modules: for
     each tuning, what a job gets that names none. micro_step_tokens, idle_step_tokens: tokens of one forward pass that
-    keep to the server's bounds on a piece, beside requests and while none come. no_alora: why it cannot serve aLoRA
-    adapters, empty where it can. base_model: the fingerprint of the weights, which may be replaced while the server
-    runs. rendering: a digest of the tokenizer and of how messages are rendered; the HTTP process knows it.
+    keep to the server's bounds on a piece, beside requests and while none come. no_alora, no_prefixes: why it cannot
+    serve aLoRA adapters, or prefixes; empty where it can. base_model: the fingerprint of the weights, which may be
+    replaced while the server runs. rendering: a digest of the tokenizer and of how messages are rendered; the HTTP
+    process knows it.
     """
 
     model_path: str
@@ -122,6 +123,7 @@ class EngineDescription(Struct, kw_only=True):
     micro_step_tokens: int
     idle_step_tokens: int
     no_alora: str
+    no_prefixes: str = ""
     base_model: str = ""
     rendering: str = ""
 
