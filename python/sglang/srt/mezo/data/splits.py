@@ -78,11 +78,13 @@ def load_splits(
     invocation: Sequence[int] | None,
     data: DataArguments,
     chat: Renderer | None = None,
+    kind: type[Encoder] = Encoder,
 ) -> Splits:
     """Read and tokenise, as ``Encoder`` does. Examples that are in more than one split are counted in a warning.
 
     Args:
         invocation: None for the chat template's generation prompt.
+        kind: of encoder, as the model needs it.
 
     Raises:
         ConfigError: there is no data set, or it has no splits and one is named; or the prompts end with no common
@@ -91,7 +93,7 @@ def load_splits(
     """
     task, dataset = named_data(data.task, data.dataset)
     rows = _read(dataset, task, data)
-    encoder = Encoder(tokenizer, max_length, task, invocation or (), chat)
+    encoder = kind(tokenizer, max_length, task, invocation or (), chat)
     train, dev, test = (encoder.encode_rows(part, data.on_bad_row) if part else [] for part in rows)
     if not train:
         raise DataError("no training row is left", dataset)

@@ -4,13 +4,14 @@ from dataclasses import dataclass
 from typing import Any, Optional
 
 from sglang.srt.mezo.adapters.adapter import Adapter
+from sglang.srt.mezo.adapters.architectures import longest_text
 from sglang.srt.mezo.adapters.families import family_of
 from sglang.srt.mezo.adapters.peft_adapter import PeftAdapter, read_adapter
 from sglang.srt.mezo.core.config import Objective
 from sglang.srt.mezo.core.errors import ConfigError
 from sglang.srt.mezo.core.passes import drain
 from sglang.srt.mezo.core.settings import require_settings, setting
-from sglang.srt.mezo.data.examples import Encoder, OnBadRow, default_objective
+from sglang.srt.mezo.data.examples import OnBadRow, default_objective
 from sglang.srt.mezo.data.rows import has_splits, read_rows
 from sglang.srt.mezo.data.splits import named_data
 from sglang.srt.mezo.engine.chat import ChatRenderer
@@ -23,7 +24,7 @@ from sglang.srt.mezo.scoring.evaluation import evaluation_passes
 from sglang.srt.mezo.scoring.plan import Planner
 from sglang.srt.mezo.scoring.scorer import Scorer
 from sglang.srt.mezo.training.checkpoint import read_checkpoint
-from sglang.srt.mezo.training.finetune import ModelArguments, chat_settings, model_layers
+from sglang.srt.mezo.training.finetune import ModelArguments, chat_settings, encoder_kind, model_layers
 from sglang.srt.mezo.training.usable import require_choices
 
 
@@ -67,7 +68,7 @@ def _evaluate(rank: Rank, model: ModelArguments, arguments: EvaluateArguments) -
     rows = read_rows(dataset, arguments.split or (task.eval_split if task else "test"), task)[: arguments.rows]
     invocation = () if adapter is None else adapter.invocation
     chat = ChatRenderer(tokenizer, chat_settings(model))
-    encoder = Encoder(tokenizer, model_config.max_position_embeddings, task, invocation, chat)
+    encoder = encoder_kind(model_config)(tokenizer, longest_text(model_config), task, invocation, chat)
     examples = encoder.encode_rows(rows, arguments.on_bad_row)
     objective = arguments.objective or default_objective(examples)
     require_choices(objective, (len(example.options) for example in examples))

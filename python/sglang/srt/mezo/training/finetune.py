@@ -9,9 +9,16 @@ from typing import TYPE_CHECKING, Any, Literal, Optional
 import torch
 
 from sglang.srt.mezo.adapters.adapter import AdapterSpec
-from sglang.srt.mezo.adapters.families import family_of, model_modules, model_parameters, require_modules
+from sglang.srt.mezo.adapters.architectures import is_masked, longest_text, task_type
+from sglang.srt.mezo.adapters.families import (
+    family_of,
+    model_modules,
+    model_parameters,
+    require_modules,
+    require_tuning,
+)
 from sglang.srt.mezo.adapters.peft_adapter import ModelLayers
-from sglang.srt.mezo.adapters.prefix_adapter import PrefixSpec
+from sglang.srt.mezo.adapters.prefix_adapter import PrefixSpec, positions_of
 from sglang.srt.mezo.adapters.weights import WeightsSpec
 from sglang.srt.mezo.core.config import MezoConfig, Tuning
 from sglang.srt.mezo.core.errors import ConfigError
@@ -19,8 +26,9 @@ from sglang.srt.mezo.core.integrity import write_json
 from sglang.srt.mezo.core.passes import drain
 from sglang.srt.mezo.core.settings import require_settings, setting
 from sglang.srt.mezo.data.chat import ChatSettings
-from sglang.srt.mezo.data.examples import Example, get_task
+from sglang.srt.mezo.data.examples import Encoder, Example, get_task
 from sglang.srt.mezo.data.invocation import AUTO, invocation_tokens
+from sglang.srt.mezo.data.masked import MaskedEncoder
 from sglang.srt.mezo.data.splits import DataArguments, Splits, load_splits
 from sglang.srt.mezo.engine.chat import ChatRenderer
 from sglang.srt.mezo.engine.handle import MezoEngine
@@ -106,21 +114,21 @@ def open_trainer(
     model_config, tokenizer = read_checkpoint(model.model)
     origin = None if config.init_from is None else read_start(config, model_layers(model_config))
     config = settled(config, origin, tokenizer)
-    config, target_modules = _with_targets(model_config, config)
+    require_tuning(model_config, config.tuning)
+    config, target_modules = _for_model(model_config, config)
     if rank.is_first:  # which makes it
         RunDirectory(config).check()
     invocation = chosen_invocation(tokenizer, data.task, config.tuning, config.invocation)
-    max_length = model_config.max_position_embeddings - (config.num_virtual_tokens or 0)
-    splits = load_splits(tokenizer, max_length, invocation, data, ChatRenderer(tokenizer, chat_settings(model)))
+    max_length = longest_text(model_config) - (config.num_virtual_tokens or 0)
+    chat = ChatRenderer(tokenizer, chat_settings(model))
+    splits = load_splits(tokenizer, max_length, invocation, data, chat, encoder_kind(model_config))
     spec = _spec(config, model.model, model_config, splits.invocation, target_modules)
     require_objective(
         config,
         config.objective or splits.objective,
         (len(example.options) for example in splits.train + splits.dev + splits.test),
     )
-    longest = max(
-        len(example.prompt) + max(map(len, example.options)) for example in splits.train + splits.dev + splits.test
-    )
+    longest = max(example.longest for example in splits.train + splits.dev + splits.test)
     if model.max_total_tokens is not None and model.max_total_tokens < longest:
         raise ConfigError(
             "max_total_tokens", model.max_total_tokens, f"at least {longest}, the tokens of the longest example"
@@ -139,11 +147,19 @@ def open_trainer(
     return MezoTrainer(engine.handle, config, spec, splits.train, splits.dev, splits.objective, start=origin), splits
 
 
-def _with_targets(model_config: "PretrainedConfig", config: MezoConfig) -> tuple[MezoConfig, tuple[str, ...]]:
-    """``config`` with PEFT's "all-linear" spelt out, and the modules to adapt, of what adapts any."""
+def encoder_kind(model_config: "PretrainedConfig") -> type[Encoder]:
+    """What makes a model's examples of rows."""
+    return MaskedEncoder if is_masked(model_config) else Encoder
+
+
+def _for_model(model_config: "PretrainedConfig", config: MezoConfig) -> tuple[MezoConfig, tuple[str, ...]]:
+    """``config`` with the positions that it leaves open and PEFT's "all-linear" spelt out, and the modules to adapt, of
+    what adapts any."""
     family = family_of(model_config)
-    if config.tuning in ("full", "prefix"):
+    if config.tuning == "full":
         return config, ()
+    if config.tuning == "prefix":
+        return replace(config, prefix_positions=positions_of(config, model_config)), ()
     targets = config.target_modules or list(family.default_targets(config.tuning))
     if targets == [ALL_LINEAR]:
         targets = sorted({site.path.rpartition(".")[2] for site in model_modules(model_config)})
@@ -168,7 +184,7 @@ def _spec(
         spec = WeightsSpec(model, config.parameters)
         spec.chosen(model_parameters(model_config))  # before an engine is started for nothing
         return spec
-    return AdapterSpec.of(config, model, invocation, target_modules)
+    return AdapterSpec.of(config, model, invocation, target_modules, task_type(model_config))
 
 
 def model_layers(model_config: "PretrainedConfig") -> ModelLayers:

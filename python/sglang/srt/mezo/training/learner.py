@@ -10,9 +10,10 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 
 import torch
 
+from sglang.srt.mezo.adapters.families import require_tuning
 from sglang.srt.mezo.adapters.peft_adapter import PeftAdapter
 from sglang.srt.mezo.core.config import MezoConfig, Objective
-from sglang.srt.mezo.core.errors import ConfigError, DivergedError, RankError
+from sglang.srt.mezo.core.errors import ConfigError, DataError, DivergedError, RankError
 from sglang.srt.mezo.core.noise import step_seed
 from sglang.srt.mezo.core.optimizer import Optimizer, learning_rate_at, to_logged_float32
 from sglang.srt.mezo.core.passes import Passes
@@ -70,6 +71,7 @@ class Learner:
         start: PeftAdapter | None = None,
     ):
         spec.require_agreement(config)
+        require_tuning(handle.model_config, config.tuning)
         self.handle = handle
         self.config = config
         self._virtual_tokens = spec.virtual_tokens
@@ -185,6 +187,8 @@ class Learner:
 
     def plan(self, examples: Sequence[Example]) -> list[ExamplePlan]:
         """How the examples are scored; raises ConfigError or DataError for one that this run cannot score."""
+        if any((example.mask is None) != self.handle.is_causal for example in examples):
+            raise DataError("an example names its mask where the model is a masked language model, and only there")
         plans = [self.planner.plan(example) for example in examples]
         require_usable(plans, self.config, self.objective, self.handle.context_length - self._virtual_tokens)
         return plans
