@@ -53,11 +53,15 @@ def table(families: dict[str, dict[str, dict[str, float]]]) -> list[str]:
     ]
     for architecture, family in sorted(FAMILIES.items(), key=lambda item: item[1].name.lower()):
         losses, served = (
-            ", ".join(f"{families[architecture][tuning][kind]:.0e}" for tuning in ("lora", "alora"))
+            ", ".join(_shown(families[architecture].get(tuning, {}).get(kind)) for tuning in ("lora", "alora"))
             for kind in ("losses", "served")
         )
         lines.append(f"| {family.name} | `{architecture}` | {', '.join(family.modules)} | {losses} | {served} |")
     return lines
+
+
+def _shown(difference: float | None) -> str:
+    return "-" if difference is None else f"{difference:.0e}"
 
 
 if __name__ == "__main__":

@@ -9,13 +9,23 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    BertConfig,
+    LlamaConfig,
+    OPTConfig,
+    RobertaConfig,
+    XLMRobertaConfig,
+)
 
 from sglang.srt.mezo.adapters.adapter import Adapter
 from sglang.srt.mezo.data.examples import Example
 
 VOCAB = 211
 INVOCATION = (7, 8)
+START, MASK, END = 3, 4, 5  # of the texts of encoders
 
 OPT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 LLAMA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -31,6 +41,19 @@ _OPT = dict(
     dropout=0.0,
     init_std=0.15,
 )
+_ENCODER = dict(
+    vocab_size=VOCAB,
+    hidden_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    intermediate_size=96,
+    max_position_embeddings=130,
+    type_vocab_size=2,
+    pad_token_id=1,
+    initializer_range=0.15,
+    hidden_dropout_prob=0.0,
+    attention_probs_dropout_prob=0.0,
+)
 CONFIGS = {
     "opt-125m": OPTConfig(**_OPT),
     "opt-350m": OPTConfig(**{**_OPT, "do_layer_norm_before": False, "word_embed_proj_dim": 32}),
@@ -45,8 +68,16 @@ CONFIGS = {
         max_position_embeddings=128,
         initializer_range=0.15,
     ),
+    "roberta": RobertaConfig(**_ENCODER),
+    "xlm-roberta": XLMRobertaConfig(**_ENCODER),
+    "bert": BertConfig(**_ENCODER),
 }
-TARGETS = {kind: LLAMA_TARGETS if kind == "llama" else OPT_TARGETS for kind in CONFIGS}
+ENCODERS = ("roberta", "xlm-roberta", "bert")
+"""Masked language models."""
+TARGETS = {
+    kind: LLAMA_TARGETS if kind == "llama" else ("query", "key", "value") if kind in ENCODERS else OPT_TARGETS
+    for kind in CONFIGS
+}
 
 
 def save_model(kind: str, folder: Path, **changes: Any) -> str:
@@ -58,7 +89,7 @@ def save_model(kind: str, folder: Path, **changes: Any) -> str:
     torch.manual_seed(1)
     config = deepcopy(CONFIGS[kind])
     config.update(changes)
-    model = (LlamaForCausalLM if kind == "llama" else OPTForCausalLM)(config)
+    model = (AutoModelForMaskedLM if kind in ENCODERS else AutoModelForCausalLM).from_config(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1:
@@ -103,30 +134,51 @@ def with_shared_beginnings(made: Sequence[Example], seed: int = 9) -> list[Examp
     return [replace(e, prompt=(2, *template, *passages[i % 2], *e.prompt[1:])) for i, e in enumerate(made)]
 
 
+def masked(made: Sequence[Example], seed: int = 8) -> list[Example]:
+    """The same examples for an encoder: a mask behind the prompt, the first tokens of the options for words, and other
+    text to the end."""
+    generator = torch.Generator().manual_seed(seed)
+    examples = []
+    for i, e in enumerate(made):
+        rest = torch.randint(10, VOCAB, (1 + 3 * (i % 4),), generator=generator).tolist()
+        prompt = (START, *e.prompt[1:], MASK, *rest, END)
+        examples.append(Example(prompt, tuple(option[:1] for option in e.options), e.label, len(e.prompt)))
+    return examples
+
+
+def load(path: str | Path, dtype: torch.dtype = torch.float32) -> Any:
+    """Transformers' model in a folder."""
+    encoder = AutoConfig.from_pretrained(path).architectures[0].endswith("ForMaskedLM")
+    kind = AutoModelForMaskedLM if encoder else AutoModelForCausalLM
+    # PyTorch's fused attention, which is Transformers' own choice, leaves soft caps out.
+    return kind.from_pretrained(path, dtype=dtype, attn_implementation="eager").eval()
+
+
 class Scores:
     """Losses of a Transformers model."""
 
     model: Any
 
-    def token_log_probs(self, prompt: Sequence[int], option: Sequence[int]) -> torch.Tensor:
-        """Log-probability of each token of ``option`` after ``prompt``: [tokens]."""
-        ids = torch.tensor([[*prompt, *option]])
-        logits = self.model(input_ids=ids).logits[0, len(prompt) - 1 : -1]
+    def token_log_probs(self, example: Example, option: Sequence[int]) -> torch.Tensor:
+        """Log-probability of each token of an option after the prompt, or in the place of its mask: [tokens]."""
+        if example.mask is None:
+            ids = torch.tensor([[*example.prompt, *option]])
+            logits = self.model(input_ids=ids).logits[0, len(example.prompt) - 1 : -1]
+        else:
+            logits = self.model(input_ids=torch.tensor([example.prompt])).logits[0, example.mask][None]
         return torch.log_softmax(logits, dim=-1).gather(1, torch.tensor(option)[:, None])[:, 0]
 
     def option_losses(self, batch: Sequence[Example]) -> torch.Tensor:
         """Cross-entropy over options of every example: [examples]."""
         losses = []
         for example in batch:
-            scores = torch.stack([self.token_log_probs(example.prompt, option).mean() for option in example.options])
+            scores = torch.stack([self.token_log_probs(example, option).mean() for option in example.options])
             losses.append(-torch.log_softmax(scores, 0)[example.label])
         return torch.stack(losses)
 
     def token_loss(self, batch: Sequence[Example]) -> torch.Tensor:
         """Mean negative log-probability of all tokens of the right options."""
-        return -torch.cat(
-            [self.token_log_probs(example.prompt, example.options[example.label]) for example in batch]
-        ).mean()
+        return -torch.cat([self.token_log_probs(example, example.options[example.label]) for example in batch]).mean()
 
 
 class Reference(Scores):
@@ -134,9 +186,7 @@ class Reference(Scores):
 
     def __init__(self, model_path: str, adapter: Adapter, folder: Path, dtype: torch.dtype = torch.float32):
         adapter.save_pretrained(folder)
-        # PyTorch's fused attention, which is Transformers' own choice, leaves soft caps out.
-        base = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype, attn_implementation="eager")
-        self.model = PeftModel.from_pretrained(base, folder, is_trainable=True).to(dtype).eval()
+        self.model = PeftModel.from_pretrained(load(model_path, dtype), folder, is_trainable=True).to(dtype).eval()
         self._adapter = adapter
 
     def gradient(self, loss: torch.Tensor) -> torch.Tensor:
@@ -153,7 +203,7 @@ class ModelReference(Scores):
     """A Transformers model whose own parameters are set, those in whose names a pattern is found."""
 
     def __init__(self, model_path: str, dtype: torch.dtype = torch.float32, pattern: str = ""):
-        self.model = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype, attn_implementation="eager").eval()
+        self.model = load(model_path, dtype)
         self._trained = [p for name, p in self.model.named_parameters() if re.search(pattern, name)]
 
     @property

@@ -16,7 +16,7 @@ def test_the_table_names_what_transformers_has(architecture):
     family = FAMILIES[architecture]
     names = {site.name for site in model_modules(tiny_models.config(architecture))}
     assert set(family.modules) <= names
-    assert names - set(family.modules) <= {"c_fc", "c_proj"}, "all but what SGLang's pool has no room for"
+    assert names - set(family.modules) <= {"c_fc", "c_proj", "dense"}, "all but what SGLang's pool has no room for"
     assert set(family.reads) <= set(family.attention)
 
 
@@ -71,6 +71,14 @@ def test_other_models_are_refused_in_one_line(architecture, tmp_path):
         family_of(config)
 
 
+@pytest.mark.parametrize("field", ["is_decoder", "tie_word_embeddings", "hidden_act"])
+def test_an_encoder_that_is_another_is_refused(field):
+    config = tiny_models.config("RobertaForMaskedLM")
+    setattr(config, field, {"is_decoder": True, "tie_word_embeddings": False, "hidden_act": "relu"}[field])
+    with pytest.raises(ConfigError, match=field):
+        family_of(config)
+
+
 def test_a_classifier_of_a_supported_family_is_refused():
     config = tiny_models.config("LlamaForCausalLM")
     config.architectures = ["LlamaForSequenceClassification"]
@@ -85,6 +93,7 @@ def test_a_classifier_of_a_supported_family_is_refused():
         ("MixtralForCausalLM", ["q_proj", "gate_proj"], "gate_proj"),
         ("OPTForCausalLM", ["q_proj", "o_proj"], "o_proj"),
         ("Starcoder2ForCausalLM", ["c_fc"], "c_fc"),
+        ("RobertaForMaskedLM", ["query", "dense"], "dense"),
     ],
 )
 def test_modules_that_a_family_lacks_are_named(architecture, targets, wrong):

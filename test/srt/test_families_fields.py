@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
+import oracle
 import tiny_models
 from engine_process import EngineProcess
 from sglang.srt.mezo.adapters.differences import differences
@@ -90,6 +91,7 @@ VALUES = {
     "layer_norm_elementwise_affine": [False],
     "_remove_final_layer_norm": [True],
     "pretraining_tp": [2],
+    "is_decoder": [True],
 }
 WINDOWED = {"sliding_window": 8, "use_sliding_window": True}
 WITH_IT = {
@@ -121,7 +123,7 @@ def transformers_log_probs(architecture: str, fields: dict[str, Any], folder: Pa
     """None where Transformers itself does not take the fields."""
     try:
         tiny_models.save_model(architecture, folder, **fields)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+        model = oracle.load(folder)
         with torch.no_grad():
             return torch.cat([torch.log_softmax(model(torch.tensor([ids])).logits[0], -1) for ids in SEQUENCES])
     except Exception:

@@ -14,6 +14,7 @@ from sglang.srt.mezo.core.passes import drain
 
 ZO_EPS = 1e-3
 KINDS = {
+    **{kind: (kind, {}) for kind in oracle.ENCODERS},
     "opt-125m": ("opt-125m", {}),
     "opt-350m": ("opt-350m", {}),
     "galactica": ("galactica", {}),
@@ -26,7 +27,7 @@ BATCHES = {
     "completions": ("completion", oracle.examples(3, [(20, 21, 22, 23)])),
     "shared beginnings": ("classification", oracle.with_shared_beginnings(oracle.examples(6))),
 }
-PATTERNS = ("", r"layers\.1\.", "bias|norm", "embed_tokens")
+PATTERNS = ("", r"layers?\.1\.", "bias|[nN]orm", r"embed_tokens|word_embeddings|lm_head\.decoder")
 
 
 # --- run in the engine's process --------------------------------------------------------------------------------------
@@ -83,12 +84,18 @@ def steps(engine, path, batch, count, folder, settings):
 
 @pytest.fixture(scope="module", params=list(KINDS))
 def model(request, tmp_path_factory):
-    """(path, engine) of a small random model; one engine without LoRA for all tests of a kind."""
+    """(kind, path, engine) of a small random model; one engine without LoRA for all tests of a kind."""
     kind, changes = KINDS[request.param]
     path = oracle.save_model(kind, tmp_path_factory.mktemp("full") / "model", **changes)
     engine = EngineProcess(model_path=path, dtype="float32", skip_tokenizer_init=True, max_total_tokens=6000)
-    yield path, engine
+    yield kind, path, engine
     engine.close()
+
+
+def batch_of(kind: str, name: str):
+    """(objective, examples)."""
+    objective, examples = BATCHES[name]
+    return objective, oracle.masked(examples) if kind in oracle.ENCODERS else examples
 
 
 def reference_loss(reference: oracle.Scores, objective: str, batch) -> float:
@@ -100,8 +107,8 @@ def reference_loss(reference: oracle.Scores, objective: str, batch) -> float:
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_losses_equal_transformers_and_every_bit_comes_back(model, batch, pattern):
-    path, engine = model
-    objective, examples = BATCHES[batch]
+    kind, path, engine = model
+    objective, examples = batch_of(kind, batch)
     reference = oracle.ModelReference(path, pattern=pattern)
     theta = reference.theta
     z = [direction(6, k, theta.numel()) for k in range(2)]
@@ -117,8 +124,8 @@ def test_losses_equal_transformers_and_every_bit_comes_back(model, batch, patter
 
 @pytest.mark.parametrize("batch", BATCHES)
 def test_projected_grad_equals_the_central_difference_of_transformers(model, batch):
-    path, engine = model
-    objective, examples = BATCHES[batch]
+    kind, path, engine = model
+    objective, examples = batch_of(kind, batch)
     reference = oracle.ModelReference(path, torch.float64)
     theta = reference.theta
     z = [direction(5, k, theta.numel()) for k in range(3)]
@@ -135,7 +142,7 @@ def test_projected_grad_equals_the_central_difference_of_transformers(model, bat
     "settings",
     [
         {"num_perturbations": 2},
-        {"estimator": "one_sided", "perturbation": "gaussian", "parameters": "proj|fc"},
+        {"estimator": "one_sided", "perturbation": "gaussian", "parameters": "proj|fc|dense"},
         {"num_perturbations": 4, "estimator": "leave_one_out", "momentum": 0.9, "weight_decay": 0.1},
         {"num_perturbations": 1, "perturbation_rank": 2, "optim": "adamw"},
     ],
@@ -143,8 +150,8 @@ def test_projected_grad_equals_the_central_difference_of_transformers(model, bat
 )
 def test_a_run_is_that_of_transformers_with_the_same_directions(model, settings, tmp_path):
     """Steps by the log alone, on Transformers' model: its losses are ours, and so is the model that is left."""
-    path, engine = model
-    examples = BATCHES["longer options"][1]
+    kind, path, engine = model
+    _, examples = batch_of(kind, "longer options")
     settings = {"learning_rate": 1e-3, "scale_by_loss_std": False, "lr_scheduler_type": "constant", **settings}
     results, thetas, loss = engine.call(steps, path, examples, 5, tmp_path / "model", settings)
     reference = oracle.ModelReference(path, pattern=settings.get("parameters", ""))
@@ -169,9 +176,9 @@ def shapes_of(reference: oracle.ModelReference):
 
 
 def test_a_learning_rate_of_nothing_changes_nothing(model, tmp_path):
-    path, engine = model
+    kind, path, engine = model
     settings = {"num_perturbations": 2, "warmup_steps": 3, "scale_by_loss_std": False}
-    _, thetas, _ = engine.call(steps, path, BATCHES["longer options"][1], 1, tmp_path / "model", settings)
+    _, thetas, _ = engine.call(steps, path, batch_of(kind, "longer options")[1], 1, tmp_path / "model", settings)
     assert torch.equal(thetas[0], oracle.ModelReference(path).theta)
     saved = oracle.ModelReference(str(tmp_path / "model"))
     assert torch.equal(saved.theta, thetas[0])

@@ -86,7 +86,7 @@ def test_hook_waits_for_its_module(empty_hook_registry, tmp_path, monkeypatch):
 
 
 def test_missing_model_file_is_refused(monkeypatch):
-    monkeypatch.setattr(overlay, "REPLACED_MODULES", {"sglang.srt.models.opt": Path("nowhere/opt.py")})
+    monkeypatch.setattr(overlay, "OUR_MODULES", {"sglang.srt.models.opt": Path("nowhere/opt.py")})
     monkeypatch.setattr(hooks, "registered", False)
     with pytest.raises(SystemExit, match="refuses to start: FileNotFoundError: model file nowhere/opt.py is missing"):
         entry.register()
@@ -94,7 +94,7 @@ def test_missing_model_file_is_refused(monkeypatch):
 
 def test_model_file_that_does_not_import_is_an_error(tmp_path, monkeypatch):
     (tmp_path / "broken.py").write_text("import not_there\n")
-    monkeypatch.setattr(overlay, "REPLACED_MODULES", {"sglang.srt.models.broken": tmp_path / "broken.py"})
+    monkeypatch.setattr(overlay, "OUR_MODULES", {"sglang.srt.models.broken": tmp_path / "broken.py"})
     monkeypatch.setattr(sys, "meta_path", [overlay._FINDER, *sys.meta_path])
     with pytest.raises(ImportError, match="not_there"):
         overlay.register_models(SimpleNamespace())
@@ -133,7 +133,10 @@ from sglang.srt.plugins.hook_registry import HookRegistry
 from sglang.srt.utils.common import SUPPORTED_LORA_TARGET_MODULES
 opt = ModelRegistry.models["OPTForCausalLM"]
 module = importlib.import_module(opt.__module__)
-assert overlay.is_ours(module, overlay.REPLACED_MODULES["sglang.srt.models.opt"]), module.__file__
+assert overlay.is_ours(module, overlay.OUR_MODULES["sglang.srt.models.opt"]), module.__file__
+for name in ("RobertaForMaskedLM", "XLMRobertaForMaskedLM", "BertForMaskedLM"):
+    masked = importlib.import_module(ModelRegistry.models[name].__module__)
+    assert overlay.is_ours(masked, overlay.OUR_MODULES["sglang.srt.models.roberta_mlm"]), masked.__file__
 for hook in (*adapter_loading.HOOKS, *alora_serving.HOOKS, *cpu_backends.HOOKS):
     importlib.import_module(hook.module)
     assert hook.target in HookRegistry._patched, hook.target

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
+
+from sglang.srt.mezo.adapters.architectures import auto_class
 
 VOCAB = 211
 
@@ -23,8 +25,10 @@ _COMMON = dict(
     pad_token_id=0,
 )
 _ONE_OF_EACH = dict(layer_types=["sliding_attention", "full_attention"], sliding_window=16)
+_ENCODER = dict(num_key_value_heads=4, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
 _MOE = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
 CONFIGS = {
+    "BertForMaskedLM": ("BertConfig", _ENCODER),
     "CohereForCausalLM": ("CohereConfig", dict(logit_scale=0.25)),
     "Cohere2ForCausalLM": ("Cohere2Config", dict(logit_scale=0.25, head_dim=16, **_ONE_OF_EACH)),
     "GemmaForCausalLM": ("GemmaConfig", dict(head_dim=32)),
@@ -56,8 +60,10 @@ CONFIGS = {
     "Qwen2ForCausalLM": ("Qwen2Config", {}),
     "Qwen3ForCausalLM": ("Qwen3Config", dict(head_dim=32)),
     "Qwen3MoeForCausalLM": ("Qwen3MoeConfig", dict(head_dim=16, **_MOE)),
+    "RobertaForMaskedLM": ("RobertaConfig", _ENCODER),
     "StableLmForCausalLM": ("StableLmConfig", {}),
     "Starcoder2ForCausalLM": ("Starcoder2Config", dict(sliding_window=None)),
+    "XLMRobertaForMaskedLM": ("XLMRobertaConfig", _ENCODER),
 }
 """By architecture: Transformers' configuration and its fields."""
 
@@ -72,7 +78,8 @@ def config(architecture: str, **fields) -> PretrainedConfig:
 def save_model(architecture: str, folder: Path, **fields) -> str:
     """Write a random model; its biases and norms are not at their trivial start."""
     torch.manual_seed(1)
-    model = AutoModelForCausalLM.from_config(config(architecture, **fields), dtype=torch.float32)
+    made = config(architecture, **fields)
+    model = auto_class(made).from_config(made, dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:

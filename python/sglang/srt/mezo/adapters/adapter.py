@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Self
 import safetensors.torch
 import torch
 
+from sglang.srt.mezo.adapters.architectures import pipeline_tag
 from sglang.srt.mezo.core.atomic import atomic_directory
 from sglang.srt.mezo.core.config import MezoConfig
 from sglang.srt.mezo.core.errors import ConfigError, DamagedError
@@ -45,6 +46,7 @@ class AdapterSpec:
     Attributes:
         base_model: name or path of the base model.
         invocation: PEFT's ``alora_invocation_tokens``; empty for ordinary LoRA.
+        task_type: "CAUSAL_LM", or None of a masked language model.
     """
 
     base_model: str
@@ -52,6 +54,7 @@ class AdapterSpec:
     lora_alpha: float
     target_modules: tuple[str, ...]
     invocation: tuple[int, ...] = ()
+    task_type: str | None = "CAUSAL_LM"
     virtual_tokens = 0
 
     @classmethod
@@ -61,6 +64,7 @@ class AdapterSpec:
         base_model: str,
         invocation: Sequence[int] = (),
         target_modules: Sequence[str] | None = None,
+        task_type: str | None = "CAUSAL_LM",
     ) -> Self:
         """The adapter that a run of ``config`` trains.
 
@@ -73,7 +77,7 @@ class AdapterSpec:
         targets = target_modules or config.target_modules
         if not targets:
             raise ConfigError("target_modules", targets, "at least one module")
-        spec = cls(base_model, config.r, config.lora_alpha, tuple(targets), tuple(invocation))
+        spec = cls(base_model, config.r, config.lora_alpha, tuple(targets), tuple(invocation), task_type)
         spec.require_agreement(config)
         return spec
 
@@ -186,7 +190,7 @@ class Adapter:
 
         alpha = self.spec.lora_alpha
         return peft.LoraConfig(
-            task_type="CAUSAL_LM",
+            task_type=self.spec.task_type,
             base_model_name_or_path=self.spec.base_model,
             inference_mode=True,
             r=self.spec.r,
@@ -199,8 +203,8 @@ class Adapter:
     def _model_card(self) -> str:
         kind = "aLoRA" if self.spec.invocation else "LoRA"
         return (
-            f"---\nbase_model: {self.spec.base_model}\nlibrary_name: peft\npipeline_tag: text-generation\n"
-            f"tags:\n- {kind.lower()}\n- mezo\n---\n\n"
+            f"---\nbase_model: {self.spec.base_model}\nlibrary_name: peft\n"
+            f"pipeline_tag: {pipeline_tag(self.spec.task_type)}\ntags:\n- {kind.lower()}\n- mezo\n---\n\n"
             f"{kind} adapter of rank {self.spec.r} on {', '.join(self.spec.target_modules)}, "
             "fitted with forward passes only (MeZO, arXiv 2305.17333) by sglang-mezo.\n"
         )

@@ -5,7 +5,8 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from sglang.srt.mezo.adapters.families import architecture_of, rope_parameters
+from sglang.srt.mezo.adapters.architectures import architecture_of
+from sglang.srt.mezo.adapters.families import rope_parameters
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

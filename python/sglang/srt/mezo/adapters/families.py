@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from sglang.srt.mezo.adapters.adapter import Site
+from sglang.srt.mezo.adapters.architectures import architecture_of, auto_class, is_masked
 from sglang.srt.mezo.adapters.weights import Parameter
 from sglang.srt.mezo.core.config import Tuning
 from sglang.srt.mezo.core.errors import ConfigError
@@ -22,6 +23,13 @@ _GATED = ("gate_proj", "up_proj", "down_proj")
 _GATED_IN_ONE = ("gate_up_proj", "down_proj")
 _SILU = {"hidden_act": ("silu",)}
 _GELU = {"hidden_activation": ("gelu_pytorch_tanh",)}
+_ENCODER: dict[str, Any] = {
+    # The others are all called "dense".
+    "attention": ("query", "key", "value"),
+    "mlp": (),
+    "reads": ("query", "value"),
+    "takes": {"hidden_act": ("gelu",), "tie_word_embeddings": (True,), "is_decoder": (False,)},
+}
 
 
 @dataclass(frozen=True)
@@ -61,6 +69,7 @@ class Family:
 
 
 FAMILIES = {
+    "BertForMaskedLM": Family("BERT", **_ENCODER),
     "CohereForCausalLM": Family("Cohere"),
     "Cohere2ForCausalLM": Family("Cohere 2"),
     "GemmaForCausalLM": Family("Gemma"),
@@ -79,19 +88,16 @@ FAMILIES = {
     "Qwen2ForCausalLM": Family("Qwen2", takes=_SILU),
     "Qwen3ForCausalLM": Family("Qwen3", takes=_SILU),
     "Qwen3MoeForCausalLM": Family("Qwen3-MoE (attention)", mlp=()),
+    "RobertaForMaskedLM": Family("RoBERTa", **_ENCODER),
     "StableLmForCausalLM": Family("StableLM", takes={"qk_layernorm": (False,)}),
     "Starcoder2ForCausalLM": Family("StarCoder2 (attention)", mlp=()),
+    "XLMRobertaForMaskedLM": Family("XLM-RoBERTa", **_ENCODER),
 }
 """By the architecture that a checkpoint's configuration names. ``test_families.py`` holds each against Transformers
 and PEFT."""
 
 _NO_LONG_ROPE = ("Qwen3MoeForCausalLM",)
 _HEADS_FILL_HIDDEN = ("Cohere2ForCausalLM", "MixtralForCausalLM")
-
-
-def architecture_of(config: "PretrainedConfig") -> str:
-    """The name of the model's class; that of its type where the configuration does not say."""
-    return (config.architectures or [config.model_type])[0]
 
 
 def family_of(config: "PretrainedConfig") -> Family:
@@ -129,6 +135,17 @@ def rope_parameters(config: "PretrainedConfig") -> list[dict[str, Any]]:
     return kinds or [parameters]
 
 
+def require_tuning(config: "PretrainedConfig", tuning: Tuning) -> None:
+    """Raise ConfigError for a way of tuning that a model cannot have."""
+    if tuning == "alora" and is_masked(config):
+        raise ConfigError(
+            "tuning",
+            tuning,
+            f"lora, full or prefix for {architecture_of(config)}, whose tokens attend to what follows them: no part of "
+            "a prompt stays what the base model makes of it",
+        )
+
+
 def require_modules(family: Family, target_modules: Iterable[str]) -> None:
     """Raise ConfigError where ``target_modules`` names a layer that the family does not have, or that cannot be
     adapted."""
@@ -158,9 +175,10 @@ def model_parameters(config: "PretrainedConfig") -> tuple[Parameter, ...]:
 def _without_weights(config: "PretrainedConfig") -> "torch.nn.Module":
     """Transformers' model."""
     import torch
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, AutoConfig
 
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:  # of code that came with the checkpoint
+    known = MODEL_FOR_MASKED_LM_MAPPING if is_masked(config) else MODEL_FOR_CAUSAL_LM_MAPPING
+    if type(config) not in known:  # of code that came with the checkpoint
         config = AutoConfig.for_model(**{name: value for name, value in config.to_dict().items() if name != "auto_map"})
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+        return auto_class(config).from_config(config, attn_implementation="eager")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple, Self
 import torch
 
 from sglang.srt.mezo.adapters.adapter import CONFIG, INITIAL, fill, peft_folder
+from sglang.srt.mezo.adapters.architectures import architecture_of, is_masked, pipeline_tag, task_type
 from sglang.srt.mezo.core.config import MezoConfig, PrefixPositions
 from sglang.srt.mezo.core.errors import ConfigError, DamagedError
 from sglang.srt.mezo.core.integrity import write_json
@@ -43,18 +44,21 @@ class PrefixSpec:
         num_virtual_tokens: as PEFT has it.
         kv: of the base model.
         positions: of the text behind it: those behind the virtual tokens, as in PEFT, or as if there were none.
+        task_type: PEFT's; None of a masked language model.
     """
 
     base_model: str
     num_virtual_tokens: int
     kv: KVShape
     positions: PrefixPositions = "shifted"
+    task_type: str | None = "CAUSAL_LM"
     invocation = ()
 
     @classmethod
     def of(cls, config: MezoConfig, base_model: str, model_config: "PretrainedConfig") -> Self:
-        """The prefix that a run of ``config`` trains."""
-        return cls(base_model, config.num_virtual_tokens, KVShape.of(model_config), config.prefix_positions)
+        """The prefix that a run of ``config`` trains; raises ConfigError for positions that its model cannot have."""
+        positions = positions_of(config, model_config)
+        return cls(base_model, config.num_virtual_tokens, KVShape.of(model_config), positions, task_type(model_config))
 
     @property
     def virtual_tokens(self) -> int:
@@ -65,8 +69,25 @@ class PrefixSpec:
         """Raise ConfigError for a field of the configuration that says otherwise."""
         own = {"tuning": "prefix", "num_virtual_tokens": self.num_virtual_tokens, "prefix_positions": self.positions}
         for name, value in own.items():
-            if getattr(config, name) != value:
+            if getattr(config, name) not in (None, value):
                 raise ConfigError(name, getattr(config, name), f"{value!r}, as the prefix has it")
+
+
+def positions_of(config: MezoConfig, model_config: "PretrainedConfig") -> PrefixPositions:
+    """Of the text, as a run says or leaves open.
+
+    Raises:
+        ConfigError: a masked language model's are to be PEFT's, which has no prefixes for such models.
+    """
+    if not is_masked(model_config):
+        return config.prefix_positions or "shifted"
+    if config.prefix_positions == "shifted":
+        raise ConfigError(
+            "prefix_positions",
+            "shifted",
+            f"unshifted for {architecture_of(model_config)}, for which PEFT has no prefixes that it could agree with",
+        )
+    return "unshifted"
 
 
 class PrefixAdapter:
@@ -89,8 +110,9 @@ class PrefixAdapter:
             fields = json.loads(path.read_bytes())
             heads = fields["num_attention_heads"]
             kv = KVShape(fields["num_layers"], heads, fields["token_dim"] // heads)
-            positions = fields.get(POSITIONS, "shifted")
-            adapter = cls(PrefixSpec(fields["base_model_name_or_path"], fields["num_virtual_tokens"], kv, positions))
+            positions, task = fields.get(POSITIONS, "shifted"), fields["task_type"]
+            spec = PrefixSpec(fields["base_model_name_or_path"], fields["num_virtual_tokens"], kv, positions, task)
+            adapter = cls(spec)
         except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
             raise DamagedError(path, str(error) or type(error).__name__) from error
         adapter.load_weights(directory)
@@ -149,7 +171,7 @@ class PrefixAdapter:
 
         kv = self.spec.kv
         return peft.PrefixTuningConfig(
-            task_type="CAUSAL_LM",
+            task_type=self.spec.task_type,
             base_model_name_or_path=self.spec.base_model,
             inference_mode=True,
             num_virtual_tokens=self.spec.num_virtual_tokens,
@@ -161,14 +183,15 @@ class PrefixAdapter:
         )
 
     def _model_card(self) -> str:
-        unshifted = (
-            "Its text has the positions that it has without the prefix, which PEFT does not give it.\n"
-            if self.spec.positions != "shifted"
-            else ""
-        )
+        if self.spec.task_type is None:
+            note = "Its text has the positions that it has without the prefix; PEFT has no prefixes for such models.\n"
+        elif self.spec.positions != "shifted":
+            note = "Its text has the positions that it has without the prefix, which PEFT does not give it.\n"
+        else:
+            note = ""
         return (
-            f"---\nbase_model: {self.spec.base_model}\nlibrary_name: peft\npipeline_tag: text-generation\n"
-            "tags:\n- prefix-tuning\n- mezo\n---\n\n"
+            f"---\nbase_model: {self.spec.base_model}\nlibrary_name: peft\n"
+            f"pipeline_tag: {pipeline_tag(self.spec.task_type)}\ntags:\n- prefix-tuning\n- mezo\n---\n\n"
             f"Prefix of {self.spec.num_virtual_tokens} virtual tokens, fitted with forward passes only (MeZO, arXiv "
-            f"2305.17333) by sglang-mezo.\n{unshifted}"
+            f"2305.17333) by sglang-mezo.\n{note}"
         )

@@ -16,6 +16,7 @@ import safetensors
 import safetensors.torch
 import torch
 
+from sglang.srt.mezo.adapters.architectures import auto_class, pipeline_tag, task_type
 from sglang.srt.mezo.core.atomic import atomic_directory
 from sglang.srt.mezo.core.config import MezoConfig
 from sglang.srt.mezo.core.errors import ConfigError, DamagedError
@@ -193,9 +194,12 @@ class FullWeights:
             view.copy_(state[parameter.name].detach())
 
     def _model_card(self) -> str:
+        from transformers import AutoConfig
+
+        tag = pipeline_tag(task_type(AutoConfig.from_pretrained(self._folder)))
         trained = f"parameters with {self.spec.parameters!r} in their names" if self.spec.parameters else "parameters"
         return (
-            f"---\nbase_model: {self.spec.base_model}\nlibrary_name: transformers\npipeline_tag: text-generation\n"
+            f"---\nbase_model: {self.spec.base_model}\nlibrary_name: transformers\npipeline_tag: {tag}\n"
             "tags:\n- mezo\n---\n\n"
             f"A copy of {self.spec.base_model} whose {trained} were fitted with forward passes only (MeZO, arXiv "
             "2305.17333) by sglang-mezo.\n"
@@ -230,9 +234,9 @@ def checkpoint_weights(spec: WeightsSpec, precision: str) -> FullWeights:
 
 
 def _load(folder: Path, dtype: torch.dtype) -> torch.nn.Module:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    return auto_class(AutoConfig.from_pretrained(folder)).from_pretrained(folder, dtype=dtype)
 
 
 def model_folder(name: str, revision: str | None = None, download_dir: str | None = None) -> Path:

@@ -19,11 +19,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from sglang.srt.mezo.adapters.architectures import is_masked
 from sglang.srt.mezo.core.config import MezoConfig
 from sglang.srt.mezo.core.objective import GENERATED
 from sglang.srt.mezo.data.splits import DataArguments
 from sglang.srt.mezo.engine.accelerator import serving_flags
 from sglang.srt.mezo.training.arguments import build, read, status_of
+from sglang.srt.mezo.training.checkpoint import read_checkpoint
 from sglang.srt.mezo.training.finetune import ModelArguments, finetune
 
 KINDS = (ModelArguments, DataArguments, MezoConfig)
@@ -70,7 +72,7 @@ def report(model: ModelArguments, config: MezoConfig, summary: dict) -> None:
         "plot": summary["plot"] or "not drawn: pip install 'sglang-mezo[plots]'",
     }
     print("", *(f"{title:<22} {value}" for title, value in lines.items()), sep="\n")
-    if config.tuning != "prefix":
+    if config.tuning != "prefix" and not is_masked(read_checkpoint(model.model)[0]):
         print(f"\nServe it:\n  python -m sglang.launch_server {_serving(model, config, trained)}\n")
 
 

@@ -54,11 +54,10 @@ class MezoConfig(ObjectiveSettings):
     num_virtual_tokens: int = setting(
         None, "Of prefix tuning: length of the prefix; 5 by default.", at_least=1, follows=True, job=True
     )
-    prefix_positions: PrefixPositions = setting(
+    prefix_positions: Optional[PrefixPositions] = setting(
         None,
         "Of prefix tuning: positions of the text, counted from behind the prefix as in PEFT (shifted, the default), or "
-        "as without it, as in the MeZO paper.",
-        follows=True,
+        "as without it, as in the MeZO paper (unshifted, the one way of masked language models).",
     )
     parameters: Optional[str] = setting(
         None,
@@ -310,7 +309,7 @@ _OF_TUNING: dict[str, tuple[Tuning, ...]] = {
 NEW_ADAPTER: dict[str, Any] = {"r": 8, "lora_alpha": 16}
 """What an adapter is that nobody describes. With ``init_from`` these stay None, and ``tuning`` too, until the adapter
 has been read (``start.settled``)."""
-_NEW: dict[Tuning, dict[str, Any]] = {"full": {}, "prefix": {"num_virtual_tokens": 5, "prefix_positions": "shifted"}}
+_NEW: dict[Tuning, dict[str, Any]] = {"full": {}, "prefix": {"num_virtual_tokens": 5}}
 """The same of what is no adapter of layers."""
 
 

@@ -30,7 +30,8 @@ _ROWS_TOGETHER = 256
 
 @dataclass(frozen=True)
 class Example:
-    """A tokenised row: ``options[i]`` continues ``prompt``; ``label`` is the index of the right option.
+    """A tokenised row: ``options[i]`` continues ``prompt``, or is a word in the place of its ``mask``; ``label`` is the
+    index of the right option.
 
     Attributes:
         columns: where there are no options, as the model itself goes on: what its completion is graded by, the row's
@@ -40,12 +41,13 @@ class Example:
     prompt: tuple[int, ...]
     options: tuple[tuple[int, ...], ...] = ()
     label: int = 0
+    mask: int | None = None
     columns: Mapping[str, Any] | None = None
 
     @property
     def longest(self) -> int:
-        """Tokens of the prompt and the longest option."""
-        return len(self.prompt) + max(map(len, self.options), default=0)
+        """Tokens of the longest sequence."""
+        return len(self.prompt) + (max(map(len, self.options), default=0) if self.mask is None else 0)
 
 
 class Encoder:
@@ -151,12 +153,15 @@ class Encoder:
         if self.generation is not None:
             return (yield from self._encode_prompts(fields, self.generation))
         if self.task is not None:
-            return [(yield from self._encode_text(self.task.render(fields)))]
+            return [(yield from self._encode_row(self.task, fields))]
         for needed, encode in self._forms:
             if needed <= fields.keys():
                 return (yield from encode(self, fields))
         forms = ", ".join("{" + ", ".join(sorted(needed)) + "}" for needed, _ in self._forms)
-        raise DataError(f"columns {shown(sorted(fields))} have none of the forms {forms}")
+        raise DataError(f"columns {shown(sorted(fields))} have none of the forms {forms}{self._forms_of}")
+
+    def _encode_row(self, task: Task, fields: Mapping[str, Any]) -> Encoding[Example]:
+        return (yield from self._encode_text(task.render(fields)))
 
     def _encode_prompts(self, fields: Mapping[str, Any], generation: Generation) -> Encoding[list[Example]]:
         """Of what the model writes after."""
@@ -237,13 +242,10 @@ class Encoder:
         ({"messages"}, _encode_messages),
         ({"text"}, _encode_plain_text),
     )
+    _forms_of = ""
 
     def _encode_text(self, text: TextExample) -> Encoding[Example]:
-        if not text.options or not all(text.options):
-            raise DataError(f"options={shown(list(text.options))}: at least one is needed, and none may be empty")
-        if not isinstance(text.label, int) or isinstance(text.label, bool) or not 0 <= text.label < len(text.options):
-            raise DataError(f"label={shown(text.label)} must be an index of the {len(text.options)} options")
-        _require_distinct(text.options, text.options)
+        require_choice(text.options, text.label)
         [prompt] = yield Texts([text.prompt])
         if not prompt:
             raise DataError("the prompt has no tokens")
@@ -252,7 +254,7 @@ class Encoder:
                 f"a prompt of {len(prompt)} tokens and an option are more than the context of {self.max_length}"
             )
         options = yield from self._continuations(text, prompt)
-        _require_distinct(text.options, options)
+        require_distinct(text.options, options)
         return self._checked(Example(tuple(prompt), options, text.label))
 
     def _continuations(self, text: TextExample, prompt: list[int]) -> Encoding[tuple[tuple[int, ...], ...]]:
@@ -303,7 +305,16 @@ def usable(outcomes: Iterable[Result | DataError], on_bad_row: OnBadRow) -> Iter
             logger.warning("skipped %s", outcome)
 
 
-def _require_distinct(options: Sequence[str], values: Sequence[Any]) -> None:
+def require_choice(options: Sequence[str], label: Any) -> None:
+    """Raise DataError where ``label`` is none of the options, or these cannot be told apart."""
+    if not options or not all(options):
+        raise DataError(f"options={shown(list(options))}: at least one is needed, and none may be empty")
+    if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < len(options):
+        raise DataError(f"label={shown(label)} must be an index of the {len(options)} options")
+    require_distinct(options, options)
+
+
+def require_distinct(options: Sequence[str], values: Sequence[Any]) -> None:
     """Between two options that are the same, as text or as tokens, nothing can be chosen or learned."""
     first: dict[Any, int] = {}
     for place, value in enumerate(values):

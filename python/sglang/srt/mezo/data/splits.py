@@ -121,11 +121,13 @@ def load_splits(
     data: DataArguments,
     chat: Renderer | None = None,
     generation: Generation | None = None,
+    kind: type[Encoder] = Encoder,
 ) -> Splits:
     """Read and tokenise, as ``Encoder`` does. Examples that are in more than one split are counted in a warning.
 
     Args:
         invocation: None for the chat template's generation prompt.
+        kind: of encoder, as the model needs it.
 
     Raises:
         ConfigError: there is no data set, or it has no splits and one is named; or the prompts end with no common
@@ -133,7 +135,7 @@ def load_splits(
         DataError: names the file and line of the first bad row.
     """
     named = named_data(data.task, data.dataset, data.dataset_config)
-    encoder = Encoder(tokenizer, max_length, named.task, invocation or (), chat, generation)
+    encoder = kind(tokenizer, max_length, named.task, invocation or (), chat, generation)
     if data.pack and tokenizer.eos_token_id is None:
         raise ConfigError("pack", True, "false for a tokenizer without an EOS token, which is to be between texts")
     if data.streaming:

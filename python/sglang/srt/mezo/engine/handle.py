@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import torch
 
+from sglang.srt.mezo.adapters.architectures import architecture_of, is_masked, longest_text
 from sglang.srt.mezo.adapters.differences import differences
-from sglang.srt.mezo.adapters.families import architecture_of, family_of, require_modules
+from sglang.srt.mezo.adapters.families import family_of, require_modules
 from sglang.srt.mezo.core.errors import CapacityError, ConfigError
 from sglang.srt.mezo.engine.accelerator import fill_open_fields
 from sglang.srt.mezo.engine.allocator import keep_freed_memory
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Value = TypeVar("Value")
+
+_POOL_NAMES = {"query": "q_proj", "key": "k_proj", "value": "v_proj"}
+"""What SGLang's LoRA pool calls layers that it knows by another name than Transformers'."""
 
 _WRITE_KV_FIRST = {"CpuAttentionBackend", "TritonAttnBackend", "FlashAttentionBackend"}
 
@@ -142,6 +146,16 @@ class EngineHandle:
         return type(self.model_runner.attn_backend).__name__ in _WRITE_KV_FIRST
 
     @property
+    def is_causal(self) -> bool:
+        """Whether a token attends to those before it alone, so that its KV is the same whatever follows."""
+        return not is_masked(self.model_config)
+
+    @property
+    def model_config(self) -> "PretrainedConfig":
+        """The engine's own copy, which may hold its widths."""
+        return self.model_runner.model_config.hf_config
+
+    @property
     def free_rows(self) -> int:
         return self.req_to_token_pool.available_size()
 
@@ -194,7 +208,7 @@ class MezoEngine:
         lora = {
             "enable_lora": True,
             "max_lora_rank": r,
-            "lora_target_modules": sorted(target_modules),
+            "lora_target_modules": sorted(_POOL_NAMES.get(name, name) for name in target_modules),
             "max_loras_per_batch": num_slots + 1,  # the base model takes a slot too
         }
         defaults = {"page_size": 1, "log_level": "warning", "disable_cuda_graph": True}
@@ -209,6 +223,10 @@ class MezoEngine:
         config = checkpoint_config(*config_source(self.server_args))
         require_modules(family_of(config), target_modules)
         warn_of_differences(config, self.server_args.context_length)
+        if is_masked(config):
+            self.server_args.is_embedding = True  # else SGLang takes it for a model that generates
+            longest = longest_text(config)
+            self.server_args.context_length = min(self.server_args.context_length or longest, longest)
         fill_open_fields(self.server_args)
         self.server_args.resolve_once()
         self.server_args.check_server_args()

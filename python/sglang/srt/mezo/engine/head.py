@@ -12,7 +12,8 @@ _MOST_ROWS, _MOST_ROWS_ON_CPU = 1024, 64
 
 
 class Head:
-    """The model's own head: its weight, scale, soft cap and vocabulary-parallel gather."""
+    """The model's own head: its weight, scale, soft cap and vocabulary-parallel gather; of a masked language model also
+    what it makes of hidden states first, and its bias."""
 
     def __init__(self, handle: EngineHandle):
         model: Any = handle.model_runner.model
@@ -20,6 +21,8 @@ class Head:
         head = model.lm_head if hasattr(model, "lm_head") else model.model.embed_tokens
         self._lm_head = getattr(head, "base_layer", head)  # others' adapters may act on it, which is wrapped then
         self._processor = model.logits_processor
+        self._transform = getattr(model, "head_hidden", None)
+        self._bias: torch.Tensor | None = getattr(model, "head_bias", None)
         self._vocab_size = handle.model_runner.model_config.vocab_size
         self._reads_single_logits = self._is_plain_linear()
 
@@ -78,14 +81,27 @@ class Head:
         if not self._reads_single_logits:
             return self.log_probs(hidden, rows, tokens)
         weight = self._lm_head.weight
-        logits = torch.linalg.vecdot(hidden.index_select(0, rows).float(), weight.index_select(0, tokens).float())
+        states = self._states(hidden, rows)
+        logits = torch.linalg.vecdot(states.float(), weight.index_select(0, tokens).float())
+        if self._bias is not None:
+            logits += self._bias.index_select(0, tokens).float()
         scale = self._processor.logit_scale
         return logits if scale is None else logits * scale
 
+    def _states(self, hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """What the weight is multiplied with, for each read; a row of several is transformed once."""
+        if self._transform is None:
+            return hidden.index_select(0, rows)
+        needed, row_of_read = rows.unique(return_inverse=True)
+        return self._transform(hidden.index_select(0, needed)).index_select(0, row_of_read)
+
     def _full_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        if self._transform is not None:
+            hidden = self._transform(hidden)
         # The metadata only serves data-parallel attention and output buffers, which are not in play here.
         logits = self._processor._get_logits(hidden, self._lm_head, logits_metadata=None, use_logits_buffer=False)
-        return logits[:, : self._vocab_size]
+        logits = logits[:, : self._vocab_size]
+        return logits if self._bias is None else logits + self._bias
 
     def _is_plain_linear(self) -> bool:
         """Whether a logit is a dot product with a row of a weight that this rank holds whole."""

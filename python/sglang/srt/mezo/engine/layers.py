@@ -1,7 +1,7 @@
 """Which layers an adapter acts on: the checkpoint's linear layers, and where SGLang's model has them."""
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -103,13 +103,20 @@ def adaptable_modules(handle: EngineHandle) -> list[str]:
     return sorted({part.site.name for layer in _wrapped(handle) for part in layer.parts})
 
 
+def naming(model: torch.nn.Module) -> Callable[[str], str]:
+    """SGLang's name of a module or a parameter -> the checkpoint's. All but our own models for which LoRA could not
+    find its layers have the same."""
+    return getattr(model, "checkpoint_name", str)
+
+
 def _wrapped(handle: EngineHandle) -> Iterator[Layer]:
     """Every linear layer that SGLang has wrapped for LoRA, with what it holds of the checkpoint's."""
     modules = checkpoint_sites(*config_source(handle.model_runner.server_args))
+    names = naming(handle.model_runner.model)
     for index, wrapped in enumerate(handle.lora_manager.lora_modules):
         for name, module in wrapped.items():
             base: Any = module.base_layer
-            parts = tuple(_parts(name, base, modules))
+            parts = tuple(_parts(name, base, modules, names))
             if parts:
                 yield Layer(index, name, module, base.input_size, parts)
 
@@ -122,10 +129,11 @@ def model_layers(model: torch.nn.Module) -> Iterator[Layer]:
     from sglang.srt.runtime_context import get_server_args
 
     modules = checkpoint_sites(*config_source(get_server_args()))
+    names = naming(model)
     for name, module in model.named_modules():
         base, index = getattr(module, "base_layer", module), get_layer_id(name)
         if isinstance(base, LinearBase) and index is not None and not name.endswith(".base_layer"):
-            parts = tuple(_parts(name, base, modules))
+            parts = tuple(_parts(name, base, modules, names))
             if parts:
                 yield Layer(index, name, module, base.input_size, parts)
 
@@ -137,18 +145,19 @@ def checkpoint_sites(*source) -> Mapping[str, Site]:
     return {site.path: site for site in model_modules(checkpoint_config(*source))}
 
 
-def _parts(name: str, base: Any, modules: Mapping[str, Site]) -> Iterator[Part]:
+def _parts(
+    name: str, base: Any, modules: Mapping[str, Site], checkpoint_name: Callable[[str], str] = str
+) -> Iterator[Part]:
     """The checkpoint's layers in one of SGLang's, by full widths whatever the degree of parallelism; none in experts
     and routers."""
     parent, _, leaf = name.rpartition(".")
-    if name in modules:
+    if (site := modules.get(checkpoint_name(name))) is not None:
         widths = _output_widths(base)
-        rows = _rows_of_fused(modules[name], widths)
+        rows = _rows_of_fused(site, widths)
         yield from (
-            Part(modules[name], first, own, width)
-            for first, own, width in zip(itertools.accumulate([0, *rows]), rows, widths)
+            Part(site, first, own, width) for first, own, width in zip(itertools.accumulate([0, *rows]), rows, widths)
         )
-    elif (paths := [f"{parent}.{part}" for part in STACKED.get(leaf, (leaf,))])[0] in modules:
+    elif (paths := [checkpoint_name(f"{parent}.{part}") for part in STACKED.get(leaf, (leaf,))])[0] in modules:
         for path, width in zip(paths, _output_widths(base), strict=True):
             yield Part(modules[path], 0, modules[path].out_features, width)
 

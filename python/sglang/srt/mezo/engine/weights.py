@@ -4,7 +4,7 @@ SGLang fuses some, cuts them for its ranks, and pads others.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from sglang.srt.mezo.adapters.families import model_parameters
 from sglang.srt.mezo.adapters.weights import FullWeights, Parameter, WeightsSpec, model_folder, views
 from sglang.srt.mezo.core.errors import ConfigError
 from sglang.srt.mezo.engine.handle import EngineHandle, checkpoint_config, config_source
-from sglang.srt.mezo.engine.layers import STACKED
+from sglang.srt.mezo.engine.layers import STACKED, naming
 
 _TRAINED = "mezo_trained"  # attribute of a model runner
 _SUMMED = 1 << 20  # numbers whose checksum is worked out at a time
@@ -93,9 +93,10 @@ def engine_pieces(model: torch.nn.Module, parameters: Sequence[Parameter]) -> Pi
         ConfigError: naming the first that is missing, or is not in the engine as it is in the checkpoint.
     """
     found: dict[str, list[Piece]] = {one.name: [] for one in parameters}
+    checkpoint_name = naming(model)
     for piece in _pieces(model, found):
-        if piece.name in found:
-            found[piece.name].append(piece)
+        if (name := checkpoint_name(piece.name)) in found:
+            found[name].append(replace(piece, name=name))
     for one in parameters:
         _require_plain(one, found[one.name])
     return found

@@ -1,4 +1,5 @@
-"""What happens when SGLang imports a module: ours is served in place of upstream's, or a callback runs after it.
+"""What happens when SGLang imports a module: it gets ours, in upstream's place or beside it, or a callback runs after
+it.
 
 Both are one finder at the head of sys.meta_path. Upstream's files stay as they are, and a module that a process
 never needs is never imported on our account (a hook applied eagerly would import the scheduler in the detokenizer).
@@ -23,8 +24,8 @@ def model_file(name: str) -> Path:
 
 # It imports every model module, once, when it is imported itself.
 MODEL_REGISTRY = "sglang.srt.models.registry"
-# Module names that are served from our files.
-REPLACED_MODULES = {"sglang.srt.models.opt": model_file("opt")}
+# Module names that are served from our files; upstream has the first as well.
+OUR_MODULES = {f"sglang.srt.models.{name}": model_file(name) for name in ("opt", "roberta_mlm")}
 
 Callback = Callable[[ModuleType], None]
 
@@ -56,8 +57,8 @@ class _OverlayFinder(importlib.abc.MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname in REPLACED_MODULES:
-            return importlib.util.spec_from_file_location(fullname, REPLACED_MODULES[fullname])
+        if fullname in OUR_MODULES:
+            return importlib.util.spec_from_file_location(fullname, OUR_MODULES[fullname])
         if fullname not in self.callbacks:
             return None
         spec = self._find_elsewhere(fullname, path, target)
@@ -82,12 +83,12 @@ def install() -> None:
 
     Raises FileNotFoundError where a file of ours is missing.
     """
-    for path in REPLACED_MODULES.values():
+    for path in OUR_MODULES.values():
         if not path.exists():
             raise FileNotFoundError(f"model file {path} is missing; install sglang-mezo again")
     if _FINDER not in sys.meta_path:
         sys.meta_path.insert(0, _FINDER)
-    for name, path in REPLACED_MODULES.items():
+    for name, path in OUR_MODULES.items():
         if not is_ours(sys.modules.get(name), path):
             sys.modules.pop(name, None)
     on_import(MODEL_REGISTRY, register_models)
@@ -112,7 +113,7 @@ def register_models(registry: ModuleType) -> None:
 
     The registry skips a model module that does not import; here the error gets out.
     """
-    for name, path in REPLACED_MODULES.items():
+    for name, path in OUR_MODULES.items():
         module = importlib.import_module(name)
         if not is_ours(module, path):
             raise ImportError(f"{name} was loaded from {module.__file__} instead of {path}")

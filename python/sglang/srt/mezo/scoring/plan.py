@@ -47,7 +47,8 @@ PREFIX_SCOPE: dict[Tuning, PrefixScope] = {
 class Row:
     """One sequence: ``prefix`` runs on the base model, ``suffix`` in every slot.
 
-    ``reads[i] = (position, token)`` asks for the log-probability of ``token`` after ``suffix[position]``.
+    ``reads[i] = (position, token)`` asks for the log-probability of ``token`` after ``suffix[position]``, or,
+    where that is a mask, in its place.
     """
 
     prefix: tuple[int, ...]
@@ -111,7 +112,9 @@ class Planner:
         prefix, rest = self._split(example.prompt)
         if example.columns is not None:
             return ExamplePlan((Row(prefix, rest, ()),), columns=example.columns)
-        if all(len(option) == 1 for option in example.options):
+        if example.mask is not None:
+            rows = (Row((), rest, tuple((example.mask, option[0]) for option in example.options)),)
+        elif all(len(option) == 1 for option in example.options):
             rows = (Row(prefix, rest, tuple((len(rest) - 1, option[0]) for option in example.options)),)
         else:
             rows = tuple(_option_row(prefix, rest, option) for option in example.options)

@@ -88,7 +88,8 @@ class Scorer:
         self.during_prefixes: Callable[[], AbstractContextManager[None]] = nullcontext
         self.prefix_stats = PrefixStats()
         self.base_prefixes = BasePrefixes(handle, max_tokens, self.prefix_stats, kept_tokens)
-        self._shares_in_slots = prefix_reuse and handle.writes_kv_first
+        # In an encoder the KV of a beginning depends on what follows it.
+        self._shares_in_slots = prefix_reuse and handle.writes_kv_first and handle.is_causal
         self.max_tokens = max_tokens
 
     @property

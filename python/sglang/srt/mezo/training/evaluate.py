@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any, Optional
 
 from sglang.srt.mezo.adapters.adapter import Adapter
+from sglang.srt.mezo.adapters.architectures import longest_text
 from sglang.srt.mezo.adapters.foreign import ForeignAdapter, read_foreign
 from sglang.srt.mezo.adapters.peft_adapter import PeftAdapter
 from sglang.srt.mezo.adapters.prefix_adapter import PrefixAdapter
@@ -11,7 +12,7 @@ from sglang.srt.mezo.core.errors import ConfigError
 from sglang.srt.mezo.core.objective import ObjectiveSettings
 from sglang.srt.mezo.core.passes import drain
 from sglang.srt.mezo.core.settings import setting
-from sglang.srt.mezo.data.examples import Encoder, OnBadRow, default_objective
+from sglang.srt.mezo.data.examples import OnBadRow, default_objective
 from sglang.srt.mezo.data.named import named_data
 from sglang.srt.mezo.data.rows import has_splits
 from sglang.srt.mezo.engine.chat import ChatRenderer
@@ -25,7 +26,7 @@ from sglang.srt.mezo.scoring.evaluation import evaluation_passes
 from sglang.srt.mezo.scoring.plan import Planner
 from sglang.srt.mezo.scoring.scorer import Scorer
 from sglang.srt.mezo.training.checkpoint import read_checkpoint
-from sglang.srt.mezo.training.finetune import ModelArguments, adapted_model, chat_settings
+from sglang.srt.mezo.training.finetune import ModelArguments, adapted_model, chat_settings, encoder_kind
 from sglang.srt.mezo.training.rewards import Writer, measure_of
 from sglang.srt.mezo.training.usable import require_choices
 
@@ -74,10 +75,11 @@ def _evaluate(rank: Rank, model: ModelArguments, arguments: EvaluateArguments) -
     invocation = () if adapter is None else adapter.invocation
     chat = ChatRenderer(tokenizer, chat_settings(model))
     virtual_tokens = adapter.spec.virtual_tokens if isinstance(adapter, PrefixAdapter) else 0
-    longest = model_config.max_position_embeddings - virtual_tokens
+    longest = longest_text(model_config) - virtual_tokens
     generation = arguments.generation
     writer = Writer.of(generation, tokenizer)
-    encoder = Encoder(tokenizer, longest, named.task, invocation, chat, generation)
+    kind = encoder_kind(model_config, generation, arguments.task)
+    encoder = kind(tokenizer, longest, named.task, invocation, chat, generation)
     examples = encoder.encode_rows(rows, arguments.on_bad_row)
     objective = arguments.objective or default_objective(examples)
     require_choices(objective, (len(example.options) for example in examples))

@@ -9,21 +9,29 @@ from typing import TYPE_CHECKING, Any, Literal, Optional
 import torch
 
 from sglang.srt.mezo.adapters.adapter import AdapterSpec
-from sglang.srt.mezo.adapters.families import family_of, model_modules, model_parameters, require_modules
+from sglang.srt.mezo.adapters.architectures import is_masked, longest_text, task_type
+from sglang.srt.mezo.adapters.families import (
+    family_of,
+    model_modules,
+    model_parameters,
+    require_modules,
+    require_tuning,
+)
 from sglang.srt.mezo.adapters.foreign import AdaptedModel
 from sglang.srt.mezo.adapters.peft_adapter import ModelLayers
 from sglang.srt.mezo.adapters.peft_prefix import PrefixModel
-from sglang.srt.mezo.adapters.prefix_adapter import KVShape, PrefixSpec
+from sglang.srt.mezo.adapters.prefix_adapter import KVShape, PrefixSpec, positions_of
 from sglang.srt.mezo.adapters.weights import WeightsSpec
 from sglang.srt.mezo.core.config import MezoConfig, Tuning
 from sglang.srt.mezo.core.errors import ConfigError
 from sglang.srt.mezo.core.integrity import write_json
-from sglang.srt.mezo.core.objective import SCORES
+from sglang.srt.mezo.core.objective import SCORES, Generation
 from sglang.srt.mezo.core.passes import drain
 from sglang.srt.mezo.core.settings import require_settings, setting
 from sglang.srt.mezo.data.chat import ChatSettings
-from sglang.srt.mezo.data.examples import Example, get_task
+from sglang.srt.mezo.data.examples import Encoder, Example, get_task
 from sglang.srt.mezo.data.invocation import AUTO, invocation_tokens
+from sglang.srt.mezo.data.masked import MaskedEncoder
 from sglang.srt.mezo.data.named import is_text
 from sglang.srt.mezo.data.splits import DataArguments, Splits, load_splits
 from sglang.srt.mezo.engine.chat import ChatRenderer
@@ -112,15 +120,17 @@ def open_trainer(
     model_config, tokenizer = read_checkpoint(model.model)
     origin = None if config.init_from is None else read_start(config, adapted_model(model.model, model_config))
     config = settled(config, origin, tokenizer)
-    config, target_modules = _with_targets(model_config, config)
+    require_tuning(model_config, config.tuning)
+    config, target_modules = _for_model(model_config, config)
     if rank.is_first:  # which makes it
         RunDirectory(config).check()
     if data.streaming:
         require_length(config)
     invocation = chosen_invocation(tokenizer, data.task, config.tuning, config.invocation)
+    kind = encoder_kind(model_config, config.generation, data.task)
     writer = Writer.of(config.generation, tokenizer)
     max_length, chat = _max_length(data, config, model_config), ChatRenderer(tokenizer, chat_settings(model))
-    splits = load_splits(tokenizer, max_length, invocation, data, chat, config.generation)
+    splits = load_splits(tokenizer, max_length, invocation, data, chat, config.generation, kind)
     spec = _spec(config, model.model, model_config, splits.invocation, target_modules)
     objective = config.objective or splits.objective
     require_objective(config, objective, (len(example.options) for example in splits.known))
@@ -148,17 +158,33 @@ def open_trainer(
 
 def _max_length(data: DataArguments, config: MezoConfig, model_config: "PretrainedConfig") -> int:
     """Most tokens of an example; ConfigError where the model has no room for what is asked."""
-    room = model_config.max_position_embeddings - (config.num_virtual_tokens or 0)
+    room = longest_text(model_config) - (config.num_virtual_tokens or 0)
     if data.max_length is not None and data.max_length > room:
         raise ConfigError("max_length", data.max_length, f"at most {room}, what the model has room for")
     return data.max_length or room
 
 
-def _with_targets(model_config: "PretrainedConfig", config: MezoConfig) -> tuple[MezoConfig, tuple[str, ...]]:
-    """``config`` with PEFT's "all-linear" spelt out, and the modules to adapt, of what adapts any."""
+def encoder_kind(model_config: "PretrainedConfig", generation: Generation | None, task: str | None) -> type[Encoder]:
+    """What makes a model's examples of rows; ConfigError where the model cannot be asked so."""
+    if not is_masked(model_config):
+        return Encoder
+    if generation is not None:
+        raise ConfigError(
+            "objective", generation.objective, "classification or accuracy: a masked language model writes nothing"
+        )
+    if is_text(task):
+        raise ConfigError("task", task, "one with options: a masked language model does not go on with a text")
+    return MaskedEncoder
+
+
+def _for_model(model_config: "PretrainedConfig", config: MezoConfig) -> tuple[MezoConfig, tuple[str, ...]]:
+    """``config`` with the positions that it leaves open and PEFT's "all-linear" spelt out, and the modules to adapt, of
+    what adapts any."""
     family = family_of(model_config)
-    if config.tuning in ("full", "prefix"):
+    if config.tuning == "full":
         return config, ()
+    if config.tuning == "prefix":
+        return replace(config, prefix_positions=positions_of(config, model_config)), ()
     targets = config.target_modules or list(family.default_targets(config.tuning))
     if targets == [ALL_LINEAR]:
         targets = sorted({site.path.rpartition(".")[2] for site in model_modules(model_config)})
@@ -183,7 +209,7 @@ def _spec(
         spec = WeightsSpec(model, config.parameters)
         spec.chosen(model_parameters(model_config))  # before an engine is started for nothing
         return spec
-    return AdapterSpec.of(config, model, invocation, target_modules)
+    return AdapterSpec.of(config, model, invocation, target_modules, task_type(model_config))
 
 
 def adapted_model(model: str, model_config: "PretrainedConfig") -> AdaptedModel:
@@ -191,9 +217,7 @@ def adapted_model(model: str, model_config: "PretrainedConfig") -> AdaptedModel:
     sites = {site.path: site for site in model_modules(model_config)}
     text = model_config.get_text_config()
     layers = ModelLayers(sites, sites.keys(), None, torch.float32, text.vocab_size)
-    return AdaptedModel(
-        layers, PrefixModel(model, KVShape.of(model_config), text.max_position_embeddings, torch.float32)
-    )
+    return AdaptedModel(layers, PrefixModel(model, KVShape.of(model_config), longest_text(model_config), torch.float32))
 
 
 def chat_settings(model: ModelArguments) -> ChatSettings:

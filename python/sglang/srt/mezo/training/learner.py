@@ -10,9 +10,10 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 
 import torch
 
+from sglang.srt.mezo.adapters.families import require_tuning
 from sglang.srt.mezo.adapters.foreign import ForeignAdapter
 from sglang.srt.mezo.core.config import MezoConfig
-from sglang.srt.mezo.core.errors import DivergedError, RankError
+from sglang.srt.mezo.core.errors import DataError, DivergedError, RankError
 from sglang.srt.mezo.core.noise import step_seed
 from sglang.srt.mezo.core.objective import Objective
 from sglang.srt.mezo.core.optimizer import Optimizer, learning_rate_at, to_logged_float32
@@ -78,6 +79,7 @@ class Learner:
         writer: Writer | None = None,
     ):
         spec.require_agreement(config)
+        require_tuning(handle.model_config, config.tuning)
         self.handle = handle
         self.config = config
         self._virtual_tokens = spec.virtual_tokens
@@ -188,6 +190,8 @@ class Learner:
 
     def plan(self, examples: Sequence[Example]) -> list[ExamplePlan]:
         """How the examples are scored; raises ConfigError or DataError for one that this run cannot score."""
+        if any((example.mask is None) != self.handle.is_causal for example in examples):
+            raise DataError("an example names its mask where the model is a masked language model, and only there")
         plans = [self.planner.plan(example) for example in examples]
         context = self.handle.context_length - self._virtual_tokens - self._new_tokens
         require_usable(plans, self.config, self.objective, context)

@@ -5,9 +5,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Optional
 
+from sglang.srt.mezo.adapters.architectures import longest_text
+from sglang.srt.mezo.adapters.families import require_tuning
 from sglang.srt.mezo.core.config import Tuning
 from sglang.srt.mezo.core.settings import require_settings, setting
-from sglang.srt.mezo.data.examples import Encoder, Example
+from sglang.srt.mezo.data.examples import Example
 from sglang.srt.mezo.data.named import named_data
 from sglang.srt.mezo.data.rows import SourceRow
 from sglang.srt.mezo.data.splits import generation_prompt
@@ -15,7 +17,7 @@ from sglang.srt.mezo.data.tasks import Task
 from sglang.srt.mezo.engine.chat import ChatRenderer
 from sglang.srt.mezo.scoring.plan import Planner
 from sglang.srt.mezo.training.checkpoint import read_checkpoint
-from sglang.srt.mezo.training.finetune import ModelArguments, chat_settings, chosen_invocation
+from sglang.srt.mezo.training.finetune import ModelArguments, chat_settings, chosen_invocation, encoder_kind
 
 
 @dataclass(frozen=True)
@@ -46,17 +48,19 @@ def preview(model: ModelArguments, arguments: PreviewArguments) -> Iterator[dict
         ``source`` (file and line), ``prompt``, ``options``, ``gold`` (index of the right option), ``prompt_ids``,
         ``option_ids``, ``acts_from`` (the first of ``prompt_ids`` that the adapter acts on) and ``rows``, the sequences
         that run: ``prefix_tokens`` (on the base model, shared), ``ids`` (after it), ``reads`` ([position, token]: the
-        log-probability of ``token`` after ``ids[position]``).
+        log-probability of ``token`` after ``ids[position]``, or in the place of a mask there).
 
     Raises:
         ConfigError, DataError: a setting is wrong, or a row cannot be used.
     """
     model_config, tokenizer = read_checkpoint(model.model)
+    require_tuning(model_config, arguments.tuning)
     named = named_data(arguments.task, arguments.dataset, arguments.dataset_config)
     rows = named.rows(arguments.split)[: arguments.rows]
     chat = ChatRenderer(tokenizer, chat_settings(model))
     invocation = chosen_invocation(tokenizer, arguments.task, arguments.tuning, arguments.invocation)
-    encoder = Encoder(tokenizer, model_config.max_position_embeddings, named.task, invocation or (), chat)
+    kind = encoder_kind(model_config, None, arguments.task)
+    encoder = kind(tokenizer, longest_text(model_config), named.task, invocation or (), chat)
     examples = [(row, example) for row in rows for example in encoder.encode_rows([row])]
     if invocation is None:
         invocation = generation_prompt(encoder, rows, [example for _, example in examples])
@@ -85,10 +89,10 @@ def _shown(row: SourceRow, example: Example, planner: Planner, task: Task | None
 
 def _texts(row: SourceRow, example: Example, task: Task | None, tokenizer: Any) -> tuple[str, list[str]]:
     """Prompt and options as they were before they were tokenised, or else as the tokens read."""
-    if task is not None:
+    if task is not None and example.mask is None:
         text = task.render(row.fields)
         return text.prompt, list(text.options)
-    if "prompt" in row.fields:
+    if task is None and "prompt" in row.fields:
         options = row.fields["options"] if "options" in row.fields else [row.fields["completion"]]
         return row.fields["prompt"], list(options)
     return tokenizer.decode(example.prompt), [tokenizer.decode(option) for option in example.options]

@@ -110,6 +110,7 @@ def _read(folder: Path) -> tuple[AdapterSpec, dict[str, torch.Tensor]]:
             fields["lora_alpha"],
             tuple(fields["target_modules"]),
             tuple(fields.get("alora_invocation_tokens") or ()),
+            fields["task_type"],
         )
         return spec, load_file(folder / WEIGHTS)
     except (ValueError, KeyError, TypeError, AttributeError, OSError, SafetensorError) as error:

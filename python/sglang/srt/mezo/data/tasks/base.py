@@ -20,6 +20,17 @@ class TextExample:
     label: int
 
 
+@dataclass(frozen=True)
+class MaskedText:
+    """A row in words for a masked language model: one of ``options``, each with its leading space, stands between
+    ``before`` and ``after``. The pieces are tokenised one by one, as the paper's code does."""
+
+    before: tuple[str, ...]
+    after: tuple[str, ...]
+    options: tuple[str, ...]
+    label: int
+
+
 class Task(ABC):
     """A data set with its prompt. Templates are those of the MeZO paper (arXiv 2305.17333, tables 13 and 14)."""
 
@@ -43,6 +54,10 @@ class Task(ABC):
             KeyError: a column is missing.
             DataError: a column has a value that it cannot have.
         """
+
+    def render_masked(self, row: Mapping[str, Any]) -> MaskedText:
+        """Turn a row into words for a masked language model; raises what ``render`` does."""
+        raise DataError(f"task {self.name} has no form for masked language models")
 
 
 def text_of(row: Mapping[str, Any], column: str) -> str:
