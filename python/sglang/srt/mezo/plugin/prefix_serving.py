@@ -28,7 +28,7 @@ _NOT_UNDER_A_PREFIX = (
 """What a request may have that counts its tokens, or changes what is computed for them."""
 
 
-def bind(req: "Req", prefix: ServedPrefix) -> None:
+def bind(req: Any, prefix: ServedPrefix) -> None:
     """Make a request, as SGLang's constructor leaves it, one for the base model behind the prefix."""
     req.mezo_prefix = prefix
     # What a user keeps apart by a key of its own meets the prefix, and leaves nothing that others would meet.

@@ -237,9 +237,8 @@ class MezoRunner:
     def _is_roomy(self, less: int = 0) -> bool:
         """Whether the KV pool has room enough for requests, and for each that waits, with so many tokens less than
         now."""
-        wanted = (
-            len(req.origin_input_ids) + req.sampling_params.max_new_tokens for req in self._scheduler.waiting_queue
-        )
+        waiting: list[Any] = self._scheduler.waiting_queue
+        wanted = (len(req.origin_input_ids) + req.sampling_params.max_new_tokens for req in waiting)
         enough = max(_LOW_WATER * self._handle.kv_capacity, *wanted, 0)
         return self._handle.free_kv_tokens - less >= enough
 
