@@ -197,7 +197,7 @@ def test_warmup_below_one_is_a_share(warmup_steps, expected):
     [
         ("alora", 1e-2, (0.02, 1e-3)),
         ("lora", 1e-2, (0.02, 1e-3)),
-        ("prefix", 0.1, (0.2, 0.01)),
+        ("prefix", 0.1, (0.03, 0.01)),
         ("full", 1e-3, (1e-3, 1e-6)),
     ],
 )

@@ -86,7 +86,7 @@ class MezoConfig(ObjectiveSettings):
     learning_rate: float = setting(
         None,
         "Step size at the peak of the schedule; 0.02 by default, 0.001 where a step has one slope; of full tuning 1e-3 "
-        "and 1e-6, of prefixes 0.2 and 0.01.",
+        "and 1e-6, of prefixes 0.03 and 0.01.",
         above=0,
         at_most=LARGEST,
         follows=True,
@@ -334,7 +334,7 @@ def defaults(
 
 
 # Where a step has one slope, and where more.
-_LEARNING_RATES = {"lora": (1e-3, 2e-2), "full": (1e-6, 1e-3), "prefix": (1e-2, 2e-1)}
+_LEARNING_RATES = {"lora": (1e-3, 2e-2), "full": (1e-6, 1e-3), "prefix": (1e-2, 3e-2)}
 
 
 def _is_pattern(text: str | None) -> bool:
