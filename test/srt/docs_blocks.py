@@ -16,6 +16,7 @@ HOW_TO = [
         "docs/quickstart.md",
         "docs/concepts.md",
         "docs/training.md",
+        "docs/tunings.md",
         "docs/full_parameters.md",
         "docs/prefix_tuning.md",
         "docs/rewards.md",
