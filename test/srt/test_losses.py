@@ -95,7 +95,16 @@ def test_token_losses_average_over_the_tokens_of_the_right_options(examples):
     np.testing.assert_allclose(loss.mean, model.token_loss(), rtol=1e-12)
 
 
-@pytest.mark.parametrize("objective", ["classification", "completion"])
+@pytest.mark.parametrize("examples", [SINGLE, MIXED], ids=["single-token options", "mixed options"])
+def test_the_loss_of_accuracy_is_the_share_of_right_options_with_its_sign_changed(examples):
+    model, labels = FakeModel(examples), [example.label for example in examples]
+    right = np.stack([model.scores(e).argmax(axis=1) for e in range(len(examples))], axis=1) == labels
+    loss = batch_loss(plans_of(examples), model.reads(), "accuracy")
+    np.testing.assert_array_equal(loss.mean, -right.mean(axis=1))
+    assert 0 < right.mean() < 1
+
+
+@pytest.mark.parametrize("objective", ["classification", "completion", "accuracy"])
 def test_pooled_parts_of_a_batch_have_the_loss_of_the_whole(objective):
     whole = FakeModel(MIXED)
     reads = whole.reads()
