@@ -143,7 +143,7 @@ def test_a_model_of_another_family(config, tmp_path):
     tiny_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(
         ConfigError,
-        match="architectures='GPT2LMHeadModel' is not allowed: the families that can be trained are Cohere, ",
+        match="architectures='GPT2LMHeadModel' is not allowed: the families that can be trained are BERT, Cohere, ",
     ):
         finetune(ModelArguments(model=str(tmp_path)), DATA, config)
 

@@ -280,6 +280,7 @@ def test_a_start_with_an_adapter_that_cannot_be_applied_is_refused_before_a_mode
             "trust_remote_code": False,
             "revision": None,
             "json_model_override_args": "{}",
+            "context_length": None,
         }
         return SimpleNamespace(**model, lora_paths=[given], max_lora_rank=None, lora_target_modules=targets)
 

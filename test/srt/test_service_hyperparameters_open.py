@@ -76,7 +76,7 @@ def test_a_prefix_has_defaults_of_its_own_and_nothing_of_adapters():
     config, _ = resolved(tuning="prefix")
     assert (config.num_virtual_tokens, config.prefix_positions, config.invocation) == (5, "shifted", None)
     assert config.r is config.lora_alpha is config.target_modules is None
-    assert (config.learning_rate, config.zo_eps) == (0.2, 0.1)
+    assert (config.learning_rate, config.zo_eps) == (0.03, 0.1)
     few_slots = EngineDescription(**{**msgspec.structs.asdict(ENGINE), "max_loras_per_batch": 2})
     assert resolved(tuning="prefix", engine=few_slots)[0] == config, "a prefix needs no slot"
     for name, value in {"r": 4, "lora_alpha": 2, "target_modules": ["q_proj"], "invocation": " It was"}.items():

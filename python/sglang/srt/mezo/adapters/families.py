@@ -128,6 +128,18 @@ def family_of(config: "PretrainedConfig") -> Family:
     return family
 
 
+def require_generates(config: "PretrainedConfig") -> None:
+    """Raise ConfigError for a model that a server cannot train, as it does not generate text; and what ``family_of``
+    does."""
+    family_of(config)
+    if is_masked(config):
+        raise ConfigError(
+            "architectures",
+            architecture_of(config),
+            "a model that generates text; this one is trained offline, by sglang-mezo train",
+        )
+
+
 def rope_parameters(config: "PretrainedConfig") -> list[dict[str, Any]]:
     """Of each kind of layer that has positions of its own, or the one of all."""
     parameters = getattr(config, "rope_parameters", None) or {}

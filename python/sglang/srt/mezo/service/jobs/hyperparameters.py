@@ -221,7 +221,7 @@ def _online_defaults(values: Mapping[str, Any], engine: EngineDescription) -> di
     }
     return {
         "tuning": tuning,
-        **({} if tuning == "prefix" else of_layers),
+        **({"prefix_positions": "shifted"} if tuning == "prefix" else of_layers),
         "estimator": _default_estimator(tuning, values.get("num_perturbations", MezoConfig.num_perturbations), engine),
         "max_tokens_per_batch": min(engine.idle_step_tokens, engine.kv_capacity),
         "save_steps": values.get("eval_steps", MezoConfig.eval_steps),
