@@ -66,7 +66,7 @@ def written(engine, spec, tuning: str, theta, z, settings) -> tuple[list[list[st
     start = trainer.trainable.theta.clone()
     try:
         trainer.trainable.theta.copy_(theta)
-        drain(trainer.probe.loss_passes(trainer.train_plans, KeptDirections(z), ZO_EPS, SEED))
+        drain(trainer.probe.loss_passes(trainer.source.plans, KeptDirections(z), ZO_EPS, SEED))
         trainer.trainable.theta.copy_(start)
     finally:
         trainer.close()

@@ -54,7 +54,7 @@ def report(model: ModelArguments, config: MezoConfig, summary: dict) -> None:
         return "-" if share is None else f"{share:.1%}"
 
     def shown(value: float | None) -> str:
-        return "-" if value is None else f"{value:.4g}"
+        return "-" if value is None else f"{value:.4f}"
 
     score = next((name for name in ("accuracy", *GENERATED) if summary.get(name) is not None), "loss")
     told = shown if score in ("loss", "reward") else percent
