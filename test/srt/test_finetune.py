@@ -142,8 +142,7 @@ def test_a_model_of_another_family(config, tmp_path):
     GPT2LMHeadModel(GPT2Config(vocab_size=400, n_embd=16, n_layer=1, n_head=2)).save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(
-        ConfigError,
-        match="architectures='GPT2LMHeadModel' is not allowed: the families that can be trained are Cohere, ",
+        ConfigError, match="architectures='GPT2LMHeadModel' is not allowed: the families that can be trained are BERT, "
     ):
         finetune(ModelArguments(model=str(tmp_path)), DATA, config)
 

@@ -188,7 +188,8 @@ class RobertaForMaskedLM(nn.Module):
     @staticmethod
     def first_position(config: Config) -> int:
         """Positions come behind the one that padding has."""
-        return config.pad_token_id + 1
+        padding: Any = config.pad_token_id
+        return padding + 1
 
     @classmethod
     def checkpoint_name(cls, name: str) -> str:

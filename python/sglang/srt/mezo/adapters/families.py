@@ -146,6 +146,16 @@ def require_tuning(config: "PretrainedConfig", tuning: Tuning) -> None:
         )
 
 
+def require_generating(config: "PretrainedConfig") -> None:
+    """Raise ConfigError for a model that no server serves, and none trains."""
+    if is_masked(config):
+        raise ConfigError(
+            "architectures",
+            architecture_of(config),
+            "a model that generates text; masked language models are trained offline, by sglang-mezo train",
+        )
+
+
 def require_modules(family: Family, target_modules: Iterable[str]) -> None:
     """Raise ConfigError where ``target_modules`` names a layer that the family does not have, or that cannot be
     adapted."""

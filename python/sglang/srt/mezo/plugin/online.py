@@ -111,21 +111,16 @@ def _fill_server_args(server_args) -> None:
         require_adapters(server_args)
     if not settings.enabled:
         return
-    from sglang.srt.mezo.adapters.architectures import architecture_of, is_masked
-    from sglang.srt.mezo.adapters.families import family_of
+    from sglang.srt.mezo.adapters.families import family_of, require_generating
     from sglang.srt.mezo.engine.handle import checkpoint_config, config_source, warn_of_differences
 
     try:  # before a model is loaded for nothing
         folder.make(settings.directory)
         config = checkpoint_config(*config_source(server_args))
         family = family_of(config)
+        require_generating(config)
     except ConfigError as error:
         raise StartRefused(str(error)) from error
-    if is_masked(config):
-        raise StartRefused(
-            f"{ENABLE_FLAG} needs a model that generates text; {architecture_of(config)} is trained offline, by "
-            "sglang-mezo train"
-        )
     warn_of_differences(config, server_args.context_length)
     for field, allowed in (("dp_size", 1), ("pp_size", 1), ("tokenizer_worker_num", 1)):
         if getattr(server_args, field) != allowed:
