@@ -7,7 +7,7 @@ import transformers
 from transformers import AutoConfig
 
 import tiny_models
-from sglang.srt.mezo.adapters.families import FAMILIES, family_of, model_modules, require_modules
+from sglang.srt.mezo.adapters.families import FAMILIES, family_of, model_modules, require_generating, require_modules
 from sglang.srt.mezo.core.errors import ConfigError
 
 
@@ -77,6 +77,12 @@ def test_an_encoder_that_is_another_is_refused(field):
     setattr(config, field, {"is_decoder": True, "tie_word_embeddings": False, "hidden_act": "relu"}[field])
     with pytest.raises(ConfigError, match=field):
         family_of(config)
+
+
+def test_a_server_that_trains_refuses_an_encoder():
+    require_generating(tiny_models.config("OPTForCausalLM"))
+    with pytest.raises(ConfigError, match="'RobertaForMaskedLM' is not allowed: a model that generates text"):
+        require_generating(tiny_models.config("RobertaForMaskedLM"))
 
 
 def test_a_classifier_of_a_supported_family_is_refused():

@@ -128,18 +128,6 @@ def family_of(config: "PretrainedConfig") -> Family:
     return family
 
 
-def require_generates(config: "PretrainedConfig") -> None:
-    """Raise ConfigError for a model that a server cannot train, as it does not generate text; and what ``family_of``
-    does."""
-    family_of(config)
-    if is_masked(config):
-        raise ConfigError(
-            "architectures",
-            architecture_of(config),
-            "a model that generates text; this one is trained offline, by sglang-mezo train",
-        )
-
-
 def rope_parameters(config: "PretrainedConfig") -> list[dict[str, Any]]:
     """Of each kind of layer that has positions of its own, or the one of all."""
     parameters = getattr(config, "rope_parameters", None) or {}
@@ -155,6 +143,16 @@ def require_tuning(config: "PretrainedConfig", tuning: Tuning) -> None:
             tuning,
             f"lora, full or prefix for {architecture_of(config)}, whose tokens attend to what follows them: no part of "
             "a prompt stays what the base model makes of it",
+        )
+
+
+def require_generating(config: "PretrainedConfig") -> None:
+    """Raise ConfigError for a model that no server serves, and none trains."""
+    if is_masked(config):
+        raise ConfigError(
+            "architectures",
+            architecture_of(config),
+            "a model that generates text; masked language models are trained offline, by sglang-mezo train",
         )
 
 

@@ -111,13 +111,13 @@ def _fill_server_args(server_args) -> None:
         _size_lora_pool(server_args)
     if not settings.enabled:
         return
-    from sglang.srt.mezo.adapters.families import require_generates
+    from sglang.srt.mezo.adapters.families import require_generating
     from sglang.srt.mezo.engine.handle import checkpoint_config, config_source, warn_of_differences
 
     try:  # before a model is loaded for nothing
         folder.make(settings.directory)
         config = checkpoint_config(*config_source(server_args))
-        require_generates(config)
+        require_generating(config)
     except ConfigError as error:
         raise StartRefused(str(error)) from error
     warn_of_differences(config, server_args.context_length)
