@@ -93,7 +93,8 @@ def test_a_prefix_is_trained_resumed_and_run_by_peft(tmp_path):
     kept, again = (load_file(path / "adapter_model.safetensors") for path in (folder / "adapter", tmp_path / "again"))
     assert torch.equal(kept["prompt_embeddings"], again["prompt_embeddings"])
     model = str(ROOT / "examples" / "assets" / "opt-reviews")
-    base, tokenizer = AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(model)
     prefixed = PeftModel.from_pretrained(base, folder / "adapter").eval()
     losses = []
     for row in reviews("test", 10**6):
