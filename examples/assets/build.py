@@ -47,28 +47,33 @@ class Recipe:
     seed: int = 0
 
 
-def write_corpus(path: Path, recipe: Recipe, held_out: set[str]) -> None:
+def write_corpus(path: Path, documents: int, held_out: set[str]) -> None:
     if path.exists():
         return
     temporary = path.with_suffix(".tmp")
     with temporary.open("w", encoding="ascii") as file:
-        for document in corpus(CORPUS_SEED, recipe.documents, held_out):
+        for document in corpus(CORPUS_SEED, documents, held_out):
             file.write(document + "\n")
     temporary.rename(path)
 
 
-def train_tokenizer(documents: list[str], recipe: Recipe, folder: Path) -> None:
-    """A byte-level BPE that, like OPT's, puts "</s>" in front of every text."""
+def byte_level_bpe(documents: list[str], vocab_size: int) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE(unk_token=UNK))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=recipe.vocab_size,
+        vocab_size=vocab_size,
         special_tokens=[BOS, PAD, EOS, UNK],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(documents, trainer)
+    return tokenizer
+
+
+def train_tokenizer(documents: list[str], recipe: Recipe, folder: Path) -> None:
+    """A byte-level BPE that, like OPT's, puts "</s>" in front of every text."""
+    tokenizer = byte_level_bpe(documents, recipe.vocab_size)
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{EOS} $A", pair=f"{EOS} $A {EOS} $B", special_tokens=[(EOS, tokenizer.token_to_id(EOS))]
     )
@@ -285,7 +290,7 @@ def main() -> None:
     splits = task_rows(TASK_SEED)
     write_task(args.task_dir, splits)
     corpus_path = args.scratch / "corpus.txt"
-    write_corpus(corpus_path, recipe, held_out_sentences(splits))
+    write_corpus(corpus_path, recipe.documents, held_out_sentences(splits))
     documents = corpus_path.read_text(encoding="ascii").splitlines()
     train_tokenizer(documents, recipe, args.output_dir)
 

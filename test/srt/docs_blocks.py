@@ -21,6 +21,7 @@ HOW_TO = [
         "docs/prefix_tuning.md",
         "docs/rewards.md",
         "docs/long_text.md",
+        "docs/masked_language_models.md",
         "docs/files.md",
         "docs/server.md",
         "docs/chat.md",

@@ -19,6 +19,7 @@ from sglang.srt.mezo.core.passes import drain
 from test_full_oracle import BATCHES, KINDS, batch_of, reference_loss
 
 ZO_EPS, TOKENS = 1e-2, 5
+RESOLVED = 3e-7  # difference of two losses of about 1 in float32
 
 
 # --- run in the engine's process --------------------------------------------------------------------------------------
@@ -224,7 +225,8 @@ def test_projected_grad_equals_the_central_difference_of_transformers(model, bat
             moved = unshifted(path, PrefixAdapter(spec), torch.float64)
             moved._prefix = (theta.double() + sign * ZO_EPS * z_k.double()).view(PrefixAdapter(spec).by_layer)
             exact.append(reference_loss(moved, objective, examples))
-        assert (plus_k - minus_k) == pytest.approx(exact[0] - exact[1], rel=0.01)
+        # Along a direction that hardly matters the difference is of the size of what losses in float32 resolve.
+        assert (plus_k - minus_k) == pytest.approx(exact[0] - exact[1], rel=0.01, abs=RESOLVED)
 
 
 @pytest.mark.parametrize(
