@@ -50,9 +50,9 @@ class Recipe:
     sequence_length: int = 128
     masked: float = 0.4
     batch_size: int = 8
-    steps: int = 6_000
+    steps: int = 2_500
     warmup_steps: int = 100
-    cooldown_steps: int = 1_000
+    cooldown_steps: int = 500
     learning_rate: float = 2e-3
     weight_decay: float = 0.05
     seed: int = 0

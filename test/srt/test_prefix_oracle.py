@@ -39,7 +39,7 @@ def losses(engine, spec, batch, objective, theta, z, zo_eps, settings):
     trainer = make_trainer(engine, spec, batch, objective, num_perturbations=len(z), **settings)
     try:
         trainer.trainable.theta.copy_(theta)
-        plus, minus = drain(trainer.probe.loss_passes(trainer.source.plans, KeptDirections(z), zo_eps))
+        plus, minus = drain(trainer.probe.loss_passes(trainer.train_plans, KeptDirections(z), zo_eps))
     finally:
         trainer.close()
     return plus, minus, free - engine.handle.free_kv_tokens
@@ -56,9 +56,9 @@ def steps(engine, spec, batch, count, folder):
     trainer = make_trainer(engine, spec, batch, "classification", num_perturbations=2, learning_rate=0.1)
     try:
         for _ in range(count):
-            drain(trainer.step_passes(trainer.source.plans))
+            drain(trainer.step_passes(trainer.train_plans))
         trainer.trainable.save_pretrained(folder)
-        return trainer.trainable.theta, drain(trainer.evaluation_passes(trainer.source.plans))["eval_loss"]
+        return trainer.trainable.theta, drain(trainer.evaluation_passes(trainer.train_plans))["eval_loss"]
     finally:
         trainer.close()
 
