@@ -12,13 +12,22 @@ import json
 import math
 import os
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from generate import CORPUS_SEED, HERE, PROMPT, TASK_SEED, corpus, held_out_sentences, task_rows, write_task
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, GenerationConfig, OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoTokenizer,
+    GenerationConfig,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 BOS, PAD, EOS, UNK = "<s>", "<pad>", "</s>", "<unk>"  # ids 0 to 3, as in facebook/opt-125m
 VERBALIZERS = (" terrible", " great")
@@ -148,7 +157,7 @@ def new_model(recipe: Recipe) -> OPTForCausalLM:
     )
 
 
-def optimizer_for(model: OPTForCausalLM, recipe: Recipe) -> torch.optim.AdamW:
+def optimizer_for(model: PreTrainedModel, recipe: Any) -> torch.optim.AdamW:
     """Weight decay on matrices only, as usual."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
@@ -164,7 +173,7 @@ def learning_rate(step: int, recipe: Recipe) -> float:
     return recipe.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def batch_for(rows: torch.Tensor, step: int, recipe: Recipe) -> torch.Tensor:
+def batch_for(rows: torch.Tensor, step: int, recipe: Any) -> torch.Tensor:
     """The batch of a step [batch_size, sequence_length]: the corpus in its own order, again if it ends."""
     first = step * recipe.batch_size
     return rows[torch.arange(first, first + recipe.batch_size) % len(rows)]
@@ -197,15 +206,22 @@ def validation_loss(model: OPTForCausalLM, rows: torch.Tensor, batch_size: int) 
     return sum(losses) / len(losses)
 
 
-def save_checkpoint(path: Path, model: OPTForCausalLM, optimizer: torch.optim.Optimizer, step: int) -> None:
+def save_checkpoint(path: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer, step: int) -> None:
     temporary = path.with_suffix(".tmp")
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}, temporary)
     os.replace(temporary, path)
 
 
-def train(rows: torch.Tensor, recipe: Recipe, checkpoint: Path, save_steps: int, bf16: bool) -> OPTForCausalLM:
-    """Trains from the checkpoint if there is one, else from random weights."""
-    model = new_model(recipe).train()
+def run_steps(
+    model: PreTrainedModel,
+    recipe: Any,
+    loss_at: Callable[[int], torch.Tensor],
+    rate_at: Callable[[int], float],
+    checkpoint: Path,
+    save_steps: int,
+) -> None:
+    """Steps of AdamW to `recipe.steps`, from the checkpoint on if there is one; `loss_at` and `rate_at` take the number
+    of the step."""
     optimizer = optimizer_for(model, recipe)
     start = 0
     if checkpoint.exists():
@@ -217,9 +233,8 @@ def train(rows: torch.Tensor, recipe: Recipe, checkpoint: Path, save_steps: int,
     began = time.time()
     for step in range(start, recipe.steps):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, recipe)
-        batch = batch_for(rows, step, recipe)
-        loss = loss_on(model, batch, positions_for(batch, step, recipe), bf16)
+            group["lr"] = rate_at(step)
+        loss = loss_at(step)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -229,6 +244,17 @@ def train(rows: torch.Tensor, recipe: Recipe, checkpoint: Path, save_steps: int,
             print(f"step {step + 1}/{recipe.steps} loss {loss.item():.4f} {seconds:.3f} s/step", flush=True)
         if (step + 1) % save_steps == 0 or step + 1 == recipe.steps:
             save_checkpoint(checkpoint, model, optimizer, step + 1)
+
+
+def train(rows: torch.Tensor, recipe: Recipe, checkpoint: Path, save_steps: int, bf16: bool) -> OPTForCausalLM:
+    """Trains from the checkpoint if there is one, else from random weights."""
+    model = new_model(recipe).train()
+
+    def loss_at(step: int) -> torch.Tensor:
+        batch = batch_for(rows, step, recipe)
+        return loss_on(model, batch, positions_for(batch, step, recipe), bf16)
+
+    run_steps(model, recipe, loss_at, lambda step: learning_rate(step, recipe), checkpoint, save_steps)
     return model
 
 
@@ -272,16 +298,22 @@ It knows nothing but this small language. Do not use it for anything else.
 """
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output-dir", type=Path, default=HERE / "opt-reviews", help="where the model goes")
-    parser.add_argument("--task-dir", type=Path, default=HERE / "reviews", help="where the labelled splits go")
+def argument_parser(description: str | None, recipe: Any, output: Path) -> argparse.ArgumentParser:
+    """Of a script that builds a model by a recipe, whose fields are flags."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output-dir", type=Path, default=output, help="where the model goes")
     parser.add_argument("--scratch", type=Path, required=True, help="corpus and training checkpoint live here")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--save-steps", type=int, default=250, help="steps between training checkpoints")
     parser.add_argument("--no-bf16", action="store_true", help="train in fp32 where the CPU has no bfloat16")
-    for name, value in asdict(Recipe()).items():
+    for name, value in asdict(recipe).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
+    return parser
+
+
+def main() -> None:
+    parser = argument_parser(__doc__, Recipe(), HERE / "opt-reviews")
+    parser.add_argument("--task-dir", type=Path, default=HERE / "reviews", help="where the labelled splits go")
     args = parser.parse_args()
     recipe = Recipe(**{name: getattr(args, name) for name in asdict(Recipe())})
     torch.set_num_threads(args.threads)

@@ -7,9 +7,7 @@ with the same scratch directory continues at the last checkpoint.
 
 from __future__ import annotations
 
-import argparse
 import json
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -22,9 +20,10 @@ from build import (
     UNK,
     VALIDATION_SHARE,
     VERBALIZERS,
+    argument_parser,
+    batch_for,
     byte_level_bpe,
-    optimizer_for,
-    save_checkpoint,
+    run_steps,
     write_corpus,
 )
 from generate import CORPUS_SEED, HERE, PROMPT, TASK_SEED, held_out_sentences, task_rows
@@ -192,31 +191,12 @@ def train(
     again if it ends, with other words masked."""
     model = new_model(recipe).train()
     model.get_input_embeddings().weight.data[: len(words)] = words
-    optimizer = optimizer_for(model, recipe)
-    start = 0
-    if checkpoint.exists():
-        state = torch.load(checkpoint)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        start = state["step"]
-        print(f"resumed at step {start}", flush=True)
-    began = time.time()
-    for step in range(start, recipe.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, recipe)
-        first = step * recipe.batch_size
-        batch = rows[torch.arange(first, first + recipe.batch_size) % len(rows)]
+
+    def loss_at(step: int) -> torch.Tensor:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
-            loss = loss_on(model, batch, recipe, recipe.seed + step, late=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if (step + 1) % 100 == 0:
-            seconds = (time.time() - began) / (step + 1 - start)
-            print(f"step {step + 1}/{recipe.steps} loss {loss.item():.4f} {seconds:.3f} s/step", flush=True)
-        if (step + 1) % save_steps == 0 or step + 1 == recipe.steps:
-            save_checkpoint(checkpoint, model, optimizer, step + 1)
+            return loss_on(model, batch_for(rows, step, recipe), recipe, recipe.seed + step, late=True)
+
+    run_steps(model, recipe, loss_at, lambda step: learning_rate(step, recipe), checkpoint, save_steps)
     return model
 
 
@@ -252,15 +232,8 @@ It knows nothing but this small language. Do not use it for anything else.
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output-dir", type=Path, default=HERE / "roberta-reviews", help="where the model goes")
+    parser = argument_parser(__doc__, Recipe(), HERE / "roberta-reviews")
     parser.add_argument("--twin", type=Path, default=HERE / "opt-reviews", help="whose words it begins with")
-    parser.add_argument("--scratch", type=Path, required=True, help="corpus and training checkpoint live here")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--save-steps", type=int, default=250, help="steps between training checkpoints")
-    parser.add_argument("--no-bf16", action="store_true", help="train in fp32 where the CPU has no bfloat16")
-    for name, value in asdict(Recipe()).items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
     args = parser.parse_args()
     recipe = Recipe(**{name: getattr(args, name) for name in asdict(Recipe())})
     torch.set_num_threads(args.threads)

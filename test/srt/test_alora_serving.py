@@ -5,16 +5,14 @@ import json
 import pytest
 import safetensors.torch
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaForCausalLM
 
 from engine_process import ServingEngine
 from foreign_adapters import APPLIED, FILES, TENSORS, edit, saved
 from foreign_adapters import change_tensors as changed
+from served_llama import DOCUMENT, INVOCATION, ask, base_model, peft_answer, small_llama
 
-INVOCATION = [7, 8, 9]
-DOCUMENT = list(range(100, 164))
-SAMPLING = {"temperature": 0, "max_new_tokens": 8, "ignore_eos": True}
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -22,18 +20,7 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 def models(tmp_path_factory):
     """Folders of a base model, an ordinary adapter and two aLoRA adapters."""
     root = tmp_path_factory.mktemp("models")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=256,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        initializer_range=0.2,
-        eos_token_id=2,
-    )
+    config = small_llama()
     LlamaForCausalLM(config).save_pretrained(root / "base")
     for name, settings in {
         "lora": {"r": 4},
@@ -47,10 +34,6 @@ def models(tmp_path_factory):
     return root
 
 
-def base_model(root) -> LlamaForCausalLM:
-    return LlamaForCausalLM.from_pretrained(root / "base", dtype=torch.float32)
-
-
 @pytest.fixture(scope="module")
 def engine(models):
     engine = ServingEngine(
@@ -62,35 +45,6 @@ def engine(models):
     )
     yield engine
     engine.close()
-
-
-def ask(engine, prompts, adapters, logprobs_from=-1):
-    return engine.generate(
-        input_ids=prompts,
-        lora_path=adapters,
-        sampling_params=SAMPLING,
-        return_logprob=True,
-        logprob_start_len=logprobs_from,
-    )
-
-
-def peft_answer(root, prompt, adapter) -> tuple[list[int], torch.Tensor]:
-    """Eight greedy tokens, and the log-probabilities of all tokens of the prompt but the first."""
-    model = base_model(root)
-    if adapter is not None:
-        model = PeftModel.from_pretrained(model, root / adapter)
-    ids = torch.tensor([prompt])
-    with torch.no_grad():
-        logprobs = torch.log_softmax(model.eval()(input_ids=ids).logits[0].float(), -1)
-        out = model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=8,
-            do_sample=False,
-            eos_token_id=None,
-            pad_token_id=0,
-        )
-    return out[0, len(prompt) :].tolist(), logprobs[:-1].gather(1, ids[0, 1:, None])[:, 0]
 
 
 PROMPTS = {

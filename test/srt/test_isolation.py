@@ -8,14 +8,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from engine_process import ServingEngine
+from served_llama import DOCUMENT, INVOCATION, SAMPLING, base_model, small_llama
 from sglang.srt.mezo.engine.kv_pool import erase
 from sglang.srt.mezo.plugin import isolation
 
-INVOCATION = [7, 8, 9]
-DOCUMENT = list(range(100, 164))
 SPARK = 210
 """A token at which the adapters "spark" overflow; at others they are ordinary ones."""
 CHUNK = 48
@@ -26,19 +25,7 @@ def models(tmp_path_factory):
     """Folders of a base model and of adapters, ordinary ones and such as overflow: at every token, or at one of
     them."""
     root = tmp_path_factory.mktemp("models")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=256,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        initializer_range=0.2,
-        eos_token_id=2,
-    )
-    base = LlamaForCausalLM(config)
+    base = LlamaForCausalLM(small_llama())
     with torch.no_grad():  # what "spark" looks at
         base.model.embed_tokens.weight[:, 0] = 0
         base.model.embed_tokens.weight[SPARK, 0] = 1
@@ -63,7 +50,7 @@ def models(tmp_path_factory):
             **layers,
             **settings,
         )
-        model = get_peft_model(LlamaForCausalLM.from_pretrained(root / "base", dtype=torch.float32), adapter)
+        model = get_peft_model(base_model(root), adapter)
         with torch.no_grad():
             for key, weight in model.named_parameters():
                 if "lora_" in key and name.startswith("huge"):
@@ -94,7 +81,7 @@ def engine(models):
 
 def ask(engine, *requests, **sampling):
     """Answers, or the errors in their place, to (prompt, adapter) that come at once."""
-    return engine.call(answers, requests, {"temperature": 0, "max_new_tokens": 8, "ignore_eos": True, **sampling})
+    return engine.call(answers, requests, {**SAMPLING, **sampling})
 
 
 def answers(engine, requests, sampling):
@@ -111,7 +98,7 @@ def answers(engine, requests, sampling):
 
 def peft_answer(root, prompt, adapter) -> tuple[list[int], list[float]]:
     """Eight greedy tokens and their log-probabilities."""
-    model = LlamaForCausalLM.from_pretrained(root / "base", dtype=torch.float32)
+    model = base_model(root)
     if adapter is not None:
         model = PeftModel.from_pretrained(model, root / adapter)
     ids = torch.tensor([prompt])

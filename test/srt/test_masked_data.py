@@ -7,18 +7,23 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, RobertaTokenizer
 
+from sglang.srt.mezo.adapters.foreign import read_foreign
+from sglang.srt.mezo.adapters.prefix_adapter import PrefixAdapter, PrefixSpec
 from sglang.srt.mezo.core.config import MezoConfig
 from sglang.srt.mezo.core.errors import ConfigError, DataError
+from sglang.srt.mezo.core.noise import direction
 from sglang.srt.mezo.data.examples import Example, get_task
 from sglang.srt.mezo.data.masked import MaskedEncoder
 from sglang.srt.mezo.data.rows import SourceRow
 from sglang.srt.mezo.data.splits import DataArguments
 from sglang.srt.mezo.scoring.plan import Planner
+from sglang.srt.mezo.training.checkpoint import read_checkpoint
 from sglang.srt.mezo.training.evaluate import EvaluateArguments, evaluate
-from sglang.srt.mezo.training.finetune import ModelArguments, finetune
+from sglang.srt.mezo.training.finetune import ModelArguments, adapted_model, finetune
 from sglang.srt.mezo.training.preview import PreviewArguments, page, preview
 from tiny import tiny_tokenizer
 
@@ -205,3 +210,30 @@ def test_the_preview_shows_the_mask():
     assert "<mask>" in page(shown)
     with pytest.raises(ConfigError, match="tuning='alora'"):
         list(preview(ARGUMENTS, replace(arguments, tuning="alora")))
+
+
+# --- what a run of such a model leaves --------------------------------------------------------------------------------
+
+
+def test_a_prefix_is_taken_up_for_its_own_kind_of_model(tmp_path):
+    config, _ = read_checkpoint(str(MODEL))
+    saved = PrefixAdapter(PrefixSpec.of(MezoConfig(tuning="prefix", num_virtual_tokens=3), str(MODEL), config))
+    saved.theta.copy_(direction(4, 0, saved.numel))
+    saved.save_pretrained(tmp_path / "prefix")
+    model = adapted_model(str(MODEL), config)
+    read = read_foreign(str(tmp_path / "prefix"), model)
+    assert read.spec == saved.spec and torch.equal(read.theta, saved.theta)
+    causal = model._replace(prefixes=model.prefixes._replace(task_type="CAUSAL_LM"))
+    with pytest.raises(ConfigError, match="task_type=None is not allowed: CAUSAL_LM"):
+        read_foreign(str(tmp_path / "prefix"), causal)
+
+
+def test_what_such_a_model_cannot_be_asked_is_refused(tmp_path):
+    model, data = ModelArguments(str(MODEL)), DataArguments("sst2", str(ROOT / "examples" / "assets" / "reviews"))
+    for settings, field in (({"objective": "f1"}, "objective"), ({"reward": "builtins:len"}, "objective")):
+        with pytest.raises(ConfigError) as raised:
+            finetune(model, data, MezoConfig(str(tmp_path / "run"), tuning="lora", **settings))
+        assert raised.value.field == field
+    with pytest.raises(ConfigError) as raised:
+        finetune(model, replace(data, task="text"), MezoConfig(str(tmp_path / "run"), tuning="lora"))
+    assert raised.value.field == "task"

@@ -6,20 +6,18 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaForCausalLM
 
 from engine_process import ServingEngine
 from foreign_adapters import change_tensors
 from foreign_prefixes import FIELDS, FILES, TENSORS, saved_prefix
+from served_llama import DOCUMENT, INVOCATION, SAMPLING, ask, base_model, peft_answer, small_llama
 from sglang.srt.mezo.adapters.prefix_adapter import KVShape, PrefixAdapter, PrefixSpec
 from sglang.srt.mezo.core.noise import direction
 
 CONTEXT, POOL = 512, 1500
-INVOCATION = [7, 8, 9]
-DOCUMENT = list(range(100, 164))
 PROMPT = [*DOCUMENT, *INVOCATION, 20]
-SAMPLING = {"temperature": 0, "max_new_tokens": 8, "ignore_eos": True}
 TARGETS = ["q_proj", "v_proj"]
 FIRST, LATER = "first time", "second time"
 
@@ -28,18 +26,7 @@ FIRST, LATER = "first time", "second time"
 def models(tmp_path_factory) -> Path:
     """Folders of a base model, prefixes by PEFT and by us, and adapters that run beside them."""
     root = tmp_path_factory.mktemp("models")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=256,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=CONTEXT,
-        initializer_range=0.2,
-        eos_token_id=2,
-    )
+    config = small_llama(CONTEXT)
     LlamaForCausalLM(config).save_pretrained(root / "base")
     base = base_model(root)
     saved_prefix(base, root / "prefix")
@@ -53,10 +40,6 @@ def models(tmp_path_factory) -> Path:
         )
         get_peft_model(base_model(root), adapter).save_pretrained(root / name)
     return root
-
-
-def base_model(root: Path) -> LlamaForCausalLM:
-    return LlamaForCausalLM.from_pretrained(root / "base", dtype=torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -74,36 +57,6 @@ def engine(models):
         assert engine.load_lora_adapter(name, str(models / name)).success
     yield engine
     engine.close()
-
-
-def ask(engine, prompts, adapters, logprobs_from=-1, **settings):
-    return engine.generate(
-        input_ids=prompts,
-        lora_path=adapters,
-        sampling_params={**SAMPLING, **settings},
-        return_logprob=True,
-        logprob_start_len=logprobs_from,
-    )
-
-
-def peft_answer(root: Path, prompt: list[int], adapter, **settings) -> tuple[list[int], torch.Tensor]:
-    """Eight greedy tokens, and the log-probabilities of all tokens of the prompt but the first."""
-    model = base_model(root)
-    if adapter is not None:
-        model = PeftModel.from_pretrained(model, root / adapter)
-    ids = torch.tensor([prompt])
-    with torch.no_grad():
-        logprobs = torch.log_softmax(model.eval()(input_ids=ids).logits[0].float(), -1)
-        out = model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=8,
-            do_sample=False,
-            eos_token_id=None,
-            pad_token_id=0,
-            **settings,
-        )
-    return out[0, len(prompt) :].tolist(), logprobs[:-1].gather(1, ids[0, 1:, None])[:, 0]
 
 
 PROMPTS = {

@@ -76,7 +76,9 @@ def test_what_is_no_reward_ends_the_run(module, name, message):
         graded(f"graders:{name}")
 
 
-@pytest.mark.parametrize("name", ["graders", "graders:missing", "nowhere:function", "graders:number", ":", ""])
+@pytest.mark.parametrize(
+    "name", ["graders", "graders:missing", "nowhere:function", "graders:number", "builtins:dict", ":", ""]
+)
 def test_what_is_no_function_is_refused_at_once(module, name):
     with pytest.raises(ConfigError, match="reward=.* is not allowed: module:function"):
         Writer.of(MezoConfig(reward=name).generation, tiny_tokenizer())

@@ -268,21 +268,23 @@ def score_beside(engine, config, spec, value):
     base model."""
     from contextlib import closing
 
+    from sglang.srt.mezo.core.estimator import SIGNS
     from sglang.srt.mezo.core.passes import drain
     from sglang.srt.mezo.training.trainer import MezoTrainer
 
     with closing(MezoTrainer(engine.handle, config, spec, TRAIN)) as trainer:
-        slots = [trainer.points.of_direction(place)[0] for place in range(4)]
-        for seed, slot in enumerate(slots):
-            slot.write(0.1 * torch.randn(trainer.trainable.numel, generator=torch.Generator().manual_seed(seed)))
+        points, signs = trainer.points, len(SIGNS[config.estimator])
+        numbers = range(1, 1 + 4 * signs, signs)  # of each direction the first, behind theta
+        for seed, number in enumerate(numbers):
+            weights = 0.1 * torch.randn(trainer.trainable.numel, generator=torch.Generator().manual_seed(seed))
+            points.write(number, weights)
+        group = tuple(points.of_direction(place)[0] for place in range(4))
         found = []
         for spoil in (False, True):
             engine.scheduler.flush_cache()
             if spoil:
-                slots[1].write(torch.full((trainer.trainable.numel,), value))
-            found.append(
-                drain(trainer.scorer.passes(trainer.source.plans, [tuple(slot.point for slot in slots)], "completion"))
-            )
+                points.write(numbers[1], torch.full((trainer.trainable.numel,), value))
+            found.append(drain(trainer.scorer.passes(trainer.source.plans, [group], "completion")))
         base = base_values(engine, config)
         engine.scheduler.flush_cache()
     return *found, base

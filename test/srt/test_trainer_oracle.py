@@ -122,9 +122,9 @@ def loss_on_prefix_of(engine, trainer, batch, plus, minus):
     for example in batch:
         prefix, last = example.prompt[:-1], example.prompt[-1:]
         _, kv = extend(
-            engine.handle, [Sequenced(torch.empty(0, dtype=torch.int64), prefix, ((plus.point.adapter, len(prefix)),))]
+            engine.handle, [Sequenced(torch.empty(0, dtype=torch.int64), prefix, ((plus.adapter, len(prefix)),))]
         )
-        hidden, end = extend(engine.handle, [Sequenced(kv, last, ((minus.point.adapter, 1),))])
+        hidden, end = extend(engine.handle, [Sequenced(kv, last, ((minus.adapter, 1),))])
         engine.handle.kv_allocator.free(torch.cat((kv, end)))
         tokens = torch.tensor([option[0] for option in example.options], device=hidden.device)
         values.append(Head(engine.handle).log_probs(hidden, torch.zeros_like(tokens), tokens))

@@ -44,12 +44,14 @@ class PrefixModel(NamedTuple):
     Attributes:
         name: of the base model, as a prefix's files are to call it.
         dtype: that keys and values are kept in.
+        task_type: PEFT's; None of a masked language model.
     """
 
     name: str
     kv: KVShape
     context_length: int
     dtype: torch.dtype
+    task_type: str | None = "CAUSAL_LM"
 
 
 def read_prefix(folder: str, model: PrefixModel) -> PrefixAdapter:
@@ -79,14 +81,14 @@ def _spec(fields: object, model: PrefixModel) -> PrefixSpec:
     kv = model.kv
     expected = {
         "peft_type": PREFIX_TUNING,
-        "task_type": "CAUSAL_LM",
+        "task_type": model.task_type,
         "num_layers": kv.layers,
         "token_dim": kv.heads * kv.head_dim,
         "num_attention_heads": kv.heads,
         "num_transformer_submodules": 1,
     }
     for name, value in expected.items():
-        if fields.get(name) != value or isinstance(fields[name], bool):
+        if fields.get(name) != value or isinstance(fields.get(name), bool):
             of = "as PEFT writes it" if isinstance(value, str) else "by the model's layers, and its heads of keys"
             raise ConfigError(name, fields.get(name), f"{value}, {of}")
     for name, value in fields.items():
@@ -98,7 +100,7 @@ def _spec(fields: object, model: PrefixModel) -> PrefixSpec:
     positions: Any = fields.get(POSITIONS, "shifted")
     if not fits(positions, PrefixPositions):
         raise ConfigError(POSITIONS, positions, described(PrefixPositions))
-    return PrefixSpec(model.name, tokens, kv, positions)
+    return PrefixSpec(model.name, tokens, kv, positions, model.task_type)
 
 
 def _fit(spec: PrefixSpec, tensors: Mapping[str, torch.Tensor], model: PrefixModel) -> PrefixAdapter:

@@ -1,5 +1,6 @@
 """Where copies of what is trained lie in an engine, perturbed or not, and how rows run under one of them."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -7,6 +8,8 @@ from typing import Protocol
 import torch
 
 from sglang.srt.mezo.core.directions import Directions
+from sglang.srt.mezo.core.estimator import SIGNS, Estimator
+from sglang.srt.mezo.core.trainable import Trainable
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,3 +84,59 @@ class Points(Protocol):
     def release(self) -> None:
         """Give the room back."""
         ...
+
+
+class PackedPoints(ABC):
+    """The points of which an engine holds many: theta itself first, then those of ``width`` directions at a time.
+
+    Args:
+        scratch: float32 [numel], where a point's numbers are formed before they are written.
+    """
+
+    def __init__(self, trainable: Trainable, estimator: Estimator, width: int, scratch: torch.Tensor):
+        self.width = width
+        self._trainable = trainable
+        self._signs = SIGNS[estimator]
+        self._with_theta = estimator == "one_sided"
+        self._scratch = scratch
+        self._points: list[Point] = []
+
+    @property
+    def count(self) -> int:
+        """Of all points that are held at the same time."""
+        return 1 + self.width * len(self._signs)
+
+    @property
+    def current(self) -> Point:
+        return self._points[0]
+
+    def of_direction(self, place: int) -> PointGroup:
+        """Those of the direction at ``place``, from 0 to below ``width``, one for each of the estimator's ``SIGNS``."""
+        first = 1 + place * len(self._signs)
+        return tuple(self._points[first : first + len(self._signs)])
+
+    def write_current(self) -> None:
+        self.write(0, self._trainable.theta)
+
+    def rounds(self, directions: int) -> list[Round]:
+        """One for as many directions as there is room for. One-sided, theta comes before the first direction."""
+        firsts = range(0, directions, self.width)
+        return [self._round(first, min(first + self.width, directions)) for first in firsts]
+
+    def _round(self, first: int, end: int) -> Round:
+        with_theta = first == 0 and self._with_theta
+
+        def fill(directions: Directions, zo_eps: float) -> Iterator[None]:
+            if with_theta:
+                self.write_current()
+            for place, k in enumerate(range(first, end)):
+                for number, sign in enumerate(self._signs, 1 + place * len(self._signs)):
+                    self.write(number, directions.add(k, sign * zo_eps, self._trainable.theta, self._scratch))
+                yield
+
+        groups = [self.of_direction(place) for place in range(end - first)]
+        return Round([*([(self.current,)] if with_theta else []), *groups], fill)
+
+    @abstractmethod
+    def write(self, number: int, theta: torch.Tensor) -> None:
+        """Put numbers, float32 [numel], where the ``number``-th point has them, rounded once to the engine's dtype."""

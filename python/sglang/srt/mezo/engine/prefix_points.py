@@ -1,12 +1,10 @@
 """Prefixes in the KV pool as ``Points``: each has the keys and values of its virtual tokens in places of its own."""
 
-from collections.abc import Iterator
 from itertools import count
 
 import torch
 
 from sglang.srt.mezo.adapters.prefix_adapter import PrefixAdapter, PrefixSpec
-from sglang.srt.mezo.core.directions import Directions
 from sglang.srt.mezo.core.errors import CapacityError, ConfigError
 from sglang.srt.mezo.core.estimator import SIGNS, Estimator
 from sglang.srt.mezo.core.noise import initial_uniform
@@ -14,7 +12,7 @@ from sglang.srt.mezo.engine.forward import Sequenced, extend
 from sglang.srt.mezo.engine.handle import EngineHandle
 from sglang.srt.mezo.engine.held_places import OURS, HeldPlaces
 from sglang.srt.mezo.engine.kv_pool import erase
-from sglang.srt.mezo.engine.points import Point, PointGroup, Round
+from sglang.srt.mezo.engine.points import PackedPoints, Point
 
 _POOL_SHARE = 0.25  # of the KV pool that the points of a pass may have
 _NAMES = count(1)
@@ -70,8 +68,8 @@ def _shift(spec: PrefixSpec) -> int:
     return 0 if spec.positions == "shifted" else -spec.num_virtual_tokens
 
 
-class PrefixPoints:
-    """Theta itself, and some directions at a time.
+class PrefixPoints(PackedPoints):
+    """Prefixes as the ``Points`` of one.
 
     Args:
         most_tokens: of the KV pool that they may have, besides a share that they never pass.
@@ -82,6 +80,8 @@ class PrefixPoints:
         ConfigError: see ``PrefixLayout``.
         CapacityError: the pool has no room for those of one direction.
     """
+
+    slots = 0
 
     def __init__(
         self,
@@ -95,32 +95,21 @@ class PrefixPoints:
         self._handle = handle
         self._adapter = adapter
         self._seed = seed
-        self._signs = SIGNS[estimator]
-        self._with_theta = estimator == "one_sided"
         self._layout = PrefixLayout(handle, adapter.spec)
         tokens = adapter.spec.num_virtual_tokens
         room = min(int(_POOL_SHARE * handle.kv_capacity), most_tokens)
-        self._width = min(num_perturbations, (room // tokens - 1) // len(self._signs))
-        if self._width < 1:
+        width = min(num_perturbations, (room // tokens - 1) // len(SIGNS[estimator]))
+        if width < 1:
             raise CapacityError(
                 f"prefixes of {tokens} tokens for theta and one direction are more than the {room} of the KV pool's "
                 f"{handle.kv_capacity} tokens that they may have: raise max_total_tokens or lower num_virtual_tokens"
             )
+        super().__init__(adapter, estimator, width, torch.empty_like(adapter.theta))
         self._held: HeldPlaces | None = None
-        self._points: list[Point] = []
-        self._scratch = torch.empty_like(adapter.theta)
-
-    @property
-    def current(self) -> Point:
-        return self._points[0]
-
-    @property
-    def slots(self) -> int:
-        return 0
 
     @property
     def tokens(self) -> int:
-        return self._adapter.spec.num_virtual_tokens * (1 + self._width * len(self._signs))
+        return self._adapter.spec.num_virtual_tokens * self.count
 
     @property
     def claimed(self) -> bool:
@@ -156,31 +145,5 @@ class PrefixPoints:
         self._handle.kv_allocator.free(places)
         theta.copy_(self._handle.sum_of_ranks(theta))
 
-    def write_current(self) -> None:
-        self._write(self.current, self._adapter.theta)
-
-    def rounds(self, directions: int) -> list[Round]:
-        """One for as many directions as the pool has room for. One-sided, theta comes before the first direction."""
-        firsts = range(0, directions, self._width)
-        return [self._round(first, min(first + self._width, directions)) for first in firsts]
-
-    def _round(self, first: int, end: int) -> Round:
-        with_theta = first == 0 and self._with_theta
-        groups: list[PointGroup] = [self._of_direction(place) for place in range(end - first)]
-
-        def fill(directions: Directions, zo_eps: float) -> Iterator[None]:
-            if with_theta:
-                self.write_current()
-            for k, group in zip(range(first, end), groups):
-                for point, sign in zip(group, self._signs):
-                    self._write(point, directions.add(k, sign * zo_eps, self._adapter.theta, self._scratch))
-                yield
-
-        return Round([*([(self.current,)] if with_theta else []), *groups], fill)
-
-    def _of_direction(self, place: int) -> PointGroup:
-        begin = 1 + place * len(self._signs)
-        return tuple(self._points[begin : begin + len(self._signs)])
-
-    def _write(self, point: Point, theta: torch.Tensor) -> None:
-        self._layout.write(theta.view(self._adapter.by_layer), point.cached)
+    def write(self, number: int, theta: torch.Tensor) -> None:
+        self._layout.write(theta.view(self._adapter.by_layer), self._points[number].cached)

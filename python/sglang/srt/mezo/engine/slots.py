@@ -9,13 +9,12 @@ from uuid import uuid4
 import torch
 
 from sglang.srt.mezo.adapters.adapter import Adapter, AdapterSpec
-from sglang.srt.mezo.core.directions import Directions
 from sglang.srt.mezo.core.errors import CapacityError
 from sglang.srt.mezo.core.estimator import SIGNS, Estimator
 from sglang.srt.mezo.engine.handle import EngineHandle, free_slots, require_pool
 from sglang.srt.mezo.engine.layers import Part, adapted_layers
 from sglang.srt.mezo.engine.peft_layers import CheckedFields
-from sglang.srt.mezo.engine.points import Point, PointGroup, Round
+from sglang.srt.mezo.engine.points import PackedPoints, Point
 
 
 class Slot:
@@ -182,8 +181,8 @@ def _blocks(buffer: int, positions: torch.Tensor) -> Iterator[_Block]:
         first = end
 
 
-class PerturbedSlots:
-    """Slots as the ``Points`` of an adapter: for theta itself and for some directions at a time.
+class PerturbedSlots(PackedPoints):
+    """Slots as the ``Points`` of an adapter.
 
     Args:
         num_perturbations: directions of a step; they take turns where the pool has less room.
@@ -193,25 +192,23 @@ class PerturbedSlots:
         CapacityError: the pool could not hold those of one direction even without requests.
     """
 
+    tokens = 0
+
     def __init__(
         self, handle: EngineHandle, adapter: Adapter, num_perturbations: int, estimator: Estimator, spare: int = 0
     ):
-        self._estimator: Estimator = estimator
-        self._signs = SIGNS[estimator]
-        require_pool(handle, 1 + len(self._signs) + spare, adapter.spec.r)
+        of_direction = len(SIGNS[estimator])
+        require_pool(handle, 1 + of_direction + spare, adapter.spec.r)
         self._handle = handle
-        self._adapter = adapter
+        self._spec = adapter.spec
         self._layout = SlotLayout(handle, adapter)
-        self.width = min(num_perturbations, (free_slots(handle) - 1 - spare) // len(self._signs))
+        width = min(num_perturbations, (free_slots(handle) - 1 - spare) // of_direction)
+        super().__init__(adapter, estimator, width, self._layout.scratch)
         self._slots: list[Slot] = []
 
     @property
     def slots(self) -> int:
-        return 1 + self.width * len(self._signs)
-
-    @property
-    def tokens(self) -> int:
-        return 0
+        return self.count
 
     @property
     def claimed(self) -> bool:
@@ -225,49 +222,16 @@ class PerturbedSlots:
         with ExitStack() as release_on_error:
             slots = []
             for name in names:
-                slots.append(Slot(self._handle, self._adapter.spec, self._layout, name))
+                slots.append(Slot(self._handle, self._spec, self._layout, name))
                 release_on_error.callback(slots[-1].release)
             release_on_error.pop_all()
-        self._slots = slots
-
-    @property
-    def current(self) -> Point:
-        return self._slots[0].point
-
-    def of_direction(self, place: int) -> list[Slot]:
-        """Slots of the direction at ``place``, from 0 to below ``width``, one for each of the estimator's ``SIGNS``."""
-        first = 1 + place * len(self._signs)
-        return self._slots[first : first + len(self._signs)]
-
-    def rounds(self, directions: int) -> list[Round]:
-        """One for as many directions as there are slots for. One-sided, theta comes before the first direction."""
-        firsts = range(0, directions, self.width)
-        return [self._round(first, min(first + self.width, directions)) for first in firsts]
-
-    def _round(self, first: int, end: int) -> Round:
-        with_theta = first == 0 and self._estimator == "one_sided"
-
-        def fill(directions: Directions, zo_eps: float) -> Iterator[None]:
-            if with_theta:
-                self.write_current()
-            for k in range(first, end):
-                for slot, sign in zip(self.of_direction(k - first), self._signs):
-                    self._write(slot, directions, k, sign * zo_eps)
-                yield
-
-        groups: list[PointGroup] = [(self.current,)] if with_theta else []
-        groups += [tuple(slot.point for slot in self.of_direction(place)) for place in range(end - first)]
-        return Round(groups, fill)
-
-    def _write(self, slot: Slot, directions: Directions, k: int, scale: float) -> None:
-        """Every number is formed in float32 and rounded once to the pool's dtype."""
-        slot.write(directions.add(k, scale, self._adapter.theta, self._layout.scratch))
-
-    def write_current(self) -> None:
-        self._slots[0].write(self._adapter.theta)
+        self._slots, self._points = slots, [slot.point for slot in slots]
 
     def release(self) -> None:
-        slots, self._slots = self._slots, []
+        slots, self._slots, self._points = self._slots, [], []
         with ExitStack() as stack:  # all of them, even if one fails
             for slot in slots:
                 stack.callback(slot.release)
+
+    def write(self, number: int, theta: torch.Tensor) -> None:
+        self._slots[number].write(theta)

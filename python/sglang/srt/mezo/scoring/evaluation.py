@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 
+from sglang.srt.mezo.core.noise import step_seed
 from sglang.srt.mezo.core.passes import Passes
 from sglang.srt.mezo.engine.points import Point
 from sglang.srt.mezo.scoring.measures import Measure
@@ -23,7 +24,7 @@ def evaluation_passes(
     total, weight, scores = 0.0, 0, Counter()
     for start in range(0, len(plans), batch_size):
         batch = plans[start : start + batch_size]
-        measured = yield from measure.passes(batch, [(point,)], seed + start, keep=False)
+        measured = yield from measure.passes(batch, [(point,)], step_seed(seed, start), keep=False)
         total += measured.loss.total.item()
         weight += measured.loss.weight
         scores.update({name: score.item() for name, score in measured.scores.items()})

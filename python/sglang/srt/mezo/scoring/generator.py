@@ -88,11 +88,8 @@ class Generator:
         """The tokens that each item goes on with."""
         places, held = ran.places(), []
         written: list[list[int]] = [[] for _ in items]
-        going, hidden, rows = (
-            list(range(len(items))),
-            ran.hidden,
-            [ran.rows[number][-1] for number in range(len(items))],
-        )
+        going, hidden = list(range(len(items))), ran.hidden
+        rows = [ran.rows[one][-1] for one in going]
         try:
             while going:
                 self._require_finite(hidden, held)
@@ -114,8 +111,8 @@ class Generator:
     def _require_finite(self, hidden: torch.Tensor, held: Sequence[torch.Tensor]) -> None:
         if hidden.isfinite().all():
             return
-        for places in held[-1:]:
-            erase(self._handle.kv_allocator.get_kvcache(), places)
+        if held:  # what a point that has diverged wrote last; the scorer erases what it wrote first
+            erase(self._handle.kv_allocator.get_kvcache(), held[-1])
         raise DivergedError(
             "what the model computes at a point is infinite or not a number: lower learning_rate or zo_eps"
         )

@@ -33,9 +33,6 @@ class Measured:
 
 
 class Measure(Protocol):
-    @property
-    def objective(self) -> Objective: ...
-
     def passes(
         self, plans: Sequence[ExamplePlan], groups: Sequence[PointGroup], seed: int, keep: bool = True
     ) -> Passes[Measured]:
@@ -71,7 +68,7 @@ class Writing:
     """What the model writes after the plans, graded; the loss is the grade with its sign changed.
 
     Attributes:
-        grade: called on the leader, once for each pass through all points, point after point.
+        grade: called on the leader, once for all points that the engine holds at a time, point after point.
     """
 
     handle: EngineHandle

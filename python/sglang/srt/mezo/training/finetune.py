@@ -217,7 +217,12 @@ def adapted_model(model: str, model_config: "PretrainedConfig") -> AdaptedModel:
     sites = {site.path: site for site in model_modules(model_config)}
     text = model_config.get_text_config()
     layers = ModelLayers(sites, sites.keys(), None, torch.float32, text.vocab_size)
-    return AdaptedModel(layers, PrefixModel(model, KVShape.of(model_config), longest_text(model_config), torch.float32))
+    return AdaptedModel(
+        layers,
+        PrefixModel(
+            model, KVShape.of(model_config), longest_text(model_config), torch.float32, task_type(model_config)
+        ),
+    )
 
 
 def chat_settings(model: ModelArguments) -> ChatSettings:

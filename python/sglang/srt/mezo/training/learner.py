@@ -85,7 +85,7 @@ class Learner:
         self._virtual_tokens = spec.virtual_tokens
         self.objective: Objective = config.objective or objective
         self.planner = Planner(config.tuning, spec.invocation)
-        self._new_tokens = 0 if config.generation is None else config.generation.max_new_tokens
+        self._new_tokens = config.max_new_tokens or 0
         kept_tokens = handle.kv_capacity // 2 if kept_tokens is None else kept_tokens
         self.eval_plans = self.plan(eval_dataset)
         if isinstance(train_dataset, Sequence):

@@ -53,33 +53,31 @@ def measure_of(handle: EngineHandle, scorer: Scorer, objective: Objective, write
 
 def _grade_of(generation: Generation) -> Grade:
     if generation.reward is not None:
-        return _Rewarded(generation.reward, _function(generation.reward))
+        return _Rewarded(generation.reward, *_function(generation.reward))
     metric = _METRICS[generation.objective]
     return lambda plans, texts: [metric(text, (plan.columns or {})["answers"]) for plan, text in zip(plans, texts)]
 
 
-def _function(name: str) -> Any:
-    """What ``module:function`` names; modules of the working directory are found as well."""
+def _function(name: str) -> tuple[Reward, inspect.Signature]:
+    """What ``module:function`` names, and what it takes; modules of the working directory are found as well."""
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
         if ":" not in name:
             raise ValueError("no colon")
         found: Any = pkgutil.resolve_name(name)
-    except Exception as error:  # whatever the module raises
+        return found, inspect.signature(found)
+    except Exception as error:  # whatever the module raises, and what says nothing of its parameters, as builtins
         raise ConfigError("reward", name, f"module:function ({type(error).__name__}: {one_line(error)})") from error
-    if not callable(found):
-        raise ConfigError("reward", name, f"module:function, and it is a {type(found).__name__}")
-    return found
 
 
 class _Rewarded:
     """Calls a user's function with what it takes by name: ``prompts``, ``completions``, and columns of the rows."""
 
-    def __init__(self, name: str, function: Reward):
+    def __init__(self, name: str, function: Reward, signature: inspect.Signature):
         self._name = name
         self._function = function
-        parameters = inspect.signature(function).parameters.values()
+        parameters = signature.parameters.values()
         self._takes_all = any(one.kind is one.VAR_KEYWORD for one in parameters)
         self._taken = {one.name for one in parameters}
 
