@@ -18,8 +18,7 @@ from sglang.srt.mezo.core.noise import direction
 from sglang.srt.mezo.core.passes import drain
 from test_full_oracle import BATCHES, KINDS, batch_of, reference_loss
 
-ZO_EPS, TOKENS = 1e-2, 5
-RESOLVED = 3e-7  # difference of two losses of about 1 in float32
+ZO_EPS, TOKENS = 0.1, 5
 
 
 # --- run in the engine's process --------------------------------------------------------------------------------------
@@ -39,7 +38,7 @@ def losses(engine, spec, batch, objective, theta, z, zo_eps, settings):
     trainer = make_trainer(engine, spec, batch, objective, num_perturbations=len(z), **settings)
     try:
         trainer.trainable.theta.copy_(theta)
-        plus, minus = drain(trainer.probe.loss_passes(trainer.train_plans, KeptDirections(z), zo_eps))
+        plus, minus = drain(trainer.probe.loss_passes(trainer.source.plans, KeptDirections(z), zo_eps))
     finally:
         trainer.close()
     return plus, minus, free - engine.handle.free_kv_tokens
@@ -56,9 +55,9 @@ def steps(engine, spec, batch, count, folder):
     trainer = make_trainer(engine, spec, batch, "classification", num_perturbations=2, learning_rate=0.1)
     try:
         for _ in range(count):
-            drain(trainer.step_passes(trainer.train_plans))
+            drain(trainer.step_passes(trainer.source.plans))
         trainer.trainable.save_pretrained(folder)
-        return trainer.trainable.theta, drain(trainer.evaluation_passes(trainer.train_plans))["eval_loss"]
+        return trainer.trainable.theta, drain(trainer.evaluation_passes(trainer.source.plans))["eval_loss"]
     finally:
         trainer.close()
 
@@ -225,8 +224,7 @@ def test_projected_grad_equals_the_central_difference_of_transformers(model, bat
             moved = unshifted(path, PrefixAdapter(spec), torch.float64)
             moved._prefix = (theta.double() + sign * ZO_EPS * z_k.double()).view(PrefixAdapter(spec).by_layer)
             exact.append(reference_loss(moved, objective, examples))
-        # Along a direction that hardly matters the difference is of the size of what losses in float32 resolve.
-        assert (plus_k - minus_k) == pytest.approx(exact[0] - exact[1], rel=0.01, abs=RESOLVED)
+        assert (plus_k - minus_k) == pytest.approx(exact[0] - exact[1], rel=0.01)
 
 
 @pytest.mark.parametrize(
