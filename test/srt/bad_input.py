@@ -5,8 +5,10 @@ braces stand for ids of jobs, by their state, and of a file in use.
 """
 
 import json
+from pathlib import Path
 from typing import Any
 
+ASSETS = Path(__file__).parents[2] / "examples" / "assets"
 Expected = tuple[int, str | None, str, str]
 
 MIB = 1 << 20
@@ -30,7 +32,11 @@ REFUSED_FLAGS = {
     "directory)",
     "--mezo-on-restart maybe": "--mezo-on-restart='maybe' is not allowed: one of resume, fail",
     "--model-path gpt2": "architectures='GPT2LMHeadModel' is not allowed: the families that can be trained are "
-    "Cohere, ",
+    "BERT, Cohere, ",
+    "--mezo-rewards best=nowhere:function": "reward='nowhere:function' is not allowed: module:function "
+    "(ModuleNotFoundError: No module named 'nowhere')",
+    f"--model-path {ASSETS / 'roberta-reviews'}": "architectures='RobertaForMaskedLM' is not allowed: a model that "
+    "generates text; masked language models are trained offline",
 }
 """What ends a start; ``gpt2`` is a folder with a model of that family."""
 

@@ -21,6 +21,7 @@ ENGINE = EngineDescription(
     micro_step_tokens=64,
     idle_step_tokens=256,
     no_alora="",
+    rewards=["brevity", "politeness"],
 )
 
 

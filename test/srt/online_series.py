@@ -22,9 +22,18 @@ SLOTS = 16 - 1 - 1
 """Of the server's pool, that a job may take: not the base model's, nor the one that is left to serve an adapter."""
 
 
+BREVITY = """
+def brevity(completions):
+    return [-len(text.split()) for text in completions]
+"""
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory) -> Iterator[LiveServer]:
-    with LiveServer(tmp_path_factory.mktemp("server") / "mezo", "--enable-metrics") as server:
+    folder = tmp_path_factory.mktemp("server")
+    (folder / "brevity.py").write_text(BREVITY)
+    flags = ("--enable-metrics", "--mezo-rewards", "brevity=brevity:brevity")
+    with LiveServer(folder / "mezo", *flags) as server:
         yield server
         assert "Traceback" not in server.log_text()
 

@@ -211,8 +211,7 @@ def begun_with(run) -> Adapter:
 
 def first_batch(engine):
     trainer = engine.runner._job.learner
-    chosen = [TRAIN[i] for i in trainer.drawn.stream.batch(0)]
-    return [(list(e.prompt), [list(o) for o in e.options], e.label) for e in chosen]
+    return pack([TRAIN[i] for i in trainer.drawn.stream.batch(0)])
 
 
 def tick_to_step(engine, step):

@@ -14,7 +14,6 @@ from sglang.srt.lora.lora_registry import LoRARegistry
 from sglang.srt.managers import tokenizer_control_mixin, tokenizer_manager
 from sglang.srt.managers.io_struct import GenerateReqInput, LoadLoRAAdapterReqInput, LoRAUpdateOutput
 from sglang.srt.mezo.core.integrity import write_checked_json
-from sglang.srt.mezo.service.jobs.job_data import to_message
 from sglang.srt.mezo.service.wire import messages
 from sglang.srt.mezo.service.wire.events import Event, Failed, Started, Succeeded
 from sglang.srt.mezo.service.wire.messages import EngineDescription, MezoReqInput, MezoReqOutput
@@ -99,7 +98,7 @@ class Scheduler:
     # --- commands -----------------------------------------------------------------------------------------------------
 
     def _load(self, command) -> None:
-        self.loaded.setdefault((command.job_id, command.split), []).extend(map(to_message, unpack(command.examples)))
+        self.loaded.setdefault((command.job_id, command.split), []).extend(unpack(command.examples))
 
     def _start(self, command) -> None:
         train = self.loaded.pop((command.job_id, "train"), [])
@@ -126,10 +125,11 @@ class Scheduler:
 
     def _append(self, command) -> dict[str, int]:
         self._require_open(command, messages.StartJob)
-        self.train += command.examples
+        examples = unpack(command.examples)
+        self.train += examples
         first = self.step + 1
         earlier = self.portions.pop()[1] if self.portions[-1][0] == first else 0
-        self.portions.append((first, earlier + len(command.examples)))
+        self.portions.append((first, earlier + len(examples)))
         write_checked_json(Path(self.job.config.output_dir) / "segments.json", {"parts": self.portions})
         return {"step": first}
 

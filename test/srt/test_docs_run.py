@@ -82,6 +82,7 @@ def test_a_job_in_a_server_by_the_commands_of_the_readme(folder):
         run([client._replace(code=code + checks)], folder, python)
 
 
+@pytest.mark.slow
 def test_other_tunings_and_their_weights_in_a_server(folder):
     python, port = Path(sys.executable), free_port()
     run(of_group("tunings"), folder, python)

@@ -40,7 +40,7 @@ def summary_of(folder: Path) -> dict:
     return json.loads((folder / "summary.json").read_text())
 
 
-@pytest.mark.parametrize("tuning", ["alora", "lora"])
+@pytest.mark.parametrize("tuning", ["alora", pytest.param("lora", marks=pytest.mark.slow)])
 def test_the_main_job_runs_and_resumes(tmp_path, tuning):
     folder = tmp_path / "run"
     command = (
@@ -179,6 +179,7 @@ def test_the_minimal_loop_runs():
     assert len((ROOT / "examples" / "mezo_minimal_loop.py").read_text().splitlines()) < 150
 
 
+@pytest.mark.slow
 def test_the_notebook_runs_from_its_first_cell_to_its_last(tmp_path):
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     cells = json.loads((ROOT / "examples" / "mezo_notebook.ipynb").read_text())["cells"]

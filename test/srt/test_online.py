@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from openai import NotFoundError
+from openai import BadRequestError, NotFoundError
 
 from live_server import ROOT, peft_log_probs, prompt_log_probs, reviews
 from online_series import greedy, offline_series, series, server, traffic  # noqa: F401
@@ -17,6 +17,7 @@ from sglang.srt.mezo.core.estimator import projected_grads
 from sglang.srt.mezo.core.seed_log import SeedLog
 
 MAIN_JOB = {"invocation": " It was"}
+OTHERS = [pytest.param(tuning, marks=pytest.mark.slow) for tuning in ("lora", "prefix")]
 
 
 SHORT = {
@@ -192,12 +193,35 @@ def test_a_job_can_be_paused_resumed_and_cancelled(server, files):
 # --- what is served is what the files say -----------------------------------------------------------------------------
 
 
+def test_a_job_trains_by_a_reward_of_the_operators_beside_requests(server, files):
+    few = server.upload(reviews("validation", 10), "few.jsonl")
+    settings = {**MAIN_JOB, "reward": "brevity", "max_new_tokens": 4, "temperature": 1.0, "zo_eps": 0.1}
+    with traffic(server, TEXTS, clients=1) as answers:
+        job = server.create_job(files[0], few, suffix="brief", batch_size=4, max_steps=3, **settings)
+        server.wait_for_step(job.id, 1)
+    job = server.wait_for(job.id, "succeeded")
+    assert len(set(answers)) == len(TEXTS), "greedy answers stay the same meanwhile"
+    assert job.method.supervised.hyperparameters.model_dump()["reward"] == "brevity"
+    run = server.run_directory(job.id)
+    first, last = [line for line in map(json.loads, open(run / "metrics.jsonl")) if "eval_reward" in line]
+    assert -4 <= first["eval_reward"] == -first["eval_loss"] < 0
+    assert any(gradient for record in SeedLog.open(run / "seed_log").records() for gradient in record.projected_grads)
+    told = [event.message for event in server.client.fine_tuning.jobs.list_events(job.id)]
+    assert f"Step 3/3: validation loss={last['eval_loss']:.4f}, reward={last['eval_reward']:.4f}" in told
+
+
+def test_a_reward_that_is_not_registered_is_refused(server, files):
+    with pytest.raises(BadRequestError, match="one of brevity, the server's --mezo-rewards") as caught:
+        server.create_job(files[0], suffix="bad", reward="os:system")
+    assert caught.value.param == "method.supervised.hyperparameters.reward"
+
+
 def published(server, job_id: str) -> Path:
     """The newest version of the job's adapter on disk."""
     return max((server.directory / "jobs" / job_id / "adapters").glob("v*"), key=lambda path: int(path.name[1:]))
 
 
-@pytest.mark.parametrize("tuning", ["alora", "lora", "prefix"])
+@pytest.mark.parametrize("tuning", ["alora", OTHERS[0], "prefix"])
 def test_answers_equal_peft_on_the_saved_files_before_and_after_updates(server, files, tuning):
     settings = {**SHORT, "tuning": tuning, "invocation": " It was" if tuning == "alora" else None}
     job = server.create_job(files[0], suffix=f"peft-{tuning}", **settings)
@@ -226,7 +250,7 @@ def test_answers_equal_peft_on_the_saved_files_before_and_after_updates(server, 
         assert answer == {"step": 31 + update, "model": job.fine_tuned_model}
 
 
-@pytest.mark.parametrize("tuning", ["alora", "lora", "prefix"])
+@pytest.mark.parametrize("tuning", ["alora", *OTHERS])
 def test_a_quiet_server_makes_the_offline_series_bit_for_bit_and_a_busy_one_nearly(server, tmp_path, tuning):
     rows = reviews("train", 64)
     file = server.upload(rows)

@@ -11,7 +11,7 @@ import pytest
 from isolation_sequences import ACTIONS, TOLERANCE, run_sequences
 from live_server import ROOT, LiveServer
 
-SEQUENCES, SHORT = 200, 8
+SEQUENCES = 200
 RESULT = ROOT / "benchmarks" / "results" / "isolation.json"
 
 
@@ -20,10 +20,6 @@ def server(tmp_path_factory) -> Iterator[LiveServer]:
     with LiveServer(tmp_path_factory.mktemp("isolation") / "mezo") as server:
         yield server
         assert "Traceback" not in server.log_text()
-
-
-def test_a_few_random_sequences_leave_every_answer_right(server, tmp_path):
-    assert run_sequences(server, tmp_path, range(SHORT)) > 10 * SHORT
 
 
 @pytest.mark.slow

@@ -120,7 +120,8 @@ def source_tree(tmp_path) -> Path:
     return tree
 
 
-@pytest.mark.parametrize("mode", ["wheel", pytest.param("editable", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["wheel", "editable"])
 def test_install_use_uninstall(mode, tmp_path, source_tree):
     environment = Environment(tmp_path / "venv")
     before = environment.upstream_files()

@@ -161,6 +161,21 @@ async def test_a_running_jobs_adapter_is_served_on_request_and_then_its_result(s
     assert await server.manager.publish_checkpoint(job.id, None) == done.fine_tuned_model
 
 
+async def test_whoever_sees_that_a_job_has_succeeded_is_answered_by_its_model(server, monkeypatch):
+    job = await server.running()
+    known, update_job = {}, server.store.update_job
+
+    def update(job_id, *events, **changes):
+        stored = update_job(job_id, *events, **changes)
+        known[stored.status] = job.adapter_name in served_names.names(server.tokenizer_manager)
+        return stored
+
+    monkeypatch.setattr(server.store, "update_job", update)
+    server.scheduler.succeed()
+    await server.until(job, "succeeded")
+    assert known["succeeded"] is True
+
+
 async def test_a_publication_that_fails_leaves_the_version_before(server, tmp_path):
     job = await server.running()
     await server.manager.publish_checkpoint(job.id, None)

@@ -24,7 +24,7 @@ from service_server import (  # noqa: F401
     tokenizer,
 )
 from sglang.srt.mezo.service.http import routes
-from sglang.srt.mezo.service.jobs import queues
+from sglang.srt.mezo.service.jobs import queues, served_names
 from sglang.srt.mezo.service.jobs.client import EngineClient
 from sglang.srt.mezo.service.store.disk import disk_full
 from sglang.srt.mezo.service.wire.errors import DiskFull, RequestError
@@ -37,6 +37,7 @@ from sglang.srt.mezo.service.wire.messages import (
     StartJob,
     StopJob,
 )
+from sglang.srt.mezo.service.wire.packed import unpack
 from small_disk import small_disk
 
 pytestmark = pytest.mark.anyio
@@ -268,6 +269,18 @@ async def test_a_version_that_cannot_be_put_on_record_is_not_served(server, tmp_
     assert await server.answer(job.adapter_name) == "step 4"
 
 
+async def test_a_first_version_that_cannot_be_put_on_record_is_not_served_either(server):
+    job = await server.running()
+    take_writes(server, False)
+    with pytest.raises(sqlite3.OperationalError):
+        await server.manager.publish_checkpoint(job.id, None)
+    assert job.adapter_name not in served_names.names(server.tokenizer_manager)
+    await eventually(lambda: not server.tokenizer_manager.loaded)
+    take_writes(server, True)
+    await server.manager.publish_checkpoint(job.id, None)
+    assert await server.answer(job.adapter_name) == "step 0"
+
+
 async def test_a_server_starts_on_a_full_disk_and_takes_up_its_job_later(tmp_path, tokenizer):
     async with serving(tmp_path, tokenizer) as server:
         job = await server.running()
@@ -318,7 +331,7 @@ async def test_rows_that_were_taken_before_the_start_survive_a_lack_of_room(serv
     server.scheduler.handle = handle
     await server.started(job)
     await eventually(lambda: server.scheduler.sent(AppendExamples))
-    assert len(server.scheduler.sent(AppendExamples)[-1].examples) == 2
+    assert len(unpack(server.scheduler.sent(AppendExamples)[-1].examples)) == 2
 
 
 async def test_rows_count_even_if_that_cannot_be_told(server):

@@ -185,9 +185,15 @@ def test_null_is_a_setting_of_its_own_or_refused(name):
         ("target_modules", [], "at least one module"),
         ("target_modules", ["fc1"], "some of q_proj, k_proj, v_proj, o_proj, which this server adapts"),
         ("target_modules", ["v_proj", "v_proj"], "each module once"),
-        ("metric_for_best_model", "f1", "one of eval_loss, eval_accuracy, null"),
+        (
+            "metric_for_best_model",
+            "f1",
+            "one of eval_loss, eval_accuracy, eval_f1, eval_exact_match, eval_reward, null",
+        ),
         ("lr_scheduler_type", "polynomial", 'one of constant, linear, cosine, or "auto"'),
-        ("objective", "f1", 'one of classification, completion, null, or "auto"'),
+        ("objective", "bleu", 'one of classification, completion, accuracy, f1, exact_match, reward, null, or "auto"'),
+        ("reward", "os:system", "one of brevity, politeness, the server's --mezo-rewards"),
+        ("max_new_tokens", 5, "nothing beside objective=None, for which the model writes nothing"),
     ],
 )
 def test_a_value_out_of_range_is_named_with_what_is_allowed(name, value, allowed):

@@ -8,7 +8,7 @@ import pytest
 from hyperparameters import ENGINE, KINDS, PLACE, refused, request, resolved
 from sglang.srt.mezo.core.config import MezoConfig
 from sglang.srt.mezo.core.errors import DataError
-from sglang.srt.mezo.service.jobs.hyperparameters import reported, resolve, settle, stored
+from sglang.srt.mezo.service.jobs.hyperparameters import beyond, reported, resolve, settle, stored
 from sglang.srt.mezo.service.wire.errors import RequestError
 from sglang.srt.mezo.service.wire.messages import EngineDescription
 
@@ -89,6 +89,18 @@ def test_a_prefix_has_defaults_of_its_own_and_nothing_of_adapters():
 def test_a_prefix_fits_the_context_and_the_pool(tokens, allowed):
     error = refused(request(tuning="prefix", num_virtual_tokens=tokens))
     assert error.param == f"{PLACE}.num_virtual_tokens" and allowed in error.message
+
+
+def test_a_job_names_a_reward_that_the_operator_has_registered():
+    config, _ = resolved(reward="brevity", max_new_tokens=8)
+    assert (config.objective, config.reward, config.max_new_tokens, config.temperature) == ("reward", "brevity", 8, 0)
+    error = refused(request(objective="reward"))
+    assert error.message.startswith(f"{PLACE}.reward=None is not allowed: one of brevity, politeness")
+    without = EngineDescription(**{**msgspec.structs.asdict(ENGINE), "rewards": []})
+    error = refused(request(reward="brevity"), without)
+    assert error.param == f"{PLACE}.reward" and "as the server was started without --mezo-rewards" in error.message
+    [(name, allowed)] = beyond(without, config)  # of a server that was started anew
+    assert name == "reward" and "without --mezo-rewards" in allowed
 
 
 def test_a_server_that_cannot_serve_prefixes_says_so():
@@ -180,9 +192,18 @@ def in_range(engine):
         "num_virtual_tokens": (1, 5, min(engine.kv_capacity // 4, engine.context_length - 1)),
         "invocation": (None, *([" It was"] if not engine.no_alora else ())),
         "target_modules": engine.target_modules and [engine.target_modules],
-        "objective": (None, "classification", "completion"),
+        "objective": (None, "classification", "completion", "accuracy", "f1", "exact_match"),
+        "reward": (None, "brevity"),
+        "max_new_tokens": (1, 64),
+        "temperature": (0, 1, 10**6),
+        "stop": (None, "\n"),
         "metric_for_best_model": (None, "eval_loss", "eval_accuracy"),
     }
+
+
+def beside(name):
+    """What a hyperparameter has a meaning with only."""
+    return {"objective": "f1"} if name in ("max_new_tokens", "temperature", "stop") else {}
 
 
 @pytest.mark.parametrize("kind", SERVERS)
@@ -194,7 +215,7 @@ def test_whatever_is_sent_alone_can_be_trained(kind, num_train):
     resolved(num_train, server(kind))
     for name, values in ranges.items():
         for value in values:
-            config, hyperparameters = resolved(num_train, server(kind), **{name: value})
+            config, hyperparameters = resolved(num_train, server(kind), **{name: value}, **beside(name))
             assert reported(stored(config), hyperparameters)[name] == value or name in (
                 "invocation",
                 "perturbation_rank",

@@ -21,6 +21,7 @@ from sglang.srt.mezo.service.jobs import manual
 from sglang.srt.mezo.service.wire.errors import RequestError
 from sglang.srt.mezo.service.wire.events import Failed, PerturbationDropped, PerturbationEvaluated, Started, StepTaken
 from sglang.srt.mezo.service.wire.messages import ApplyUpdate, EvaluatePerturbed, HoldJob, StartJob, StopJob
+from sglang.srt.mezo.service.wire.packed import unpack
 
 pytestmark = pytest.mark.anyio
 
@@ -43,7 +44,7 @@ async def test_a_perturbation_of_a_succeeded_job_is_evaluated(server):
     job = await succeeded_and_opened(server, zo_eps=0.5)
     assert await evaluate(server, job, losses=LOSSES) == {"step": 10, **LOSSES}
     [command] = server.scheduler.sent(EvaluatePerturbed)
-    assert (command.zo_random_seed, command.zo_eps, len(command.examples)) == (7, 1e-2, 1)
+    assert (command.zo_random_seed, command.zo_eps, len(unpack(command.examples))) == (7, 1e-2, 1)
     [held] = server.scheduler.sent(HoldJob)
     assert held.config.resume_from_checkpoint
     await evaluate(server, job, zo_eps=None, losses=LOSSES)

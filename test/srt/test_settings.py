@@ -10,6 +10,7 @@ from sglang.srt.mezo.core.config import MezoConfig
 from sglang.srt.mezo.core.errors import ConfigError
 from sglang.srt.mezo.core.settings import Bounds, names, require_settings, rows, setting
 from sglang.srt.mezo.service.jobs.hyperparameters import kinds
+from sglang.srt.mezo.service.wire.settings import ServiceSettings
 from sglang.srt.mezo.training.arguments import build, read
 
 
@@ -78,6 +79,13 @@ def test_what_must_be_given_and_what_may_be_left_open():
         require_settings(Some("a", -1))
     with pytest.raises(ConfigError, match="needed=None is not allowed: --needed is needed. A name."):
         build([Some], {})
+
+
+@pytest.mark.parametrize("rewards", ["module:function", "one=", "=module:function", "a=m:f,a=m:g", "a=m:f,m:g"])
+def test_rewards_of_a_server_have_names_of_their_own(rewards):
+    assert ServiceSettings(rewards="a=m:f, b=n:g").reward_functions == {"a": "m:f", "b": "n:g"}
+    with pytest.raises(ConfigError, match="--mezo-rewards=.* is not allowed: name=module:function with commas between"):
+        ServiceSettings(rewards=rewards)
 
 
 def test_the_page_of_settings_is_what_the_classes_say():

@@ -10,8 +10,6 @@ GeneratedObjective = Literal["f1", "exact_match", "reward"]
 Objective = Literal["classification", "completion", "accuracy", GeneratedObjective]
 """Losses of what the model says of given texts, or of what it writes itself. That of an accuracy, F1 score, exact match
 or reward, which has no derivative, is its mean with the sign changed."""
-JobObjective = Literal["classification", "completion"]
-"""What a server trains by."""
 OF_EARLIER_VERSIONS = {"objective": {"language_modeling": "completion"}}
 """Values that are called otherwise now, in configurations that an earlier version has stored."""
 GENERATED: tuple[Objective, ...] = get_args(GeneratedObjective)
@@ -48,10 +46,13 @@ class ObjectiveSettings:
         job=True,
     )
     reward: Optional[str] = setting(
-        None, "module:function, which gets prompts and completions, and returns a number for each; more is better."
+        None,
+        "module:function, which gets prompts and completions, and returns a number for each; more is better. A job "
+        "names one of --mezo-rewards.",
+        job=True,
     )
     max_new_tokens: int = setting(
-        None, "Of completions that the model writes: most tokens; 50 by default.", at_least=1, follows=True
+        None, "Of completions that the model writes: most tokens; 50 by default.", at_least=1, follows=True, job=True
     )
     temperature: float = setting(
         None,
@@ -60,9 +61,12 @@ class ObjectiveSettings:
         at_least=0,
         at_most=LARGEST,
         follows=True,
+        job=True,
     )
     stop: Optional[str] = setting(
-        None, "Of completions that the model writes: text before which they end; their end-of-text token by default."
+        None,
+        "Of completions that the model writes: text before which they end; their end-of-text token by default.",
+        job=True,
     )
 
     def __post_init__(self):

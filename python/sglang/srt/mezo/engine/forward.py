@@ -49,23 +49,30 @@ def extend(handle: EngineHandle, sequences: Sequence[Sequenced]) -> tuple[torch.
             f"{num_tokens} KV tokens are needed and {handle.free_kv_tokens} of {handle.kv_capacity} are free: raise "
             "max_total_tokens or lower the batch size"
         )
+    kv_indices = alloc_token_slots(handle.tree_cache, num_tokens)
+    try:
+        return extend_into(handle, sequences, kv_indices), kv_indices
+    except BaseException:
+        handle.kv_allocator.free(kv_indices)
+        raise
+
+
+def extend_into(handle: EngineHandle, sequences: Sequence[Sequenced], places: torch.Tensor) -> torch.Tensor:
+    """The same with the KV in places that the caller owns, int64 [tokens]; returns ``hidden``.
+
+    Raises:
+        CapacityError: the request rows cannot hold the batch.
+    """
     rows = handle.req_to_token_pool.alloc_rows(len(sequences))
     if rows is None:
         raise CapacityError(
             f"{len(sequences)} request rows are needed and {handle.free_rows} are free: lower max_tokens_per_batch or "
             "raise max_running_requests"
         )
-    kv_indices = None
     try:
-        kv_indices = alloc_token_slots(handle.tree_cache, num_tokens)
-        hidden = _run(handle, sequences, rows, kv_indices)
-    except BaseException:
-        if kv_indices is not None:
-            handle.kv_allocator.free(kv_indices)
-        raise
+        return _run(handle, sequences, rows, places)
     finally:
         handle.req_to_token_pool.free_rows(rows)
-    return hidden, kv_indices
 
 
 def _run(

@@ -4,6 +4,7 @@ SGLang counts a pool's places whenever it has nothing to do, and ends where some
 tree. So they lie in the tree, under a name that no request has by itself, and locked, so that nothing evicts them.
 """
 
+import itertools
 from array import array
 from typing import Any
 
@@ -12,22 +13,21 @@ from sglang.srt.mezo.engine.handle import EngineHandle
 
 OURS = "\x1f"
 """First character of the namespaces of the tree that are ours; those that users choose do not have it."""
+_NUMBERS = itertools.count(1)
 
 
 class HeldPlaces:
     """Some places, held until they are released or the tree is emptied.
 
     Args:
-        name: namespace of the tree that nothing else is in. In it the places are those of ``key(count)``.
-
-    Attributes:
-        places: int64 [count], indices of the pool.
+        name: namespace of the tree that nothing else is in; a new one by default. In it the places are those of
+            ``key_of(count)``.
 
     Raises:
         CapacityError: the pool has no room for them.
     """
 
-    def __init__(self, handle: EngineHandle, count: int, name: str):
+    def __init__(self, handle: EngineHandle, count: int, name: str | None = None):
         from sglang.srt.mem_cache.allocation import alloc_token_slots
         from sglang.srt.mem_cache.base_prefix_cache import InsertParams, MatchPrefixParams
         from sglang.srt.mem_cache.radix_cache import RadixKey
@@ -42,7 +42,7 @@ class HeldPlaces:
         self._root = self._lock = None
         self.places = alloc_token_slots(self._tree, count)
         if self._tree.supports_prefix_sharing():
-            key = RadixKey(key_of(count), name)
+            key = RadixKey(key_of(count), name or f"{OURS}held{next(_NUMBERS)}")
             self._tree.insert(InsertParams(key=key, value=self.places, prev_prefix_len=0))
             self._lock = self._tree.lock(self._tree.match_prefix(MatchPrefixParams(key=key)).last_device_node)
             self._root = self._tree.root_node_handle()

@@ -87,6 +87,7 @@ class BasePrefixes:
             prefix -> int64 [len(prefix)] KV indices.
         """
         wanted = sorted(set(prefixes) - {()})
+        root = self._handle.tree_cache.root_node_handle()
         nothing = torch.empty(0, dtype=torch.int64, device=self._handle.device)
         kept = self._make_room(wanted, beside)
         held: dict[Tokens, _Locked] = {}
@@ -100,7 +101,8 @@ class BasePrefixes:
                 held[prefix] = self._lock(prefix) or self._raise_evicted(prefix)
             yield {prefix: (held.get(prefix) or kept[prefix]).kv_indices for prefix in wanted} | {(): nothing}
         finally:
-            self._keep_or_unlock(held, keep)
+            if self._handle.tree_cache.root_node_handle() == root:  # else it has been emptied, and the locks with it
+                self._keep_or_unlock(held, keep)
 
     def release(self) -> None:
         """Unlock what is kept: the tree may evict it from now on."""

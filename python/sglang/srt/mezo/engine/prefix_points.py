@@ -1,7 +1,5 @@
 """Prefixes in the KV pool as ``Points``: each has the keys and values of its virtual tokens in places of its own."""
 
-from itertools import count
-
 import torch
 
 from sglang.srt.mezo.adapters.prefix_adapter import PrefixAdapter, PrefixSpec
@@ -10,12 +8,11 @@ from sglang.srt.mezo.core.estimator import SIGNS, Estimator
 from sglang.srt.mezo.core.noise import initial_uniform
 from sglang.srt.mezo.engine.forward import Sequenced, extend
 from sglang.srt.mezo.engine.handle import EngineHandle
-from sglang.srt.mezo.engine.held_places import OURS, HeldPlaces
+from sglang.srt.mezo.engine.held_places import HeldPlaces
 from sglang.srt.mezo.engine.kv_pool import erase
 from sglang.srt.mezo.engine.points import PackedPoints, Point
 
 _POOL_SHARE = 0.25  # of the KV pool that the points of a pass may have
-_NAMES = count(1)
 
 
 class PrefixLayout:
@@ -59,7 +56,7 @@ class PrefixLayout:
 
 def held_prefix(handle: EngineHandle, adapter: PrefixAdapter) -> Point:
     """A point at which a prefix stays as it is, as long as the engine lives."""
-    held = HeldPlaces(handle, adapter.spec.num_virtual_tokens, f"{OURS}points{next(_NAMES)}")
+    held = HeldPlaces(handle, adapter.spec.num_virtual_tokens)
     PrefixLayout(handle, adapter.spec).write(adapter.theta.view(adapter.by_layer), held.places)
     return Point(cached=held.places, shift=_shift(adapter.spec))
 
@@ -121,7 +118,7 @@ class PrefixPoints(PackedPoints):
             self._begin(self._seed)
             self._seed = None
         spec, shift = self._adapter.spec, _shift(self._adapter.spec)
-        self._held = HeldPlaces(self._handle, self.tokens, f"{OURS}points{next(_NAMES)}")
+        self._held = HeldPlaces(self._handle, self.tokens)
         self._points = [Point(cached=own, shift=shift) for own in self._held.places.split(spec.num_virtual_tokens)]
 
     def release(self) -> None:

@@ -103,7 +103,15 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _fill_server_args(server_args) -> None:
-    """Fill what the user left open, and refuse what training cannot run beside. Runs once for each record."""
+    """Fill what the user left open, and refuse what training cannot run beside, before a model is loaded for nothing.
+    Runs once for each record."""
+    try:
+        _fill(server_args)
+    except ConfigError as error:
+        raise StartRefused(str(error)) from error
+
+
+def _fill(server_args) -> None:
     settings = _settings()
     if getattr(server_args, "_resolution_finished", False):
         return
@@ -113,13 +121,13 @@ def _fill_server_args(server_args) -> None:
         return
     from sglang.srt.mezo.adapters.families import require_generating
     from sglang.srt.mezo.engine.handle import checkpoint_config, config_source, warn_of_differences
+    from sglang.srt.mezo.training import rewards
 
-    try:  # before a model is loaded for nothing
-        folder.make(settings.directory)
-        config = checkpoint_config(*config_source(server_args))
-        require_generating(config)
-    except ConfigError as error:
-        raise StartRefused(str(error)) from error
+    folder.make(settings.directory)
+    for function in settings.reward_functions.values():
+        rewards.resolve(function)
+    config = checkpoint_config(*config_source(server_args))
+    require_generating(config)
     warn_of_differences(config, server_args.context_length)
     for field, allowed in (("dp_size", 1), ("pp_size", 1), ("tokenizer_worker_num", 1)):
         if getattr(server_args, field) != allowed:
@@ -367,32 +375,13 @@ SCHEDULER_HOOKS = (
     Hook(
         _SCHEDULER, "Scheduler._add_request_to_queue", "before", _before_queue, "tells when the first token was there"
     ),
-    Hook(
-        _WEIGHTS,
-        "WeightUpdater.update_weights_from_disk",
-        "after",
-        base_model.after_load_from_disk,
-        "another base model is noticed",
-    ),
-    Hook(
-        _WEIGHTS,
-        "WeightUpdater.load_weights_from_distributed",
-        "after",
-        base_model.after_load,
-        "another base model is noticed",
-    ),
-    Hook(
-        _WEIGHTS,
-        "WeightUpdater.update_weights_from_tensor",
-        "after",
-        base_model.after_load,
-        "another base model is noticed",
-    ),
-    Hook(
-        _WEIGHTS,
-        "WeightUpdater.update_weights_from_ipc",
-        "after",
-        base_model.after_load,
-        "another base model is noticed",
+    *(
+        Hook(_WEIGHTS, f"WeightUpdater.{name}", "after", look, "another base model is noticed")
+        for name, look in (
+            ("update_weights_from_disk", base_model.after_load_from_disk),
+            ("load_weights_from_distributed", base_model.after_load),
+            ("update_weights_from_tensor", base_model.after_load),
+            ("update_weights_from_ipc", base_model.after_load),
+        )
     ),
 )

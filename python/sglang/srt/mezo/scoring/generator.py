@@ -9,8 +9,9 @@ from sglang.srt.mezo.core.errors import DivergedError
 from sglang.srt.mezo.core.noise import sample_uniform
 from sglang.srt.mezo.core.objective import Generation
 from sglang.srt.mezo.core.passes import Passes
-from sglang.srt.mezo.engine.forward import Sequenced, extend
+from sglang.srt.mezo.engine.forward import Sequenced, extend_into
 from sglang.srt.mezo.engine.handle import EngineHandle
+from sglang.srt.mezo.engine.held_places import HeldPlaces, keeps_keys
 from sglang.srt.mezo.engine.kv_pool import erase
 from sglang.srt.mezo.engine.points import PointGroup
 from sglang.srt.mezo.scoring.plan import ExamplePlan
@@ -52,8 +53,8 @@ class Completions:
 class Generator:
     """Writes on after planned rows, on what the scorer shares between them.
 
-    All rows that fit into one pass go on together, a token a pass; the KV of what they have written is held until they
-    are over.
+    All rows that fit into one pass go on together, a token a pass. Their KV lies in places of the pool that stay ours
+    from pass to pass, and for the rows after them, until ``release``.
     """
 
     def __init__(self, handle: EngineHandle, scorer: Scorer, generation: Generation, completions: Completions):
@@ -61,11 +62,26 @@ class Generator:
         self._scorer = scorer
         self._generation = generation
         self._completions = completions
+        self._held: HeldPlaces | None = None
+        tree = handle.tree_cache
+        self._may_pause = tree.supports_prefix_sharing() and keeps_keys(tree)
+
+    @property
+    def held_tokens(self) -> int:
+        """Places of the pool that are ours now."""
+        return len(self._held.places) if self._held is not None and self._held.is_valid else 0
+
+    def release(self) -> None:
+        """Give the places back; what is being written is lost."""
+        held, self._held = self._held, None
+        if held is not None and held.is_valid:
+            held.release()
 
     def passes(
         self, plans: Sequence[ExamplePlan], groups: Sequence[PointGroup], seed: int, keep: bool = True
     ) -> Passes[list[list[str]]]:
-        """A completion of every plan at every point.
+        """A completion of every plan at every point, a forward pass of at most the scorer's ``max_tokens`` at a time;
+        where no places can stay ours, all completions of some rows at a time.
 
         Args:
             seed: of what is drawn: the ``k``-th plan's completion is drawn by the same numbers at all points.
@@ -77,56 +93,70 @@ class Generator:
         texts = [[""] * len(plans) for group in groups for _ in group]
         for items in self._scorer.batches(plans, groups, self._generation.max_new_tokens):
             yield from self._scorer.prepare(items)
-            with self._scorer.running(items, keep, self._generation.max_new_tokens) as ran:
-                written = self._write(items, ran, seed)
+            places = self._places(self._scorer.tokens_of(items, self._generation.max_new_tokens))
+            with self._scorer.running(items, keep, places) as ran:
+                written = yield from self._write(items, ran, places[len(ran.kv_indices) :], seed)
             for item, tokens in zip(items, written):
                 texts[item.number][item.plan] = self._completions.text(tokens)
+            if not self._may_pause:
+                self.release()
             yield
         return texts
 
-    def _write(self, items: Sequence[Item], ran: Ran, seed: int) -> list[list[int]]:
-        """The tokens that each item goes on with."""
-        places, held = ran.places(), []
+    def _places(self, count: int) -> torch.Tensor:
+        """So many of ours."""
+        if self._held is None or self.held_tokens < count:
+            self.release()
+            self._held = HeldPlaces(self._handle, count)
+        return self._held.places[:count]
+
+    def _write(self, items: Sequence[Item], ran: Ran, free: torch.Tensor, seed: int) -> Passes[list[list[int]]]:
+        """The tokens that each item goes on with; their KV goes to free places."""
+        places = ran.places()
         written: list[list[int]] = [[] for _ in items]
-        going, hidden = list(range(len(items))), ran.hidden
-        rows = [ran.rows[one][-1] for one in going]
-        try:
-            while going:
-                self._require_finite(hidden, held)
-                drawn = [(items[one].plan, len(written[one])) for one in going]
-                for one, token in zip(going, self._next(hidden, rows, seed, drawn)):
-                    written[one].append(token)
-                going = [one for one in going if not self._completions.is_over(written[one])]
-                if going:
-                    hidden, new = extend(self._handle, [_after(items[one], places[one], written[one]) for one in going])
-                    held.append(new)
-                    for one, place in zip(going, new.split(1)):
-                        places[one] = torch.cat((places[one], place))
-                    rows = list(range(len(going)))
-        finally:
-            if held:
-                self._handle.kv_allocator.free(torch.cat(held))
+        self._require_finite(ran.hidden)
+        last = [ran.rows[number][-1] for number in range(len(items))]
+        going = self._go_on(range(len(items)), items, written, ran.hidden[last], seed)
+        while going:
+            if self._may_pause:
+                yield
+            few, going = going[: self._scorer.max_tokens], going[self._scorer.max_tokens :]
+            new, free = free[: len(few)], free[len(few) :]
+            hidden = extend_into(self._handle, [_after(items[one], places[one], written[one]) for one in few], new)
+            self._require_finite(hidden, new)
+            for one, place in zip(few, new.split(1)):
+                places[one] = torch.cat((places[one], place))
+            going += self._go_on(few, items, written, hidden, seed)
         return written
 
-    def _require_finite(self, hidden: torch.Tensor, held: Sequence[torch.Tensor]) -> None:
+    def _require_finite(self, hidden: torch.Tensor, places: torch.Tensor | None = None) -> None:
+        """What a point that has diverged has left in ``places`` is erased."""
         if hidden.isfinite().all():
             return
-        if held:  # what a point that has diverged wrote last; the scorer erases what it wrote first
-            erase(self._handle.kv_allocator.get_kvcache(), held[-1])
+        if places is not None:
+            erase(self._handle.kv_allocator.get_kvcache(), places)
         raise DivergedError(
             "what the model computes at a point is infinite or not a number: lower learning_rate or zo_eps"
         )
 
-    def _next(
-        self, hidden: torch.Tensor, rows: Sequence[int], seed: int, drawn: Sequence[tuple[int, int]]
+    def _go_on(
+        self, few: Sequence[int], items: Sequence[Item], written: list[list[int]], hidden: torch.Tensor, seed: int
     ) -> list[int]:
-        """The tokens after ``rows`` of ``hidden``; ``drawn`` has the number of the text, and of its token."""
+        """Append the token after each row of ``hidden`` to what a few of the items have written; returns those that
+        are not over."""
+        tokens = self._next(hidden, seed, [(items[one].plan, len(written[one])) for one in few])
+        for one, token in zip(few, tokens):
+            written[one].append(token)
+        return [one for one in few if not self._completions.is_over(written[one])]
+
+    def _next(self, hidden: torch.Tensor, seed: int, drawn: Sequence[tuple[int, int]]) -> list[int]:
+        """The tokens after the rows of ``hidden``; ``drawn`` has the number of each text, and of its token."""
         temperature = self._generation.temperature
         uniform = [sample_uniform(seed, *one) for one in drawn] if temperature else [0.0] * len(drawn)
         with torch.inference_mode():
             tokens = self._scorer.head.next_tokens(
                 hidden,
-                torch.tensor(rows, device=hidden.device),
+                torch.arange(len(hidden), device=hidden.device),
                 temperature,
                 torch.tensor(uniform, dtype=torch.float64),
             )

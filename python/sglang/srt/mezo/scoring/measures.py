@@ -44,6 +44,15 @@ class Measure(Protocol):
         """
         ...
 
+    @property
+    def held_tokens(self) -> int:
+        """Places of the KV pool that it holds between passes."""
+        ...
+
+    def release(self) -> None:
+        """Give them back; what is under way is lost."""
+        ...
+
 
 @dataclass(frozen=True)
 class Reading:
@@ -51,6 +60,7 @@ class Reading:
 
     scorer: Scorer
     objective: Objective
+    held_tokens = 0
 
     def passes(
         self, plans: Sequence[ExamplePlan], groups: Sequence[PointGroup], seed: int, keep: bool = True
@@ -61,6 +71,9 @@ class Reading:
             right = predictions(plans, values) == torch.tensor([plan.label for plan in plans])
             scores = {"accuracy": right.double().sum(dim=1)}
         return Measured(batch_loss(plans, values, self.objective), scores)
+
+    def release(self) -> None:
+        """It holds none."""
 
 
 @dataclass(frozen=True)
@@ -83,3 +96,10 @@ class Writing:
         grades = self.handle.on_leader(self.grade, list(plans) * len(texts), sum(texts, []))
         total = torch.tensor(grades, dtype=torch.float64).view(len(texts), len(plans)).sum(dim=1)
         return Measured(BatchLoss(-total, len(plans)), {self.objective: total})
+
+    @property
+    def held_tokens(self) -> int:
+        return self.generator.held_tokens
+
+    def release(self) -> None:
+        self.generator.release()

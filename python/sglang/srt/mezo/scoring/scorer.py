@@ -10,7 +10,7 @@ import torch
 from sglang.srt.mezo.core.objective import Objective
 from sglang.srt.mezo.core.passes import Passes
 from sglang.srt.mezo.core.tokens import common_length
-from sglang.srt.mezo.engine.forward import Sequenced, before, extend
+from sglang.srt.mezo.engine.forward import Sequenced, before, extend, extend_into
 from sglang.srt.mezo.engine.handle import EngineHandle
 from sglang.srt.mezo.engine.head import Head
 from sglang.srt.mezo.engine.kv_pool import erase
@@ -19,7 +19,8 @@ from sglang.srt.mezo.engine.prefix import BasePrefixes, PrefixStats
 from sglang.srt.mezo.scoring.plan import ExamplePlan, PrefixScope, Row, needs_normaliser
 from sglang.srt.mezo.scoring.sharing import SharedPrefix, plan_shared_prefixes
 
-# Of the KV pool that the prefixes of one pass may fill: the first, or as much as may be kept, up to the second.
+# Of the KV pool that the prefixes of one pass may fill, and what goes on over many passes: the first, or as much as may
+# be kept, up to the second.
 _PREFIX_SHARE, _MOST_PREFIX_SHARE = 0.25, 0.5
 _PASS_SHARE = 0.75  # of the KV pool for all tokens of a pass
 _NOTHING = torch.empty(0, dtype=torch.int64)
@@ -145,23 +146,29 @@ class Scorer:
         after point.
 
         Args:
-            new_tokens: that follow on each row later, for which there must be room.
+            new_tokens: that follow on each row later; the rows are held until then.
         """
         batch: list[Item] = []
-        tokens, prefixes, before = 0, _Prefixes(), None
+        tokens, held, prefixes, before = 0, 0, _Prefixes(), None
         for unit in _units(plans, groups, points_first=self.scope is PrefixScope.SLOT):
             cost, longer = self._cost(unit, before), prefixes.with_unit(unit)
-            rows = len(batch) + len(unit.items)
-            full = tokens + cost > self._max_tokens or rows > self._handle.free_rows
-            if batch and (full or not self._has_room(longer.tokens, tokens + cost + rows * new_tokens)):
+            more = self.tokens_of(unit.items, new_tokens) if new_tokens else 0
+            full = tokens + cost > self._max_tokens or len(batch) + len(unit.items) > self._handle.free_rows
+            if batch and (full or not self._has_room(longer.tokens, tokens + cost, held + more)):
                 yield sorted(batch, key=lambda item: item.number)
-                batch, tokens, cost, longer = [], 0, self._cost(unit, None), _Prefixes().with_unit(unit)
+                batch, tokens, held, cost, longer = [], 0, 0, self._cost(unit, None), _Prefixes().with_unit(unit)
             batch += unit.items
-            tokens, prefixes, before = tokens + cost, longer, unit
+            tokens, held, prefixes, before = tokens + cost, held + more, longer, unit
         yield sorted(batch, key=lambda item: item.number)
 
-    def _has_room(self, prefix_tokens: int, tokens: int) -> bool:
-        return prefix_tokens <= self._prefix_room and prefix_tokens + tokens <= _PASS_SHARE * self._handle.kv_capacity
+    def tokens_of(self, items: Sequence[Item], new_tokens: int) -> int:
+        """Of the KV pool, that so many more on each item take beside the prefixes that are shared."""
+        shared = self._prefix_reuse
+        return sum((0 if shared else len(item.row.prefix)) + len(item.row.suffix) + new_tokens for item in items)
+
+    def _has_room(self, prefix_tokens: int, tokens: int, held: int) -> bool:
+        most = _PASS_SHARE * self._handle.kv_capacity
+        return max(prefix_tokens, held) <= self._prefix_room and prefix_tokens + max(tokens, held) <= most
 
     def _cost(self, unit: "_Unit", before: "_Unit | None") -> int:
         """Tokens that the unit runs, after ``before`` in the same pass.
@@ -180,23 +187,29 @@ class Scorer:
         return len(unit.group) * (unit.plan.slot_tokens - shared)
 
     @contextmanager
-    def running(self, items: Sequence[Item], keep: bool, new_tokens: int = 0) -> Iterator[Ran]:
+    def running(self, items: Sequence[Item], keep: bool, places: torch.Tensor | None = None) -> Iterator[Ran]:
         """Run the items in one pass; their KV and the locks on their prefixes are held for the duration.
 
         Args:
             keep: base-model prefixes may stay locked afterwards.
-            new_tokens: that are to follow on each item meanwhile.
+            places: of the caller's in the KV pool, for ``tokens_of`` the items at least; by default they are taken and
+                given back.
         """
         borrowed = self._borrowed(items)
-        with self._base(items, keep, new_tokens) as base:
+        with self._base(items, keep) as base:
             sequences = self._sequences(items, borrowed, base)
-            hidden, kv_indices = extend(self._handle, sequences)
+            if places is None:
+                hidden, kv_indices = extend(self._handle, sequences)
+            else:
+                kv_indices = places[: sum(len(sequence.tokens) for sequence in sequences)]
+                hidden = extend_into(self._handle, sequences, kv_indices)
             try:
                 yield Ran(hidden, self._hidden_rows(items, borrowed), tuple(borrowed), sequences, kv_indices)
             finally:
                 if not hidden.isfinite().all():  # of a point that has diverged
                     erase(self._handle.kv_allocator.get_kvcache(), kv_indices)
-                self._handle.kv_allocator.free(kv_indices)
+                if places is None:
+                    self._handle.kv_allocator.free(kv_indices)
 
     def _borrowed(self, items: Sequence[Item]) -> dict[int, SharedPrefix]:
         """Item -> the tokens of its suffix that another item runs, in the order in which they run."""
@@ -216,7 +229,7 @@ class Scorer:
         self.prefix_stats.total += lent + sum(lengths)
 
     @contextmanager
-    def _base(self, items: Sequence[Item], keep: bool, new_tokens: int):
+    def _base(self, items: Sequence[Item], keep: bool):
         """Prefix -> KV indices of the base model: none where prefixes are run anew."""
         prefix_tokens = sum(len(item.row.prefix) for item in items)
         self.prefix_stats.total += prefix_tokens
@@ -224,7 +237,7 @@ class Scorer:
             self.prefix_stats.computed += prefix_tokens
             yield {item.row.prefix: _NOTHING for item in items}
             return
-        tokens = sum(len(item.row.suffix) + new_tokens for item in items)
+        tokens = sum(len(item.row.suffix) for item in items)
         with self.base_prefixes.acquire((item.row.prefix for item in items), tokens, keep) as base:
             yield base
 

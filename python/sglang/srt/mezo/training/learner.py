@@ -229,6 +229,17 @@ class Learner:
         """Have the prefixes in the tree that a run has there that has come to this step by itself."""
         return self.window.restore(self.global_step, self.eval_plans, self.points)
 
+    @property
+    def held_tokens(self) -> int:
+        """Places of the KV pool that the step in progress holds, beside kept prefixes."""
+        return self.measure.held_tokens + (self.points.tokens if self.points.claimed else 0)
+
+    def release_places(self) -> None:
+        """Give them back; the step is to begin anew."""
+        self.measure.release()
+        if self.points.tokens:
+            self.points.release()
+
     def trained_tokens(self) -> int:
         """Tokens of the examples drawn so far."""
         return self.drawn.trained_tokens(self.global_step)
@@ -237,4 +248,5 @@ class Learner:
         """Give slots and locks back to the engine, the ones even if the others fail."""
         with ExitStack() as stack:
             stack.callback(self.points.release)
+            stack.callback(self.measure.release)
             stack.callback(self.scorer.base_prefixes.release)

@@ -53,13 +53,17 @@ def measure_of(handle: EngineHandle, scorer: Scorer, objective: Objective, write
 
 def _grade_of(generation: Generation) -> Grade:
     if generation.reward is not None:
-        return _Rewarded(generation.reward, *_function(generation.reward))
+        return _Rewarded(generation.reward, *resolve(generation.reward))
     metric = _METRICS[generation.objective]
     return lambda plans, texts: [metric(text, (plan.columns or {})["answers"]) for plan, text in zip(plans, texts)]
 
 
-def _function(name: str) -> tuple[Reward, inspect.Signature]:
-    """What ``module:function`` names, and what it takes; modules of the working directory are found as well."""
+def resolve(name: str) -> tuple[Reward, inspect.Signature]:
+    """What ``module:function`` names, and what it takes; modules of the working directory are found as well.
+
+    Raises:
+        ConfigError: there is none.
+    """
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:

@@ -12,13 +12,14 @@ from sglang.srt.mezo.core.config import MOST_STEPS, NEW_ADAPTER, MezoConfig, Ser
 from sglang.srt.mezo.core.errors import ConfigError, DataError, shown
 from sglang.srt.mezo.core.estimator import SIGNS, Estimator
 from sglang.srt.mezo.core.kinds import described, fits
-from sglang.srt.mezo.core.objective import JobObjective
+from sglang.srt.mezo.core.objective import SCORES
 from sglang.srt.mezo.core.settings import LARGEST, Bounds, names, setting_of
 from sglang.srt.mezo.data.invocation import AUTO
 from sglang.srt.mezo.engine.prefix_needs import POOL_SHARE
 from sglang.srt.mezo.service.jobs.origins import Origin
 from sglang.srt.mezo.service.wire.errors import RequestError
 from sglang.srt.mezo.service.wire.messages import SPARE_SLOTS, EngineDescription
+from sglang.srt.mezo.service.wire.settings import allowed_rewards
 from sglang.srt.mezo.training.start import contradiction
 
 MOST_EXAMPLES = 4096
@@ -39,11 +40,7 @@ def kinds(config: type[MezoConfig] = MezoConfig) -> dict[str, tuple[Any, Bounds]
     """
     types = get_type_hints(config)
     own = {one.name: (types[one.name], bounds) for one in fields(config) if (bounds := setting_of(one).job) is not None}
-    of_server = {
-        "tuning": (ServedTuning, Bounds()),
-        "target_modules": (list[str], Bounds()),
-        "objective": (JobObjective | None, Bounds()),
-    }
+    of_server = {"tuning": (ServedTuning, Bounds()), "target_modules": (list[str], Bounds())}
     return {**_OPENAI, **own, **of_server}
 
 
@@ -55,7 +52,7 @@ _UNSTORED = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint")  # 
 _AUTO_STEPS = 250
 
 _MOST_CHARACTERS = 1000  # of an invocation
-_METRICS = ("eval_loss", "eval_accuracy")
+_METRICS = ("eval_loss", *dict.fromkeys(f"eval_{score}" for scores in SCORES.values() for score in scores))
 
 
 class _Given(NamedTuple):
@@ -86,6 +83,7 @@ def resolve(
     """
     given = _given(request)
     _check_together(given)
+    _check_reward(engine, given)
     values = {name: sent.value for name, sent in given.items()}
     batch_size = values.pop("batch_size", min(16, num_train))
     most_batches = MOST_EXAMPLES // batch_size
@@ -199,6 +197,12 @@ def _check_together(given: Mapping[str, _Given]) -> None:
         raise _refusal(metric, f"one of {', '.join(_METRICS)}, null")
 
 
+def _check_reward(engine: EngineDescription, given: Mapping[str, _Given]) -> None:
+    objective, reward = (given[name].value if name in given else None for name in ("objective", "reward"))
+    if (reward is not None or objective == "reward") and reward not in engine.rewards:
+        raise _refused("reward", reward, allowed_rewards(engine.rewards), given)
+
+
 def _check_origin(origin: Origin, given: Mapping[str, _Given]) -> None:
     if (
         wrong := contradiction({name: sent.value for name, sent in given.items()}, origin.adapter, origin.tokenizer)
@@ -284,6 +288,8 @@ def beyond(engine: EngineDescription, config: MezoConfig, to_serve: bool = False
         yield "target_modules", f"some of {', '.join(engine.target_modules)}, which this server adapts"
     if to_serve:
         return
+    if config.reward is not None and config.reward not in engine.rewards:
+        yield "reward", allowed_rewards(engine.rewards)
     if config.tuning != "prefix" and (slots := _slots(config.estimator)) > engine.max_loras_per_batch:
         yield (
             "estimator",

@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from sglang.srt.mezo.core.atomic import atomic_file
 from sglang.srt.mezo.core.config import MOST_PASS_TOKENS, MezoConfig, Tuning
 from sglang.srt.mezo.core.errors import DataError
 from sglang.srt.mezo.core.integrity import require_sums, write_sums
-from sglang.srt.mezo.core.objective import Objective
+from sglang.srt.mezo.core.objective import SCORES, Objective
 from sglang.srt.mezo.data.chat import ChatSettings
 from sglang.srt.mezo.data.examples import Encoder, Example, count_shared, default_objective
 from sglang.srt.mezo.data.invocation import AUTO, invocation_setting, invocation_tokens
@@ -23,8 +24,8 @@ from sglang.srt.mezo.data.rows import SourceRow, read_jsonl
 from sglang.srt.mezo.engine.chat import ChatRenderer
 from sglang.srt.mezo.scoring.plan import Planner
 from sglang.srt.mezo.service.wire.errors import RequestError
-from sglang.srt.mezo.service.wire.messages import EngineDescription, TokenizedExample
-from sglang.srt.mezo.service.wire.packed import MAX_EXAMPLES, MAX_TOKENS, num_tokens
+from sglang.srt.mezo.service.wire.messages import EngineDescription
+from sglang.srt.mezo.service.wire.packed import MAX_EXAMPLES, MAX_TOKENS, size
 from sglang.srt.mezo.service.wire.records import StoredJob
 
 if TYPE_CHECKING:
@@ -100,9 +101,9 @@ class JobReader:
         settings = job.settings
         is_open = settings.invocation == AUTO
         tuning, invocation = settings.tuning, () if is_open else self.invocation(job)
-        longest = self._longest(settings)
-        train = self._read_file(training_file, "training_file", invocation, longest)
-        evaluation = self._read_file(validation_file, "validation_file", invocation, longest) if validation_file else []
+        read = partial(self._read_file, settings, invocation=invocation)
+        train = read(training_file, "training_file")
+        evaluation = read(validation_file, "validation_file") if validation_file else []
         found = None
         if is_open:
             tuning, invocation, found = self._suggested([*train, *evaluation])
@@ -124,7 +125,7 @@ class JobReader:
             raise RequestError(
                 400, f"rows[{error.line}]: {error.reason}", f"rows.{error.line}", "invalid_row"
             ) from error
-        tokens = sum(map(num_tokens, examples))
+        tokens = sum(map(size, examples))
         if len(examples) > MAX_EXAMPLES or tokens > MAX_TOKENS:
             raise RequestError(
                 400,
@@ -148,16 +149,14 @@ class JobReader:
         assert settings.invocation is not None, "activated LoRA has one (``resolve``)"
         return invocation_tokens(settings.invocation, self._tokenizer)
 
-    def _longest(self, settings: MezoConfig) -> int:
-        """Tokens of a sequence: virtual ones before it take theirs from the context."""
-        return self._max_length - (settings.num_virtual_tokens or 0)
-
-    def _read_file(self, file: SourceFile, param: str, invocation: tuple[int, ...], longest: int) -> list[RowExample]:
+    def _read_file(
+        self, settings: MezoConfig, file: SourceFile, param: str, invocation: tuple[int, ...]
+    ) -> list[RowExample]:
         with _names(param):
             rows = list(read_jsonl(file.path, file.name, MAX_ROW_BYTES))
             if not rows:
                 raise DataError("no row", file.name)
-            return self._tokenised(rows, invocation, longest)
+            return self._tokenised(rows, settings, invocation)
 
     def _suggested(self, encoded: Sequence[RowExample]) -> tuple[Tuning, tuple[int, ...], str | list[int] | DataError]:
         """How an adapter acts that leaves it open: from the chat template's generation prompt on, or else on every
@@ -172,13 +171,18 @@ class JobReader:
     def _encode(self, job: StoredJob, rows: Sequence[SourceRow]) -> list[Example]:
         """Examples of a job whose files have been read."""
         invocation = self.invocation(job)
-        encoded = self._tokenised(rows, invocation, self._longest(job.settings))
+        encoded = self._tokenised(rows, job.settings, invocation)
         examples, _ = self._usable(encoded, Planner(job.settings.tuning, invocation), job.settings.objective)
         return examples
 
-    def _tokenised(self, rows: Sequence[SourceRow], invocation: tuple[int, ...], longest: int) -> list[RowExample]:
+    def _tokenised(
+        self, rows: Sequence[SourceRow], settings: MezoConfig, invocation: tuple[int, ...]
+    ) -> list[RowExample]:
         """Each row with its examples, in order; raises DataError at the first that has none."""
-        encoder = Encoder(self._tokenizer, longest, invocation=invocation, chat=self._chat)
+        longest = self._max_length - (settings.num_virtual_tokens or 0)
+        encoder = Encoder(
+            self._tokenizer, longest, invocation=invocation, chat=self._chat, generation=settings.generation
+        )
         encoded = []
         for start in range(0, len(rows), _ROWS_TOGETHER):
             together = rows[start : start + _ROWS_TOGETHER]
@@ -208,14 +212,13 @@ class JobReader:
         objective = objective or default_objective(examples)
         for row, example in encoded:
             self._require_one_pass(planner, example, row)
-            if objective == "classification" and len(example.options) < 2:
-                raise DataError(
-                    "one option leaves nothing to choose from, which classification needs", row.source, row.line
-                )
+            if "accuracy" in SCORES[objective] and len(example.options) < 2:
+                reason = f"one option leaves nothing to choose from, which {objective} needs"
+                raise DataError(reason, row.source, row.line)
         return examples, objective
 
     def _require_one_pass(self, planner: Planner, example: Example, row: SourceRow) -> None:
-        if 2 * (len(example.options) * len(example.prompt) + num_tokens(example)) <= self._max_pass_tokens:
+        if 2 * (len(example.options) * len(example.prompt) + size(example)) <= self._max_pass_tokens:
             return  # were nothing shared, it would be within it
         plan = planner.plan(example)
         tokens = 2 * plan.slot_tokens + sum(map(len, {row.prefix for row in plan.rows}))
@@ -237,10 +240,6 @@ def _has_few_options(row: SourceRow) -> bool:
     """To be asked before they are tokenised, each with its prompt."""
     options = row.fields.get("options")
     return not isinstance(options, list) or len(options) <= MAX_OPTIONS
-
-
-def to_message(example: Example) -> TokenizedExample:
-    return list(example.prompt), list(map(list, example.options)), example.label
 
 
 class AppendedRows:

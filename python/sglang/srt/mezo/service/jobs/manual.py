@@ -12,7 +12,7 @@ from typing import Any
 from sglang.srt.mezo.core.errors import shown
 from sglang.srt.mezo.service.jobs.client import EngineClient
 from sglang.srt.mezo.service.jobs.fit import Fit
-from sglang.srt.mezo.service.jobs.job_data import JobReader, to_message
+from sglang.srt.mezo.service.jobs.job_data import JobReader
 from sglang.srt.mezo.service.jobs.job_runs import JobRuns
 from sglang.srt.mezo.service.jobs.published import PublishedAdapters
 from sglang.srt.mezo.service.jobs.session import HeldSession, Sessions
@@ -23,6 +23,7 @@ from sglang.srt.mezo.service.store.store import Store
 from sglang.srt.mezo.service.wire.errors import RequestError
 from sglang.srt.mezo.service.wire.events import Failed
 from sglang.srt.mezo.service.wire.messages import ApplyUpdate, EvaluatePerturbed, SaveAdapter
+from sglang.srt.mezo.service.wire.packed import pack
 from sglang.srt.mezo.service.wire.records import StoredEvent, StoredJob, new_id
 
 _IDLE_SECONDS = 30.0
@@ -71,7 +72,7 @@ class ManualWork:
             command = EvaluatePerturbed(
                 job_id=job_id,
                 operation=new_id("op-"),
-                examples=list(map(to_message, examples)),
+                examples=pack(examples),
                 zo_random_seed=zo_random_seed,
                 zo_eps=zo_eps,
             )

@@ -144,7 +144,7 @@ class PublishedAdapters:
 
         Args:
             write: makes the PEFT folder.
-            record: stores the version, before the server answers to it.
+            record: stores the version, before the server answers by it in the place of another.
 
         Raises:
             PublishError, OSError, sqlite3.Error: the version before is served as before.

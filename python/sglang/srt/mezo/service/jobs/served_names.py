@@ -56,7 +56,8 @@ async def publish(
     """Load an adapter and let ``name`` stand for it.
 
     Args:
-        record: puts on record that it does; awaited once the adapter is loaded.
+        record: puts on record that it does; awaited once the adapter is loaded. Whoever reads the record can ask for
+            the name at once, so one that is new answers before that.
 
     Raises:
         PublishError: it cannot be loaded; the name stands for what it stood for before, as it does where ``record``
@@ -86,13 +87,20 @@ async def _publish(
             if len(failures) < len(replies):
                 await _unload(tokenizer_manager, new)
             raise PublishError(f"the adapter {name!r} cannot be loaded: {' | '.join(map(str, failures))}")
+        is_new = not is_loaded(tokenizer_manager, name)
+        old = await _point(tokenizer_manager, name, new) if is_new else None
         try:
             if record is not None:
                 await record()
         except Exception:
-            await _unload(tokenizer_manager, new)
+            if is_new:
+                await _point(tokenizer_manager, name, None)
+                _unload_when_idle(tokenizer_manager, new)
+            else:
+                await _unload(tokenizer_manager, new)
             raise
-        old = await _point(tokenizer_manager, name, new)
+        if not is_new:
+            old = await _point(tokenizer_manager, name, new)
         announce(tokenizer_manager, name, directory)
     if old is not None:
         _unload_when_idle(tokenizer_manager, old)

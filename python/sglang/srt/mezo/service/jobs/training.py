@@ -10,9 +10,9 @@ from typing import Any
 
 from sglang.srt.mezo.core.atomic import atomic_directory
 from sglang.srt.mezo.core.integrity import digest_of_file
+from sglang.srt.mezo.core.objective import SCORES
 from sglang.srt.mezo.data.examples import count_shared
 from sglang.srt.mezo.service.jobs.client import EngineClient
-from sglang.srt.mezo.service.jobs.job_data import to_message
 from sglang.srt.mezo.service.jobs.job_runs import JobRuns, RunData
 from sglang.srt.mezo.service.jobs.published import PublishedAdapters
 from sglang.srt.mezo.service.jobs.results import FILENAME, PURPOSE, write_results
@@ -24,6 +24,7 @@ from sglang.srt.mezo.service.store.store import Store
 from sglang.srt.mezo.service.wire.errors import DiskFull, EngineRefused, NotFound, RequestError
 from sglang.srt.mezo.service.wire.events import CheckpointSaved, Evaluated, Failed, JobEvent, Started, StepTaken, Warned
 from sglang.srt.mezo.service.wire.messages import AppendExamples
+from sglang.srt.mezo.service.wire.packed import pack
 from sglang.srt.mezo.service.wire.records import StoredEvent, StoredFile, StoredJob, now
 
 logger = logging.getLogger(__name__)
@@ -34,6 +35,7 @@ _CHECKPOINT_METRICS = {
 }
 """Ours to OpenAI's: the validation file is used as a whole each time. Accuracy is the share of its rows whose right
 option is the likeliest."""
+_SCORES = {f"eval_{score}": score for scores in SCORES.values() for score in scores}
 
 
 class Training:
@@ -132,9 +134,7 @@ class Training:
                 break
             examples = await asyncio.to_thread(self._runs.encode_appended, job, path)
             try:
-                result = await self._client.call(
-                    AppendExamples(job_id=job.id, examples=list(map(to_message, examples)))
-                )
+                result = await self._client.call(AppendExamples(job_id=job.id, examples=pack(examples)))
             except EngineRefused as error:
                 answers[path] = error
                 self._runs.appended(job.id).drop(path)
@@ -174,8 +174,8 @@ class Training:
                 told = f"training loss={metrics['loss']:.4f}"
                 self._keep_metrics(event, told, {"step": step, "train_loss": metrics["loss"]})
             case Evaluated(metrics=metrics):
-                accuracy = f", accuracy={metrics['eval_accuracy']:.4f}" if "eval_accuracy" in metrics else ""
-                told = f"validation loss={metrics['eval_loss']:.4f}{accuracy}"
+                scores = (f", {name}={metrics[ours]:.4f}" for ours, name in _SCORES.items() if ours in metrics)
+                told = f"validation loss={metrics['eval_loss']:.4f}{''.join(scores)}"
                 self._keep_metrics(event, told, {"step": step, "valid_loss": metrics["eval_loss"]})
                 theirs = {
                     name: metrics[ours]

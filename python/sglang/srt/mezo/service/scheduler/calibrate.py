@@ -46,6 +46,7 @@ def calibrate(handle: EngineHandle, settings: ServiceSettings, no_prefixes: str 
             idle_step_tokens=idle_step_tokens,
             no_alora=why_no_alora(manager) or "",
             no_prefixes=no_prefixes or "",
+            rewards=list(settings.reward_functions),
             base_model=handle.base_model["fingerprint"],
         )
     )

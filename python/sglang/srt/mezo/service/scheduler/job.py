@@ -21,6 +21,7 @@ from sglang.srt.mezo.service.wire import events
 from sglang.srt.mezo.service.wire.events import JobEvent
 from sglang.srt.mezo.service.wire.messages import SPARE_SLOTS, HoldJob, StartJob
 from sglang.srt.mezo.training.learner import Learner
+from sglang.srt.mezo.training.rewards import Writer
 from sglang.srt.mezo.training.run import TrainingRun
 from sglang.srt.mezo.training.start import contradiction, of_adapter, read_start
 from sglang.srt.mezo.training.tracking import Tracker
@@ -74,11 +75,11 @@ class Job:
     def stop(self) -> None:
         """Give back the slots and the locks, close the files: each even if another fails."""
         with ExitStack() as stack:
+            stack.callback(self.learner.close)
             if self.run is not None:
                 stack.callback(self.run.close)
-            elif self._work is not None:
+            if self._work is not None:
                 stack.callback(self._work.close)
-            stack.callback(self.learner.close)
 
     def save(self, directory: str) -> int:
         self._opened()
@@ -195,13 +196,14 @@ def make_job(
     evaluation: Sequence[Example],
     emit: Emit,
     kept_tokens: int,
+    writer: Writer | None,
 ) -> TrainingJob | HeldJob:
     """Its slots are to be claimed before it advances.
 
     Raises:
         ConfigError, DataError, CapacityError: it could never run.
     """
-    learner = _learner(handle, command, train, evaluation, kept_tokens)
+    learner = _learner(handle, command, train, evaluation, kept_tokens, writer)
 
     def make_tracker(config: MezoConfig, path: Path, first_step: int, max_steps: int) -> Tracker:
         return EventTracker(config, path, first_step, max_steps, command.job_id, emit)
@@ -217,6 +219,7 @@ def _learner(
     train: Sequence[Example],
     evaluation: Sequence[Example],
     kept_tokens: int,
+    writer: Writer | None,
 ) -> Learner:
     config, origin = command.config, None
     if config.init_from is not None:
@@ -234,6 +237,7 @@ def _learner(
         claim_slots=False,
         spare_slots=SPARE_SLOTS,
         start=origin,
+        writer=writer,
     )
 
 

@@ -8,9 +8,11 @@ import itertools
 import logging
 import threading
 import time
+from dataclasses import replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from sglang.srt.mezo.core.config import MezoConfig
 from sglang.srt.mezo.core.errors import BaseModelError, CapacityError, ConfigError, MezoError
 from sglang.srt.mezo.data.examples import Example
 from sglang.srt.mezo.engine import lora_capacity
@@ -24,10 +26,11 @@ from sglang.srt.mezo.service.scheduler.pacing import Pacer
 from sglang.srt.mezo.service.scheduler.stopwatch import Stopwatch
 from sglang.srt.mezo.service.store.disk import disk_full
 from sglang.srt.mezo.service.wire import events, messages
-from sglang.srt.mezo.service.wire.messages import MezoEvent, MezoReqInput, MezoReqOutput, TokenizedExample
+from sglang.srt.mezo.service.wire.messages import MezoEvent, MezoReqInput, MezoReqOutput
 from sglang.srt.mezo.service.wire.packed import unpack
-from sglang.srt.mezo.service.wire.settings import ServiceSettings
+from sglang.srt.mezo.service.wire.settings import ServiceSettings, allowed_rewards
 from sglang.srt.mezo.service.wire.upstream import HEALTH_CHECK_RID_PREFIX, get_observability
+from sglang.srt.mezo.training.rewards import Writer
 
 if TYPE_CHECKING:
     from sglang.srt.mezo.service.wire.upstream import Req, Scheduler
@@ -143,7 +146,23 @@ class MezoRunner:
             raise ConfigError("job", command.job_id, f"one job at a time, and {self._job.job_id} has the engine")
         kept_tokens = int(self._settings.kv_share * self._handle.kv_capacity)
         with forward_stream(self._scheduler):
-            self._job = make_job(self._handle, command, train, evaluation, self._emit, kept_tokens)
+            self._job = make_job(
+                self._handle, command, train, evaluation, self._emit, kept_tokens, self._writer(command.config)
+            )
+
+    def _writer(self, config: MezoConfig) -> Writer | None:
+        """What writes and grades completions where the job trains by those; of its reward it has said the name."""
+        generation, tokenizer = config.generation, self._scheduler.tokenizer
+        if generation is None:
+            return None
+        if tokenizer is None:
+            raise ConfigError("objective", config.objective, "one of given texts, as the server has no tokenizer")
+        if generation.reward is not None:
+            known = self._settings.reward_functions
+            if generation.reward not in known:
+                raise ConfigError("reward", generation.reward, allowed_rewards(known))
+            generation = replace(generation, reward=known[generation.reward])
+        return Writer.of(generation, tokenizer)
 
     def _stop(self, command: messages.StopJob) -> dict[str, int]:
         self._loaded.clear()  # of a job that is stopped before it has started
@@ -156,15 +175,14 @@ class MezoRunner:
 
     def _append(self, command: messages.AppendExamples) -> dict[str, int]:
         job = self._require(command.job_id, TrainingJob)
-        return {"step": job.extend([_example(example) for example in command.examples])}
+        return {"step": job.extend(unpack(command.examples))}
 
     def _save(self, command: messages.SaveAdapter) -> dict[str, int]:
         return {"step": self._require(command.job_id, Job).save(command.directory)}
 
     def _evaluate(self, command: messages.EvaluatePerturbed) -> None:
-        examples = [_example(example) for example in command.examples]
         job = self._require(command.job_id, HeldJob)
-        job.evaluate(command.operation, examples, command.zo_random_seed, command.zo_eps)
+        job.evaluate(command.operation, unpack(command.examples), command.zo_random_seed, command.zo_eps)
 
     def _update(self, command: messages.ApplyUpdate) -> dict[str, int]:
         job = self._require(command.job_id, HeldJob)
@@ -223,16 +241,17 @@ class MezoRunner:
         return self._describe()["idle_step_tokens" if self._pacer.quiet else "micro_step_tokens"]
 
     def _give_way(self, job: Job) -> None:
-        """Locks on kept prefixes are the first thing to go where requests need the room, and then the points that lie
-        in the KV pool, with the step in progress."""
-        prefixes, points = job.learner.scorer.base_prefixes, job.learner.points
+        """Locks on kept prefixes are the first thing to go where requests need the room, and then what lies in the KV
+        pool, with the step in progress."""
+        prefixes = job.learner.scorer.base_prefixes
         if self._is_roomy():
             return
         if prefixes.kept_tokens:
             prefixes.release()
-        if points.tokens and points.claimed and any(self._load()):
-            points.release()
+        if job.learner.held_tokens and any(self._load()):
             job.restart_work()
+            job.learner.release_places()
+            self._retry_at = time.monotonic() + _CAPACITY_PAUSE
 
     def _is_roomy(self, less: int = 0) -> bool:
         """Whether the KV pool has room enough for requests, and for each that waits, with so many tokens less than
@@ -297,8 +316,3 @@ class MezoRunner:
 
 def _metrics_enabled() -> bool:
     return get_observability().enable_metrics
-
-
-def _example(fields: TokenizedExample) -> Example:
-    prompt, options, label = fields
-    return Example(tuple(prompt), tuple(map(tuple, options)), label)

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 Split = Literal["train", "eval"]
 
-_FORMAT = 1
+_FORMAT = 2
 _SPLITS: tuple[Split, ...] = ("train", "eval")
 _DESCRIPTION = "examples.json"
 _LENGTH = struct.Struct("<q")  # in bytes, of the part that follows

@@ -13,9 +13,6 @@ from sglang.srt.mezo.data.batches import Portion
 from sglang.srt.mezo.service.wire.events import AnyEvent
 from sglang.srt.mezo.service.wire.upstream import BaseReq, hook_custom_types
 
-TokenizedExample = tuple[list[int], list[list[int]], int]
-"""prompt, options, index of the right option: the fields of ``data.Example``."""
-
 
 class Describe(Struct, tag=True, kw_only=True):
     """What the engine can train; answered with the fields of `EngineDescription`."""
@@ -62,10 +59,11 @@ class StopJob(Struct, tag=True, kw_only=True):
 
 
 class AppendExamples(Struct, tag=True, kw_only=True):
-    """More training data for the running job; answered with {"step": first step that draws from it}."""
+    """More training data for the running job, as ``packed`` has it; answered with {"step": first step that draws from
+    it}."""
 
     job_id: str
-    examples: list[TokenizedExample]
+    examples: bytes
 
 
 class SaveAdapter(Struct, tag=True, kw_only=True):
@@ -83,7 +81,7 @@ class EvaluatePerturbed(Struct, tag=True, kw_only=True):
 
     job_id: str
     operation: str
-    examples: list[TokenizedExample]
+    examples: bytes
     zo_random_seed: int
     zo_eps: float
 
@@ -107,9 +105,9 @@ class EngineDescription(Struct, kw_only=True):
     target_modules: Hugging Face names of the linear layers that the LoRA pool can adapt. default_target_modules: for
     each tuning, what a job gets that names none. micro_step_tokens, idle_step_tokens: tokens of one forward pass that
     keep to the server's bounds on a piece, beside requests and while none come. no_alora, no_prefixes: why it cannot
-    serve aLoRA adapters, or prefixes; empty where it can. base_model: the fingerprint of the weights, which may be
-    replaced while the server runs. rendering: a digest of the tokenizer and of how messages are rendered; the HTTP
-    process knows it.
+    serve aLoRA adapters, or prefixes; empty where it can. rewards: names of those that a job may train by. base_model:
+    the fingerprint of the weights, which may be replaced while the server runs. rendering: a digest of the tokenizer
+    and of how messages are rendered; the HTTP process knows it.
     """
 
     model_path: str
@@ -124,6 +122,7 @@ class EngineDescription(Struct, kw_only=True):
     idle_step_tokens: int
     no_alora: str
     no_prefixes: str = ""
+    rewards: list[str] = []
     base_model: str = ""
     rendering: str = ""
 

@@ -1,7 +1,7 @@
 """Settings of the training service, from flags or the environment; the same in every process of a server."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, Self, get_type_hints
@@ -48,9 +48,16 @@ class ServiceSettings:
         "resume", "What becomes of a job that the server's end interrupted: resume or fail."
     )
 
+    rewards: str = setting(
+        "", "Functions that jobs may train by, each as name=module:function, with commas between; a job names one."
+    )
+
     def __post_init__(self):
         try:
             require_settings(self)
+            named = [reward.partition("=") for reward in _items(self.rewards)]
+            if not all(name and function for name, _, function in named) or len(self.reward_functions) < len(named):
+                raise ConfigError("rewards", self.rewards, "name=module:function with commas between, each name once")
             if not self.dir:
                 raise ConfigError("dir", self.dir, "a folder")
         except ConfigError as error:
@@ -63,6 +70,11 @@ class ServiceSettings:
     @property
     def max_file_bytes(self) -> int:
         return self.max_file_mb << 20
+
+    @property
+    def reward_functions(self) -> dict[str, str]:
+        """module:function of every reward that a job may name."""
+        return {name: function for name, _, function in (reward.partition("=") for reward in _items(self.rewards))}
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Self:
@@ -88,6 +100,16 @@ def flag(name: str) -> str:
 def variable(name: str) -> str:
     """In the environment."""
     return f"SGLANG_MEZO_{name.upper()}"
+
+
+def allowed_rewards(names: Iterable[str]) -> str:
+    """What a job may name, of the rewards that a server has."""
+    known, own = ", ".join(names), flag("rewards")
+    return f"one of {known}, the server's {own}" if known else f"none, as the server was started without {own}"
+
+
+def _items(text: str) -> list[str]:
+    return [item.strip() for item in text.split(",") if item.strip()]
 
 
 def _switch(text: str) -> bool:
