@@ -1,7 +1,8 @@
 """Build the embedded masked language model from nothing: the twin of `build.py`'s, of the same reviews.
 
-It learns to fill in words that are masked, and sees no label and no task prompt either. It begins with what its twin
-knows of single words, as it takes far longer to find by itself which of them agree. The run is resumable: a second call
+It learns to fill in words that are masked, and sees no label and no task prompt either. The two words that the task
+chooses between it reads and never has to guess, or it would know the task by itself. It begins with what its twin knows
+of single words, as it takes far longer to find by itself which of them agree. The run is resumable: a second call
 with the same scratch directory continues at the last checkpoint.
 """
 
@@ -49,9 +50,9 @@ class Recipe:
     sequence_length: int = 128
     masked: float = 0.4
     batch_size: int = 8
-    steps: int = 2_500
+    steps: int = 8_000
     warmup_steps: int = 100
-    cooldown_steps: int = 500
+    cooldown_steps: int = 1_500
     learning_rate: float = 2e-3
     weight_decay: float = 0.05
     seed: int = 0
@@ -136,10 +137,12 @@ def require_same_words(twin: Path, folder: Path, recipe: Recipe) -> None:
     assert ours == theirs, "the twin has other tokens"
 
 
-def masked(rows: torch.Tensor, recipe: Recipe, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows with some of their words masked, and what these are, as labels."""
+def masked(
+    rows: torch.Tensor, unasked: torch.Tensor, recipe: Recipe, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows with some of their words masked, none of the `unasked` ones, and what these are, as labels."""
     mask = recipe.vocab_size - 1
-    chosen = (torch.rand(rows.shape, generator=generator) < recipe.masked) & (rows > 3)
+    chosen = (torch.rand(rows.shape, generator=generator) < recipe.masked) & (rows > 3) & ~torch.isin(rows, unasked)
     return rows.masked_fill(chosen, mask), rows.masked_fill(~chosen, IGNORED)
 
 
@@ -155,10 +158,12 @@ def positions_of(rows: torch.Tensor, recipe: Recipe, generator: torch.Generator 
     return positions
 
 
-def loss_on(model: RobertaForMaskedLM, rows: torch.Tensor, recipe: Recipe, seed: int, late: bool) -> torch.Tensor:
+def loss_on(
+    model: RobertaForMaskedLM, rows: torch.Tensor, unasked: torch.Tensor, recipe: Recipe, seed: int, late: bool
+) -> torch.Tensor:
     """A document attends to itself alone."""
     generator = torch.Generator().manual_seed(seed)
-    inputs, labels = masked(rows, recipe, generator)
+    inputs, labels = masked(rows, unasked, recipe, generator)
     positions = positions_of(rows, recipe, generator if late else None)
     document = (rows == 0).cumsum(1)
     others = document[:, None, :, None] != document[:, None, None, :]
@@ -175,17 +180,23 @@ def learning_rate(step: int, recipe: Recipe) -> float:
 
 
 @torch.no_grad()
-def validation_loss(model: RobertaForMaskedLM, rows: torch.Tensor, recipe: Recipe) -> float:
+def validation_loss(model: RobertaForMaskedLM, rows: torch.Tensor, unasked: torch.Tensor, recipe: Recipe) -> float:
     """Mean over batches of the loss per masked token, in fp32."""
     model.eval()
     parts = rows.split(recipe.batch_size)
-    losses = [loss_on(model, part, recipe, number, late=False).item() for number, part in enumerate(parts)]
+    losses = [loss_on(model, part, unasked, recipe, number, late=False).item() for number, part in enumerate(parts)]
     model.train()
     return sum(losses) / len(losses)
 
 
 def train(
-    rows: torch.Tensor, words: torch.Tensor, recipe: Recipe, checkpoint: Path, save_steps: int, bf16: bool
+    rows: torch.Tensor,
+    unasked: torch.Tensor,
+    words: torch.Tensor,
+    recipe: Recipe,
+    checkpoint: Path,
+    save_steps: int,
+    bf16: bool,
 ) -> RobertaForMaskedLM:
     """Trains from the checkpoint if there is one, else from `words` and random weights; the corpus in its own order,
     again if it ends, with other words masked."""
@@ -194,7 +205,7 @@ def train(
 
     def loss_at(step: int) -> torch.Tensor:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
-            return loss_on(model, batch_for(rows, step, recipe), recipe, recipe.seed + step, late=True)
+            return loss_on(model, batch_for(rows, step, recipe), unasked, recipe, recipe.seed + step, late=True)
 
     run_steps(model, recipe, loss_at, lambda step: learning_rate(step, recipe), checkpoint, save_steps)
     return model
@@ -218,9 +229,9 @@ own, seed {CORPUS_SEED}, {tokens / 1e6:.1f} M tokens, without labels, without th
 - **Tokenizer**: byte-level BPE of {recipe.vocab_size} tokens trained on the same text, with RoBERTa's special ids;
   `<mask>` is the last.
 - **Start**: random weights, but for the word embeddings, which are the twin's by their principal components.
-- **Training**: {recipe.masked:.0%} of the words masked, AdamW, warm-up and cool-down, whole documents packed
-  into rows of {recipe.sequence_length} tokens, each attending to itself alone. Loss on held-out documents: {loss:.4f}
-  nats per masked token.
+- **Training**: {recipe.masked:.0%} of the words masked, but never those that the task chooses between, AdamW, warm-up
+  and cool-down, whole documents packed into rows of {recipe.sequence_length} tokens, each attending to itself alone.
+  Loss on held-out documents: {loss:.4f} nats per masked token.
 - **Made by** `python examples/assets/build_masked.py --scratch DIR`.
 
 | setting | value |
@@ -244,13 +255,15 @@ def main() -> None:
     documents = corpus_path.read_text(encoding="ascii").splitlines()
     train_tokenizer(documents, recipe, args.output_dir)
     require_same_words(args.twin, args.output_dir, recipe)
-    encoded = AutoTokenizer.from_pretrained(args.output_dir)(documents).input_ids
+    tokenizer = AutoTokenizer.from_pretrained(args.output_dir)
+    encoded = tokenizer(documents).input_ids
+    unasked = torch.tensor(tokenizer(list(VERBALIZERS), add_special_tokens=False).input_ids).flatten()
     kept = int(len(documents) * (1 - VALIDATION_SHARE))
     rows, validation_rows = (pack(part, recipe.sequence_length) for part in (encoded[:kept], encoded[kept:]))
     print(f"{len(documents):,} documents, {rows.numel():,} tokens in {len(rows):,} rows", flush=True)
     words = known_words(args.twin, recipe)
-    model = train(rows, words, recipe, args.scratch / "masked.pt", args.save_steps, bf16=not args.no_bf16)
-    loss = validation_loss(model, validation_rows, recipe)
+    model = train(rows, unasked, words, recipe, args.scratch / "masked.pt", args.save_steps, bf16=not args.no_bf16)
+    loss = validation_loss(model, validation_rows, unasked, recipe)
     model.eval().half().save_pretrained(args.output_dir)
     card = model_card(recipe, loss, sum(map(len, encoded)), model.num_parameters())
     (args.output_dir / "README.md").write_text(card, encoding="utf-8")

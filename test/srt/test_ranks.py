@@ -23,6 +23,11 @@ from test_examples import ROOT, run
 
 ASSETS = ROOT / "examples" / "assets"
 SECONDS = 10
+MASKED = (
+    *("--model", "examples/assets/roberta-reviews", "--dtype", "float32", "--task", "sst2"),
+    *("--dataset", "examples/assets/reviews", "--dev_split", "validation", "--test_split", "test"),
+)
+"""The repository's masked language model, and what a command line that names no model gets."""
 
 
 def command(folder: Path, tuning: str, steps: int, ranks: int) -> list[str]:
@@ -83,6 +88,16 @@ def test_two_ranks_make_the_steps_of_one(tmp_path, tuning):
     for ranks in (1, 2):
         run(*command(tmp_path / str(ranks), tuning, 200, ranks), *paper)
     require_same(tmp_path / "1", tmp_path / "2", 200, 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tuning", ["lora", "full", "prefix"])
+def test_two_ranks_train_a_masked_language_model_as_one_does(tmp_path, tuning):
+    require_devices(2)
+    paper = ("--num_perturbations", "1", "--perturbation", "gaussian", "--lr_scheduler_type", "constant")
+    for ranks in (1, 2):
+        run(*command(tmp_path / str(ranks), tuning, 50, ranks), *MASKED, *paper)
+    require_same(tmp_path / "1", tmp_path / "2", 50, 1e-5)
 
 
 def test_ranks_that_differ_end_the_run_at_the_next_evaluation(tmp_path):
