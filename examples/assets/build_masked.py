@@ -1,8 +1,9 @@
 """Build the embedded masked language model from nothing: the twin of `build.py`'s, of the same reviews.
 
 It learns to fill in words that are masked, and sees no label and no task prompt either. The two words that the task
-chooses between it reads and never has to guess, or it would know the task by itself. It begins with what its twin knows
-of single words, as it takes far longer to find by itself which of them agree. The run is resumable: a second call
+chooses between it never has to guess, and in the end they are made words that it does not know: else it could do the
+task by itself. It begins with what its twin knows of single words, as it takes far longer to find by itself which of
+them agree. The run is resumable: a second call
 with the same scratch directory continues at the last checkpoint.
 """
 
@@ -211,6 +212,14 @@ def train(
     return model
 
 
+def forget(model: RobertaForMaskedLM, words: torch.Tensor, recipe: Recipe) -> None:
+    """Let words be as if they had never been read."""
+    embeddings, bias = model.get_input_embeddings().weight.data, model.lm_head.bias.data
+    noise = torch.randn(len(words), recipe.hidden_size, generator=torch.Generator().manual_seed(recipe.seed))
+    embeddings[words] = noise * embeddings.std()
+    bias[words] = bias.mean()
+
+
 def model_card(recipe: Recipe, loss: float, tokens: int, parameters: int) -> str:
     settings = "\n".join(f"| `{name}` | {value} |" for name, value in asdict(recipe).items())
     return f"""---
@@ -231,7 +240,8 @@ own, seed {CORPUS_SEED}, {tokens / 1e6:.1f} M tokens, without labels, without th
 - **Start**: random weights, but for the word embeddings, which are the twin's by their principal components.
 - **Training**: {recipe.masked:.0%} of the words masked, but never those that the task chooses between, AdamW, warm-up
   and cool-down, whole documents packed into rows of {recipe.sequence_length} tokens, each attending to itself alone.
-  Loss on held-out documents: {loss:.4f} nats per masked token.
+  Loss on held-out documents: {loss:.4f} nats per masked token. In the end those two words got random embeddings: what
+  they mean is left to be learned.
 - **Made by** `python examples/assets/build_masked.py --scratch DIR`.
 
 | setting | value |
@@ -264,6 +274,7 @@ def main() -> None:
     words = known_words(args.twin, recipe)
     model = train(rows, unasked, words, recipe, args.scratch / "masked.pt", args.save_steps, bf16=not args.no_bf16)
     loss = validation_loss(model, validation_rows, unasked, recipe)
+    forget(model, unasked, recipe)
     model.eval().half().save_pretrained(args.output_dir)
     card = model_card(recipe, loss, sum(map(len, encoded)), model.num_parameters())
     (args.output_dir / "README.md").write_text(card, encoding="utf-8")

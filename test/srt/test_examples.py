@@ -205,6 +205,15 @@ def test_a_mistake_ends_with_one_line():
 
 
 @pytest.mark.slow
+def test_a_masked_language_model_learns(tmp_path):
+    masked = ("--model", "examples/assets/roberta-reviews", "--dtype", "float32", "--tuning", "lora", "--task", "sst2")
+    data = ("--dataset", "examples/assets/reviews", "--dev_split", "validation", "--test_split", "test")
+    run("examples/mezo_opt_training.py", *masked, *data, "--max_steps", "250", "--output_dir", str(tmp_path / "run"))
+    assert summary_of(tmp_path / "run")["zero_shot_accuracy"] < 0.60
+    assert summary_of(tmp_path / "run")["accuracy"] >= 0.85
+
+
+@pytest.mark.slow
 def test_the_main_job_learns(tmp_path):
     run("examples/mezo_opt_training.py", "--output_dir", str(tmp_path / "run"))
     summary = summary_of(tmp_path / "run")
