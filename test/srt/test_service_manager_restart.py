@@ -13,6 +13,7 @@ from service_server import ROW, ROWS, Server, anyio_backend, eventually, runtime
 from sglang.srt.mezo.service.wire.errors import RequestError
 from sglang.srt.mezo.service.wire.events import Started, StepTaken
 from sglang.srt.mezo.service.wire.messages import AppendExamples
+from sglang.srt.mezo.service.wire.packed import unpack
 from sglang.srt.mezo.training.run_directory import read_portions
 
 pytestmark = pytest.mark.anyio
@@ -26,7 +27,7 @@ async def test_rows_are_added_to_a_running_job(server, tmp_path):
     server.scheduler.report(StepTaken, 4, max_steps=10, metrics={"loss": 0.6})
     assert await server.manager.append_rows(job.id, [ROW, ROW]) == {"examples": 2, "step": 5}
     assert await server.manager.append_rows(job.id, [ROW]) == {"examples": 1, "step": 5}
-    assert [len(command.examples) for command in server.scheduler.sent(AppendExamples)] == [2, 1]
+    assert [len(unpack(command.examples)) for command in server.scheduler.sent(AppendExamples)] == [2, 1]
     written = (tmp_path / "jobs" / job.id / "appended-1.jsonl").read_text().splitlines()
     assert list(map(json.loads, written)) == [ROW, ROW]
     assert server.messages(job)[-1] == "1 appended examples are drawn from step 5 on"
@@ -66,7 +67,7 @@ async def test_a_run_goes_on_with_the_rows_that_it_was_given(server, tmp_path):
     before = len(server.scheduler.sent(AppendExamples))
     server.scheduler.report(Started, 6)
     await eventually(lambda: len(server.scheduler.sent(AppendExamples)) == before + 1)
-    assert len(server.scheduler.sent(AppendExamples)[-1].examples) == 5
+    assert len(unpack(server.scheduler.sent(AppendExamples)[-1].examples)) == 5
 
 
 @pytest.mark.parametrize(
@@ -146,7 +147,7 @@ async def test_rows_that_a_killed_server_had_not_sent_are_sent(tmp_path, tokeniz
     async with serving(tmp_path, tokenizer) as server:
         await server.started(job)
         await eventually(lambda: server.scheduler.sent(AppendExamples))
-        assert len(server.scheduler.sent(AppendExamples)[0].examples) == 2
+        assert len(unpack(server.scheduler.sent(AppendExamples)[0].examples)) == 2
 
 
 async def test_half_a_run_is_begun_anew(tmp_path, tokenizer):
