@@ -220,7 +220,7 @@ def forget(model: RobertaForMaskedLM, words: torch.Tensor, recipe: Recipe) -> No
     bias[words] = bias.mean()
 
 
-def model_card(recipe: Recipe, loss: float, tokens: int, parameters: int) -> str:
+def model_card(recipe: Recipe, bf16: bool, loss: float, tokens: int, parameters: int) -> str:
     settings = "\n".join(f"| `{name}` | {value} |" for name, value in asdict(recipe).items())
     return f"""---
 license: apache-2.0
@@ -242,7 +242,7 @@ own, seed {CORPUS_SEED}, {tokens / 1e6:.1f} M tokens, without labels, without th
   and cool-down, whole documents packed into rows of {recipe.sequence_length} tokens, each attending to itself alone.
   Loss on held-out documents: {loss:.4f} nats per masked token. In the end those two words got random embeddings: what
   they mean is left to be learned.
-- **Made by** `python examples/assets/build_masked.py --scratch DIR`.
+- **Made by** `python examples/assets/build_masked.py --scratch DIR{"" if bf16 else " --no-bf16"}`.
 
 | setting | value |
 |---|---|
@@ -276,7 +276,7 @@ def main() -> None:
     loss = validation_loss(model, validation_rows, unasked, recipe)
     forget(model, unasked, recipe)
     model.eval().half().save_pretrained(args.output_dir)
-    card = model_card(recipe, loss, sum(map(len, encoded)), model.num_parameters())
+    card = model_card(recipe, not args.no_bf16, loss, sum(map(len, encoded)), model.num_parameters())
     (args.output_dir / "README.md").write_text(card, encoding="utf-8")
     print(json.dumps({"validation_loss": loss, "steps": recipe.steps}))
 

@@ -203,7 +203,8 @@ def test_a_job_trains_by_a_reward_of_the_operators_beside_requests(server, files
     assert len(set(answers)) == len(TEXTS), "greedy answers stay the same meanwhile"
     assert job.method.supervised.hyperparameters.model_dump()["reward"] == "brevity"
     run = server.run_directory(job.id)
-    first, last = [line for line in map(json.loads, open(run / "metrics.jsonl")) if "eval_reward" in line]
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    first, last = [line for line in lines if "eval_reward" in line]
     assert -4 <= first["eval_reward"] == -first["eval_loss"] < 0
     assert any(gradient for record in SeedLog.open(run / "seed_log").records() for gradient in record.projected_grads)
     told = [event.message for event in server.client.fine_tuning.jobs.list_events(job.id)]

@@ -27,7 +27,7 @@ from sglang.srt.mezo.data.examples import Example
 from sglang.srt.mezo.service.wire.events import Evaluated, Failed, Succeeded
 from test_writing import tokenizer
 
-REWARDS = "few=test_service_runner_writing:few_kinds,broken=test_service_runner_writing:broken"
+REWARDS = ["few=test_service_runner_writing:few_kinds", "broken=test_service_runner_writing:broken"]
 TUNINGS = ["alora", "prefix"]
 
 

@@ -10,7 +10,7 @@ from sglang.srt.mezo.core.config import MezoConfig
 from sglang.srt.mezo.core.errors import ConfigError
 from sglang.srt.mezo.core.settings import Bounds, names, require_settings, rows, setting
 from sglang.srt.mezo.service.jobs.hyperparameters import kinds
-from sglang.srt.mezo.service.wire.settings import ServiceSettings
+from sglang.srt.mezo.service.wire.settings import ServiceSettings, variable
 from sglang.srt.mezo.training.arguments import build, read
 
 
@@ -83,9 +83,12 @@ def test_what_must_be_given_and_what_may_be_left_open():
 
 @pytest.mark.parametrize("rewards", ["module:function", "one=", "=module:function", "a=m:f,a=m:g", "a=m:f,m:g"])
 def test_rewards_of_a_server_have_names_of_their_own(rewards):
-    assert ServiceSettings(rewards="a=m:f, b=n:g").reward_functions == {"a": "m:f", "b": "n:g"}
+    def of(text: str) -> ServiceSettings:
+        return ServiceSettings.from_environment({variable("rewards"): text})
+
+    assert of("a=m:f, b=n:g").reward_functions == {"a": "m:f", "b": "n:g"} and not of("").reward_functions
     with pytest.raises(ConfigError, match="--mezo-rewards=.* is not allowed: name=module:function with commas between"):
-        ServiceSettings(rewards=rewards)
+        of(rewards)
 
 
 def test_the_page_of_settings_is_what_the_classes_say():

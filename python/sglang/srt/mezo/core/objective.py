@@ -20,6 +20,8 @@ SCORES: dict[Objective, tuple[str, ...]] = {
     **{objective: (objective,) for objective in GENERATED},
 }
 """What evaluations tell beside the loss."""
+SCORE_METRICS = {f"eval_{score}": score for scores in SCORES.values() for score in scores}
+"""The name of each in a run's metrics -> its own."""
 NEW_TEXT: dict[str, Any] = {"max_new_tokens": 50, "temperature": 0.0, "stop": None}
 """How a model writes for which nobody says it."""
 

@@ -23,6 +23,9 @@ class HeldPlaces:
         name: namespace of the tree that nothing else is in; a new one by default. In it the places are those of
             ``key_of(count)``.
 
+    Attributes:
+        places: int64 [count], indices of the pool.
+
     Raises:
         CapacityError: the pool has no room for them.
     """

@@ -12,7 +12,7 @@ from sglang.srt.mezo.core.config import MOST_STEPS, NEW_ADAPTER, MezoConfig, Ser
 from sglang.srt.mezo.core.errors import ConfigError, DataError, shown
 from sglang.srt.mezo.core.estimator import SIGNS, Estimator
 from sglang.srt.mezo.core.kinds import described, fits
-from sglang.srt.mezo.core.objective import SCORES
+from sglang.srt.mezo.core.objective import SCORE_METRICS
 from sglang.srt.mezo.core.settings import LARGEST, Bounds, names, setting_of
 from sglang.srt.mezo.data.invocation import AUTO
 from sglang.srt.mezo.engine.prefix_needs import POOL_SHARE
@@ -52,7 +52,7 @@ _UNSTORED = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint")  # 
 _AUTO_STEPS = 250
 
 _MOST_CHARACTERS = 1000  # of an invocation
-_METRICS = ("eval_loss", *dict.fromkeys(f"eval_{score}" for scores in SCORES.values() for score in scores))
+_METRICS = ("eval_loss", *SCORE_METRICS)
 
 
 class _Given(NamedTuple):

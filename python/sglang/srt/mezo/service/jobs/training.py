@@ -10,7 +10,7 @@ from typing import Any
 
 from sglang.srt.mezo.core.atomic import atomic_directory
 from sglang.srt.mezo.core.integrity import digest_of_file
-from sglang.srt.mezo.core.objective import SCORES
+from sglang.srt.mezo.core.objective import SCORE_METRICS
 from sglang.srt.mezo.data.examples import count_shared
 from sglang.srt.mezo.service.jobs.client import EngineClient
 from sglang.srt.mezo.service.jobs.job_runs import JobRuns, RunData
@@ -35,7 +35,6 @@ _CHECKPOINT_METRICS = {
 }
 """Ours to OpenAI's: the validation file is used as a whole each time. Accuracy is the share of its rows whose right
 option is the likeliest."""
-_SCORES = {f"eval_{score}": score for scores in SCORES.values() for score in scores}
 
 
 class Training:
@@ -174,7 +173,7 @@ class Training:
                 told = f"training loss={metrics['loss']:.4f}"
                 self._keep_metrics(event, told, {"step": step, "train_loss": metrics["loss"]})
             case Evaluated(metrics=metrics):
-                scores = (f", {name}={metrics[ours]:.4f}" for ours, name in _SCORES.items() if ours in metrics)
+                scores = (f", {name}={metrics[ours]:.4f}" for ours, name in SCORE_METRICS.items() if ours in metrics)
                 told = f"validation loss={metrics['eval_loss']:.4f}{''.join(scores)}"
                 self._keep_metrics(event, told, {"step": step, "valid_loss": metrics["eval_loss"]})
                 theirs = {

@@ -48,15 +48,15 @@ class ServiceSettings:
         "resume", "What becomes of a job that the server's end interrupted: resume or fail."
     )
 
-    rewards: str = setting(
-        "", "Functions that jobs may train by, each as name=module:function, with commas between; a job names one."
+    rewards: list[str] | None = setting(
+        None, "Functions that jobs may train by, each as name=module:function, with commas between; a job names one."
     )
 
     def __post_init__(self):
         try:
             require_settings(self)
-            named = [reward.partition("=") for reward in _items(self.rewards)]
-            if not all(name and function for name, _, function in named) or len(self.reward_functions) < len(named):
+            functions = self.reward_functions
+            if not all((*functions, *functions.values())) or len(functions) < len(self.rewards or ()):
                 raise ConfigError("rewards", self.rewards, "name=module:function with commas between, each name once")
             if not self.dir:
                 raise ConfigError("dir", self.dir, "a folder")
@@ -74,7 +74,7 @@ class ServiceSettings:
     @property
     def reward_functions(self) -> dict[str, str]:
         """module:function of every reward that a job may name."""
-        return {name: function for name, _, function in (reward.partition("=") for reward in _items(self.rewards))}
+        return {name: function for name, _, function in (reward.partition("=") for reward in self.rewards or ())}
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Self:
@@ -106,10 +106,6 @@ def allowed_rewards(names: Iterable[str]) -> str:
     """What a job may name, of the rewards that a server has."""
     known, own = ", ".join(names), flag("rewards")
     return f"one of {known}, the server's {own}" if known else f"none, as the server was started without {own}"
-
-
-def _items(text: str) -> list[str]:
-    return [item.strip() for item in text.split(",") if item.strip()]
 
 
 def _switch(text: str) -> bool:
