@@ -81,40 +81,58 @@ def test_the_main_job_runs_and_resumes(tmp_path, tuning):
     assert (folder / "curves.png").stat().st_size > 10_000
 
 
-def test_a_prefix_is_trained_resumed_and_run_by_peft(tmp_path):
-    folder = tmp_path / "run"
-    command = ("examples/mezo_opt_training.py", "--prefix_tuning", "true", "--num_prefix", "3", "--num_test", "none")
-    command += ("--num_dev", "20", "--output_dir", str(folder))
-    first = run(*command, "--max_steps", "4")
-    assert f"adapter                {folder}/adapter" in first.stdout and "launch_server" not in first.stdout
-    run(*command, "--max_steps", "6", "--resume_from_checkpoint")
-    assert summary_of(folder)["steps"] == 6
-    replay(ReplayArguments(str(folder), summary_of(folder)["best_step"], str(tmp_path / "again")))
-    kept, again = (load_file(path / "adapter_model.safetensors") for path in (folder / "adapter", tmp_path / "again"))
-    assert torch.equal(kept["prompt_embeddings"], again["prompt_embeddings"])
-    model = str(ROOT / "examples" / "assets" / "opt-reviews")
+PREFIX = (
+    *("examples/mezo_opt_training.py", "--prefix_tuning", "true", "--num_prefix", "3", "--num_test", "none"),
+    *("--num_dev", "20"),
+)
+
+
+def peft_loss(adapter: Path) -> float:
+    """Mean classification loss of a prefix on the reviews' test rows, by Transformers and PEFT alone."""
+    model = ROOT / "examples" / "assets" / "opt-reviews"
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(model)
-    prefixed = PeftModel.from_pretrained(base, folder / "adapter").eval()
+    prefixed = PeftModel.from_pretrained(base, adapter).eval()
     losses = []
     for row in reviews("test", 10**6):
         ids = tokenizer(row["prompt"], return_tensors="pt").input_ids
         options = [tokenizer(option, add_special_tokens=False).input_ids[0] for option in row["options"]]
         with torch.no_grad():
             losses.append(-torch.log_softmax(prefixed(input_ids=ids).logits[0, -1, options], 0)[row["label"]].item())
-    assert sum(losses) / len(losses) == pytest.approx(summary_of(folder)["loss"], abs=1e-4)
+    return sum(losses) / len(losses)
+
+
+def test_a_trained_prefix_is_run_by_peft(tmp_path):
+    folder = tmp_path / "run"
+    printed = run(*PREFIX, "--max_steps", "4", "--output_dir", str(folder)).stdout
+    assert f"adapter                {folder}/adapter" in printed and "launch_server" not in printed
+    assert peft_loss(folder / "adapter") == pytest.approx(summary_of(folder)["loss"], abs=1e-4)
+
+
+@pytest.mark.slow
+def test_a_prefix_is_resumed_replayed_evaluated_and_trained_on(tmp_path):
+    folder = tmp_path / "run"
+    command = (*PREFIX, "--output_dir", str(folder))
+    run(*command, "--max_steps", "4")
+    run(*command, "--max_steps", "6", "--resume_from_checkpoint")
+    assert summary_of(folder)["steps"] == 6
+    replay(ReplayArguments(str(folder), summary_of(folder)["best_step"], str(tmp_path / "again")))
+    kept, again = (load_file(path / "adapter_model.safetensors") for path in (folder / "adapter", tmp_path / "again"))
+    assert torch.equal(kept["prompt_embeddings"], again["prompt_embeddings"])
+    assert peft_loss(folder / "adapter") == pytest.approx(summary_of(folder)["loss"], abs=1e-4)
     rows = tmp_path / "test.jsonl"
     rows.write_text("".join(json.dumps(row) + "\n" for row in reviews("test", 10**6)))
-    program = ("-m", "sglang.srt.mezo.commands.main", "evaluate", "--model", model, "--dtype", "float32")
-    evaluated = json.loads(run(*program, "--dataset", str(rows), "--adapter", str(folder / "adapter")).stdout)
+    program = ("-m", "sglang.srt.mezo.commands.main", "evaluate", "--dtype", "float32")
+    model = ("--model", "examples/assets/opt-reviews")
+    evaluated = json.loads(run(*program, *model, "--dataset", str(rows), "--adapter", str(folder / "adapter")).stdout)
     assert evaluated["loss"] == pytest.approx(summary_of(folder)["loss"], abs=1e-5)
     further = tmp_path / "further"
-    command = (*command[:-1], str(further), "--init_from", str(folder / "adapter"))
-    run(*command, "--max_steps", "1")
+    run(*PREFIX, "--output_dir", str(further), "--init_from", str(folder / "adapter"), "--max_steps", "1")
     begun = load_file(further / "initial_adapter" / "adapter_model.safetensors")
     assert torch.equal(begun["prompt_embeddings"], kept["prompt_embeddings"])
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_the_adapter_of_another(tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
     command = (

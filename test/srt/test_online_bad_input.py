@@ -39,11 +39,13 @@ from live_server import LiveServer
 
 
 @pytest.fixture(scope="module")
-def refused_starts(tmp_path_factory) -> dict[str, Future]:
-    """Servers with wrong flags, one after the other."""
+def refused_starts(tmp_path_factory, request) -> dict[str, Future]:
+    """Servers with the wrong flags that tests ask for, one after the other."""
     folder = tmp_path_factory.mktemp("refused")
     GPT2Config(architectures=["GPT2LMHeadModel"]).save_pretrained(folder / "gpt2")
-    return dict(zip(REFUSED_FLAGS, in_background(folder, *(f"--mezo-dir mezo {flags}" for flags in REFUSED_FLAGS))))
+    name = test_a_server_that_cannot_train_says_so_and_ends.__name__
+    wrong = [test.callspec.params["flags"] for test in request.session.items if test.originalname == name]
+    return dict(zip(wrong, in_background(folder, *(f"--mezo-dir mezo {flags}" for flags in wrong))))
 
 
 @pytest.fixture(scope="module")
@@ -304,7 +306,10 @@ def test_the_client_says_that_its_key_is_wrong(door):
 # --- flags -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("flags", REFUSED_FLAGS)
+@pytest.mark.parametrize(
+    "flags",
+    [pytest.param(flags, marks=[pytest.mark.slow] * (flags not in few(REFUSED_FLAGS))) for flags in REFUSED_FLAGS],
+)
 def test_a_server_that_cannot_train_says_so_and_ends(door, refused_starts, flags):
     status, output = refused_starts[flags].result()
     assert status == 1 and f"sglang-mezo refuses to start: {REFUSED_FLAGS[flags]}" in output.splitlines()[-1]

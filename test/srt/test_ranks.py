@@ -47,6 +47,7 @@ def require_same(one: Path, two: Path, steps: int, tolerance: float) -> None:
     assert max((first[name] - second[name]).abs().max() for name in first) <= tolerance * largest
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_ends_all_and_the_run_goes_on(tmp_path):
     require_devices(2)
     run(*command(tmp_path / "one", "lora", 12, 1))

@@ -134,9 +134,8 @@ def shards(folder: Path) -> str:
     return str(folder)
 
 
-@pytest.mark.parametrize(
-    "tuning", ["lora", pytest.param("full", marks=pytest.mark.slow), pytest.param("prefix", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("tuning", ["lora", "full", "prefix"])
 def test_a_run_that_is_killed_goes_on_to_the_same_bits(tmp_path, tuning):
     whole, killed, data = tmp_path / "whole", tmp_path / "killed", shards(tmp_path / "data")
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "examples" / "assets" / "opt-reviews")
