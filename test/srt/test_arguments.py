@@ -188,7 +188,7 @@ def test_what_cannot_be_read_is_named(line, message):
         ({"model": "a", "num_train": 0}, "num_train=0 is not allowed: at least 1"),
         ({"model": "a", "num_dev": -1}, "num_dev=-1 is not allowed: zero or more"),
         ({"model": "a", "num_test": -1}, "num_test=-1 is not allowed: zero or more"),
-        ({"model": "a", "num_dev": None}, "num_dev=None is not allowed: a whole number"),
+        ({"model": "a", "tp_size": None}, "tp_size=None is not allowed: a whole number"),
         ({"model": "a", "num_train": "5"}, "num_train='5' is not allowed: a whole number, null"),
         ({"model": 5}, "model=5 is not allowed: a string"),
         ({"model": "a", "on_bad_row": "drop"}, "on_bad_row='drop' is not allowed: one of raise, skip"),

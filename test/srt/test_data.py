@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from sglang.srt.mezo.core.errors import DataError
-from sglang.srt.mezo.data.examples import Encoder, Example, default_objective, get_task
+from sglang.srt.mezo.data.examples import Encoder, Example, default_objective
 from sglang.srt.mezo.data.rows import SourceRow, read_rows
-from sglang.srt.mezo.data.tasks import TASKS
+from sglang.srt.mezo.data.tasks import TASKS, get_task
 from tiny import CHAT_TEMPLATE, renderer, tiny_tokenizer
 
 CONTEXT = 40
@@ -202,7 +202,7 @@ def test_skip_mode_leaves_the_bad_row_out_and_says_so(tmp_path, encoder, caplog,
     with caplog.at_level(logging.WARNING):
         examples = encoder.encode_rows(read_rows(path, "train"), on_bad_row="skip")
     assert examples == encoder.encode(CHOICE) * 2
-    [message] = [record.getMessage() for record in caplog.records if record.name == "sglang.srt.mezo.data.examples"]
+    [message] = [record.getMessage() for record in caplog.records if record.name == "sglang.srt.mezo.data.checks"]
     assert f"{path}:2: " in message and BAD_ROWS[kind][1] in message
 
 
@@ -237,12 +237,12 @@ def test_options_of_the_same_tokens_are_refused(tokenizer):
     [
         ({"label": 1}, "column 'sentence' is missing"),
         ({"sentence": "good"}, "column 'label' is missing"),
-        ({"sentence": "good", "label": -1}, "label=-1 must be an index of the 2 options"),
+        ({"sentence": "good", "label": -1}, "label=-1 must be a class from 0 to 1"),
         ({"sentence": 5, "label": 1}, "sentence=5 must be a string"),
         ({"sentence": None, "label": 1}, "sentence=None must be a string"),
         ({"sentence": ["good"], "label": 1}, r"sentence=\['good'\] must be a string"),
         ({"sentence": "\ud800", "label": 1}, "sentence is no Unicode text"),
-        ({"sentence": "good", "label": None}, "label=None must be an index of the 2 options"),
+        ({"sentence": "good", "label": None}, "label=None must be a class from 0 to 1"),
     ],
 )
 def test_a_bad_row_of_a_task_is_reported_too(tokenizer, row, reason):

@@ -219,7 +219,7 @@ def test_the_notebook_runs_from_its_first_cell_to_its_last(tmp_path):
 def test_a_mistake_ends_with_one_line():
     done = run("examples/mezo_opt_training.py", "--task_name", "sst3", "--trainer", "zo", succeed=False)
     assert done.returncode == 2 and done.stdout == "" and "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1] == "error: unknown task 'sst3'; known tasks: sst2"
+    assert done.stderr.splitlines()[-1].startswith("error: unknown task 'sst3'; known tasks: boolq, cb, copa, ")
 
 
 @pytest.mark.slow

@@ -140,7 +140,7 @@ def test_no_file_is_too_long():
 
 def test_the_walk_sees_the_package():
     modules = {module_of(path) for path in FILES}
-    assert {"", "core.noise", "data.tasks.sst2", "cpu.attention", "training.trainer", "service.http.routes"} <= modules
+    assert {"", "core.noise", "data.tasks.pairs", "cpu.attention", "training.trainer", "service.http.routes"} <= modules
     assert {folder_of(module) for module in modules} == {None, *FLOOR_OF}, (
         "no folder without a floor, and no floor without a folder"
     )
@@ -158,7 +158,7 @@ def test_the_walk_sees_the_package():
         ),
         ("core.noise", "from ..scoring.plan import Row", "not below core"),
         ("core.noise", "from ..engine import slots", "not below core"),
-        ("data.tasks.sst2", "from ...training.trainer import MezoTrainer", "not below data"),
+        ("data.tasks.pairs", "from ...training.trainer import MezoTrainer", "not below data"),
         ("data.rows", "from sglang.srt.mezo.adapters.adapter import Adapter", "not below data"),
         ("data.rows", "from sglang.srt.mezo import __version__", "not below data"),
         ("service.jobs.manager", "from sglang.srt.mezo.service.scheduler.job import Job", "not below service.jobs"),

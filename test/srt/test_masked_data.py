@@ -9,17 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast, RobertaTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from sglang.srt.mezo.adapters.foreign import read_foreign
 from sglang.srt.mezo.adapters.prefix_adapter import PrefixAdapter, PrefixSpec
 from sglang.srt.mezo.core.config import MezoConfig
 from sglang.srt.mezo.core.errors import ConfigError, DataError
 from sglang.srt.mezo.core.noise import direction
-from sglang.srt.mezo.data.examples import Example, get_task
+from sglang.srt.mezo.data.examples import Example
 from sglang.srt.mezo.data.masked import MaskedEncoder
 from sglang.srt.mezo.data.rows import SourceRow
 from sglang.srt.mezo.data.splits import DataArguments
+from sglang.srt.mezo.data.tasks import get_task
 from sglang.srt.mezo.scoring.plan import Planner
 from sglang.srt.mezo.training.checkpoint import read_checkpoint
 from sglang.srt.mezo.training.evaluate import EvaluateArguments, evaluate
@@ -29,7 +30,6 @@ from tiny import tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "examples" / "assets" / "roberta-reviews"
-GOLDEN = ROOT.parent / "shared" / "golden"
 CONTEXT = 40
 CHOICE = {"prompt": "the plot is thin. It was<mask>.", "options": [" great", " terrible"], "label": 1}
 
@@ -81,24 +81,6 @@ def test_one_row_is_run_and_read_at_the_mask(encoder):
     assert row.prefix == () and row.suffix == example.prompt
     assert row.reads == tuple((example.mask, option[0]) for option in example.options)
     assert plan.slot_tokens == len(example.prompt) and plan.single_token_options
-
-
-# --- the official code's ids ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.skipif(not GOLDEN.is_dir(), reason="the official prompts are not here")
-def test_the_ids_of_sst2_are_the_official_ones():
-    files = (str(GOLDEN / "tokenizer" / name) for name in ("vocab.json", "merges.txt"))
-    encoder = MaskedEncoder(RobertaTokenizer(*files), 512, get_task("sst2"))
-    rows = [json.loads(line) for name in ("sst2", "edge") for line in (GOLDEN / f"{name}.jsonl").open()]
-    rows = [row for row in rows if (row["task"], row["family"]) == ("SST-2", "mlm") and "tail_truncated" not in row]
-    assert len(rows) >= 12
-    for row in rows:
-        sentence = row["prompt"].removeprefix("<s>").removesuffix(" It was<mask>.</s>")
-        [example] = encoder.encode({"sentence": sentence, "label": row["gold"]})
-        official = row["roberta"]
-        assert list(example.prompt) == official["ids"] and example.mask == official["mask_pos"]
-        assert [word for option in example.options for word in option] == official["label_word_ids"]
 
 
 # --- bad rows ---------------------------------------------------------------------------------------------------------

@@ -9,12 +9,13 @@ import os
 import zipfile
 from pathlib import Path
 
+import datasets
 import pyarrow
 import pytest
 from pyarrow import parquet
 
 from sglang.srt.mezo.core.errors import DataError
-from sglang.srt.mezo.data.rows import SourceRow, has_splits, read_jsonl, read_rows, sample_rows
+from sglang.srt.mezo.data.rows import SourceRow, has_splits, read_jsonl, read_rows
 
 ROWS = [
     {"prompt": "it was", "options": [" great", " bad"], "label": 1},
@@ -268,14 +269,20 @@ def test_what_datasets_stored_is_read(tmp_path, cache):
         fields(tmp_path / "splits", "dev")
 
 
-# --- order ------------------------------------------------------------------------------------------------------------
+# --- the hub ----------------------------------------------------------------------------------------------------------
 
 
-def test_sampled_rows_are_distinct_and_a_function_of_the_seed():
-    rows = [SourceRow({}, "rows", line) for line in range(100)]
-    lines = [row.line for row in sample_rows(rows, 30, seed=1)]
-    assert len(set(lines)) == 30 and lines != sorted(lines)
-    assert lines == [row.line for row in sample_rows(rows, 30, seed=1)]
-    assert lines != [row.line for row in sample_rows(rows, 30, seed=2)]
-    assert lines == [row.line for row in sample_rows(rows, None, seed=1)][:30]  # a larger sample holds the smaller one
-    assert sorted(row.line for row in sample_rows(rows, None, seed=1)) == list(range(100))
+def test_a_hub_data_set_with_a_script_is_read_as_the_hub_has_converted_it(tmp_path, monkeypatch):
+    """``datasets`` itself says that it runs no scripts; there is no hub here to have the conversion from."""
+    (tmp_path / "scripted").mkdir()
+    (tmp_path / "scripted" / "scripted.py").write_text("")
+    asked, real = [], datasets.load_dataset
+
+    def hub(path, config, **given):
+        asked.append((path, config, given.get("revision")))
+        return real(str(tmp_path / "scripted")) if len(asked) == 1 else [{"text": "a"}]
+
+    monkeypatch.setattr(datasets, "load_dataset", hub)
+    [row] = read_rows("some/scripted", "train", "config")
+    assert row.fields == {"text": "a"}
+    assert asked == [("some/scripted", "config", None), ("some/scripted", "config", "refs/convert/parquet")]

@@ -3,7 +3,6 @@
 import copy
 import json
 import random
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ from sglang.srt.mezo.core.errors import DataError
 from sglang.srt.mezo.data import texts
 from sglang.srt.mezo.data.examples import Encoder
 from sglang.srt.mezo.data.rows import SourceRow
-from sglang.srt.mezo.data.tasks import TextExample
+from sglang.srt.mezo.data.tasks import Task, TextExample
 from tiny import CHAT_TEMPLATE, renderer, tiny_tokenizer
 
 MODEL = Path(__file__).parents[2] / "examples" / "assets" / "opt-reviews"
@@ -110,9 +109,8 @@ def test_rows_get_the_tokens_together_that_they_get_alone(tokenizer):
 
 
 def test_a_row_whose_text_no_tokenizer_takes_is_bad_alone(tokenizer):
-    @dataclass
-    class Wrong:
-        name: str = "wrong"
+    class Wrong(Task):
+        name = "wrong"
 
         def render(self, fields):
             return TextExample(fields["prompt"], (" great",), 0)

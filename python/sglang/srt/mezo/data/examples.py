@@ -6,16 +6,25 @@ Rows come as a task's columns, or in one of the free forms ``{"prompt", "complet
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Self
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Self
 
 from sglang.srt.mezo.core.errors import DataError, shown
 from sglang.srt.mezo.core.objective import Generation, Objective
 from sglang.srt.mezo.data.chat import Renderer
+from sglang.srt.mezo.data.checks import (
+    OnBadRow,
+    problem,
+    require_choice,
+    require_distinct,
+    require_text,
+    require_unicode,
+    usable,
+)
 from sglang.srt.mezo.data.conversation import turns
 from sglang.srt.mezo.data.invocation import invocation_start
 from sglang.srt.mezo.data.rows import SourceRow
-from sglang.srt.mezo.data.tasks import TASKS, Task, TextExample
+from sglang.srt.mezo.data.tasks import Task, TextExample, final
 from sglang.srt.mezo.data.texts import Encoding, Result, Texts, encode_together
 
 if TYPE_CHECKING:
@@ -23,17 +32,16 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-OnBadRow = Literal["raise", "skip"]
-
 _ROWS_TOGETHER = 256
 
 
 @dataclass(frozen=True)
 class Example:
     """A tokenised row: ``options[i]`` continues ``prompt``, or is a word in the place of its ``mask``; ``label`` is the
-    index of the right option.
+    index of the right option, which is learned.
 
     Attributes:
+        right: indices of all right options; empty where ``label`` is the only one.
         columns: where there are no options, as the model itself goes on: what its completion is graded by, the row's
             own columns and "prompt" and "answers" among them.
     """
@@ -43,6 +51,7 @@ class Example:
     label: int = 0
     mask: int | None = None
     columns: Mapping[str, Any] | None = None
+    right: tuple[int, ...] = ()
 
     @property
     def longest(self) -> int:
@@ -60,6 +69,7 @@ class Encoder:
         invocation: token ids that every prompt must hold; empty where none are needed.
         chat: renders messages, which are refused without one.
         generation: of completions that the model writes itself; None where rows have them.
+        right_only: whether nothing is needed of a task's options but the right one.
     """
 
     def __init__(
@@ -70,13 +80,16 @@ class Encoder:
         invocation: Sequence[int] = (),
         chat: Renderer | None = None,
         generation: Generation | None = None,
+        right_only: bool = False,
     ):
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.generation = generation
         self.task = task
         self.invocation = tuple(invocation)
+        self.right_only = right_only
         self._chat = chat
+        self._cut = 0
 
     @property
     def _renderer(self) -> Renderer:
@@ -113,13 +126,21 @@ class Encoder:
 
     def encode_rows(self, rows: Sequence[SourceRow], on_bad_row: OnBadRow = "raise") -> list[Example]:
         """Tokenise all rows. A bad one raises DataError, or is logged and left out with ``on_bad_row="skip"``."""
+        return [example for _, example in self.encode_from(rows, on_bad_row)]
+
+    def encode_from(self, rows: Sequence[SourceRow], on_bad_row: OnBadRow) -> list[tuple[SourceRow, Example]]:
+        """As ``encode_rows``, each example with the row that it is of."""
         examples = []
         for start in range(0, len(rows), _ROWS_TOGETHER):
-            for of_row in usable(self.encode_each(rows[start : start + _ROWS_TOGETHER]), on_bad_row):
-                examples += of_row
+            part = rows[start : start + _ROWS_TOGETHER]
+            for row, outcome in zip(part, self.encode_each(part)):
+                examples += [(row, example) for of_row in usable([outcome], on_bad_row) for example in of_row]
         if not examples:
             source = rows[0].source if rows else "data set"
             raise DataError("no usable row", source)
+        if self._cut:
+            logger.warning("%d rows of %s are cut to %d tokens", self._cut, rows[0].source, self.max_length)
+            self._cut = 0
         return examples
 
     def encode_each(self, rows: Sequence[SourceRow]) -> list[list[Example] | DataError]:
@@ -135,8 +156,7 @@ class Encoder:
     ) -> list[Result | DataError]:
         outcomes = encode_together(self.tokenizer, [encoding_of(row) for row in rows])
         return [
-            _problem(outcome, row) if isinstance(outcome, Exception) else outcome
-            for outcome, row in zip(outcomes, rows)
+            problem(outcome, row) if isinstance(outcome, Exception) else outcome for outcome, row in zip(outcomes, rows)
         ]
 
     def encode(self, fields: Mapping[str, Any]) -> list[Example]:
@@ -147,23 +167,30 @@ class Encoder:
         return outcome
 
     def _encoding_of(self, row: SourceRow) -> Encoding[list[Example]]:
-        return (yield from self._encoding(row.whole_fields()))
+        return (yield from self._encoding(row.whole_fields(), row.demonstrations))
 
-    def _encoding(self, fields: Mapping[str, Any]) -> Encoding[list[Example]]:
+    def _encoding(self, fields: Mapping[str, Any], demonstrations: Sequence[str] = ()) -> Encoding[list[Example]]:
         if self.generation is not None:
-            return (yield from self._encode_prompts(fields, self.generation))
+            return (yield from self._encode_prompts(fields, self.generation, demonstrations))
         if self.task is not None:
-            return [(yield from self._encode_row(self.task, fields))]
+            return [(yield from self._encode_row(self.task, fields, demonstrations))]
         for needed, encode in self._forms:
             if needed <= fields.keys():
                 return (yield from encode(self, fields))
         forms = ", ".join("{" + ", ".join(sorted(needed)) + "}" for needed, _ in self._forms)
         raise DataError(f"columns {shown(sorted(fields))} have none of the forms {forms}{self._forms_of}")
 
-    def _encode_row(self, task: Task, fields: Mapping[str, Any]) -> Encoding[Example]:
-        return (yield from self._encode_text(task.render(fields)))
+    def _encode_row(
+        self, task: Task, fields: Mapping[str, Any], demonstrations: Sequence[str] = ()
+    ) -> Encoding[Example]:
+        text = final(task.render(fields), demonstrations)
+        if self.right_only:
+            text = replace(text, options=(text.options[text.label],), label=0, right=())
+        return (yield from self._encode_text(text, self.max_length - (task.max_new_tokens or 0)))
 
-    def _encode_prompts(self, fields: Mapping[str, Any], generation: Generation) -> Encoding[list[Example]]:
+    def _encode_prompts(
+        self, fields: Mapping[str, Any], generation: Generation, demonstrations: Sequence[str] = ()
+    ) -> Encoding[list[Example]]:
         """Of what the model writes after."""
         examples = []
         if self.task is None and "messages" in fields:
@@ -172,34 +199,36 @@ class Encoder:
                 columns = {**fields, "prompt": turn.asked["messages"], "answers": [turn.answer.get("content") or ""]}
                 examples.append(Example(prompt, columns=columns))
         else:
-            text, answers = self._asked(fields)
+            text, answers = self._asked(fields, demonstrations)
             [prompt] = yield Texts([text])
+            if self.task is not None:
+                prompt = self._end_of(prompt, self.max_length - generation.max_new_tokens)
             examples.append(Example(tuple(prompt), columns={**fields, "prompt": text, "answers": answers}))
         for example in examples:
             if generation.objective != "reward" and not example.columns["answers"]:
                 raise DataError(f"a row needs answers, or a completion, to tell its {generation.objective} by")
         return [self._checked(example) for example in examples]
 
-    def _asked(self, fields: Mapping[str, Any]) -> tuple[str, list[str]]:
+    def _asked(self, fields: Mapping[str, Any], demonstrations: Sequence[str]) -> tuple[str, list[str]]:
         """The prompt of a row, and what it has for right answers."""
         if self.task is not None:
-            text = self.task.render(fields)
-            return text.prompt, [text.options[text.label].strip()]
+            text = final(self.task.render(fields), demonstrations)
+            return text.prompt, list(text.answers) or [text.options[text.label].strip()]
         if "prompt" not in fields:
             raise DataError(f"columns {shown(sorted(fields))} have none of prompt and messages, to write after")
-        _require_text("prompt", fields["prompt"])
+        require_text("prompt", fields["prompt"])
         answers = fields.get("answers", [fields["completion"]] if "completion" in fields else [])
         if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
             raise DataError(f"answers={shown(answers)} must be a list of strings")
         return fields["prompt"], answers
 
     def _encode_options(self, fields: Mapping[str, Any]) -> Encoding[list[Example]]:
-        _require_text("prompt", fields["prompt"])
+        require_text("prompt", fields["prompt"])
         options = fields["options"]
         if not isinstance(options, list) or not all(isinstance(option, str) for option in options):
             raise DataError(f"options={shown(options)} must be a list of strings")
         for option in options:
-            _require_unicode("options", option)
+            require_unicode("options", option)
         return [(yield from self._encode_text(TextExample(fields["prompt"], tuple(options), fields["label"])))]
 
     def _encode_completion(self, fields: Mapping[str, Any]) -> Encoding[list[Example]]:
@@ -208,8 +237,8 @@ class Encoder:
                 "prompt='' must be a non-empty string: {\"text\"} instead of prompt and completion trains a text from "
                 "its start"
             )
-        _require_text("prompt", fields["prompt"])
-        _require_text("completion", fields["completion"])
+        require_text("prompt", fields["prompt"])
+        require_text("completion", fields["completion"])
         return [
             self._with_end((yield from self._encode_text(TextExample(fields["prompt"], (fields["completion"],), 0))))
         ]
@@ -222,7 +251,7 @@ class Encoder:
         return examples
 
     def _encode_plain_text(self, fields: Mapping[str, Any]) -> Encoding[list[Example]]:
-        _require_text("text", fields["text"])
+        require_text("text", fields["text"])
         [ids] = yield Texts([fields["text"]])
         if len(ids) < 2:
             raise DataError("a text needs two tokens or more, one to start from and one to predict")
@@ -232,7 +261,7 @@ class Encoder:
     def _document(self, row: SourceRow) -> Encoding[list[int]]:
         text = row.whole_fields()["text"]
         end: Any = self.tokenizer.eos_token_id
-        _require_text("text", text)
+        require_text("text", text)
         [ids] = yield Texts([text])
         return ids if ids and ids[-1] == end else [*ids, end]
 
@@ -244,18 +273,35 @@ class Encoder:
     )
     _forms_of = ""
 
-    def _encode_text(self, text: TextExample) -> Encoding[Example]:
+    def _encode_text(self, text: TextExample, cut_to: int | None = None) -> Encoding[Example]:
+        """
+        Args:
+            cut_to: most tokens of the prompt and an option, beyond which the prompt's first are left out; of None a row
+                that is longer than ``max_length`` is a bad row.
+        """
         require_choice(text.options, text.label)
         [prompt] = yield Texts([text.prompt])
         if not prompt:
             raise DataError("the prompt has no tokens")
-        if len(prompt) >= self.max_length:  # before every option is tokenised together with it
+        if cut_to is None and len(prompt) >= self.max_length:  # before every option is tokenised together with it
             raise DataError(
                 f"a prompt of {len(prompt)} tokens and an option are more than the context of {self.max_length}"
             )
         options = yield from self._continuations(text, prompt)
         require_distinct(text.options, options)
-        return self._checked(Example(tuple(prompt), options, text.label))
+        if cut_to is not None:
+            prompt = self._end_of(prompt, cut_to - max(map(len, options)))
+        return self._checked(Example(tuple(prompt), options, text.label, right=text.right))
+
+    def _end_of(self, prompt: list[int], room: int) -> list[int]:
+        """The last tokens of a prompt, as many as there is room for, behind the BOS token where it begins with one."""
+        if len(prompt) <= room:
+            return prompt
+        begin = prompt[:1] if prompt[0] == self.tokenizer.bos_token_id else []
+        if room <= len(begin):
+            raise DataError(f"an option and what is written leave no room for the prompt in {self.max_length} tokens")
+        self._cut += 1
+        return begin + prompt[len(prompt) - room + len(begin) :]
 
     def _continuations(self, text: TextExample, prompt: list[int]) -> Encoding[tuple[tuple[int, ...], ...]]:
         """Tokens of each option as they follow ``prompt``, even where the tokenizer would merge across the border."""
@@ -294,66 +340,6 @@ def example_of(block: Sequence[int]) -> Example:
     return Example(tuple(block[:1]), (tuple(block[1:]),), 0)
 
 
-def usable(outcomes: Iterable[Result | DataError], on_bad_row: OnBadRow) -> Iterator[Result]:
-    """Those that are no error. An error is raised, or logged and left out with ``on_bad_row="skip"``."""
-    for outcome in outcomes:
-        if not isinstance(outcome, DataError):
-            yield outcome
-        elif on_bad_row == "raise":
-            raise outcome
-        else:
-            logger.warning("skipped %s", outcome)
-
-
-def require_choice(options: Sequence[str], label: Any) -> None:
-    """Raise DataError where ``label`` is none of the options, or these cannot be told apart."""
-    if not options or not all(options):
-        raise DataError(f"options={shown(list(options))}: at least one is needed, and none may be empty")
-    if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < len(options):
-        raise DataError(f"label={shown(label)} must be an index of the {len(options)} options")
-    require_distinct(options, options)
-
-
-def require_distinct(options: Sequence[str], values: Sequence[Any]) -> None:
-    """Between two options that are the same, as text or as tokens, nothing can be chosen or learned."""
-    first: dict[Any, int] = {}
-    for place, value in enumerate(values):
-        if (earlier := first.setdefault(value, place)) != place:
-            told = [shown(options[i]) for i in (earlier, place)]
-            raise DataError(
-                f"options[{earlier}]={told[0]} and options[{place}]={told[1]} are the same tokens: nothing tells one "
-                "from the other"
-            )
-
-
-def _require_text(name: str, value: Any) -> None:
-    if not isinstance(value, str) or not value:
-        raise DataError(f"{name}={shown(value)} must be a non-empty string")
-    _require_unicode(name, value)
-
-
-def _require_unicode(name: str, text: str) -> None:
-    """JSON can spell half of a surrogate pair, which no tokenizer takes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(f"{name} is no Unicode text: {error}") from error
-
-
-def _problem(error: Exception, row: SourceRow) -> DataError:
-    problem = DataError(_reason(error), row.source, row.line)
-    problem.__cause__ = error
-    return problem
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, DataError):
-        return error.reason
-    if isinstance(error, KeyError):
-        return f"column {error.args[0]!r} is missing"
-    return f"{type(error).__name__}: {error}"
-
-
 def count_shared(examples: Iterable[Example], others: Iterable[Example]) -> int:
     """How many of the examples have the prompt and the options of one of the others, whatever its label."""
     known = {(other.prompt, other.options) for other in others}
@@ -363,11 +349,3 @@ def count_shared(examples: Iterable[Example], others: Iterable[Example]) -> int:
 def default_objective(examples: Sequence[Example]) -> Objective:
     """Classification where there is something to choose from; else the likelihood of the completion or the text."""
     return "classification" if any(len(example.options) > 1 for example in examples) else "completion"
-
-
-def get_task(name: str) -> Task:
-    """The task of that name, as SST2, sst-2 and sst2 are one; raises DataError for an unknown one."""
-    task = TASKS.get(name.lower().replace("-", "").replace("_", ""))
-    if task is None:
-        raise DataError(f"unknown task {name!r}; known tasks: {', '.join(sorted(TASKS))}")
-    return task

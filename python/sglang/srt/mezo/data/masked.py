@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sglang.srt.mezo.core.errors import DataError, shown
-from sglang.srt.mezo.data.examples import Encoder, Example, require_choice, require_distinct
-from sglang.srt.mezo.data.tasks import Task, TextExample
+from sglang.srt.mezo.data.checks import require_choice, require_distinct
+from sglang.srt.mezo.data.examples import Encoder, Example
+from sglang.srt.mezo.data.tasks import Piece, Task, TextExample
 from sglang.srt.mezo.data.texts import Encoding, Texts
 
 
@@ -22,17 +23,25 @@ class MaskedEncoder(Encoder):
             raise DataError("the tokenizer of this model has no mask token")
         return mask
 
-    def _encode_row(self, task: Task, fields: Mapping[str, Any]) -> Encoding[Example]:
-        """The pieces around the mask, each tokenised by itself, between the model's first and last token."""
+    def _encode_row(
+        self, task: Task, fields: Mapping[str, Any], demonstrations: Sequence[str] = ()
+    ) -> Encoding[Example]:
+        """The pieces around the mask, each tokenised by itself and cut where it says, between the model's first token
+        and its last; what is then too long loses its end."""
         text = task.render_masked(fields)
         require_choice(text.options, text.label)
-        pieces = yield Texts([*text.before, *text.after], special_tokens=False)
+        texts, limits = zip(*(_limited(piece) for piece in (*text.before, *text.after)))
+        tokens = yield Texts(texts, special_tokens=False)
+        pieces = [ids[:limit] for ids, limit in zip(tokens, limits)]
         before, after = (sum(part, []) for part in (pieces[: len(text.before)], pieces[len(text.before) :]))
         ends: Any = self.tokenizer.cls_token_id, self.tokenizer.sep_token_id
         mask: Any = self.tokenizer.convert_tokens_to_ids(self._mask)
-        return (yield from self._encode_words([ends[0], *before, mask, *after, ends[1]], text.options, text.label))
+        whole = [ends[0], *before, mask, *after, ends[1]]
+        kept = whole[: min(self.max_length, task.masked_length or self.max_length)]
+        self._cut += len(kept) < len(whole) or pieces != tokens
+        return (yield from self._encode_words(kept, text.options, text.label))
 
-    def _encode_text(self, text: TextExample) -> Encoding[Example]:
+    def _encode_text(self, text: TextExample, cut_to: int | None = None) -> Encoding[Example]:
         require_choice(text.options, text.label)
         [prompt] = yield Texts([text.prompt])
         return (yield from self._encode_words(prompt, text.options, text.label))
@@ -53,3 +62,7 @@ class MaskedEncoder(Encoder):
                 )
         require_distinct(options, list(map(tuple, words)))
         return self._checked(Example(tuple(prompt), tuple(map(tuple, words)), label, places[0]))
+
+
+def _limited(piece: Piece) -> tuple[str, int | None]:
+    return (piece, None) if isinstance(piece, str) else piece

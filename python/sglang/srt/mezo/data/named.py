@@ -4,10 +4,9 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from sglang.srt.mezo.core.errors import ConfigError
-from sglang.srt.mezo.data.examples import get_task
 from sglang.srt.mezo.data.rows import SourceRow, read_rows
 from sglang.srt.mezo.data.streams import stream_rows
-from sglang.srt.mezo.data.tasks import Task
+from sglang.srt.mezo.data.tasks import Task, get_task
 
 TEXT = "text"
 """In the place of a task: rows are whole texts, in a column of this name."""
@@ -30,6 +29,8 @@ class Named(NamedTuple):
     def rows(self, split: str) -> list[SourceRow]:
         """Those of a split."""
         rows = read_rows(self.path, split, self.config)
+        if self.task is not None:
+            return [row for row in rows if row.problem is not None or self.task.is_labelled(row.fields)]
         return list(map(_only_text, rows)) if self.text else rows
 
     def texts(self, split: str) -> Iterator[SourceRow]:

@@ -14,33 +14,32 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
-import torch
-
 from sglang.srt.mezo.core.errors import ConfigError, DataError, one_line
 
+_SCRIPT, _CONVERTED = "Dataset scripts are no longer supported", "refs/convert/parquet"
+"""What datasets says of a hub data set that only a script of its own reads, and the hub's conversion of such."""
 _STORED_DATASET, _STORED_SPLITS = "state.json", "dataset_dict.json"  # in folders that datasets' save_to_disk wrote
 
 
 @dataclass(frozen=True)
 class SourceRow:
-    """A raw row and where it came from. Where it could not be read, ``problem`` says why and there are no fields."""
+    """A raw row and where it came from. Where it could not be read, ``problem`` says why and there are no fields.
+
+    Attributes:
+        demonstrations: other rows in words, with their answers, which are shown before it.
+    """
 
     fields: Mapping[str, Any]
     source: str
     line: int
     problem: str | None = None
+    demonstrations: Sequence[str] = ()
 
     def whole_fields(self) -> Mapping[str, Any]:
         """The fields; DataError where the row could not be read."""
         if self.problem is not None:
             raise DataError(self.problem, self.source, self.line)
         return self.fields
-
-
-def sample_rows(rows: Sequence[SourceRow], count: int | None, seed: int) -> list[SourceRow]:
-    """``count`` rows in a seeded random order, or all of them."""
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
-    return [rows[i] for i in order[:count]]
 
 
 def has_splits(path: str) -> bool:
@@ -285,4 +284,11 @@ def load_rows(path: str, split: str, config: str | None, streaming: bool = False
         return datasets.load_from_disk(str(local))
     if (local / _STORED_SPLITS).is_file():
         return datasets.load_from_disk(str(local))[split]
-    return datasets.load_dataset(str(local) if local.is_dir() else path, config, split=split, streaming=streaming)
+    if local.is_dir():
+        return datasets.load_dataset(str(local), config, split=split, streaming=streaming)
+    try:
+        return datasets.load_dataset(path, config, split=split, streaming=streaming)
+    except RuntimeError as error:
+        if _SCRIPT not in str(error):
+            raise
+        return datasets.load_dataset(path, config, split=split, streaming=streaming, revision=_CONVERTED)

@@ -5,7 +5,8 @@ from itertools import islice
 from typing import Any, Protocol
 
 from sglang.srt.mezo.core.errors import DataError, MezoError, one_line
-from sglang.srt.mezo.data.examples import Encoder, Example, OnBadRow, example_of, usable
+from sglang.srt.mezo.data.checks import OnBadRow, usable
+from sglang.srt.mezo.data.examples import Encoder, Example, example_of
 from sglang.srt.mezo.data.rows import SourceRow, file_of, load_rows, parts
 
 _CHARACTERS_TOGETHER, _ROWS_TOGETHER = 1 << 17, 256  # that are in memory at once, but for a text that is longer

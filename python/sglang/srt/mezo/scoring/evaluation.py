@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 from sglang.srt.mezo.core.noise import step_seed
 from sglang.srt.mezo.core.passes import Passes
@@ -11,12 +12,18 @@ from sglang.srt.mezo.scoring.plan import ExamplePlan
 
 
 def evaluation_passes(
-    measure: Measure, plans: Sequence[ExamplePlan], point: Point, batch_size: int, seed: int
+    measure: Measure,
+    plans: Sequence[ExamplePlan],
+    point: Point,
+    batch_size: int,
+    seed: int,
+    told: list[dict[str, Any]] | None = None,
 ) -> Passes[dict[str, float]]:
     """Measure ``plans`` under one point.
 
     Args:
         seed: of what is drawn by chance.
+        told: to which what was read or written of each plan is added.
 
     Returns:
         ``loss``, and the means of the measure's scores, such as ``accuracy`` where there are options to choose from.
@@ -28,4 +35,6 @@ def evaluation_passes(
         total += measured.loss.total.item()
         weight += measured.loss.weight
         scores.update({name: score.item() for name, score in measured.scores.items()})
+        if told is not None:
+            told += measured.told()
     return {"loss": total / weight, **{name: score / len(plans) for name, score in scores.items()}}

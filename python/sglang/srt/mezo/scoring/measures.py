@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 
@@ -12,7 +13,7 @@ from sglang.srt.mezo.engine.handle import EngineHandle
 from sglang.srt.mezo.engine.points import PointGroup
 from sglang.srt.mezo.scoring.generator import Generator
 from sglang.srt.mezo.scoring.plan import ExamplePlan
-from sglang.srt.mezo.scoring.readout import BatchLoss, batch_loss, predictions
+from sglang.srt.mezo.scoring.readout import BatchLoss, batch_loss, choices, right_predictions
 from sglang.srt.mezo.scoring.scorer import Scorer
 
 Grade = Callable[[Sequence[ExamplePlan], Sequence[str]], list[float]]
@@ -26,13 +27,24 @@ class Measured:
     Attributes:
         loss: summed.
         scores: float64 [points] sums over the examples, by the name of a metric; more is better.
+        told: what was read or written of each example at the first point, as JSON has it.
     """
 
     loss: BatchLoss
     scores: dict[str, torch.Tensor]
+    told: Callable[[], list[dict[str, Any]]]
 
 
 class Measure(Protocol):
+    """What the loss of a run is.
+
+    Attributes:
+        objective: by name.
+    """
+
+    @property
+    def objective(self) -> Objective: ...
+
     def passes(
         self, plans: Sequence[ExamplePlan], groups: Sequence[PointGroup], seed: int, keep: bool = True
     ) -> Passes[Measured]:
@@ -67,10 +79,9 @@ class Reading:
     ) -> Passes[Measured]:
         values = yield from self.scorer.passes(plans, groups, self.objective, keep)
         scores = {}
-        if self.objective != "completion":
-            right = predictions(plans, values) == torch.tensor([plan.label for plan in plans])
-            scores = {"accuracy": right.double().sum(dim=1)}
-        return Measured(batch_loss(plans, values, self.objective), scores)
+        if all(len(plan.option_lengths) > 1 for plan in plans):
+            scores = {"accuracy": right_predictions(plans, values).double().sum(dim=1)}
+        return Measured(batch_loss(plans, values, self.objective), scores, partial(choices, plans, values))
 
     def release(self) -> None:
         """It holds none."""
@@ -95,7 +106,8 @@ class Writing:
         texts = yield from self.generator.passes(plans, groups, seed, keep)
         grades = self.handle.on_leader(self.grade, list(plans) * len(texts), sum(texts, []))
         total = torch.tensor(grades, dtype=torch.float64).view(len(texts), len(plans)).sum(dim=1)
-        return Measured(BatchLoss(-total, len(plans)), {self.objective: total})
+        told = partial(_written, self.objective, texts[0], grades)
+        return Measured(BatchLoss(-total, len(plans)), {self.objective: total}, told)
 
     @property
     def held_tokens(self) -> int:
@@ -103,3 +115,7 @@ class Writing:
 
     def release(self) -> None:
         self.generator.release()
+
+
+def _written(objective: Objective, texts: Sequence[str], grades: Sequence[float]) -> list[dict[str, Any]]:
+    return [{"completion": text, objective: grade} for text, grade in zip(texts, grades)]

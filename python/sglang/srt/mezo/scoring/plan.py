@@ -61,7 +61,9 @@ class ExamplePlan:
     """The rows of one example, and the option (counted within the example) that each read belongs to.
 
     Attributes:
+        label: the option that is learned.
         columns: where the model itself goes on after the one row: those of the example.
+        right: all options that are right.
     """
 
     rows: tuple[Row, ...]
@@ -69,6 +71,7 @@ class ExamplePlan:
     option_lengths: tuple[int, ...] = ()
     label: int = 0
     columns: Mapping[str, Any] | None = None
+    right: tuple[int, ...] = ()
 
     @cached_property
     def slot_tokens(self) -> int:
@@ -86,6 +89,8 @@ def digest_of_plans(plans: Iterable[ExamplePlan]) -> str:
     for plan in plans:
         rows = tuple((row.prefix, row.suffix, row.reads) for row in plan.rows)
         digest.update(marshal.dumps((rows, plan.option_lengths, plan.label), _MARSHAL_FORMAT))
+        if len(plan.right) > 1:
+            digest.update(marshal.dumps(plan.right, _MARSHAL_FORMAT))
         if plan.columns is not None:
             digest.update(json.dumps(plan.columns, default=str, sort_keys=True).encode())
     return f"sha256:{digest.hexdigest()[:32]}"
@@ -123,6 +128,7 @@ class Planner:
             option_of_read=tuple(i for i, option in enumerate(example.options) for _ in option),
             option_lengths=tuple(map(len, example.options)),
             label=example.label,
+            right=example.right or (example.label,),
         )
 
     def _split(self, prompt: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -37,10 +38,10 @@ def batch_loss(plans: Sequence[ExamplePlan], values: torch.Tensor, objective: Ob
     Args:
         values: [slots, reads], from ``Scorer.passes``.
     """
-    labels = torch.tensor([plan.label for plan in plans])
     if objective == "accuracy":
-        return BatchLoss(-(predictions(plans, values) == labels).sum(dim=1).double(), len(plans))
+        return BatchLoss(-right_predictions(plans, values).sum(dim=1).double(), len(plans))
     if objective == "classification":
+        labels = torch.tensor([plan.label for plan in plans])
         return BatchLoss(option_cross_entropy(_scores(plans, values), labels).sum(dim=1), len(plans))
     right = torch.tensor([option == plan.label for plan in plans for option in plan.option_of_read])
     return BatchLoss(-values[:, right].double().sum(dim=1), int(right.sum()))
@@ -49,6 +50,23 @@ def batch_loss(plans: Sequence[ExamplePlan], values: torch.Tensor, objective: Ob
 def predictions(plans: Sequence[ExamplePlan], values: torch.Tensor) -> torch.Tensor:
     """Index of the option with the best score: int64 [slots, examples]."""
     return _scores(plans, values).argmax(dim=-1)
+
+
+def right_predictions(plans: Sequence[ExamplePlan], values: torch.Tensor) -> torch.Tensor:
+    """Whether the best option is a right one: bool [slots, examples]."""
+    right = torch.zeros(len(plans), max(len(plan.option_lengths) for plan in plans), dtype=torch.bool)
+    places = [(row, option) for row, plan in enumerate(plans) for option in plan.right]
+    right[tuple(torch.tensor(places).T)] = True
+    return right[torch.arange(len(plans)), predictions(plans, values)]
+
+
+def choices(plans: Sequence[ExamplePlan], values: torch.Tensor) -> list[dict[str, Any]]:
+    """Of each example at the first point: the scores of its options, the best one, and whether that is right."""
+    scores, best = _scores(plans, values)[0], predictions(plans, values)[0].tolist()
+    return [
+        {"scores": own[: len(plan.option_lengths)].tolist(), "prediction": found, "correct": found in plan.right}
+        for plan, own, found in zip(plans, scores, best)
+    ]
 
 
 def _scores(plans: Sequence[ExamplePlan], values: torch.Tensor) -> torch.Tensor:

@@ -102,10 +102,7 @@ INSTEAD = {
     "test_file": "put the files into one folder as train.jsonl and test.jsonl: --dataset FOLDER --test_split test",
     "train_split": "a run trains on the split named train of --dataset, or on a file",
     "dataset_train_split": "a run trains on the split named train of --dataset, or on a file",
-    "train_set_seed": "the same rows are drawn in every run; --seed is that of the adapter, the order and the "
-    "directions",
-    "num_train_sets": "the same rows are drawn in every run; --seed is that of the adapter, the order and the "
-    "directions",
+    "num_train_sets": "a run has one set of training rows, --train_set_seed says which",
     "load_in_8bit": "--dtype is the type of the weights",
     "load_in_4bit": "--dtype is the type of the weights",
     "load_int8": "--dtype is the type of the weights",

@@ -25,26 +25,28 @@ from sglang.srt.mezo.adapters.weights import WeightsSpec
 from sglang.srt.mezo.core.config import MezoConfig, Tuning
 from sglang.srt.mezo.core.errors import ConfigError
 from sglang.srt.mezo.core.integrity import write_json
-from sglang.srt.mezo.core.objective import SCORES, Generation
+from sglang.srt.mezo.core.objective import SCORES, Generation, Objective
 from sglang.srt.mezo.core.passes import drain
 from sglang.srt.mezo.core.settings import require_settings, setting
 from sglang.srt.mezo.data.chat import ChatSettings
-from sglang.srt.mezo.data.examples import Encoder, Example, get_task
+from sglang.srt.mezo.data.examples import Encoder, Example
 from sglang.srt.mezo.data.invocation import AUTO, invocation_tokens
 from sglang.srt.mezo.data.masked import MaskedEncoder
 from sglang.srt.mezo.data.named import is_text
 from sglang.srt.mezo.data.splits import DataArguments, Splits, load_splits
+from sglang.srt.mezo.data.tasks import Task, get_task
 from sglang.srt.mezo.engine.chat import ChatRenderer
 from sglang.srt.mezo.engine.handle import MezoEngine
 from sglang.srt.mezo.engine.points import BASE
 from sglang.srt.mezo.engine.ranks import FIRST, Rank, other_ranks
 from sglang.srt.mezo.scoring.evaluation import evaluation_passes
+from sglang.srt.mezo.scoring.measures import Measure
 from sglang.srt.mezo.training.checkpoint import read_checkpoint
 from sglang.srt.mezo.training.memory import MemoryMeter
 from sglang.srt.mezo.training.plots import plot_run
 from sglang.srt.mezo.training.reporting import integrations
 from sglang.srt.mezo.training.results import TrainResult
-from sglang.srt.mezo.training.rewards import Writer
+from sglang.srt.mezo.training.rewards import Writer, measure_of
 from sglang.srt.mezo.training.run_directory import RunDirectory
 from sglang.srt.mezo.training.source import require_length
 from sglang.srt.mezo.training.start import read_start, settled
@@ -95,15 +97,16 @@ def _finetune(rank: Rank, model: ModelArguments, data: DataArguments, config: Me
     with memory.phase("load"):
         trainer, splits = open_trainer(model, data, config, rank)
     trainer.memory = memory
+    judge = _judge(trainer, splits, model)
     with closing(trainer):
         with memory.phase("evaluation"):
-            zero_shot = _zero_shot(trainer, splits.test)
+            zero_shot = _zero_shot(trainer, splits.test, judge)
         result = trainer.train()
         with memory.phase("evaluation"):
-            trained = trainer.evaluate(splits.test) if splits.test else {}
+            trained = trainer.evaluate(splits.test, judge) if splits.test else {}
         if not rank.is_first:
             return {}
-        summary = _summary(trainer, result, zero_shot, trained) | {
+        summary = _summary(trainer, result, zero_shot, trained, judge.objective) | {
             "shared_examples": splits.shared,
             "peak_rss_bytes": memory.total.host,
             "peak_memory_bytes": memory.to_dict(),
@@ -129,12 +132,14 @@ def open_trainer(
     invocation = chosen_invocation(tokenizer, data.task, config.tuning, config.invocation)
     kind = encoder_kind(model_config, config.generation, data.task)
     writer = Writer.of(config.generation, tokenizer)
-    max_length, chat = _max_length(data, config, model_config), ChatRenderer(tokenizer, chat_settings(model))
-    splits = load_splits(tokenizer, max_length, invocation, data, chat, config.generation, kind)
+    max_length = max_length_of(model_config, data.max_length, config.num_virtual_tokens or 0)
+    chat = ChatRenderer(tokenizer, chat_settings(model))
+    splits = load_splits(tokenizer, max_length, invocation, data, chat, config.generation, kind, config.objective)
     spec = _spec(config, model.model, model_config, splits.invocation, target_modules)
     objective = config.objective or splits.objective
     require_objective(config, objective, (len(example.options) for example in splits.known))
-    longest = max(example.longest for example in splits.known) + (config.max_new_tokens or 0)
+    new_tokens = splits.written.max_new_tokens if splits.written else config.max_new_tokens or 0
+    longest = max(example.longest for example in splits.known) + new_tokens
     if model.max_total_tokens is not None and model.max_total_tokens < longest:
         raise ConfigError(
             "max_total_tokens", model.max_total_tokens, f"at least {longest}, the tokens of the longest example"
@@ -156,12 +161,12 @@ def open_trainer(
     return trainer, splits
 
 
-def _max_length(data: DataArguments, config: MezoConfig, model_config: "PretrainedConfig") -> int:
-    """Most tokens of an example; ConfigError where the model has no room for what is asked."""
-    room = longest_text(model_config) - (config.num_virtual_tokens or 0)
-    if data.max_length is not None and data.max_length > room:
-        raise ConfigError("max_length", data.max_length, f"at most {room}, what the model has room for")
-    return data.max_length or room
+def max_length_of(model_config: "PretrainedConfig", max_length: int | None, virtual_tokens: int = 0) -> int:
+    """Most tokens of an example beside those of a prefix; ConfigError where the model has no room for them."""
+    room = longest_text(model_config) - virtual_tokens
+    if max_length is not None and max_length > room:
+        raise ConfigError("max_length", max_length, f"at most {room}, what the model has room for")
+    return max_length or room
 
 
 def encoder_kind(model_config: "PretrainedConfig", generation: Generation | None, task: str | None) -> type[Encoder]:
@@ -252,29 +257,52 @@ def chosen_invocation(
     if given is None:
         if not task:
             return None
-        given = get_task(task).invocation
+        given = _own_invocation(get_task(task))
     if not given:
         raise ConfigError("invocation", given, "the text from which activated LoRA acts, such as ' It was'")
     return invocation_tokens(given, tokenizer)
 
 
-def _zero_shot(trainer: MezoTrainer, tests: Sequence[Example]) -> dict[str, float]:
+def _own_invocation(task: Task) -> str:
+    """A task's; ConfigError where its prompts end in several ways."""
+    if task.invocation is None:
+        raise ConfigError(
+            "invocation",
+            None,
+            f"a text that all prompts have, or --tuning lora: those of {task.name} end in several ways",
+        )
+    return task.invocation
+
+
+def _judge(trainer: MezoTrainer, splits: Splits, model: ModelArguments) -> Measure:
+    """What test examples are measured by: what is trained on, or, where the model is trained on given answers and is to
+    write its own, these."""
+    if splits.written is None:
+        return trainer.measure
+    _, tokenizer = read_checkpoint(model.model)
+    writer = Writer.of(splits.written, tokenizer)
+    return measure_of(trainer.handle, trainer.scorer, splits.written.objective, writer)
+
+
+def _zero_shot(trainer: MezoTrainer, tests: Sequence[Example], judge: Measure) -> dict[str, float]:
     """Loss and scores of the base model; nothing without examples."""
     if not tests:
         return {}
     config = trainer.config
-    return drain(
-        evaluation_passes(trainer.measure, trainer.plan(tests), BASE, config.per_device_eval_batch_size, config.seed)
-    )
+    return drain(evaluation_passes(judge, trainer.plan(tests), BASE, config.per_device_eval_batch_size, config.seed))
 
 
 def _summary(
-    trainer: MezoTrainer, result: TrainResult, zero_shot: dict[str, float], trained: dict[str, float]
+    trainer: MezoTrainer,
+    result: TrainResult,
+    zero_shot: dict[str, float],
+    trained: dict[str, float],
+    objective: Objective,
 ) -> dict[str, Any]:
     stats = trainer.scorer.prefix_stats
     directory = RunDirectory(trainer.config)
     scores = {}
-    for name in SCORES[trainer.objective] or ("accuracy",):
+    for name in SCORES[objective] or ("accuracy",):
         scores |= {f"zero_shot_{name}": zero_shot.get(name), name: trained.get(f"eval_{name}")}
     return {
         **scores,

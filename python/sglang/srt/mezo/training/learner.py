@@ -24,6 +24,7 @@ from sglang.srt.mezo.data.examples import Example
 from sglang.srt.mezo.data.streams import ExampleStream
 from sglang.srt.mezo.engine.handle import EngineHandle
 from sglang.srt.mezo.scoring.evaluation import evaluation_passes
+from sglang.srt.mezo.scoring.measures import Measure
 from sglang.srt.mezo.scoring.plan import ExamplePlan, Planner
 from sglang.srt.mezo.scoring.scorer import Scorer
 from sglang.srt.mezo.training.memory import MemoryMeter
@@ -215,13 +216,19 @@ class Learner:
         """
         return self.drawn.extend(self.plan(examples), self.global_step + 1, record)
 
-    def evaluation_passes(self, plans: Sequence[ExamplePlan] | None = None) -> Passes[dict[str, float]]:
+    def evaluation_passes(
+        self, plans: Sequence[ExamplePlan] | None = None, measure: Measure | None = None
+    ) -> Passes[dict[str, float]]:
         """``eval_loss``, and the scores of the objective such as ``eval_accuracy``, of what is trained as it is, on the
-        development set or on ``plans``."""
+        development set or on ``plans``, by ``measure`` or what is trained on."""
         self.points.write_current()
         plans = self.eval_plans if plans is None else plans
         metrics = yield from evaluation_passes(
-            self.measure, plans, self.points.current, self.config.per_device_eval_batch_size, self.config.seed
+            measure or self.measure,
+            plans,
+            self.points.current,
+            self.config.per_device_eval_batch_size,
+            self.config.seed,
         )
         return {f"eval_{name}": value for name, value in self.handle.broadcast(metrics).items()}
 

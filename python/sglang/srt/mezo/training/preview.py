@@ -5,32 +5,38 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Optional
 
-from sglang.srt.mezo.adapters.architectures import longest_text
 from sglang.srt.mezo.adapters.families import require_tuning
 from sglang.srt.mezo.core.config import Tuning
-from sglang.srt.mezo.core.settings import require_settings, setting
+from sglang.srt.mezo.core.errors import ConfigError
+from sglang.srt.mezo.core.settings import setting
 from sglang.srt.mezo.data.examples import Example
-from sglang.srt.mezo.data.named import named_data
+from sglang.srt.mezo.data.named import Named, named_data
 from sglang.srt.mezo.data.rows import SourceRow
+from sglang.srt.mezo.data.selection import TRAIN, RowArguments, drawn_rows, with_demonstrations
 from sglang.srt.mezo.data.splits import generation_prompt
-from sglang.srt.mezo.data.tasks import Task
+from sglang.srt.mezo.data.tasks import Task, final
 from sglang.srt.mezo.engine.chat import ChatRenderer
 from sglang.srt.mezo.scoring.plan import Planner
 from sglang.srt.mezo.training.checkpoint import read_checkpoint
-from sglang.srt.mezo.training.finetune import ModelArguments, chat_settings, chosen_invocation, encoder_kind
+from sglang.srt.mezo.training.finetune import (
+    ModelArguments,
+    chat_settings,
+    chosen_invocation,
+    encoder_kind,
+    max_length_of,
+)
 
 
 @dataclass(frozen=True)
-class PreviewArguments:
+class PreviewArguments(RowArguments):
     """Which rows are shown, and as which adapter would be trained on them; ConfigError names the field at fault."""
 
-    task: Optional[str] = setting(
-        None, "Task that renders the rows; text: they are whole texts, in a column text; none for files of prompts."
+    split: str = setting("train", "Split of the data set; a file has none. Of drawn rows train, dev or test.")
+    drawn: bool = setting(False, "Rows as a run draws them, in the place of those of a split from the first.")
+    rows: Optional[int] = setting(3, "Rows to show, or none for all.", at_least=1)
+    num_demonstrations: int = setting(
+        0, "Of a task: training rows that are shown with their answers before each row.", at_least=0
     )
-    dataset: Optional[str] = setting(None, "Hub name, folder or file; the task's own by default.")
-    dataset_config: Optional[str] = setting(None, "Configuration of a hub data set; the task's own by default.")
-    split: str = setting("train", "Split of the data set; a file has none.")
-    rows: int = setting(3, "Rows to show, from the first.", at_least=1)
     tuning: Tuning = setting("alora", "alora: the adapter acts from the invocation on; lora: on every token.")
     invocation: Optional[str] = setting(
         None, "Text that activates an aLoRA adapter, or auto; the task's own by default, without a task auto."
@@ -38,17 +44,26 @@ class PreviewArguments:
     json: bool = setting(False, "A JSON object a line, in the place of a page to read.")
 
     def __post_init__(self):
-        require_settings(self)
+        super().__post_init__()
+        if self.drawn and self.split not in _PARTS:
+            raise ConfigError("split", self.split, f"of drawn rows one of {', '.join(_PARTS)}")
+        if self.num_demonstrations and not self.task:
+            raise ConfigError("num_demonstrations", self.num_demonstrations, "nothing without a task")
+
+
+_PARTS = (TRAIN, "dev", "test")
 
 
 def preview(model: ModelArguments, arguments: PreviewArguments) -> Iterator[dict[str, Any]]:
-    """The examples of the first rows. Needs no engine.
+    """The examples of rows. Needs no engine.
 
     Yields:
-        ``source`` (file and line), ``prompt``, ``options``, ``gold`` (index of the right option), ``prompt_ids``,
-        ``option_ids``, ``acts_from`` (the first of ``prompt_ids`` that the adapter acts on) and ``rows``, the sequences
-        that run: ``prefix_tokens`` (on the base model, shared), ``ids`` (after it), ``reads`` ([position, token]: the
-        log-probability of ``token`` after ``ids[position]``, or in the place of a mask there).
+        ``source`` (file and line), ``prompt``, ``options``, ``gold`` (index of the right option that is learned),
+        ``right`` (of all right ones), ``answers`` (where the model writes its own), ``prompt_ids``, ``option_ids``,
+        ``mask`` (its place, of a masked language model), ``acts_from`` (the first of ``prompt_ids`` that the adapter
+        acts on) and ``rows``, the sequences that run: ``prefix_tokens`` (on the base model, shared), ``ids`` (after
+        it), ``reads`` ([position, token]: the log-probability of ``token`` after ``ids[position]``, or in the place of
+        a mask there).
 
     Raises:
         ConfigError, DataError: a setting is wrong, or a row cannot be used.
@@ -56,17 +71,29 @@ def preview(model: ModelArguments, arguments: PreviewArguments) -> Iterator[dict
     model_config, tokenizer = read_checkpoint(model.model)
     require_tuning(model_config, arguments.tuning)
     named = named_data(arguments.task, arguments.dataset, arguments.dataset_config)
-    rows = named.rows(arguments.split)[: arguments.rows]
+    rows = _rows(named, arguments)
     chat = ChatRenderer(tokenizer, chat_settings(model))
     invocation = chosen_invocation(tokenizer, arguments.task, arguments.tuning, arguments.invocation)
     kind = encoder_kind(model_config, None, arguments.task)
-    encoder = kind(tokenizer, longest_text(model_config), named.task, invocation or (), chat)
-    examples = [(row, example) for row in rows for example in encoder.encode_rows([row])]
+    longest = max_length_of(model_config, arguments.max_length)
+    encoder = kind(tokenizer, longest, named.task, invocation or (), chat)
+    encoded = encoder.encode_from(rows, arguments.on_bad_row)
     if invocation is None:
-        invocation = generation_prompt(encoder, rows, [example for _, example in examples])
+        invocation = generation_prompt(encoder, rows, [example for _, example in encoded])
     planner = Planner(arguments.tuning, invocation)
-    for row, example in examples:
+    for row, example in encoded:
         yield _shown(row, example, planner, named.task, tokenizer)
+
+
+def _rows(named: Named, arguments: PreviewArguments) -> list[SourceRow]:
+    if arguments.drawn:
+        rows = drawn_rows(named, arguments)[_PARTS.index(arguments.split)]
+    else:
+        rows = named.rows(arguments.split)
+    rows = rows[: arguments.rows]
+    if named.task is not None and arguments.num_demonstrations:
+        rows = with_demonstrations(named.task, rows, named.rows(TRAIN), arguments.num_demonstrations)
+    return rows
 
 
 def _shown(row: SourceRow, example: Example, planner: Planner, task: Task | None, tokenizer: Any) -> dict[str, Any]:
@@ -77,8 +104,11 @@ def _shown(row: SourceRow, example: Example, planner: Planner, task: Task | None
         "prompt": prompt,
         "options": options,
         "gold": example.label,
+        "right": list(example.right or (example.label,)),
+        "answers": [] if task is None or example.mask is not None else list(task.render(row.fields).answers),
         "prompt_ids": list(example.prompt),
         "option_ids": [list(option) for option in example.options],
+        "mask": example.mask,
         "acts_from": len(plan.rows[0].prefix),
         "rows": [
             {"prefix_tokens": len(one.prefix), "ids": list(one.suffix), "reads": [list(read) for read in one.reads]}
@@ -90,7 +120,7 @@ def _shown(row: SourceRow, example: Example, planner: Planner, task: Task | None
 def _texts(row: SourceRow, example: Example, task: Task | None, tokenizer: Any) -> tuple[str, list[str]]:
     """Prompt and options as they were before they were tokenised, or else as the tokens read."""
     if task is not None and example.mask is None:
-        text = task.render(row.fields)
+        text = final(task.render(row.fields), row.demonstrations)
         return text.prompt, list(text.options)
     if task is None and "prompt" in row.fields:
         options = row.fields["options"] if "options" in row.fields else [row.fields["completion"]]

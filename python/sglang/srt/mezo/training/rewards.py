@@ -2,15 +2,13 @@
 
 import inspect
 import math
-import os
-import pkgutil
-import sys
 import traceback
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sglang.srt.mezo.core.errors import ConfigError, RewardError, one_line, shown
 from sglang.srt.mezo.core.objective import GENERATED, Generation, Objective
+from sglang.srt.mezo.core.user_code import user_object
 from sglang.srt.mezo.data.metrics import exact_match, f1
 from sglang.srt.mezo.engine.handle import EngineHandle
 from sglang.srt.mezo.scoring.generator import Completions, Generator
@@ -59,20 +57,8 @@ def _grade_of(generation: Generation) -> Grade:
 
 
 def resolve(name: str) -> tuple[Reward, inspect.Signature]:
-    """What ``module:function`` names, and what it takes; modules of the working directory are found as well.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        if ":" not in name:
-            raise ValueError("no colon")
-        found: Any = pkgutil.resolve_name(name)
-        return found, inspect.signature(found)
-    except Exception as error:  # whatever the module raises, and what says nothing of its parameters, as builtins
-        raise ConfigError("reward", name, f"module:function ({type(error).__name__}: {one_line(error)})") from error
+    """What ``module:function`` names, and what it takes; raises ConfigError where there is none."""
+    return user_object("reward", name, "module:function", lambda found: (found, inspect.signature(found)))
 
 
 class _Rewarded:

@@ -5,6 +5,7 @@ from functools import partial
 
 from sglang.srt.mezo.core.passes import drain
 from sglang.srt.mezo.data.examples import Example
+from sglang.srt.mezo.scoring.measures import Measure
 from sglang.srt.mezo.training.learner import Learner
 from sglang.srt.mezo.training.memory import MemoryMeter
 from sglang.srt.mezo.training.reporting import integrations
@@ -26,10 +27,13 @@ class MezoTrainer(Learner):
         self.scorer.during_prefixes = partial(self.memory.phase, "prefixes")
         return train(self)
 
-    def evaluate(self, eval_dataset: Sequence[Example] | None = None) -> dict[str, float]:
+    def evaluate(
+        self, eval_dataset: Sequence[Example] | None = None, measure: Measure | None = None
+    ) -> dict[str, float]:
         """``eval_loss``, and ``eval_accuracy`` where there are options to choose from, of what is trained as it is.
 
         Args:
             eval_dataset: by default that of the trainer.
+            measure: by default what is trained on.
         """
-        return drain(self.evaluation_passes(None if eval_dataset is None else self.plan(eval_dataset)))
+        return drain(self.evaluation_passes(None if eval_dataset is None else self.plan(eval_dataset), measure))

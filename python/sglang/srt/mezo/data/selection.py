@@ -1,0 +1,175 @@
+"""Which rows of a data set are trained on, chosen on and reported."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Optional
+
+from sglang.srt.mezo.core.errors import ConfigError
+from sglang.srt.mezo.core.settings import require_settings, setting
+from sglang.srt.mezo.data.checks import OnBadRow, problem
+from sglang.srt.mezo.data.named import Named, is_text
+from sglang.srt.mezo.data.rows import SourceRow, has_splits
+from sglang.srt.mezo.data.sampling import few_of_each, permuted, sets_of_demonstrations, shuffled
+from sglang.srt.mezo.data.tasks import Task, final
+from sglang.srt.mezo.data.texts import BAD_ROW
+
+TRAIN = "train"
+NUM_TRAIN, _NUM_DEV, _NUM_TEST = 1000, 500, 1000
+_FEW_TEST_SEED = 42  # of which the paper's test rows beside few training rows are, whatever these are
+
+
+@dataclass(frozen=True)
+class RowArguments:
+    """Which rows, and how many; ConfigError names the field at fault."""
+
+    task: Optional[str] = setting(
+        None, "Task that renders the rows; text: they are whole texts, in a column text; none for files of prompts."
+    )
+    dataset: Optional[str] = setting(None, "Hub name, folder or file; the task's own by default.")
+    dataset_config: Optional[str] = setting(None, "Configuration of a hub data set; the task's own by default.")
+    max_length: Optional[int] = setting(
+        None,
+        "Most tokens of an example; the model's context by default. A whole text is cut into blocks of so many, the "
+        "prompt of a task loses its first; any other row that is longer is a bad row, as nothing is cut off.",
+        at_least=2,
+    )
+    dev_split: Optional[str] = setting(
+        None, "Split to choose the adapter on; held out of train by default, and of a file."
+    )
+    test_split: Optional[str] = setting(
+        None, "Split to report; the task's by default, else held out of train, and of a file."
+    )
+    num_train: Optional[int] = setting(
+        NUM_TRAIN, "Training rows to use, or none for all, as always of a stream.", at_least=1
+    )
+    num_dev: Optional[int] = setting(
+        None,
+        "Development rows to use; the task's by default, else 500. Held out of a file, at most a fifth of it. Of a "
+        "stream, blocks.",
+        at_least=0,
+    )
+    num_test: Optional[int] = setting(
+        _NUM_TEST,
+        "Test rows to use, or none for all; where held out, at most a fifth. Of a stream, blocks.",
+        at_least=0,
+    )
+    k: Optional[int] = setting(
+        None,
+        "Of a task with classes: so many training rows of each, and as many more to choose on, in the place of "
+        "num_train and num_dev.",
+        at_least=1,
+    )
+    train_set_seed: int = setting(
+        0, "Which rows are drawn.", at_least=0, below=2**32, words="an unsigned 32-bit number"
+    )
+    on_bad_row: OnBadRow = setting("raise", "raise: stop before training; skip: leave the row out.")
+
+    def __post_init__(self):
+        require_settings(self)
+        for name in ("dev_split", "test_split"):
+            split = getattr(self, name)
+            if split is not None and {TRAIN, "all"} & set(re.findall(r"[^\[\]+]+(?=\[|\+|$)", split)):
+                raise ConfigError(
+                    name,
+                    split,
+                    f"another split than {TRAIN}, which is trained on; rows are held out of it where none is named",
+                )
+        if self.k is not None:
+            self._require_classes()
+
+    def dev_rows(self, task: Task | None) -> int:
+        """Development rows to use."""
+        if self.num_dev is not None:
+            return self.num_dev
+        return _NUM_DEV if task is None else task.num_dev
+
+    def _require_classes(self) -> None:
+        if not self.task or is_text(self.task):
+            raise ConfigError("k", self.k, "none without a task, which says what the classes are")
+        for name, value, default in (("num_train", self.num_train, NUM_TRAIN), ("num_dev", self.num_dev, None)):
+            if value != default:
+                raise ConfigError(name, value, "nothing beside k, which says how many rows are drawn")
+        if self.dev_split is not None:
+            raise ConfigError("dev_split", self.dev_split, "nothing beside k, which draws them from the training rows")
+
+
+def require_splits(named: Named, data: RowArguments) -> None:
+    if has_splits(named.path):
+        return
+    for name, count in (("dev_split", "num_dev"), ("test_split", "num_test")):
+        if getattr(data, name) is not None:
+            raise ConfigError(
+                name,
+                getattr(data, name),
+                f"none for {named.path}, which has no splits: {count} of its rows are held out. "
+                f"Or put a file for each split into a folder: {TRAIN}.jsonl, validation.jsonl, test.jsonl",
+            )
+
+
+Rows = list[SourceRow]
+
+
+def drawn_rows(named: Named, data: RowArguments) -> tuple[Rows, Rows, Rows]:
+    """Rows to train on, to choose on and to report.
+
+    Of a task they are those that the paper's code draws, where there are splits; of a file they are held out.
+    """
+    official = named.task is not None and has_splits(named.path)
+    test_split = data.test_split or (named.task.eval_split if named.task and official else None)
+    require_splits(named, data)
+    drawn, seed = permuted if official else shuffled, data.train_set_seed
+    train, test = named.rows(TRAIN), named.rows(test_split) if test_split else []
+    if data.k is None or not test_split:
+        train = drawn(train, seed)
+    if not test_split:
+        train, test = _hold_out(train, data.num_test)
+    elif data.k is None:
+        test = drawn(test, seed)
+    elif data.num_test is not None and len(test) > data.num_test:
+        test = permuted(test, _FEW_TEST_SEED)
+    test = test[: data.num_test]
+    if data.k is not None:
+        assert named.task is not None, "there are classes (``DataArguments``)"
+        return *few_of_each(train, classes(named.task, train), data.k, seed), test
+    if data.dev_split:
+        return train[: data.num_train], drawn(named.rows(data.dev_split), seed)[: data.dev_rows(named.task)], test
+    count = data.dev_rows(named.task)
+    known = train[: None if data.num_train is None else data.num_train + count]
+    if official:
+        kept = max(0, len(known) - count)
+        return known[:kept], known[kept:], test
+    train, dev = _hold_out(known, count)
+    return train[: data.num_train], dev, test
+
+
+def with_demonstrations(task: Task, rows: Rows, pool: Rows, count: int) -> Rows:
+    """Each row with ``count`` others of the pool to be shown before it; DataError names one that cannot be used."""
+
+    def words(row: SourceRow) -> str:
+        try:
+            return final(task.render(row.whole_fields())).demonstration
+        except BAD_ROW as error:
+            raise problem(error, row) from error
+
+    drawn = sets_of_demonstrations(pool, count, len(rows))
+    return [replace(row, demonstrations=list(map(words, others))) for row, others in zip(rows, drawn)]
+
+
+def classes(task: Task, rows: Sequence[SourceRow]) -> list[int]:
+    """The class of each row; DataError names the first that has none."""
+
+    def of(row: SourceRow) -> int:
+        try:
+            return task.render(row.whole_fields()).label
+        except BAD_ROW as error:
+            raise problem(error, row) from error
+
+    return [of(row) for row in rows]
+
+
+def _hold_out(rows: list[SourceRow], count: int | None) -> tuple[list[SourceRow], list[SourceRow]]:
+    """All but the last ``count`` rows, and those; at most a fifth is held out."""
+    most = len(rows) // 5
+    kept = len(rows) - (most if count is None else min(count, most))
+    return rows[:kept], rows[kept:]
