@@ -3,9 +3,11 @@
 from pathlib import Path
 
 from sglang.srt.mezo.commands.check import CheckArguments
+from sglang.srt.mezo.commands.experiment import ExperimentArguments
 from sglang.srt.mezo.core.config import MezoConfig
 from sglang.srt.mezo.core.settings import names, rows
 from sglang.srt.mezo.data.splits import DataArguments
+from sglang.srt.mezo.experiments.first_order import FirstOrderArguments
 from sglang.srt.mezo.service.wire.settings import ServiceSettings, flag, served, variable
 from sglang.srt.mezo.training.evaluate import EvaluateArguments
 from sglang.srt.mezo.training.finetune import ModelArguments
@@ -19,6 +21,8 @@ COMMANDS = {
     "`sglang-mezo train`: the run (`MezoConfig`)": MezoConfig,
     "`sglang-mezo evaluate`, beside the model": EvaluateArguments,
     "`sglang-mezo preview`, beside the model": PreviewArguments,
+    "`sglang-mezo experiment`": ExperimentArguments,
+    "Methods `ft-lora`, `ft-prefix`, `ft-full`, `head-tuning` of an experiment": FirstOrderArguments,
     "`sglang-mezo replay`": ReplayArguments,
     "`sglang-mezo check`": CheckArguments,
 }

@@ -16,6 +16,6 @@ python=${PYTHON:-python3}
 .venv/bin/python -m pip install --quiet --disable-pip-version-check uv
 rm -rf sglang_mezo.egg-info  # of an earlier installation: SGLang would load the entry points that it names
 # Half of pip's time; pip itself where an index is set up for it alone.
-.venv/bin/uv pip install --quiet --compile-bytecode --reinstall-package sglang-mezo --python .venv/bin/python -e ".[dev,plots]" \
-    || .venv/bin/python -m pip install --quiet --disable-pip-version-check -e ".[dev,plots]"
+.venv/bin/uv pip install --quiet --compile-bytecode --reinstall-package sglang-mezo --python .venv/bin/python -e ".[dev,experiments]" \
+    || .venv/bin/python -m pip install --quiet --disable-pip-version-check -e ".[dev,experiments]"
 touch "$stamp"

@@ -95,6 +95,12 @@ def test_the_preset_is_what_it_says():
         ),
         ("--train_as_classification --only_train_option True --non_diff False", {"objective": "classification"}),
         (
+            "--zero_order_optim --efficient_zero_order --zero_order_eps 1e-3 --few_shot_type prompt --num_k 16 "
+            "--data_dir d",
+            {"zo_eps": 1e-3, "k": 16, "dataset": "d"},
+        ),
+        ("--save_model --no_eval --no_auto_device --train_set_seed 3", {"num_test": 0, "train_set_seed": 3}),
+        (
             "--model_name_or_path gpt --dataset_name rows.csv --use_peft --lora_r 4 --lora_alpha 8 "
             "--lora_target_modules q_proj v_proj --lr 1e-2",
             {

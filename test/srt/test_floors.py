@@ -26,7 +26,7 @@ FLOORS = (
     ("engine", "service.wire"),
     ("scoring", "service.store"),
     ("training",),
-    ("service.scheduler", "service.jobs"),
+    ("service.scheduler", "service.jobs", "experiments"),
     ("service.http",),
     ("plugin", "commands"),
 )

@@ -1,8 +1,10 @@
-"""``sglang-mezo check``: whether an SGLang has everything that we hook and call, as it is needed.
+"""``sglang-mezo check``: whether an SGLang has everything that we hook and call, as it is needed; or whether this
+machine has what an experiment needs.
 
 sglang-mezo check                        # the one beside us
 sglang-mezo check --against 0.5.22       # another version, from the package index, without installing it
 sglang-mezo check --against FILE.whl
+sglang-mezo check --reproduction table1  # memory, model, data, disk for an experiment, before it runs
 """
 
 import subprocess
@@ -13,18 +15,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional
 
+from sglang.srt.mezo.commands.experiment import ExperimentArguments, opened
 from sglang.srt.mezo.core.errors import ConfigError
 from sglang.srt.mezo.core.settings import require_settings, setting
 from sglang.srt.mezo.engine.contract import differences
 from sglang.srt.mezo.engine.upstream_source import UpstreamSource
+from sglang.srt.mezo.experiments.readiness import needs_of
 from sglang.srt.mezo.training.arguments import build, read, status_of
 
 
 @dataclass(frozen=True)
 class CheckArguments:
-    """Which SGLang is looked at; ConfigError names the field at fault."""
+    """Which SGLang is looked at, or for which experiment; ConfigError names the field at fault."""
 
     against: Optional[str] = setting(None, "Version in the package index, or a wheel; the installed one by default.")
+    reproduction: Optional[str] = setting(None, "An experiment, by its name or its folder, in the place of an SGLang.")
 
     def __post_init__(self):
         require_settings(self)
@@ -36,7 +41,7 @@ def main(arguments: Sequence[str]) -> None:
     def check() -> None:
         nonlocal found
         (wanted,) = build((CheckArguments,), read(arguments, (CheckArguments,), __doc__))
-        found = report(wanted.against)
+        found = report(wanted.against) if wanted.reproduction is None else report_needs(wanted.reproduction)
 
     sys.exit(status_of(check) or min(found, 1))
 
@@ -52,6 +57,14 @@ def report(against: str | None) -> int:
         print(difference)
     print(f"sglang {source.version}: {f'{len(found)} differences' if found else 'everything is as it is needed'}")
     return len(found)
+
+
+def report_needs(name: str) -> int:
+    """Say what this machine lacks for an experiment; returns how much that is."""
+    needs = needs_of(opened(name, ExperimentArguments(dry_run=True)).experiment)
+    for need in needs:
+        print(f"{'enough ' if need.enough else 'MISSING'} {need.what}: {need.found}")
+    return sum(not need.enough for need in needs)
 
 
 def wheel(against: str, folder: Path) -> Path:

@@ -7,6 +7,7 @@ COMMANDS = {
     "train": "fit an adapter to rows, with forward passes only",
     "evaluate": "loss and accuracy of an adapter, or of the base model",
     "preview": "what the model sees of a data set's rows",
+    "experiment": "many runs from one file: tasks, methods, seeds; tables and plots",
     "replay": "an adapter from a run's seed log, without a model",
     "serve": "SGLang's server, with fine-tuning on",
     "check": "whether an SGLang has everything that is hooked and called",

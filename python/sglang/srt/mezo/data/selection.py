@@ -113,10 +113,12 @@ Rows = list[SourceRow]
 def drawn_rows(named: Named, data: RowArguments) -> tuple[Rows, Rows, Rows]:
     """Rows to train on, to choose on and to report.
 
-    Of a task they are those that the paper's code draws, where there are splits; of a file they are held out.
+    Of a task they are those that the paper's code draws, where there are splits and development rows come from train;
+    of a file they are held out.
     """
-    official = named.task is not None and has_splits(named.path)
-    test_split = data.test_split or (named.task.eval_split if named.task and official else None)
+    has_tests = named.task is not None and has_splits(named.path)
+    official = has_tests and data.dev_split is None
+    test_split = data.test_split or (named.task.eval_split if named.task and has_tests else None)
     require_splits(named, data)
     drawn, seed = permuted if official else shuffled, data.train_set_seed
     train, test = named.rows(TRAIN), named.rows(test_split) if test_split else []

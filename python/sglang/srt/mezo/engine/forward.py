@@ -81,6 +81,8 @@ def _run(
     from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
 
     runner = handle.model_runner
+    handle.counted.passes += 1
+    handle.counted.tokens += kv_indices.numel()
     with torch.inference_mode():
         batch = _forward_batch(handle, sequences, rows, kv_indices)
         _route_adapters(handle, batch, sequences)

@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import torch
@@ -36,6 +36,14 @@ _POOL_NAMES = {"query": "q_proj", "key": "k_proj", "value": "v_proj"}
 _WRITE_KV_FIRST = {"CpuAttentionBackend", "TritonAttnBackend", "FlashAttentionBackend"}
 
 
+@dataclass
+class Counted:
+    """What an engine has run for scoring and training: forward passes, and the tokens in them."""
+
+    passes: int = 0
+    tokens: int = 0
+
+
 @dataclass(frozen=True)
 class EngineHandle:
     """The parts of one tensor-parallel rank's engine that scoring touches."""
@@ -43,6 +51,7 @@ class EngineHandle:
     model_runner: "ModelRunner"
     tree_cache: "BasePrefixCache"
     req_to_token_pool: "ReqToTokenPool"
+    counted: Counted = field(default_factory=Counted)
 
     @classmethod
     def from_scheduler(cls, scheduler: "Scheduler") -> Self:

@@ -50,6 +50,9 @@ SAME = {
     "eval_batch_size": "per_device_eval_batch_size",
     "per_gpu_train_batch_size": "per_device_train_batch_size",
     "eps": "zo_eps",
+    "zero_order_eps": "zo_eps",
+    "num_k": "k",
+    "data_dir": "dataset",
     "optimizer": "optim",
     "num_prefix": "num_virtual_tokens",
     "max_completion_length": "max_new_tokens",
@@ -68,6 +71,16 @@ MEANT: dict[str, dict[str, dict[str, str]]] = {
     "fp16": {"true": {"dtype": "float16"}, "false": {}},
     "bf16": {"true": {"dtype": "bfloat16"}, "false": {}},
     "lora": {"true": {"tuning": "lora"}},
+    "apply_lora": {"true": {"tuning": "lora"}},
+    "zero_order_optim": {"true": {}},
+    "efficient_zero_order": {"true": {}},
+    "few_shot_type": {"prompt": {}},
+    "optimize_acc": {"true": {"objective": "accuracy"}, "false": {}},
+    "no_auto_device": {"true": {}, "false": {}},
+    "no_eval": {"true": {"num_test": "0"}, "false": {}},
+    "save_model": {"true": {}},
+    "save_on_interrupt": {"true": {}},
+    "verbose": {"true": {}, "false": {}},
     "use_peft": {"true": {}},
     "prefix_tuning": {"true": {"tuning": "prefix"}, "false": {}},
     "no_reparam": {"true": {}},
@@ -103,6 +116,18 @@ INSTEAD = {
     "train_split": "a run trains on the split named train of --dataset, or on a file",
     "dataset_train_split": "a run trains on the split named train of --dataset, or on a file",
     "num_train_sets": "a run has one set of training rows, --train_set_seed says which",
+    "sfc": "sglang-mezo evaluate --calibrated true",
+    "icl_sfc": "sglang-mezo evaluate --calibrated true",
+    "linear_probing": "method linear-probing of sglang-mezo experiment",
+    "lp_early_stopping": "method linear-probing of sglang-mezo experiment",
+    "head_tuning": "method head-tuning of sglang-mezo experiment",
+    "untie_emb": "method head-tuning of sglang-mezo experiment, which unties them",
+    "result_file": "summary.json in --output_dir has the results",
+    "tag": "--output_dir names a run",
+    "template": "a task has its prompts: --task, or module:Class of your own",
+    "mapping": "a task has its label words: --task, or module:Class of your own",
+    "top_k": "completions are drawn by --temperature alone",
+    "top_p": "completions are drawn by --temperature alone",
     "load_in_8bit": "--dtype is the type of the weights",
     "load_in_4bit": "--dtype is the type of the weights",
     "load_int8": "--dtype is the type of the weights",
@@ -143,17 +168,31 @@ def _read_file(path: str, types: Mapping[str, Any]) -> dict[str, Any]:
         raise UsageError(f"--config {path} holds no fields, one a line as `learning_rate: 0.01`")
     fields = {}
     for given, value in content.items():
-        name = SAME.get(given, given)
-        if name is None or name not in types:
-            close = _close(str(given), types)
-            hint = f": did you mean {close}?" if close else ""
-            raise UsageError(f"--config {path} has an unknown field {given}{hint}")
-        if isinstance(value, str):
-            value = from_text(name, value, types[name])
-        if not fits(value, types[name]):
-            raise ConfigError(name, value, f"{described(types[name])} (in {path})")
-        fields[name] = value
+        name, read = field_of(given, value, types, f"--config {path}")
+        fields[name] = read
     return fields
+
+
+def field_of(given: Any, value: Any, types: Mapping[str, Any], where: str) -> tuple[str, Any]:
+    """The field that a name in a file stands for, and its value.
+
+    Args:
+        types: of all fields, by name.
+        where: the file, in words.
+
+    Raises:
+        UsageError: there is no such field.
+        ConfigError: the value is not of the field's type.
+    """
+    name = SAME[given] if given in SAME else given
+    if name not in types:
+        close = _close(str(given), types)
+        raise UsageError(f"{where} has an unknown field {given}" + (f": did you mean {close}?" if close else ""))
+    if isinstance(value, str):
+        value = from_text(name, value, types[name])
+    if not fits(value, types[name]):
+        raise ConfigError(name, value, f"{described(types[name])} (in {where.removeprefix('--config ')})")
+    return name, value
 
 
 def build(kinds: Sequence[type], given: Mapping[str, Any]) -> tuple[Any, ...]:

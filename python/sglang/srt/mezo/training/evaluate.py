@@ -1,9 +1,10 @@
 """Loss and accuracy of an adapter, or of the base model, on the rows of a data set."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Literal, Optional
 
 from sglang.srt.mezo.adapters.adapter import Adapter
 from sglang.srt.mezo.adapters.foreign import ForeignAdapter, read_foreign
@@ -67,6 +68,9 @@ class EvaluateArguments(ObjectiveSettings):
     calibrated: bool = setting(
         False, "Of a task: options count by how much likelier the row makes them than a prompt that says nothing of it."
     )
+    engine: Literal["sglang", "transformers"] = setting(
+        "sglang", "What runs the model (--with): transformers for Transformers and PEFT alone, as a check."
+    )
     predictions: Optional[str] = setting(
         None, "File to write: of each row its source, what was read or written, and whether that is right."
     )
@@ -97,11 +101,17 @@ def evaluate(model: ModelArguments, arguments: EvaluateArguments) -> dict[str, A
 def _evaluate(rank: Rank, model: ModelArguments, arguments: EvaluateArguments) -> dict[str, Any]:
     """The work of one rank."""
     asked = read_evaluation(model, arguments)
-    metrics, told = measure_on(_engine(model, asked.adapter, rank), model.model, asked, arguments)
-    if arguments.predictions is not None and rank.is_first:
+    metrics, told = measure_on(evaluation_engine(model, asked.adapter, rank), model.model, asked, arguments)
+    if rank.is_first:
+        write_predictions(arguments, told)
+    return metrics
+
+
+def write_predictions(arguments: EvaluateArguments, told: Sequence[dict[str, Any]]) -> None:
+    """Where a file for them is named."""
+    if arguments.predictions is not None:
         lines = [json.dumps(one, ensure_ascii=False) for one in told]
         Path(arguments.predictions).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    return metrics
 
 
 @dataclass(frozen=True)
@@ -121,8 +131,12 @@ class Asked:
     writer: Writer | None
 
 
-def read_evaluation(model: ModelArguments, arguments: EvaluateArguments) -> Asked:
-    """Everything that needs no engine; raises what ``evaluate`` does."""
+def read_evaluation(model: ModelArguments, arguments: EvaluateArguments, rows: list[SourceRow] | None = None) -> Asked:
+    """Everything that needs no engine; raises what ``evaluate`` does.
+
+    Args:
+        rows: in the place of those that ``arguments`` say.
+    """
     model_config, tokenizer = read_checkpoint(model.model)
     adapter = (
         None if arguments.adapter is None else read_foreign(arguments.adapter, adapted_model(model.model, model_config))
@@ -131,7 +145,7 @@ def read_evaluation(model: ModelArguments, arguments: EvaluateArguments) -> Aske
     wanted = arguments.objective or (named.task.objective if named.task else None)
     generation = arguments.generation or (None if arguments.objective else written_test(named.task, wanted))
     kind = encoder_kind(model_config, generation, arguments.task)
-    rows = _rows(named, arguments)
+    rows = _rows(named, arguments) if rows is None else rows
     longest = max_length_of(model_config, arguments.max_length, _virtual_tokens(adapter))
     chat = ChatRenderer(tokenizer, chat_settings(model))
     encoder = kind(tokenizer, longest, named.task, adapter.invocation if adapter else (), chat, generation)
@@ -183,7 +197,8 @@ def _rows(named: Named, arguments: EvaluateArguments) -> list[SourceRow]:
     return rows
 
 
-def _engine(model: ModelArguments, adapter: ForeignAdapter | None, rank: Rank) -> MezoEngine:
+def evaluation_engine(model: ModelArguments, adapter: ForeignAdapter | None, rank: Rank) -> MezoEngine:
+    """One that has room for the adapter."""
     of_layers = adapter if isinstance(adapter, PeftAdapter) else None
     return MezoEngine(
         model.model,

@@ -312,6 +312,8 @@ def _summary(
         "best_step": result.best_step,
         "train_seconds": result.train_seconds,
         "steps_per_second": result.steps_per_second,
+        "engine_passes": trainer.handle.counted.passes,
+        "tokens_computed": trainer.handle.counted.tokens,
         "prefix_tokens_reused": stats.reused,
         "prefix_tokens_total": stats.total,
         "model_dir" if trainer.config.tuning == "full" else "adapter_dir": str(directory.trained),

@@ -1,0 +1,47 @@
+"""Figures of the MeZO paper (arXiv 2305.17333), to stand beside ours."""
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+COLUMNS = {
+    "sst2": "SST-2",
+    "sst5": "SST-5",
+    "trec": "TREC",
+    "mnli": "MNLI",
+    "snli": "SNLI",
+    "rte": "RTE",
+    "mrpc": "MRPC",
+    "cb": "CB",
+    "copa": "COPA",
+    "boolq": "BoolQ",
+    "wic": "WIC",
+    "wsc": "WSC",
+    "multirc": "MultiRC",
+    "record": "ReCoRD",
+    "squad": "SQuAD",
+    "drop": "DROP",
+}
+"""Tasks, as its tables head them."""
+
+
+class Figure(NamedTuple):
+    """Percent, and over how much it is spread between seeds, where the paper says so."""
+
+    value: float
+    deviation: float | None
+
+
+def figure(table: str, row: str, task: str) -> Figure | None:
+    """That of a table's row, None where there is none."""
+    found = _tables().get(table, {}).get(row, {}).get(COLUMNS.get(task, task))
+    if found is None:
+        return None
+    return Figure(*found) if isinstance(found, list) else Figure(found, None)
+
+
+@cache
+def _tables() -> dict[str, dict[str, dict[str, float | list[float]]]]:
+    """Table, row, column: a value, or a value and its standard deviation."""
+    return json.loads(Path(__file__).with_name("paper.json").read_text(encoding="utf-8"))

@@ -1,0 +1,174 @@
+"""Tables of an experiment's results: in the paper's shape with its figures beside ours, and what each cost."""
+
+import csv
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sglang.srt.mezo.experiments.cell import SCORES, result_path
+from sglang.srt.mezo.experiments.paper import COLUMNS, Figure, figure
+from sglang.srt.mezo.experiments.runner import Folder
+from sglang.srt.mezo.experiments.spec import Cell, task_name
+
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method on one task.
+
+    Attributes:
+        chosen: of each seed the result whose point of the grid is best on development rows.
+        states: of its cells.
+    """
+
+    task: str
+    label: str
+    chosen: list[Result]
+    states: list[str]
+    paper: Figure | None
+
+    @property
+    def score(self) -> str:
+        """What it is told by: the task's metric, or a loss where there is none."""
+        return next((name for name in SCORES if name in self.chosen[0]["test"]), "loss")
+
+    @property
+    def values(self) -> list[float]:
+        """Of the test rows, seed by seed; shares as percent."""
+        return [result["test"][self.score] * (1 if self.score in ("loss", "reward") else 100) for result in self.chosen]
+
+    def mean_of(self, *path: str) -> float | None:
+        """Of a number that all seeds have."""
+        found = [_at(result, path) for result in self.chosen]
+        known = [value for value in found if value is not None]
+        return statistics.mean(known) if len(known) == len(found) and known else None
+
+
+def rows_of(folder: Folder) -> list[Row]:
+    """In the order of the experiment's file."""
+    found: dict[tuple[str, str], list[Cell]] = {}
+    for cell in folder.experiment.cells():
+        found.setdefault((cell.task, cell.label), []).append(cell)
+    return [_row(folder, task, label, cells) for (task, label), cells in found.items()]
+
+
+def _row(folder: Folder, task: str, label: str, cells: Sequence[Cell]) -> Row:
+    by_seed: dict[int, list[Result]] = {}
+    for cell in cells:
+        path = result_path(folder.path, cell)
+        if path.is_file():
+            by_seed.setdefault(cell.seed, []).append(json.loads(path.read_text(encoding="utf-8")))
+    row = folder.experiment.methods[label].get("paper")
+    table = folder.experiment.paper
+    paper = figure(table, row, task_name(task)) if table and row else None
+    return Row(task, label, [max(own, key=_merit) for own in by_seed.values()], list(map(folder.state, cells)), paper)
+
+
+def _merit(result: Result) -> float:
+    """On development rows: the task's score, or the loss with its sign changed; without any, all are alike."""
+    dev = result["dev"]
+    return next((dev[name] for name in SCORES if name in dev), -dev["loss"] if "loss" in dev else 0.0)
+
+
+def write_tables(folder: Folder) -> str:
+    """``tables.md`` and ``tables.csv`` in the folder; returns the first."""
+    rows = rows_of(folder)
+    text = "\n".join([f"# {folder.experiment.name}", "", *_scores(folder, rows), "", *_costs(rows), ""])
+    (folder.path / "tables.md").write_text(text, encoding="utf-8")
+    with open(folder.path / "tables.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(_CSV)
+        writer.writerows(_csv(row) for row in rows if row.chosen)
+    return text
+
+
+def _scores(folder: Folder, rows: Sequence[Row]) -> list[str]:
+    experiment = folder.experiment
+    cells = {(row.task, row.label): row for row in rows}
+    told = "mean ± standard deviation over seeds (how many)"
+    beside = f", [the paper's table {experiment.paper}, our difference]" if experiment.paper else ""
+    lines = [
+        f"{experiment.description} Test rows, {told}{beside}; of a grid the point that is best on development rows.",
+        "",
+        "| method | " + " | ".join(COLUMNS.get(task_name(task), task) for task in experiment.tasks) + " |",
+        "|---" * (1 + len(experiment.tasks)) + "|",
+    ]
+    for label in experiment.methods:
+        told = [_told(cells.get((task, label))) for task in experiment.tasks]
+        lines.append(f"| {label} | " + " | ".join(told) + " |")
+    return lines
+
+
+def _told(row: Row | None) -> str:
+    if row is None:
+        return ""
+    if not row.chosen:
+        return "failed" if "failed" in row.states else "not run"
+    mean, digits = statistics.mean(row.values), 1 if row.score not in ("loss", "reward") else 4
+    spread = f" ± {statistics.pstdev(row.values):.{digits}f} ({len(row.values)})" if len(row.values) > 1 else ""
+    missing = len(row.states) - row.states.count("done")
+    beside = f" [{row.paper.value:.1f}, {mean - row.paper.value:+.1f}]" if row.paper else ""
+    return f"{mean:.{digits}f}{spread}{beside}" + (f" ({missing} cells open)" if missing else "")
+
+
+_COSTS = {
+    "wall time": ("run_info", "total_time"),
+    "training": ("train_info", "train_seconds"),
+    "forward passes": ("train_info", "forward_passes"),
+    "backward passes": ("train_info", "backward_passes"),
+    "tokens computed": ("train_info", "tokens_computed"),
+    "prompt tokens reused": ("train_info", "prefix_tokens_reused"),
+    "peak memory": ("train_info", "peak_rss_bytes"),
+}
+
+
+def _costs(rows: Sequence[Row]) -> list[str]:
+    lines = [
+        "What a run costs, mean over seeds, on the machine of its result; forward passes are those of training "
+        "batches, tokens those of training and evaluation.",
+        "",
+        "| task | method | chosen | " + " | ".join(_COSTS) + " |",
+        "|---" * (3 + len(_COSTS)) + "|",
+    ]
+    for row in rows:
+        if row.chosen:
+            told = [_cost(name, row.mean_of(*path)) for name, path in _COSTS.items()]
+            lines.append(f"| {row.task} | {row.label} | {_points(row)} | " + " | ".join(told) + " |")
+    return lines
+
+
+def _points(row: Row) -> str:
+    points = {", ".join(f"{name} {value}" for name, value in one["run_info"]["point"].items()) for one in row.chosen}
+    return "; ".join(sorted(filter(None, points)))
+
+
+def _cost(name: str, value: float | None) -> str:
+    if value is None:
+        return ""
+    if name in ("wall time", "training"):
+        return f"{value:.0f} s"
+    return f"{value / 2**20:.0f} MiB" if name == "peak memory" else f"{value:,.0f}"
+
+
+_CSV = (
+    *("task", "method", "metric", "seeds", "mean", "deviation", "min", "max", "paper", "difference", "zero_shot"),
+    *(name.replace(" ", "_") for name in _COSTS),
+)
+
+
+def _csv(row: Row) -> list[Any]:
+    mean = statistics.mean(row.values)
+    paper = row.paper.value if row.paper else None
+    told = [row.score, len(row.values), mean, statistics.pstdev(row.values), min(row.values), max(row.values)]
+    beside = [paper, None if paper is None else mean - paper, row.mean_of("zero_shot", row.score)]
+    return [row.task, row.label, *told, *beside, *(row.mean_of(*path) for path in _COSTS.values())]
+
+
+def _at(result: Result, path: Sequence[str]) -> Any:
+    value: Any = result
+    for name in path:
+        value = value.get(name) if isinstance(value, dict) else None
+    return value

@@ -1,0 +1,291 @@
+"""Experiments: what a file stands for, which cells are run and which are not, tables and plots of results."""
+
+import importlib.util
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from sglang.srt.mezo.commands.experiment import ExperimentArguments, opened
+from sglang.srt.mezo.core.config import MezoConfig
+from sglang.srt.mezo.core.errors import ConfigError, UsageError
+from sglang.srt.mezo.experiments.plots import curve_of, write_plots
+from sglang.srt.mezo.experiments.runner import Folder
+from sglang.srt.mezo.experiments.spec import Experiment, arguments_of
+from sglang.srt.mezo.experiments.tables import rows_of, write_tables
+
+ROOT = Path(__file__).parents[2]
+PROGRAM = [sys.executable, "-m", "sglang.srt.mezo.commands.main", "experiment"]
+FILE = {
+    "model": "some/model",
+    "tasks": {"sst2": {"num_dev": 10}, "rte": {}},
+    "methods": {"zero-shot": {}, "mezo-lora": {"max_steps": 20, "grid": {"learning_rate": ["1e-3", 0.01]}}},
+    "seeds": [0, 1],
+}
+
+
+def changed(**fields) -> Experiment:
+    return Experiment.of({**FILE, **fields}, "mine")
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_file_stands_for_its_cells():
+    cells = changed().cells()
+    assert [(cell.task, cell.label, cell.seed, cell.point) for cell in cells[:5]] == [
+        ("sst2", "zero-shot", 0, {}),
+        ("sst2", "mezo-lora", 0, {"learning_rate": "1e-3"}),
+        ("sst2", "mezo-lora", 1, {"learning_rate": "1e-3"}),
+        ("sst2", "mezo-lora", 0, {"learning_rate": 0.01}),
+        ("sst2", "mezo-lora", 1, {"learning_rate": 0.01}),
+    ]
+    assert len(cells) == 10 and len({cell.id for cell in cells}) == 10
+    model, data, config = arguments_of(cells[2])
+    assert (model.model, data.task, data.num_dev) == ("some/model", "sst2", 10)
+    assert config == MezoConfig(tuning="lora", max_steps=20, learning_rate=1e-3, seed=1)
+
+
+def test_an_id_changes_with_any_setting_and_with_nothing_else():
+    ids = [cell.id for cell in changed().cells()]
+    assert ids == [cell.id for cell in changed(description="other").cells()]
+    longer = {**FILE["methods"], "mezo-lora": {**FILE["methods"]["mezo-lora"], "max_steps": 21}}
+    others = [cell.id for cell in changed(methods=longer).cells()]
+    assert [one == other for one, other in zip(ids, others)] == [
+        cell.label == "zero-shot" for cell in changed().cells()
+    ]
+    assert not {*ids} & {cell.id for cell in changed(model="another").cells()}
+
+
+def test_methods_may_be_of_some_tasks_and_differ_by_task():
+    methods = {"mezo-full": {"grid": {"learning_rate": [1]}, "by_task": {"rte": {"grid": {"learning_rate": [2, 3]}}}}}
+    points = [(cell.task, cell.point["learning_rate"]) for cell in changed(methods=methods, seeds=[0]).cells()]
+    assert points == [("sst2", 1), ("rte", 2), ("rte", 3)]
+    assert [cell.task for cell in changed(methods={"icl": {"tasks": ["rte"]}}).cells()] == ["rte"]
+
+
+def test_the_rows_may_go_with_the_seed():
+    cells = changed(data={"train_set_seed": "seed", "k": 16}, tasks=["sst2"]).cells()
+    assert {(cell.seed, arguments_of(cell)[1].train_set_seed) for cell in cells} == {(0, 0), (1, 1)}
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "message"),
+    [
+        ({"model": None}, ConfigError, "model=None is not allowed: a hub name or a folder"),
+        ({"tasks": None}, ConfigError, "tasks=None is not allowed: one at least"),
+        ({"methods": {}}, ConfigError, "methods=None is not allowed: one at least"),
+        ({"mehtods": {}}, ConfigError, "mehtods={} is not allowed: no field of experiment"),
+        ({"methods": {"mezo": {}}}, ConfigError, "method='mezo' is not allowed: one of zero-shot, calibrated, icl, "),
+        ({"methods": {"mezo-lora": {"lerning_rate": 1}}}, UsageError, "mezo-lora has an unknown field lerning_rate"),
+        ({"methods": {"mezo-lora": {"learning_rate": -1}}}, ConfigError, "learning_rate=-1 is not allowed"),
+        ({"methods": {"mezo-lora": {"learning_rate": "x"}}}, ConfigError, "learning_rate='x' is not allowed: a number"),
+        ({"methods": {"mezo-lora": {"seed": 1}}}, ConfigError, "seed=1 is not allowed: nothing in an experiment"),
+        ({"methods": {"mezo-lora": {"grid": [1]}}}, ConfigError, "grid=.* is not allowed: fields, one a line"),
+        ({"methods": {"icl": {"max_length": 9}}}, ConfigError, "max_length=9 is not allowed: nothing of a method"),
+        ({"tasks": ["sst9"]}, ValueError, "unknown task 'sst9'"),
+        ({"tasks": {"sst2": {"num_dev": "many"}}}, ConfigError, "num_dev='many' is not allowed"),
+    ],
+)
+def test_what_is_wrong_in_a_file_is_named(fields, error, message):
+    with pytest.raises(error, match=message):
+        changed(**fields)
+
+
+def test_a_file_that_cannot_be_read(tmp_path):
+    for name, content in (("none", None), ("list", "- a"), ("broken", "a: [")):
+        path = tmp_path / name
+        if content is not None:
+            path.write_text(content)
+        with pytest.raises(UsageError, match=str(path)):
+            Experiment.read(path)
+
+
+def test_a_folder_keeps_to_its_experiment(tmp_path):
+    wanted = ExperimentArguments(output_dir=str(tmp_path / "quick"))
+    folder = opened("quick", wanted)
+    again = opened(str(tmp_path / "quick"), ExperimentArguments())
+    assert [cell.id for cell in again.experiment.cells()] == [cell.id for cell in folder.experiment.cells()]
+    with pytest.raises(ConfigError, match="output_dir=.* says something else"):
+        opened("quick", ExperimentArguments(output_dir=str(tmp_path / "quick"), model="another"))
+    with pytest.raises(
+        ConfigError, match="experiment='slow' is not allowed: a folder with an experiment.yaml, or one of"
+    ):
+        opened("slow", ExperimentArguments())
+
+
+# --- tables and plots -------------------------------------------------------------------------------------------------
+
+
+def result(cell, accuracy: float, dev: float | None = None, **info) -> dict:
+    """As ``run_cell`` writes one."""
+    steps = {"steps": 20, "train_seconds": 10.0, "forward_passes": 40, **info} if dev is not None else {}
+    evaluations = [{"step": step, "eval_loss": 1.0 - step / 40, "eval_accuracy": dev} for step in (0, 10, 20)]
+    return {
+        "run_info": {"point": cell.point, "total_time": 12.5, "seed": cell.seed},
+        "test": {"loss": 0.5, "accuracy": accuracy},
+        "zero_shot": {"accuracy": 0.5},
+        "dev": {} if dev is None else {"loss": 0.5, "accuracy": dev},
+        "train_info": {"peak_rss_bytes": 2**30, "train_seconds": 0.0, **steps},
+        "evaluations": evaluations if dev is not None else [],
+    }
+
+
+@pytest.fixture
+def folder(tmp_path) -> Folder:
+    """Results of a grid of two rates, of three seeds the first two."""
+    methods = {**FILE["methods"], "mezo-lora": {**FILE["methods"]["mezo-lora"], "paper": "MeZO (LoRA)"}}
+    experiment = changed(methods=methods, paper=1, seeds=[0, 1, 2])
+    (tmp_path / "results").mkdir()
+    accuracy = {("1e-3", 0): (0.80, 0.7), (0.01, 0): (0.90, 0.6), ("1e-3", 1): (0.70, 0.5), (0.01, 1): (0.84, 0.8)}
+    folder = Folder(tmp_path, experiment)
+    for cell in experiment.cells():
+        if cell.task == "sst2":
+            if cell.label == "zero-shot":
+                found = result(cell, 0.5)
+            elif (point := (cell.point["learning_rate"], cell.seed)) in accuracy:
+                found = result(cell, *accuracy[point])
+            else:
+                continue
+            (tmp_path / "results" / f"{cell.id}.json").write_text(json.dumps(found))
+    return folder
+
+
+def test_a_grid_is_chosen_by_development_rows_and_told_by_test_rows(folder):
+    [row] = [row for row in rows_of(folder) if (row.task, row.label) == ("sst2", "mezo-lora")]
+    assert row.values == pytest.approx([80.0, 84.0])
+    assert [one["run_info"]["point"]["learning_rate"] for one in row.chosen] == ["1e-3", 0.01]
+    assert row.paper == (89.6, None) and row.mean_of("train_info", "forward_passes") == 40
+
+
+def test_tables_say_what_was_measured_and_what_was_not(folder):
+    text = write_tables(folder)
+    assert "| method | SST-2 | RTE |" in text
+    assert "| zero-shot | 50.0 | not run |" in text
+    assert "| mezo-lora | 82.0 ± 2.0 (2) [89.6, -7.6] (2 cells open) | not run |" in text
+    assert "| sst2 | mezo-lora | learning_rate 0.01; learning_rate 1e-3 | 12 s | 10 s | 40 |" in text
+    assert (folder.path / "tables.md").read_text() == text
+    lines = (folder.path / "tables.csv").read_text().splitlines()
+    assert lines[2].startswith("sst2,mezo-lora,accuracy,2,82.0") and len(lines) == 3
+
+
+def test_curves_go_over_steps_passes_and_time(folder):
+    [row] = [row for row in rows_of(folder) if row.label == "mezo-lora" and row.chosen]
+    assert curve_of(row.chosen[0], "forward_passes", "eval_loss") == [(0, 1.0), (20, 0.75), (40, 0.5)]
+    assert curve_of(row.chosen[0], "seconds", "eval_loss") == [(0, 1.0), (5.0, 0.75), (10.0, 0.5)]
+    assert curve_of(rows_of(folder)[0].chosen[0], "step", "eval_loss") == []
+    written = write_plots(folder).splitlines()
+    assert [Path(path).name for path in written] == ["sst2.png", "memory.png"]
+    assert all(Path(path).stat().st_size > 5000 for path in written)
+
+
+def test_a_folder_without_results(tmp_path):
+    folder = Folder(tmp_path, changed())
+    assert "not run" in write_tables(folder) and write_plots(folder) == "there is no result to plot"
+
+
+# --- elsewhere --------------------------------------------------------------------------------------------------------
+
+
+def test_an_array_of_slurm_has_a_task_for_each_open_cell(folder):
+    script = folder.sbatch(folder.open_cells(), "gpu", 2, "12:00:00")
+    options = dict(
+        line.removeprefix("#SBATCH --").split("=", 1) for line in script.splitlines() if line.startswith("#SBATCH")
+    )
+    assert (options["partition"], options["gpus-per-task"], options["time"]) == ("gpu", "2", "12:00:00")
+    open_cells = [folder.experiment.cells()[int(place)] for place in options["array"].split(",")]
+    assert open_cells == folder.open_cells() and len(open_cells) == 14 - 5
+    [command] = [line for line in script.splitlines() if " experiment cell " in line]
+    assert command.endswith(f'experiment cell {folder.path} --cell "$SLURM_ARRAY_TASK_ID"')
+    assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
+    assert (
+        folder.cell(options["array"].split(",")[0]) == open_cells[0] and folder.cell(open_cells[1].id) == open_cells[1]
+    )
+    with pytest.raises(ConfigError, match="cell='99' is not allowed: a number from 0 to 13"):
+        folder.cell("99")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ray") is not None, reason="Ray is installed")
+def test_ray_is_asked_for_where_it_is_not(folder):
+    with pytest.raises(ConfigError, match="ray=True is not allowed: false without Ray"):
+        folder.run_by_ray(folder.open_cells(), 0)
+
+
+# --- as a program -----------------------------------------------------------------------------------------------------
+
+SMALL = """
+model: {{model: {root}/examples/assets/opt-reviews, dtype: float32, max_total_tokens: 8000}}
+tasks:
+  sst2: {{dataset: {root}/examples/assets/reviews, dev_split: validation, test_split: test, num_test: 20, num_dev: 20}}
+methods:
+  zero-shot: {{}}
+  mezo-alora: {{max_steps: {steps}, eval_steps: 5, seeds: {seeds}}}
+"""
+
+
+def experiment(verb: str, *words: object, status: int = 0, seconds: float = 900) -> str:
+    command = [*PROGRAM, verb, *map(str, words)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds)
+    assert done.returncode == status, done.stdout[-2000:] + done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+def small(folder: Path, steps: int, seeds: list[int]) -> Path:
+    folder.mkdir()
+    (folder / "experiment.yaml").write_text(SMALL.format(root=ROOT, steps=steps, seeds=seeds))
+    return folder
+
+
+def results(folder: Path) -> dict[str, dict]:
+    return {path.name: json.loads(path.read_text()) for path in (folder / "results").glob("*.json")}
+
+
+def test_an_experiment_runs_and_what_fails_is_told(tmp_path):
+    folder = small(tmp_path / "mine", 4, [0])
+    file = folder / "experiment.yaml"
+    file.write_text(file.read_text() + "  broken: {method: mezo-lora, init_from: /nowhere}\n")
+    told = experiment("run", folder, status=1)
+    assert "mine: 2 of 3 cells done, 1 failed" in told
+    assert "failed sst2-broken-seed0" in told and "error: " in told.splitlines()[-1]
+    for found in results(folder).values():
+        assert found["test"]["accuracy"] == pytest.approx(0.5, abs=0.3) and found["meta_info"]["package_info"]["sglang"]
+        assert found["train_info"]["tokens_computed"] > 0
+    [trained] = [found for name, found in results(folder).items() if "mezo" in name]
+    assert trained["run_info"]["settings"]["method"] == {"max_steps": 4, "eval_steps": 5}
+    assert [one["step"] for one in trained["evaluations"]] == [0, 4] and trained["train_info"]["forward_passes"] == 32
+    again = opened(str(folder), ExperimentArguments())
+    assert [cell.label for cell in again.open_cells()] == ["broken"], "what is done is not done again"
+    assert "| mezo-alora |" in write_tables(again) and "| broken | failed |" in write_tables(again)
+
+
+@pytest.mark.slow
+def test_a_grid_that_is_killed_repeats_no_finished_cell_and_ends_with_the_same_numbers(tmp_path):
+    whole, killed = small(tmp_path / "whole", 150, [0, 1]), small(tmp_path / "killed", 150, [0, 1])
+    experiment("run", whole)
+    finished: dict[Path, int] = {}
+    random.seed(5)
+    for _ in range(3):
+        process = subprocess.Popen([*PROGRAM, "run", str(killed)], cwd=ROOT, start_new_session=True)
+        time.sleep(random.uniform(20, 60))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        finished |= {path: path.stat().st_mtime_ns for path in (killed / "results").glob("*.json")}
+    experiment("resume", killed)
+    assert finished == {path: path.stat().st_mtime_ns for path in finished}
+    one, two = ({name: found["test"] for name, found in results(folder).items()} for folder in (whole, killed))
+    assert one == two and len(one) == 3
+
+
+@pytest.mark.slow
+def test_the_quick_experiment_ends_within_five_minutes(tmp_path):
+    folder = tmp_path / "quick"
+    told = experiment("run", "quick", "--output_dir", folder, seconds=300)
+    assert "quick: 6 of 6 cells done, 0 failed" in told
+    assert "sst2.png" in experiment("plots", folder)
+    assert "| icl |" in experiment("tables", folder)
