@@ -13,6 +13,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from live_server import reviews
+from sglang.srt.mezo.experiments.reference import measure_by_transformers
+from sglang.srt.mezo.training.evaluate import EvaluateArguments, read_evaluation
+from sglang.srt.mezo.training.finetune import ModelArguments
 from sglang.srt.mezo.training.replay import ReplayArguments, replay
 
 ROOT = Path(__file__).parents[2]
@@ -190,6 +193,33 @@ def test_a_plain_text_is_learned_as_a_language_model(tmp_path):
     assert summary["accuracy"] is None
     assert json.loads((folder / "config.json").read_text())["tuning"] == "lora"
     assert 0 < summary["loss"] < 10
+
+
+def test_a_task_with_answers_is_reported_by_what_the_model_writes(tmp_path):
+    """The F1 of the trained adapter is that of what Transformers and PEFT write with it."""
+    rows = [
+        {"title": "Film", "context": f"Scene {n} is {word}.", "question": "How is it?", "answers": {"text": [word]}}
+        for n in range(12)
+        for word in ("superb", "thin")
+    ]
+    for split, part in (("train", rows[:16]), ("validation", rows[16:])):
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    data = ("--task", "squad", "--dataset", str(tmp_path))
+    run(
+        "examples/mezo_opt_training.py",
+        *data,
+        "--num_dev",
+        "4",
+        "--max_steps",
+        "3",
+        "--output_dir",
+        str(tmp_path / "run"),
+    )
+    summary = summary_of(tmp_path / "run")
+    model = ModelArguments(str(ROOT / "examples" / "assets" / "opt-reviews"), "float32")
+    asked = EvaluateArguments(task="squad", dataset=str(tmp_path), adapter=summary["adapter_dir"])
+    metrics, told = measure_by_transformers(model, read_evaluation(model, asked), asked)
+    assert len(told) == 8 and metrics["f1"] == pytest.approx(summary["f1"]) and summary["zero_shot_f1"] is not None
 
 
 def test_the_minimal_loop_runs():

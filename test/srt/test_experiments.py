@@ -75,6 +75,18 @@ def test_the_rows_may_go_with_the_seed():
     assert {(cell.seed, arguments_of(cell)[1].train_set_seed) for cell in cells} == {(0, 0), (1, 1)}
 
 
+def test_rows_may_be_files(tmp_path):
+    for task, split in (("sst2", "validation"), ("trec", "validation"), ("rte", "train")):
+        (tmp_path / task).mkdir()
+        (tmp_path / task / f"{split}.jsonl").write_text("")
+    found = changed(tasks=["SST-2", "trec", "rte"]).with_data(str(tmp_path)).tasks
+    assert found == {
+        "SST-2": {"dataset": str(tmp_path / "sst2")},
+        "trec": {"dataset": str(tmp_path / "trec"), "test_split": "validation"},  # its own is called test
+        "rte": {"dataset": str(tmp_path / "rte")},
+    }
+
+
 @pytest.mark.parametrize(
     ("fields", "error", "message"),
     [

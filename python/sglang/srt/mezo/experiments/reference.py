@@ -4,7 +4,7 @@ engine's, without an engine."""
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -24,7 +24,6 @@ from sglang.srt.mezo.scoring.generator import Completions
 from sglang.srt.mezo.scoring.measures import Measure, Measured, Reading
 from sglang.srt.mezo.scoring.plan import ExamplePlan, Planner, Row, needs_normaliser
 from sglang.srt.mezo.scoring.readout import BatchLoss
-from sglang.srt.mezo.scoring.scorer import Scorer
 from sglang.srt.mezo.training.checkpoint import read_checkpoint
 from sglang.srt.mezo.training.evaluate import Asked, EvaluateArguments
 from sglang.srt.mezo.training.finetune import Dtype, ModelArguments
@@ -247,9 +246,9 @@ def evaluate_examples(
         measure: Measure = Writing(reference, writer, _completions(reference, writer))
     elif nothing:
         of_plan = {id(plan): one for plan, one in zip(plans, reference.plan(nothing))}
-        measure = Calibrated(cast(Scorer, reference), of_plan)
+        measure = Calibrated(reference, of_plan)
     else:
-        measure = Reading(cast(Scorer, reference), objective)
+        measure = Reading(reference, objective)
     reference.model.eval()
     with torch.no_grad():
         return drain(evaluation_passes(measure, plans, BASE, batch_size, 0, told))

@@ -199,9 +199,9 @@ class Experiment:
         return replace(self, model={**self.model, **given})
 
     def with_data(self, folder: str) -> "Experiment":
-        """The same of files: a folder of each task's name in ``folder``."""
-        found = {task: {**own, "dataset": str(Path(folder) / task_name(task))} for task, own in self.tasks.items()}
-        return replace(self, tasks=found)
+        """The same of files: a folder of each task's name in ``folder``. Where that has not the task's own test split,
+        but one called validation, tests are of that."""
+        return replace(self, tasks={task: {**own, **_of_files(task, folder)} for task, own in self.tasks.items()})
 
     def to_dict(self) -> dict[str, Any]:
         """As the file has it."""
@@ -242,6 +242,15 @@ def _mapping(name: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict | None):
         raise ConfigError(name, shown(value), "fields, one a line")
     return dict(value or {})
+
+
+def _of_files(task: str, folder: str) -> dict[str, Any]:
+    """Where a task's rows are in a folder of folders."""
+    files = Path(folder) / task_name(task)
+    found = {"dataset": str(files)}
+    if not is_text(task) and not any(files.glob(f"{get_task(task).eval_split}.*")) and any(files.glob("validation.*")):
+        found["test_split"] = "validation"
+    return found
 
 
 def _named(name: str, value: Any) -> dict[str, dict[str, Any]]:

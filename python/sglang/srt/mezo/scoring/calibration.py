@@ -10,10 +10,9 @@ import torch
 from sglang.srt.mezo.core.objective import Objective
 from sglang.srt.mezo.core.passes import Passes
 from sglang.srt.mezo.engine.points import PointGroup
-from sglang.srt.mezo.scoring.measures import Measured
+from sglang.srt.mezo.scoring.measures import Measured, Reader
 from sglang.srt.mezo.scoring.plan import ExamplePlan
 from sglang.srt.mezo.scoring.readout import batch_loss, choices, right_predictions
-from sglang.srt.mezo.scoring.scorer import Scorer
 
 
 @dataclass(frozen=True)
@@ -24,7 +23,7 @@ class Calibrated:
         prompts: of each plan, by its identity, the same options after that prompt.
     """
 
-    scorer: Scorer
+    scorer: Reader
     prompts: Mapping[int, ExamplePlan]
     objective: Objective = "classification"
     held_tokens = 0

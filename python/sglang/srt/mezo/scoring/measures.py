@@ -14,7 +14,6 @@ from sglang.srt.mezo.engine.points import PointGroup
 from sglang.srt.mezo.scoring.generator import Generator
 from sglang.srt.mezo.scoring.plan import ExamplePlan
 from sglang.srt.mezo.scoring.readout import BatchLoss, batch_loss, choices, right_predictions
-from sglang.srt.mezo.scoring.scorer import Scorer
 
 Grade = Callable[[Sequence[ExamplePlan], Sequence[str]], list[float]]
 """Of a completion of each plan; more is better."""
@@ -66,11 +65,19 @@ class Measure(Protocol):
         ...
 
 
+class Reader(Protocol):
+    """What reads the scored tokens of plans off a model, as ``Scorer`` does."""
+
+    def passes(
+        self, plans: Sequence[ExamplePlan], groups: Sequence[PointGroup], objective: Objective, keep: bool = True
+    ) -> Passes[torch.Tensor]: ...
+
+
 @dataclass(frozen=True)
 class Reading:
     """What the model says of the texts of the plans."""
 
-    scorer: Scorer
+    scorer: Reader
     objective: Objective
     held_tokens = 0
 
