@@ -1,7 +1,7 @@
 """Which rows of a data set are trained on, chosen on and reported."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Optional
 
@@ -116,24 +116,21 @@ def drawn_rows(named: Named, data: RowArguments) -> tuple[Rows, Rows, Rows]:
     Of a task they are those that the paper's code draws, where there are splits and development rows come from train;
     of a file they are held out.
     """
+    require_splits(named, data)
     has_tests = named.task is not None and has_splits(named.path)
     official = has_tests and data.dev_split is None
-    test_split = data.test_split or (named.task.eval_split if named.task and has_tests else None)
-    require_splits(named, data)
     drawn, seed = permuted if official else shuffled, data.train_set_seed
-    train, test = named.rows(TRAIN), named.rows(test_split) if test_split else []
-    if data.k is None or not test_split:
-        train = drawn(train, seed)
-    if not test_split:
+    test_split = data.test_split or (named.task.eval_split if named.task and has_tests else None)
+    rows = named.rows(TRAIN)
+    train = drawn(rows, seed)
+    if test_split is None:
         train, test = _hold_out(train, data.num_test)
-    elif data.k is None:
-        test = drawn(test, seed)
-    elif data.num_test is not None and len(test) > data.num_test:
-        test = permuted(test, _FEW_TEST_SEED)
-    test = test[: data.num_test]
+    else:
+        test = _tests(named.rows(test_split), data, drawn)
     if data.k is not None:
-        assert named.task is not None, "there are classes (``DataArguments``)"
-        return *few_of_each(train, classes(named.task, train), data.k, seed), test
+        assert named.task is not None, "there are classes (``RowArguments``)"
+        pool = train if test_split is None else rows
+        return *few_of_each(pool, classes(named.task, pool), data.k, seed), test
     if data.dev_split:
         return train[: data.num_train], drawn(named.rows(data.dev_split), seed)[: data.dev_rows(named.task)], test
     count = data.dev_rows(named.task)
@@ -143,6 +140,15 @@ def drawn_rows(named: Named, data: RowArguments) -> tuple[Rows, Rows, Rows]:
         return known[:kept], known[kept:], test
     train, dev = _hold_out(known, count)
     return train[: data.num_train], dev, test
+
+
+def _tests(rows: Rows, data: RowArguments, drawn: Callable[[Rows, int], Rows]) -> Rows:
+    """Of a test split; beside few training rows they are the same whatever these are."""
+    if data.k is None:
+        return drawn(rows, data.train_set_seed)[: data.num_test]
+    if data.num_test is None or len(rows) <= data.num_test:
+        return rows
+    return permuted(rows, _FEW_TEST_SEED)[: data.num_test]
 
 
 def with_demonstrations(task: Task, rows: Rows, pool: Rows, count: int) -> Rows:
