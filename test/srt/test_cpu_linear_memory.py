@@ -32,7 +32,7 @@ def compiled(calls: str, environment: dict[str, str]) -> list[bool]:
     [
         ({}, False),
         ({"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "1024"}, True),
-        ({"DNNL_PRIMITIVE_CACHE_CAPACITY": "1024"}, True),
+        pytest.param({"DNNL_PRIMITIVE_CACHE_CAPACITY": "1024"}, True, marks=pytest.mark.slow),
     ],
 )
 def test_the_latest_kernels_are_kept(environment, first_was_kept):

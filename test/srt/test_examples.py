@@ -168,6 +168,7 @@ def eval_losses(folder: Path) -> dict[int, float]:
     return {record["step"]: record["eval_loss"] for record in history}
 
 
+@pytest.mark.slow
 def test_a_plain_text_is_learned_as_a_language_model(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("the plot is dull. the acting is superb.\n" * 40)

@@ -261,10 +261,11 @@ def results(folder: Path) -> dict[str, dict]:
 def test_an_experiment_runs_and_what_fails_is_told(tmp_path):
     folder = small(tmp_path / "mine", 4, [0])
     file = folder / "experiment.yaml"
-    file.write_text(file.read_text() + "  broken: {method: mezo-lora, init_from: /nowhere}\n")
+    text = file.read_text().replace("zero-shot: {}", "broken: {method: mezo-lora, init_from: /nowhere}")
+    file.write_text(text)
     told = experiment("run", folder, status=1)
-    assert "mine: 2 of 3 cells done, 1 failed" in told
-    assert "failed sst2-broken-seed0" in told and "error: " in told.splitlines()[-1]
+    assert "mine: 1 of 2 cells done, 1 failed" in told
+    assert "failed sst2-broken-seed0" in told and ": error: init_from='/nowhere' is not allowed" in told
     for found in results(folder).values():
         assert found["test"]["accuracy"] == pytest.approx(0.5, abs=0.3) and found["meta_info"]["package_info"]["sglang"]
         assert found["train_info"]["tokens_computed"] > 0

@@ -100,6 +100,7 @@ def test_what_is_printed_is_how_it_is_served(runs):
     assert not (whole / "initial_adapter").exists() and not (whole / "adapter").exists()
 
 
+@pytest.mark.slow
 def test_the_model_answers_alike_in_transformers_and_in_sglang(runs):
     whole, _, _ = runs
     folder = str(whole / "model")

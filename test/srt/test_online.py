@@ -222,7 +222,7 @@ def published(server, job_id: str) -> Path:
     return max((server.directory / "jobs" / job_id / "adapters").glob("v*"), key=lambda path: int(path.name[1:]))
 
 
-@pytest.mark.parametrize("tuning", ["alora", OTHERS[0], "prefix"])
+@pytest.mark.parametrize("tuning", ["alora", *OTHERS])
 def test_answers_equal_peft_on_the_saved_files_before_and_after_updates(server, files, tuning):
     settings = {**SHORT, "tuning": tuning, "invocation": " It was" if tuning == "alora" else None}
     job = server.create_job(files[0], suffix=f"peft-{tuning}", **settings)

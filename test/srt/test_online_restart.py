@@ -65,7 +65,8 @@ def equal_to_the_log(run: Path, checkpoint: Path) -> bool:
     return saved.keys() == replayed.keys() and all(torch.equal(saved[name], replayed[name]) for name in saved)
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(10, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [1, 10])
 def test_killed_at_random_moments_a_job_ends_as_if_it_had_not_been(tmp_path, kills):
     moments = random.Random(kills)
     steps = STEPS_BETWEEN_KILLS * (kills + 1)

@@ -302,7 +302,9 @@ def test_a_server_starts_with_prefixes_alone(models):
         engine.close()
 
 
-@pytest.mark.parametrize("flag", [{"disable_radix_cache": True}, {"page_size": 16}], ids=str)
+@pytest.mark.parametrize(
+    "flag", [{"disable_radix_cache": True}, pytest.param({"page_size": 16}, marks=pytest.mark.slow)], ids=str
+)
 def test_a_server_that_cannot_serve_a_prefix_does_not_start_with_one(models, flag):
     with pytest.raises(RuntimeError):
         started(models, "prefix", **flag)

@@ -165,6 +165,7 @@ def test_a_run_that_is_killed_goes_on_to_the_same_bits(tmp_path, tuning):
     assert last["epoch"] == pytest.approx(STEPS * BATCH / blocks)
 
 
+@pytest.mark.slow
 def test_a_run_with_other_texts_does_not_go_on(tmp_path):
     folder, data = tmp_path / "run", shards(tmp_path / "data")
     run(*command(folder, data, "lora", "--max_steps", "4"))
