@@ -17,6 +17,7 @@ from live_server import MODEL, ROOT, reviews
 from sglang.srt.mezo.commands.main import main
 from sglang.srt.mezo.core.errors import ConfigError, DamagedError
 from sglang.srt.mezo.training.replay import ReplayArguments, replay
+from test_tasks import OWN
 
 PROGRAM = Path(sys.executable).with_name("sglang-mezo")
 STORED = Path(__file__).with_name("stored_runs.tar.xz")
@@ -110,6 +111,15 @@ def test_a_preview_of_a_task_and_of_messages(tmp_path):
     assert "good or bad?" in chat["prompt"] and "great" in chat["options"][0] and chat["acts_from"] > 0
     page = run(tmp_path, "preview", "--model", MODEL, "--dataset", "chat.jsonl", "--chat_template", "chatml").stdout
     assert "the adapter acts from token" in page and "good or bad?" in page
+
+
+def test_a_task_of_ones_own(tmp_path):
+    (tmp_path / "my_tasks.py").write_text(OWN)
+    (tmp_path / "weather.jsonl").write_text('{"report": "Rain.", "wet": 1}\n')
+    given = ("--task", "my_tasks:Weather", "--dataset", "weather.jsonl", "--json")
+    example = json.loads(run(tmp_path, "preview", "--model", MODEL, *given).stdout)
+    assert (example["prompt"], example["options"], example["gold"]) == ("Rain.\nWas it wet?", [" no", " yes"], 1)
+    assert example["acts_from"] > 0
 
 
 # --- replay -----------------------------------------------------------------------------------------------------------
