@@ -19,7 +19,7 @@ import docs_blocks
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 OURS = "sglang_mezo"
-SUFFIXES = {".py", ".html", ".css", ".js"}
+SUFFIXES = {".py", ".html", ".css", ".js", ".toml", ".json", ".yaml"}
 KERNELS = list((REPOSITORY / "python/sglang/srt/mezo").glob("*/*.so"))  # none where there is no compiler
 
 CHECK = """
