@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from sglang.srt.mezo.commands.check import CheckArguments
+from sglang.srt.mezo.commands.evaluate import EngineArguments
 from sglang.srt.mezo.commands.experiment import ExperimentArguments
 from sglang.srt.mezo.core.config import MezoConfig
 from sglang.srt.mezo.core.settings import names, rows
@@ -20,6 +21,7 @@ COMMANDS = {
     "`sglang-mezo train`: the data": DataArguments,
     "`sglang-mezo train`: the run (`MezoConfig`)": MezoConfig,
     "`sglang-mezo evaluate`, beside the model": EvaluateArguments,
+    "`sglang-mezo evaluate`: by what": EngineArguments,
     "`sglang-mezo preview`, beside the model": PreviewArguments,
     "`sglang-mezo experiment`": ExperimentArguments,
     "Methods `ft-lora`, `ft-prefix`, `ft-full`, `head-tuning` of an experiment": FirstOrderArguments,

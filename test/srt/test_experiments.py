@@ -75,6 +75,11 @@ def test_the_rows_may_go_with_the_seed():
     assert {(cell.seed, arguments_of(cell)[1].train_set_seed) for cell in cells} == {(0, 0), (1, 1)}
 
 
+def test_one_seed_is_a_list_of_one():
+    assert {cell.seed for cell in changed(seeds=7, methods={"mezo-lora": {}}).cells()} == {7}
+    assert {cell.seed for cell in changed(methods={"mezo-lora": {"seeds": 5}}).cells()} == {5}
+
+
 def test_rows_may_be_files(tmp_path):
     for task, split in (("sst2", "validation"), ("trec", "validation"), ("rte", "train")):
         (tmp_path / task).mkdir()
@@ -99,6 +104,9 @@ def test_rows_may_be_files(tmp_path):
         ({"methods": {"mezo-lora": {"learning_rate": -1}}}, ConfigError, "learning_rate=-1 is not allowed"),
         ({"methods": {"mezo-lora": {"learning_rate": "x"}}}, ConfigError, "learning_rate='x' is not allowed: a number"),
         ({"methods": {"mezo-lora": {"seed": 1}}}, ConfigError, "seed=1 is not allowed: nothing in an experiment"),
+        ({"methods": {"mezo-lora": {"tasks": ["SST2"]}}}, ConfigError, "mezo-lora.tasks='SST2' is not allowed: of the"),
+        ({"methods": {"icl": {"by_task": {"cb": {}}}}}, ConfigError, "icl.by_task='cb' is not allowed: of the"),
+        ({"methods": {"zero-shot": {"engine": "transformers"}}}, UsageError, "zero-shot has an unknown field engine"),
         ({"methods": {"mezo-lora": {"grid": [1]}}}, ConfigError, "grid=.* is not allowed: fields, one a line"),
         ({"methods": {"icl": {"max_length": 9}}}, ConfigError, "max_length=9 is not allowed: nothing of a method"),
         ({"tasks": ["sst9"]}, ValueError, "unknown task 'sst9'"),

@@ -83,6 +83,14 @@ def test_one_row_is_run_and_read_at_the_mask(encoder):
     assert plan.slot_tokens == len(example.prompt) and plan.single_token_options
 
 
+def test_no_demonstrations_are_shown(tokenizer):
+    row = SourceRow(
+        {"sentence": "the plot is thin.", "label": 0}, "rows", 1, demonstrations=["a fine film. It was great"]
+    )
+    with pytest.raises(DataError, match="rows:1: a masked language model is shown no demonstrations"):
+        MaskedEncoder(tokenizer, CONTEXT, get_task("sst2")).encode_rows([row])
+
+
 # --- bad rows ---------------------------------------------------------------------------------------------------------
 
 

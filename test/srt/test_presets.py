@@ -1,14 +1,23 @@
 """The named experiments: well formed, with the official settings, and what they would take."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from sglang.srt.mezo.commands.check import CheckArguments
+from sglang.srt.mezo.core.config import MezoConfig
+from sglang.srt.mezo.core.errors import ConfigError
+from sglang.srt.mezo.data.splits import DataArguments
 from sglang.srt.mezo.experiments.cost import command_of, cost_of, dry_run
 from sglang.srt.mezo.experiments.first_order import FirstOrderArguments
 from sglang.srt.mezo.experiments.paper import figure
 from sglang.srt.mezo.experiments.readiness import memory_of, needs_of
 from sglang.srt.mezo.experiments.spec import METHODS, PRESETS, Experiment, arguments_of, task_name
+from sglang.srt.mezo.training.arguments import build, read
+from sglang.srt.mezo.training.finetune import ModelArguments
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("path", sorted(PRESETS.glob("*.yaml")), ids=lambda path: path.stem)
@@ -153,3 +162,22 @@ def test_memory_by_the_cost_model():
     assert memory_of("mezo-lora", 10e9, "float16") == pytest.approx(22e9)
     assert memory_of("mezo-full", 10e9, "float16") == pytest.approx(66e9)
     assert memory_of("ft-full", 1e9, "float32") == pytest.approx(22e9)
+
+
+def test_qwen_on_fineweb_is_the_run_of_the_examples():
+    [cell] = Experiment.read(PRESETS / "qwen3-32b-fineweb.yaml").cells()
+    kinds = (ModelArguments, DataArguments, MezoConfig)
+    model, data, config = build(kinds, read(["--config", str(ROOT / "examples" / "qwen3_32b_fineweb.yaml")], kinds))
+    assert arguments_of(cell) == (model, data, replace(config, estimator="two_sided"))
+    assert config.estimator == "two_sided"
+
+
+def test_a_dry_run_needs_no_checkpoint(monkeypatch):
+    assert dry_run(Experiment.read(PRESETS / "smollm2.yaml"))[-1].startswith("52 cells, ")
+    unknown = Experiment.of({"model": "no/model", "tasks": ["sst2"], "methods": {"mezo-lora": {}}}, "mine")
+    assert "hours unknown by the cost model" in dry_run(unknown)[0]
+
+
+def test_two_questions_are_one_too_many():
+    with pytest.raises(ConfigError, match="against='0.5.22' is not allowed: nothing beside reproduction"):
+        CheckArguments(against="0.5.22", reproduction="table1")

@@ -90,6 +90,12 @@ def test_few_rows_go_with_a_task_alone(given, field):
     assert refusal.value.field == field
 
 
+@pytest.mark.parametrize("task", ["copa", "record", "squad"])
+def test_few_rows_are_of_classes(folder, task):
+    with pytest.raises(ConfigError, match="k=16 is not allowed: none for a task without classes"):
+        drawn_rows(named_data(task, folder), RowArguments(task, folder, k=16))
+
+
 def test_a_row_without_a_class_is_named(folder, tmp_path):
     (tmp_path / "train.jsonl").write_text('{"sentence": "good", "label": 1}\n{"sentence": "bad", "label": "no"}\n')
     with pytest.raises(DataError, match=r"train.jsonl:2: label='no' must be a class from 0 to 1"):

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from engine_process import EngineProcess
 from sglang.srt.mezo.core.errors import ConfigError
 from sglang.srt.mezo.data.tasks import final, get_task
-from sglang.srt.mezo.training.evaluate import EvaluateArguments
+from sglang.srt.mezo.training.evaluate import EvaluateArguments, read_evaluation
 from sglang.srt.mezo.training.finetune import ModelArguments
 from test_examples import ROOT
 from test_tasks import RENDERED
@@ -170,6 +170,7 @@ def test_a_long_row_loses_its_first_tokens(engine, folder, oracle):
     [
         ({"task": None, "dataset": "rows.jsonl", "calibrated": True}, "calibrated"),
         ({"task": None, "dataset": "rows.jsonl", "num_demonstrations": 3}, "num_demonstrations"),
+        ({"task": "text", "dataset": "rows.jsonl", "num_demonstrations": 3}, "num_demonstrations"),
         ({"objective": "f1", "calibrated": True}, "calibrated"),
         ({"num_demonstrations": -1}, "num_demonstrations"),
     ],
@@ -178,3 +179,18 @@ def test_what_goes_with_a_task_alone(given, field):
     with pytest.raises(ConfigError) as refusal:
         replace(EvaluateArguments(task="sst2"), **given)
     assert refusal.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("model", "task", "given"),
+    [
+        ("opt-reviews", "squad", {"calibrated": True}),
+        ("roberta-reviews", "sst2", {"calibrated": True}),
+        ("roberta-reviews", "sst2", {"num_demonstrations": 2}),
+    ],
+)
+def test_what_a_model_or_a_task_cannot_be_asked_is_refused(folder, model, task, given):
+    asked = EvaluateArguments(task=task, dataset=str(folder / task), **given)
+    with pytest.raises(ConfigError) as refusal:
+        read_evaluation(ModelArguments(str(MODEL.with_name(model)), "float32"), asked)
+    assert refusal.value.field in given

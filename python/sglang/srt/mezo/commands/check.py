@@ -33,6 +33,8 @@ class CheckArguments:
 
     def __post_init__(self):
         require_settings(self)
+        if self.reproduction is not None and self.against is not None:
+            raise ConfigError("against", self.against, "nothing beside reproduction: they are two questions")
 
 
 def main(arguments: Sequence[str]) -> None:

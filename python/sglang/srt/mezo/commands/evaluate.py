@@ -7,24 +7,39 @@ sglang-mezo evaluate --model facebook/opt-125m --adapter runs/mine/adapter --tas
 
 import json
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from sglang.srt.mezo.commands.train import end
+from sglang.srt.mezo.core.settings import require_settings, setting
 from sglang.srt.mezo.experiments.reference import measure_by_transformers
 from sglang.srt.mezo.training.arguments import build, read
 from sglang.srt.mezo.training.evaluate import EvaluateArguments, evaluate, read_evaluation, write_predictions
 from sglang.srt.mezo.training.finetune import ModelArguments
 
-KINDS = (ModelArguments, EvaluateArguments)
+
+@dataclass(frozen=True)
+class EngineArguments:
+    """By what the model is run; ConfigError names the field at fault."""
+
+    engine: Literal["sglang", "transformers"] = setting(
+        "sglang", "Or transformers, for Transformers and PEFT alone, as a check; --with means the same."
+    )
+
+    def __post_init__(self):
+        require_settings(self)
+
+
+KINDS = (ModelArguments, EvaluateArguments, EngineArguments)
 
 
 def main(arguments: Sequence[str]) -> None:
     end(lambda: print(json.dumps(evaluated(*build(KINDS, read(_named(arguments), KINDS, __doc__))))))
 
 
-def evaluated(model: ModelArguments, arguments: EvaluateArguments) -> dict[str, Any]:
+def evaluated(model: ModelArguments, arguments: EvaluateArguments, by: EngineArguments) -> dict[str, Any]:
     """What ``evaluate`` returns, by an engine or by Transformers and PEFT alone."""
-    if arguments.engine == "sglang":
+    if by.engine == "sglang":
         return evaluate(model, arguments)
     metrics, told = measure_by_transformers(model, read_evaluation(model, arguments), arguments)
     write_predictions(arguments, told)

@@ -139,7 +139,7 @@ class Encoder:
             source = rows[0].source if rows else "data set"
             raise DataError("no usable row", source)
         if self._cut:
-            logger.warning("%d rows of %s are cut to %d tokens", self._cut, rows[0].source, self.max_length)
+            logger.warning("%d rows of %s are longer than there is room for, and cut", self._cut, rows[0].source)
             self._cut = 0
         return examples
 

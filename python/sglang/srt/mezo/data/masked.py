@@ -28,6 +28,8 @@ class MaskedEncoder(Encoder):
     ) -> Encoding[Example]:
         """The pieces around the mask, each tokenised by itself and cut where it says, between the model's first token
         and its last; what is then too long loses its end."""
+        if demonstrations:
+            raise DataError("a masked language model is shown no demonstrations")
         text = task.render_masked(fields)
         require_choice(text.options, text.label)
         texts, limits = zip(*(_limited(piece) for piece in (*text.before, *text.after)))

@@ -128,7 +128,8 @@ def drawn_rows(named: Named, data: RowArguments) -> tuple[Rows, Rows, Rows]:
     else:
         test = _tests(named.rows(test_split), data, drawn)
     if data.k is not None:
-        assert named.task is not None, "there are classes (``RowArguments``)"
+        if named.task is None or named.task.objective != "classification":
+            raise ConfigError("k", data.k, "none for a task without classes")
         pool = train if test_split is None else rows
         return *few_of_each(pool, classes(named.task, pool), data.k, seed), test
     if data.dev_split:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from sglang.srt.mezo.core.config import MezoConfig
+from sglang.srt.mezo.core.errors import ConfigError
 from sglang.srt.mezo.core.integrity import write_json
 from sglang.srt.mezo.core.objective import SCORE_METRICS
 from sglang.srt.mezo.data.named import named_data
@@ -121,10 +122,11 @@ def _trained(summary: dict[str, Any]) -> dict[str, Any]:
 
 
 def _evaluated(model: ModelArguments, data: DataArguments, arguments: EvaluateArguments) -> dict[str, Any]:
+    if data.streaming:
+        raise ConfigError("streaming", True, "false where nothing is trained")
     named = named_data(data.task, data.dataset, data.dataset_config)
     rows = drawn_rows(named, data)[2]
-    assert named.task is not None, "experiments are of tasks"
-    if arguments.num_demonstrations:
+    if named.task is not None and arguments.num_demonstrations:
         rows = with_demonstrations(named.task, rows, named.rows(TRAIN), arguments.num_demonstrations)
     memory = MemoryMeter()
     asked = read_evaluation(model, arguments, rows)

@@ -12,7 +12,7 @@ from typing import Any
 
 from sglang.srt.mezo.adapters.architectures import is_masked
 from sglang.srt.mezo.core.config import MezoConfig
-from sglang.srt.mezo.core.errors import DataError
+from sglang.srt.mezo.core.errors import ConfigError, DataError
 from sglang.srt.mezo.data.splits import DataArguments
 from sglang.srt.mezo.experiments.first_order import FirstOrderArguments
 from sglang.srt.mezo.experiments.spec import METHODS, Cell, Experiment, arguments_of, task_name
@@ -43,6 +43,7 @@ PROMPT_TOKENS = {
 OPTION_TOKENS = {"copa": 6, "record": 25, "squad": 4, "drop": 3}
 """Of an option that is learned, where it is more than one."""
 PARAMETERS = {
+    "HuggingFaceTB/SmolLM2-135M": 135e6,
     "facebook/opt-125m": 125e6,
     "facebook/opt-1.3b": 1.3e9,
     "facebook/opt-2.7b": 2.7e9,
@@ -136,7 +137,7 @@ def parameters_of(model: str) -> float | None:
         return PARAMETERS[model]
     try:
         config, _ = read_checkpoint(model)
-    except DataError:
+    except (ConfigError, DataError):  # it is not here, and no hub has it
         return None
     text = config.get_text_config()
     width, layers = text.hidden_size, text.num_hidden_layers

@@ -1,6 +1,7 @@
 """The cells of an experiment, one after the other, or where SLURM or Ray has them run."""
 
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -77,8 +78,7 @@ class Folder:
 
     def command(self, cell: Cell) -> list[str]:
         """That of a process that runs a cell."""
-        program = [sys.executable, "-m", "sglang.srt.mezo.commands.main", "experiment", "cell"]
-        return [*program, str(self.path.resolve()), "--cell", cell.id]
+        return [*self._program(), cell.id]
 
     def run_by_ray(self, cells: Iterable[Cell], gpus: float) -> list[Cell]:
         """Side by side, where Ray finds room; returns those that failed.
@@ -93,7 +93,10 @@ class Folder:
         ray.init(ignore_reinit_error=True)
         run = ray.remote(num_gpus=gpus)(run_process)
         cells = list(cells)
-        outcomes = [run.remote(self.command(cell), self.log(cell), self.failure(cell)) for cell in cells]
+        outcomes = [
+            run.remote(self.command(cell), self.log(cell).resolve(), self.failure(cell).resolve(), os.getcwd())
+            for cell in cells
+        ]
         return [cell for cell, status in zip(cells, ray.get(outcomes)) if status]
 
     def sbatch(self, cells: Sequence[Cell], partition: str | None, gpus: int, hours: str) -> str:
@@ -110,16 +113,25 @@ class Folder:
             "output": f"{self.path.resolve()}/logs/slurm-%A_%a.out",
         }
         lines = [f"#SBATCH --{name}={value}" for name, value in options.items() if value is not None]
-        program = f"{sys.executable} -m sglang.srt.mezo.commands.main experiment cell {self.path.resolve()}"
-        return "\n".join(["#!/bin/bash", *lines, f'cd "{os.getcwd()}"', f'{program} --cell "$SLURM_ARRAY_TASK_ID"', ""])
+        commands = [shlex.join(["cd", os.getcwd()]), f'{shlex.join(self._program())} "$SLURM_ARRAY_TASK_ID"']
+        return "\n".join(["#!/bin/bash", *lines, *commands, ""])
+
+    def _program(self) -> list[str]:
+        """All but the name of a cell."""
+        program = [sys.executable, "-m", "sglang.srt.mezo.commands.main", "experiment", "cell"]
+        return [*program, str(self.path.resolve()), "--cell"]
 
 
-def run_process(command: list[str], log: Path, failure: Path) -> int:
-    """Exit status of a process; what it prints is in ``log``, and of one that fails the last line in ``failure``."""
+def run_process(command: list[str], log: Path, failure: Path, folder: str | None = None) -> int:
+    """Exit status of a process; what it prints is in ``log``, and of one that fails the last line in ``failure``.
+
+    Args:
+        folder: in which it runs; where this process is by default.
+    """
     log.parent.mkdir(parents=True, exist_ok=True)
     failure.unlink(missing_ok=True)
     with open(log, "wb") as output:
-        status = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT).returncode
+        status = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, cwd=folder).returncode
     if status:
         lines = log.read_text(errors="replace").strip().splitlines()
         failure.write_text((lines[-1] if lines else f"ended with status {status}") + "\n")

@@ -3,7 +3,7 @@
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -151,7 +151,7 @@ class Experiment:
             _mapping("data", content.get("data")),
             _named("tasks", content.get("tasks")),
             _named("methods", content.get("methods")),
-            tuple(content.get("seeds") or (0,)),
+            tuple(_list(content.get("seeds", 0))),
         )
         if "model" not in experiment.model:
             raise ConfigError("model", None, "a hub name or a folder")
@@ -160,6 +160,9 @@ class Experiment:
                 raise ConfigError(required, None, "one at least")
         for task in experiment.tasks:
             task_name(task)
+        for label, of_method in experiment.methods.items():
+            for name in ("tasks", "by_task"):
+                experiment._require_tasks(f"{label}.{name}", of_method.get(name) or ())
         for cell in experiment.cells():
             arguments_of(cell)
         return experiment
@@ -186,13 +189,18 @@ class Experiment:
             if name in (*_OF_DATA, "split", "rows"):
                 raise ConfigError(name, settings[name], "nothing of a method: data and tasks have the rows")
         grid = _mapping("grid", of_method.get("grid"))
-        seeds = of_method.get("seeds", self.seeds) if METHODS[method].seeded else (0,)
+        seeds = _list(of_method.get("seeds", list(self.seeds))) if METHODS[method].seeded else (0,)
         data = {"task": task, **self.data, **of_task}
         for values in itertools.product(*map(_list, grid.values())):
             point = dict(zip(grid, values))
             for seed in seeds:
                 of_seed = {name: seed if value == SEED else value for name, value in data.items()}
                 yield Cell(task, label, method, seed, point, {**settings, **point}, self.model, of_seed)
+
+    def _require_tasks(self, name: str, tasks: Iterable[str]) -> None:
+        for task in tasks:
+            if task not in self.tasks:
+                raise ConfigError(name, task, f"of the experiment's tasks, as it calls them: {', '.join(self.tasks)}")
 
     def with_model(self, **given: Any) -> "Experiment":
         """The same of another model, or of one that runs otherwise."""

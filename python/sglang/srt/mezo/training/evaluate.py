@@ -4,20 +4,21 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Optional
+from typing import Any, Optional
 
 from sglang.srt.mezo.adapters.adapter import Adapter
+from sglang.srt.mezo.adapters.architectures import is_masked
 from sglang.srt.mezo.adapters.foreign import ForeignAdapter, read_foreign
 from sglang.srt.mezo.adapters.peft_adapter import PeftAdapter
 from sglang.srt.mezo.adapters.prefix_adapter import PrefixAdapter
 from sglang.srt.mezo.core.errors import ConfigError
-from sglang.srt.mezo.core.objective import Objective, ObjectiveSettings
+from sglang.srt.mezo.core.objective import Generation, Objective, ObjectiveSettings
 from sglang.srt.mezo.core.passes import drain
 from sglang.srt.mezo.core.settings import setting
 from sglang.srt.mezo.data.calibration import CalibrationEncoder
 from sglang.srt.mezo.data.checks import OnBadRow
 from sglang.srt.mezo.data.examples import Example, default_objective
-from sglang.srt.mezo.data.named import Named, named_data
+from sglang.srt.mezo.data.named import Named, is_text, named_data
 from sglang.srt.mezo.data.rows import SourceRow, has_splits
 from sglang.srt.mezo.data.sampling import permuted
 from sglang.srt.mezo.data.selection import TRAIN, with_demonstrations
@@ -68,9 +69,6 @@ class EvaluateArguments(ObjectiveSettings):
     calibrated: bool = setting(
         False, "Of a task: options count by how much likelier the row makes them than a prompt that says nothing of it."
     )
-    engine: Literal["sglang", "transformers"] = setting(
-        "sglang", "What runs the model (--with): transformers for Transformers and PEFT alone, as a check."
-    )
     predictions: Optional[str] = setting(
         None, "File to write: of each row its source, what was read or written, and whether that is right."
     )
@@ -81,8 +79,9 @@ class EvaluateArguments(ObjectiveSettings):
 
     def __post_init__(self):
         super().__post_init__()
+        renders = self.task is not None and not is_text(self.task)
         for name in ("num_demonstrations", "calibrated"):
-            self._require(name, not getattr(self, name) or bool(self.task), "nothing without a task")
+            self._require(name, renders or not getattr(self, name), "nothing without a task that renders rows")
         chosen = self.objective in (None, "classification", "accuracy")
         self._require("calibrated", chosen or not self.calibrated, "false but for a choice between options")
 
@@ -145,6 +144,7 @@ def read_evaluation(model: ModelArguments, arguments: EvaluateArguments, rows: l
     wanted = arguments.objective or (named.task.objective if named.task else None)
     generation = arguments.generation or (None if arguments.objective else written_test(named.task, wanted))
     kind = encoder_kind(model_config, generation, arguments.task)
+    _require_askable(arguments, is_masked(model_config), generation)
     rows = _rows(named, arguments) if rows is None else rows
     longest = max_length_of(model_config, arguments.max_length, _virtual_tokens(adapter))
     chat = ChatRenderer(tokenizer, chat_settings(model))
@@ -156,6 +156,15 @@ def read_evaluation(model: ModelArguments, arguments: EvaluateArguments, rows: l
     if arguments.calibrated:
         nothing = CalibrationEncoder(tokenizer, longest, named.task).encode_rows([row for row, _ in examples])
     return Asked(adapter, examples, nothing, objective, Writer.of(generation, tokenizer))
+
+
+def _require_askable(arguments: EvaluateArguments, masked: bool, generation: Generation | None) -> None:
+    """Raise ConfigError for what a model or a task cannot be asked."""
+    if arguments.calibrated and generation is not None:
+        raise ConfigError("calibrated", True, "false where the model writes its answers")
+    for name in ("num_demonstrations", "calibrated"):
+        if masked and getattr(arguments, name):
+            raise ConfigError(name, getattr(arguments, name), "nothing of a masked language model")
 
 
 def measure_on(

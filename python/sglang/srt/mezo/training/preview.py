@@ -10,7 +10,7 @@ from sglang.srt.mezo.core.config import Tuning
 from sglang.srt.mezo.core.errors import ConfigError
 from sglang.srt.mezo.core.settings import setting
 from sglang.srt.mezo.data.examples import Example
-from sglang.srt.mezo.data.named import Named, named_data
+from sglang.srt.mezo.data.named import Named, is_text, named_data
 from sglang.srt.mezo.data.rows import SourceRow
 from sglang.srt.mezo.data.selection import TRAIN, RowArguments, drawn_rows, with_demonstrations
 from sglang.srt.mezo.data.splits import generation_prompt
@@ -47,8 +47,8 @@ class PreviewArguments(RowArguments):
         super().__post_init__()
         if self.drawn and self.split not in _PARTS:
             raise ConfigError("split", self.split, f"of drawn rows one of {', '.join(_PARTS)}")
-        if self.num_demonstrations and not self.task:
-            raise ConfigError("num_demonstrations", self.num_demonstrations, "nothing without a task")
+        if self.num_demonstrations and (self.task is None or is_text(self.task)):
+            raise ConfigError("num_demonstrations", self.num_demonstrations, "nothing without a task that renders rows")
 
 
 _PARTS = (TRAIN, "dev", "test")

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from sglang.srt.mezo.core.errors import DataError, shown
 from sglang.srt.mezo.core.objective import Objective
+from sglang.srt.mezo.data.checks import require_unicode
 
 
 @dataclass(frozen=True)
@@ -132,8 +133,5 @@ def choice(prompt: str, options: Sequence[str], label: int, right: Sequence[int]
 def _text(column: str, value: Any) -> str:
     if not isinstance(value, str):
         raise DataError(f"{column}={shown(value)} must be a string")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair, which no tokenizer takes
-        raise DataError(f"{column} is no Unicode text: {error}") from error
+    require_unicode(column, value)
     return value
