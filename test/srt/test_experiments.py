@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from sglang.srt.mezo.core.config import MezoConfig
 from sglang.srt.mezo.core.errors import ConfigError, UsageError
 from sglang.srt.mezo.experiments.plots import curve_of, write_plots
 from sglang.srt.mezo.experiments.runner import Folder
-from sglang.srt.mezo.experiments.spec import Experiment, arguments_of
+from sglang.srt.mezo.experiments.spec import METHODS, Experiment, arguments_of
 from sglang.srt.mezo.experiments.tables import rows_of, write_tables
 
 ROOT = Path(__file__).parents[2]
@@ -73,6 +74,15 @@ def test_methods_may_be_of_some_tasks_and_differ_by_task():
 def test_the_rows_may_go_with_the_seed():
     cells = changed(data={"train_set_seed": "seed", "k": 16}, tasks=["sst2"]).cells()
     assert {(cell.seed, arguments_of(cell)[1].train_set_seed) for cell in cells} == {(0, 0), (1, 1)}
+
+
+def test_the_file_of_the_docs_is_one():
+    import yaml
+
+    page = (ROOT / "docs" / "reproducing.md").read_text(encoding="utf-8")
+    [content] = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    cells = Experiment.of(yaml.safe_load(content), "docs").cells()
+    assert len(cells) == 2 + 2 + 12 + 12 + 1 + 6 and {cell.method for cell in cells} < METHODS.keys()
 
 
 def test_one_seed_is_a_list_of_one():
