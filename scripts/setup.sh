@@ -4,7 +4,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 stamp=.venv/.sglang-mezo
-if [ -f "$stamp" ] && [ -z "$(find pyproject.toml python/sglang/srt/mezo/*/*.c -newer "$stamp")" ]; then
+if [ -f "$stamp" ] && [ -z "$(find pyproject.toml scripts/setup.sh python/sglang/srt/mezo/*/*.c -newer "$stamp")" ]; then
     exit 0
 fi
 python=${PYTHON:-python3}
@@ -16,6 +16,10 @@ python=${PYTHON:-python3}
 .venv/bin/python -m pip install --quiet --disable-pip-version-check uv
 rm -rf sglang_mezo.egg-info  # of an earlier installation: SGLang would load the entry points that it names
 # Half of pip's time; pip itself where an index is set up for it alone.
-.venv/bin/uv pip install --quiet --compile-bytecode --reinstall-package sglang-mezo --python .venv/bin/python -e ".[dev,experiments]" \
-    || .venv/bin/python -m pip install --quiet --disable-pip-version-check -e ".[dev,experiments]"
+.venv/bin/uv pip install --quiet --compile-bytecode --reinstall-package sglang-mezo --python .venv/bin/python -e ".[dev,plots]" \
+    || .venv/bin/python -m pip install --quiet --disable-pip-version-check -e ".[dev,plots]"
+# What only linear probing imports lies beside: Transformers imports scikit-learn where it finds it, and every process of an
+# engine would begin seconds later.
+.venv/bin/uv pip install --quiet --compile-bytecode --python .venv/bin/python --no-deps --target .venv/scikit-learn \
+    "scikit-learn>=1.8" joblib threadpoolctl narwhals || echo "no scikit-learn: linear probing is not tested"
 touch "$stamp"

@@ -240,9 +240,15 @@ def hidden(model: ModelArguments, examples: list[Example]) -> torch.Tensor:
     return torch.stack(found)
 
 
+@pytest.fixture
+def linear_model(monkeypatch):
+    """Of scikit-learn, which lies beside the other packages (scripts/setup.sh)."""
+    monkeypatch.syspath_prepend(Path(sys.prefix) / "scikit-learn")
+    return pytest.importorskip("sklearn.linear_model")
+
+
 @pytest.mark.parametrize("model", [OPT, ROBERTA])
-def test_probing_is_a_regression_on_what_the_head_reads(model):
-    linear_model = pytest.importorskip("sklearn.linear_model")
+def test_probing_is_a_regression_on_what_the_head_reads(model, linear_model):
     data = replace(DATA, num_train=60, num_test=80)
     summary, splits = linear_probing(model, data), splits_of(model, data)
     features = [hidden(model, part).double().numpy() for part in (splits.train, splits.test)]
@@ -259,8 +265,7 @@ def test_probing_is_a_regression_on_what_the_head_reads(model):
     torch.testing.assert_close(ours.double().numpy(), features[1][:9], rtol=1e-4, atol=1e-4)
 
 
-def test_probing_of_what_it_cannot_do_is_refused(folder, monkeypatch):
-    pytest.importorskip("sklearn.linear_model")
+def test_probing_of_what_it_cannot_do_is_refused(folder, linear_model, monkeypatch):
     with pytest.raises(ConfigError, match="head-tuning"):
         linear_probing(OPT, DataArguments(task="copa", dataset=str(folder / "copa"), num_train=1, num_dev=1))
     with pytest.raises(ConfigError, match="num_train=1 "):
@@ -270,8 +275,7 @@ def test_probing_of_what_it_cannot_do_is_refused(folder, monkeypatch):
         linear_probing(OPT, DATA)
 
 
-def test_a_rare_class_has_fewer_folds(caplog):
-    pytest.importorskip("sklearn.linear_model")
+def test_a_rare_class_has_fewer_folds(linear_model, caplog):
     with caplog.at_level(logging.WARNING):
         few = DataArguments(task="sst2", dataset=REVIEWS, test_split="test", k=3, num_test=10)
         summary = linear_probing(OPT, few)

@@ -199,6 +199,7 @@ def test_a_job_trains_by_a_reward_of_the_operators_beside_requests(server, files
     with traffic(server, TEXTS, clients=1) as answers:
         job = server.create_job(files[0], few, suffix="brief", batch_size=4, max_steps=3, **settings)
         server.wait_for_step(job.id, 1)
+        server.until(lambda: len(answers) >= 2 * len(TEXTS))
     job = server.wait_for(job.id, "succeeded")
     assert len(set(answers)) == len(TEXTS), "greedy answers stay the same meanwhile"
     assert job.method.supervised.hyperparameters.model_dump()["reward"] == "brevity"
