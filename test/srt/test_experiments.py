@@ -200,9 +200,21 @@ def test_tables_say_what_was_measured_and_what_was_not(folder):
     assert "| zero-shot | 50.0 | not run |" in text
     assert "| mezo-lora | 82.0 ± 2.0 (2) [89.6, -7.6] (2 cells open) | not run |" in text
     assert "| sst2 | mezo-lora | learning_rate 0.01; learning_rate 1e-3 | 12 s | 10 s | 40 |" in text
+    assert "| sst2 | mezo-lora | +32.0 | +30.0 to +34.0 |  |  |  |" in text, "nothing there to be a share of"
     assert (folder.path / "tables.md").read_text() == text
     lines = (folder.path / "tables.csv").read_text().splitlines()
     assert lines[2].startswith("sst2,mezo-lora,accuracy,2,82.0") and len(lines) == 3
+
+
+def test_what_is_gained_is_a_share_of_what_gradients_gain(tmp_path):
+    folder = Folder(tmp_path, changed(methods={"zero-shot": {}, "ft-lora": {}, "mezo-alora": {}}, seeds=[0, 1]))
+    (tmp_path / "results").mkdir()
+    scores = {"zero-shot": [0.5], "ft-lora": [0.9, 0.7], "mezo-alora": [0.65, 0.75]}
+    for cell in folder.experiment.cells():
+        if cell.task == "sst2":
+            found = result(cell, scores[cell.label][cell.seed], None if cell.label == "zero-shot" else 0.6)
+            (tmp_path / "results" / f"{cell.id}.json").write_text(json.dumps(found))
+    assert "| sst2 | mezo-alora | +20.0 | +15.0 to +25.0 | 67% of +30.0 |  |  |" in write_tables(folder)
 
 
 def test_curves_go_over_steps_passes_and_time(folder):
@@ -211,7 +223,7 @@ def test_curves_go_over_steps_passes_and_time(folder):
     assert curve_of(row.chosen[0], "seconds", "eval_loss") == [(0, 1.0), (5.0, 0.75), (10.0, 0.5)]
     assert curve_of(rows_of(folder)[0].chosen[0], "step", "eval_loss") == []
     written = write_plots(folder).splitlines()
-    assert [Path(path).name for path in written] == ["sst2.png", "memory.png"]
+    assert [Path(path).name for path in written] == ["sst2.png", "memory.png", "memory_by_size.png"]
     assert all(Path(path).stat().st_size > 5000 for path in written)
 
 

@@ -1,5 +1,6 @@
 """The named experiments: well formed, with the official settings, and what they would take."""
 
+import runpy
 from dataclasses import replace
 from pathlib import Path
 
@@ -173,7 +174,7 @@ def test_qwen_on_fineweb_is_the_run_of_the_examples():
 
 
 def test_a_dry_run_needs_no_checkpoint(monkeypatch):
-    assert dry_run(Experiment.read(PRESETS / "smollm2.yaml"))[-1].startswith("52 cells, ")
+    assert dry_run(Experiment.read(PRESETS / "smollm2.yaml"))[-1].startswith("68 cells, ")
     unknown = Experiment.of({"model": "no/model", "tasks": ["sst2"], "methods": {"mezo-lora": {}}}, "mine")
     assert "hours unknown by the cost model" in dry_run(unknown)[0]
 
@@ -181,3 +182,10 @@ def test_a_dry_run_needs_no_checkpoint(monkeypatch):
 def test_two_questions_are_one_too_many():
     with pytest.raises(ConfigError, match="against='0.5.22' is not allowed: nothing beside reproduction"):
         CheckArguments(against="0.5.22", reproduction="table1")
+
+
+def test_the_page_of_what_is_reproduced_is_what_results_say():
+    made = runpy.run_path(str(Path(__file__).parents[2] / "scripts" / "reproducing_page.py"))
+    text = made["PAGE"].read_text(encoding="utf-8")
+    assert text == made["page"](text), "python scripts/reproducing_page.py"
+    assert "500 steps of one direction. | 1 | 1,000 | 0.04 | 216.5 GB: 3 x 80 GB | no |" in text

@@ -147,6 +147,8 @@ def parameters_of(model: str) -> float | None:
 def _row_tokens(cell: Cell) -> int:
     """Tokens that run for a row at a point."""
     task = task_name(cell.task)
+    if cell.data.get("pack"):
+        return int(cell.data.get("max_length") or 2048)
     prompt, option = PROMPT_TOKENS.get(task, 100), OPTION_TOKENS.get(task, 1)
     if cell.method == "mezo-alora":
         return 8 + option  # what follows the invocation

@@ -262,7 +262,8 @@ class _Training:
         self._require_finite(metrics["loss"])
         epoch = self._step_number / self._arguments.epoch_steps(len(self._plans))
         evaluation = {f"eval_{name}": value for name, value in metrics.items()}
-        self._evaluations.append({"step": self._step_number, "epoch": epoch, **evaluation})
+        memory = self._memory.of("step")
+        self._evaluations.append({"step": self._step_number, "epoch": epoch, **evaluation, **memory})
         if self._best is None or metrics["loss"] < self._best[0]:
             state = [one.detach().to("cpu", copy=True) for one in self._trained]
             self._best = (metrics["loss"], self._step_number, state)

@@ -41,7 +41,17 @@ def figure(table: str, row: str, task: str) -> Figure | None:
     return Figure(*found) if isinstance(found, list) else Figure(found, None)
 
 
+def memory_by_size() -> dict[str, list[tuple[float, float]]]:
+    """Of table 22 (MultiRC, OPT, A100): for each method (parameters, GB), the smallest model first."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    for size, methods in _tables()["22"].items():
+        for method, value in methods.items():
+            if isinstance(value, float):
+                found.setdefault(method, []).append((float(size.removesuffix("B")) * 1e9, value))
+    return found
+
+
 @cache
-def _tables() -> dict[str, dict[str, dict[str, float | list[float]]]]:
+def _tables() -> dict[str, dict[str, dict[str, float | list[float] | None]]]:
     """Table, row, column: a value, or a value and its standard deviation."""
     return json.loads(Path(__file__).with_name("paper.json").read_text(encoding="utf-8"))

@@ -26,6 +26,7 @@ class Row:
 
     task: str
     label: str
+    method: str
     chosen: list[Result]
     states: list[str]
     paper: Figure | None
@@ -64,7 +65,8 @@ def _row(folder: Folder, task: str, label: str, cells: Sequence[Cell]) -> Row:
     row = folder.experiment.methods[label].get("paper")
     table = folder.experiment.paper
     paper = figure(table, row, task_name(task)) if table and row else None
-    return Row(task, label, [max(own, key=_merit) for own in by_seed.values()], list(map(folder.state, cells)), paper)
+    chosen = [max(own, key=_merit) for own in by_seed.values()]
+    return Row(task, label, cells[0].method, chosen, list(map(folder.state, cells)), paper)
 
 
 def _merit(result: Result) -> float:
@@ -76,7 +78,8 @@ def _merit(result: Result) -> float:
 def write_tables(folder: Folder) -> str:
     """``tables.md`` and ``tables.csv`` in the folder; returns the first."""
     rows = rows_of(folder)
-    text = "\n".join([f"# {folder.experiment.name}", "", *_scores(folder, rows), "", *_costs(rows), ""])
+    parts = [*_scores(folder, rows), "", *_gains(rows), *_costs(rows), ""]
+    text = "\n".join([f"# {folder.experiment.name}", "", *parts])
     (folder.path / "tables.md").write_text(text, encoding="utf-8")
     with open(folder.path / "tables.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
@@ -113,6 +116,29 @@ def _told(row: Row | None) -> str:
     beside = f" [{row.paper.value:.1f}, {mean - row.paper.value:+.1f}]" if row.paper else ""
     return f"{mean:.{digits}f}{spread}{beside}" + (f" ({missing} cells open)" if missing else "")
 
+
+def _gains(rows: Sequence[Row]) -> list[str]:
+    """What MeZO gains over the zero-shot model, in points and as a share of what fine-tuning with gradients gains."""
+    told = []
+    for row in rows:
+        own = {other.method: other for other in reversed(rows) if other.task == row.task and other.chosen}
+        zero = own.get("zero-shot")
+        if not row.method.startswith("mezo-") or not row.chosen or zero is None or row.score == "loss":
+            continue
+        gains = [value - statistics.mean(zero.values) for value in row.values]
+        cells = [row.task, row.label, f"{statistics.mean(gains):+.1f}", f"{min(gains):+.1f} to {max(gains):+.1f}"]
+        for method in _BY_GRADIENTS:
+            best = statistics.mean(own[method].values) - statistics.mean(zero.values) if method in own else 0.0
+            cells.append(f"{statistics.mean(gains) / best:.0%} of {best:+.1f}" if best > 0 else "")
+        told.append(f"| {' | '.join(cells)} |")
+    if not told:
+        return []
+    head = ["task", "method", "gain", "of seeds", *(f"share of {method}'s" for method in _BY_GRADIENTS)]
+    title = "Gain over zero-shot in points, and as a share of what fine-tuning with gradients gains there."
+    return [title, "", f"| {' | '.join(head)} |", "|---" * len(head) + "|", *told, ""]
+
+
+_BY_GRADIENTS = ("ft-lora", "ft-prefix", "ft-full")
 
 _COSTS = {
     "wall time": ("run_info", "total_time"),

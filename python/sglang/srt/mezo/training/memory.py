@@ -58,7 +58,11 @@ class MemoryMeter:
 
     def now(self) -> dict[str, int]:
         """The peak of the phase in progress, under the names of metrics."""
-        return {f"{where}_memory_bytes": value for where, value in _named(_peak()).items()}
+        return _metrics(_peak())
+
+    def of(self, phase: str) -> dict[str, int]:
+        """The peak of a phase that has been, under the names of metrics."""
+        return _metrics(self.peaks[phase])
 
     def _settle(self) -> None:
         """Count what has been taken up to here for the innermost phase."""
@@ -85,3 +89,7 @@ def _peak() -> Memory:
 
 def _named(memory: Memory) -> dict[str, int]:
     return {name: value for name, value in memory._asdict().items() if value is not None}
+
+
+def _metrics(memory: Memory) -> dict[str, int]:
+    return {f"{where}_memory_bytes": value for where, value in _named(memory).items()}
