@@ -23,7 +23,9 @@ ASKED = {
 }
 
 
-@pytest.fixture(scope="module", params=CAPABILITY)
+@pytest.fixture(
+    scope="module", params=[pytest.param(gpu, marks=[pytest.mark.slow] * (gpu != "h100")) for gpu in CAPABILITY]
+)
 def resolved(request, tmp_path_factory):
     """Name of the GPU, and what each of ASKED becomes in a server that trains."""
     environment = {**os.environ, "SGLANG_ENABLE_MEZO": "1", "SGLANG_MEZO_DIR": str(tmp_path_factory.mktemp("mezo"))}

@@ -317,6 +317,7 @@ def test_a_server_that_cannot_train_says_so_and_ends(door, refused_starts, flags
     assert "Load weight begin" in door.server.log_text()  # which a server says that does not stop before
 
 
+@pytest.mark.slow
 def test_a_second_server_on_the_same_folder_says_so_and_ends(door, second_start):
     status, output = second_start.result()
     assert status == 1 and "Traceback" not in output

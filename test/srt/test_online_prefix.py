@@ -264,6 +264,7 @@ def test_bad_folders_are_refused_and_the_server_goes_on(server, trained, prefix,
 # --- a restart --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_jobs_go_on_and_prefixes_are_served_after_a_restart(server, rows, trained):
     job = server.create_job(rows, suffix="killed", **{**SHORT, "max_steps": 30})
     server.wait_for_step(job.id, 3)

@@ -193,6 +193,7 @@ def brevity(completions):
 STEPS = 6
 
 
+@pytest.mark.slow
 def test_a_killed_run_of_sampled_rewards_goes_on_to_the_same_bits(tmp_path):
     (tmp_path / "brief.py").write_text(REWARD)
     command = [

@@ -28,6 +28,11 @@ BATCHES = {
 }
 
 
+def batches(*quick: str) -> list:
+    """All of them; beside the losses of each, which are compared always, the others take minutes."""
+    return [pytest.param(name, marks=[pytest.mark.slow] * (name not in quick)) for name in BATCHES]
+
+
 # --- run in the engine's process --------------------------------------------------------------------------------------
 
 
@@ -236,7 +241,7 @@ def test_any_subset_of_the_modules_can_be_adapted(model, tuning, targets, tmp_pa
     assert plus != minus and leaked == 0
 
 
-@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("batch", batches("longer options", "shared beginnings"))
 def test_projected_grad_equals_autograd(model, tuning, batch, tmp_path):
     kind, path, engine = model
     objective, examples = batch_of(kind, batch)
@@ -258,7 +263,7 @@ def test_projected_grad_equals_autograd(model, tuning, batch, tmp_path):
             assert abs(projected_grad - exact) <= 0.01 * abs(exact)
 
 
-@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("batch", batches("completions", "shared beginnings"))
 def test_reuse_changes_nothing(model, tuning, batch):
     kind, path, engine = model
     objective, examples = batch_of(kind, batch)
