@@ -17,7 +17,6 @@ import os
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,46 +25,15 @@ from sglang.srt.mezo.core.config import MezoConfig
 from sglang.srt.mezo.core.integrity import write_json
 from sglang.srt.mezo.core.passes import drain
 from sglang.srt.mezo.training.finetune import DataArguments, ModelArguments, finetune, open_trainer
+from study_variants import PLAIN, VARIANTS
+from subsets import move_only
 from turns import Operations, Worker
 
 DATA = Path(__file__).resolve().parents[2] / "shared/data"
 NUM_TRAIN, NUM_DEV, NUM_TEST = 700, 200, 500
 KV_TOKENS = 65_536  # more than all prompts have
 TUNING_SEED = 100
-PLAIN = "plain"
 
-
-@dataclass(frozen=True)
-class Variant:
-    """Settings, the learning rates to choose from, and the steps of a run."""
-
-    settings: dict[str, Any]
-    rates: tuple[float, ...]
-    steps: int
-
-
-TWO_POINT = {
-    "estimator": "two_sided",
-    "num_perturbations": 1,
-    "perturbation": "gaussian",
-    "scale_by_loss_std": False,
-    "zo_eps": 3e-3,
-}
-TWO_SIDED = {"estimator": "two_sided"}
-ONE_SIDED = {"estimator": "one_sided", "zo_eps": 5e-4}  # beside theta a long step sees the curvature
-UNSCALED = {"scale_by_loss_std": False}
-VARIANTS = {
-    PLAIN: Variant(TWO_POINT, (5e-4, 1e-3, 2e-3, 4e-3), 2000),
-    "default": Variant({}, (MezoConfig().learning_rate,), 500),
-    "two-sided": Variant(TWO_SIDED, (MezoConfig().learning_rate,), 250),
-    "two-sided, unscaled": Variant({**TWO_SIDED, **UNSCALED}, (1e-2, 1.6e-2, 2e-2), 250),
-    "one-sided": Variant(ONE_SIDED, (1e-2, 2e-2, 3e-2), 250),
-    "one-sided, unscaled": Variant({**ONE_SIDED, **UNSCALED}, (1.6e-2, 2.4e-2, 3.2e-2), 250),
-    "low rank": Variant({**TWO_POINT, "perturbation_rank": 1, "perturbation_interval": 50}, (1e-3, 2e-3, 4e-3), 2000),
-    "momentum": Variant({**TWO_POINT, "momentum": 0.9}, (1e-4, 2e-4, 4e-4), 2000),
-    "adamw": Variant({**TWO_POINT, "optim": "adamw"}, (3e-4, 1e-3, 3e-3), 2000),
-}
-"""``default`` is what ``MezoConfig`` does by itself, its learning rate included; the others say what they change."""
 
 SETTINGS = (
     "estimator",
@@ -83,10 +51,11 @@ SETTINGS = (
 COMMON = {"logging_steps": 50, "disable_tqdm": True}
 LABELS = {
     "sst2": (" terrible", " great"),
+    "sst5": (" terrible", " bad", " okay", " good", " great"),
     "trec": (" abbreviation", " entity", " description", " human", " location", " number"),
     "boolq": (" no", " yes"),
 }
-INVOCATIONS = {"sst2": " It was", "trec": " Type:", "boolq": "?\nAnswer:"}
+INVOCATIONS = {"sst2": " It was", "sst5": " It was", "trec": " Type:", "boolq": "?\nAnswer:"}
 
 Run = dict[str, Any]
 """task, variant, seed and learning_rate."""
@@ -147,6 +116,8 @@ def run_in_new_process(arguments: argparse.Namespace, run: Run) -> None:
 
 
 def run_one(arguments: argparse.Namespace, run: Run) -> None:
+    if (moved := VARIANTS[run["variant"]].moved) is not None:
+        move_only(moved)
     summary = finetune(*settings(arguments, run))
     config = settings(arguments, run)[2]
     curve = curve_of(Path(config.output_dir))
@@ -228,6 +199,8 @@ def measure_steps(arguments: argparse.Namespace) -> None:
 
 
 def open_timed(arguments: argparse.Namespace, run: Run) -> Operations:
+    if (moved := VARIANTS[run["variant"]].moved) is not None:
+        move_only(moved)
     trainer, _ = open_trainer(*settings(arguments, run))
     meter = meter_of_next_steps(trainer)
 
@@ -253,7 +226,7 @@ def open_timed(arguments: argparse.Namespace, run: Run) -> Operations:
 def prompt(task: str, row: dict[str, Any]) -> str:
     if task == "sst2":
         return row["sentence"].strip() + INVOCATIONS[task]
-    if task == "trec":
+    if task in ("sst5", "trec"):
         return row["text"].strip() + INVOCATIONS[task]
     return f"{row['passage'].strip()}\n{row['question'].strip()}{INVOCATIONS[task]}"
 
