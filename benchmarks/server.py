@@ -103,7 +103,7 @@ def running_server(model: str | Path, folder: Path, *flags: str) -> Iterator[Ser
     command = [
         sys.executable,
         "-m",
-        "sglang.srt.mezo.cli",
+        "sglang.srt.mezo.commands.main",
         "serve",
         "--model-path",
         str(model),

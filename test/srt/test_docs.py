@@ -52,6 +52,34 @@ def test_what_programs_import_of_the_package_is_there():
     assert missing == []
 
 
+def test_modules_that_are_named_in_a_string_are_there():
+    """As in a command line: nothing imports them."""
+    named = re.compile(r"sglang\.srt\.mezo((?:\.[a-z]\w*)+)")
+    paths = [path for folder in ("benchmarks", "examples", "scripts") for path in (ROOT / folder).rglob("*.[ps][yh]")]
+    lost = {
+        f"{path.name}: {match[0]}"
+        for path in [*paths, *PAGES]
+        for match in named.finditer(path.read_text(encoding="utf-8"))
+        if not _leads_somewhere(match[1][1:].split("."))
+    }
+    assert lost == set()
+    assert not _leads_somewhere(["cli"]) and _leads_somewhere(["core", "noise", "direction"])
+
+
+def _leads_somewhere(names: list[str]) -> bool:
+    """Through packages to a module, or to a name that is written in one."""
+    place = ROOT / "python" / "sglang" / "srt" / "mezo"
+    for name in names:
+        if (place / name).is_dir():
+            place /= name
+        elif (place / f"{name}.py").is_file():
+            place /= f"{name}.py"
+        else:
+            source = place if place.is_file() else place / "__init__.py"
+            return re.search(rf"\b{name}\b", source.read_text(encoding="utf-8")) is not None
+    return True
+
+
 def test_what_benchmarks_import_of_each_other_is_there():
     modules = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "benchmarks").glob("*.py")}
     missing = [
