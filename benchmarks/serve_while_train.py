@@ -61,6 +61,7 @@ def main() -> None:
     parser.add_argument("--load-seconds", type=float, default=30, help="length of a phase")
     parser.add_argument("--pairs", type=int, default=8, help="of phases, without training and with it")
     parser.add_argument("--curve", action="store_true", help="several values of --mezo-share, under the busy load")
+    parser.add_argument("--server-flags", type=str.split, default=[], help="further flags of the server, in one string")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
@@ -90,7 +91,9 @@ def main() -> None:
 def benchmark(arguments: argparse.Namespace, flags: Sequence[str]) -> Iterator["Benchmark"]:
     with tempfile.TemporaryDirectory() as folder:
         with running_server(
-            arguments.model, Path(folder), "--dtype", arguments.dtype, "--enable-metrics", *flags
+            arguments.model,
+            Path(folder),
+            *("--dtype", arguments.dtype, "--enable-metrics", *flags, *arguments.server_flags),
         ) as server:
             yield Benchmark(server, arguments)
 

@@ -161,12 +161,14 @@ class Scores:
 
     def token_log_probs(self, example: Example, option: Sequence[int]) -> torch.Tensor:
         """Log-probability of each token of an option after the prompt, or in the place of its mask: [tokens]."""
+        device = self.model.device
         if example.mask is None:
-            ids = torch.tensor([[*example.prompt, *option]])
+            ids = torch.tensor([[*example.prompt, *option]], device=device)
             logits = self.model(input_ids=ids).logits[0, len(example.prompt) - 1 : -1]
         else:
-            logits = self.model(input_ids=torch.tensor([example.prompt])).logits[0, example.mask][None]
-        return torch.log_softmax(logits, dim=-1).gather(1, torch.tensor(option)[:, None])[:, 0]
+            ids = torch.tensor([example.prompt], device=device)
+            logits = self.model(input_ids=ids).logits[0, example.mask][None]
+        return torch.log_softmax(logits, dim=-1).gather(1, torch.tensor(option, device=device)[:, None])[:, 0]
 
     def option_losses(self, batch: Sequence[Example]) -> torch.Tensor:
         """Cross-entropy over options of every example: [examples]."""
@@ -196,7 +198,7 @@ class Reference(Scores):
         grads = {
             name.replace(".default", ""): p.grad for name, p in self.model.named_parameters() if p.grad is not None
         }
-        return torch.cat([grads[name].flatten().double() for name in self._adapter.state_dict()])
+        return torch.cat([grads[name].flatten().double().cpu() for name in self._adapter.state_dict()])
 
 
 class ModelReference(Scores):

@@ -81,7 +81,7 @@ def _leads_somewhere(names: list[str]) -> bool:
 
 
 def test_what_benchmarks_import_of_each_other_is_there():
-    modules = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "benchmarks").glob("*.py")}
+    modules = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "benchmarks").rglob("*.py")}
     missing = [
         f"{importer}: {node.module}.{one.name}"
         for importer, tree in modules.items()
