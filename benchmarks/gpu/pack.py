@@ -1,7 +1,7 @@
 """On a machine with the package index: packs what an air-gapped GPU machine lacks into numbered parts.
 
     python benchmarks/gpu/pack.py .gpu                                  # everything for the Triton attention
-    python benchmarks/gpu/pack.py .gpu --model models/smollm2-135m --data data --with-fa3
+    python benchmarks/gpu/pack.py .gpu --model SmolLM2-135M-Instruct.Q4_1.gguf --data data --with-fa3
 
 Every part is a folder of at most ``--mib``, with the sums of what it holds; ``unpack.py`` puts them together. Keep the
 folder out of version control. The machine has Python 3.12, PyTorch 2.11 for CUDA 13, Triton, Transformers, PEFT and
@@ -40,7 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--with-fa3", action="store_true", help="FlashAttention 3, in parts of its own")
-    parser.add_argument("--model", type=Path, help="folder of SmolLM2-135M, in parts of its own")
+    parser.add_argument("--model", type=Path, help="GGUF file of SmolLM2-135M, in parts of its own")
     parser.add_argument("--data", type=Path, help="folder with a folder of files for each task, beside the model")
     parser.add_argument("--mib", type=int, default=50, help="most of a part; the working tree travels beside it")
     parser.add_argument("--level", type=int, default=6, choices=range(10), help="of xz")
@@ -112,13 +112,11 @@ def cut(site: Path) -> None:
         (site / name).write_text(text)
 
 
-def put_model(model: Path, data: Path | None, folder: Path) -> None:
-    """In bfloat16, as it is trained there; of the rows what the runs draw from."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    AutoModelForCausalLM.from_pretrained(model, dtype="bfloat16").save_pretrained(folder / "model")
-    AutoTokenizer.from_pretrained(model).save_pretrained(folder / "model")
+def put_model(gguf: Path, data: Path | None, folder: Path) -> None:
+    """The file as it is; of the rows those of the tasks that it is trained on."""
+    (folder / "model").mkdir(parents=True)
     (folder / "data").mkdir()
+    shutil.copy(gguf, folder / "model")
     for task in TASKS if data else ():
         shutil.copytree(data / task, folder / "data" / task)
 

@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of lines.jsonl and log.txt")
     parser.add_argument("--only", nargs="+", help="names of lines")
     parser.add_argument("--tiny", action="store_true", help="small models, for a machine without a GPU")
-    parser.add_argument("--model", type=Path, help="folder of SmolLM2-135M, in the place of the hub")
+    parser.add_argument("--model", type=Path, help="folder or GGUF file of SmolLM2-135M, in the place of the hub")
     parser.add_argument(
         "--data", type=Path, help="folder with a folder of files for each task, in the place of the hub"
     )

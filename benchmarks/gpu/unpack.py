@@ -43,7 +43,9 @@ def main() -> None:
     environment["PYTHONPATH"] = environment["PYTHONPATH"].rstrip(os.pathsep)
     if (home := cuda_home()) is not None:
         environment["CUDA_HOME"] = str(home)
-    real = ["--model", str(KIT / "model"), "--data", str(KIT / "data")] if (KIT / "model").is_dir() else []
+    real = [
+        word for gguf in (KIT / "model").glob("*.gguf") for word in ("--model", str(gguf), "--data", str(KIT / "data"))
+    ]
     environment["KIT_REAL"] = " ".join(real)
     for name, value in environment.items():
         print(f"export {name}={shlex.quote(value)}")
