@@ -114,7 +114,10 @@ def run_line(line: Line, log: Path, left: float, tiny: bool) -> Record:
 
 def run_command(command: Sequence[str], output: Any, seconds: float) -> int | None:
     """Its exit status; None where it has taken all of its time, and all of its processes are ended."""
-    process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True)
+    environment = {**os.environ, "PYTHONWARNINGS": "ignore"}  # what is printed last is told
+    process = subprocess.Popen(
+        command, stdout=output, stderr=subprocess.STDOUT, cwd=ROOT, env=environment, start_new_session=True
+    )
     try:
         return process.wait(max(1.0, seconds))
     except subprocess.TimeoutExpired:
