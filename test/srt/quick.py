@@ -23,6 +23,7 @@ STARTERS = {
     "spawn",
     "other_ranks",
     "fork_tasks",
+    "gpu_run",
     "selenium.webdriver",
 }
 """Names in code that starts an engine, a server, a browser, or a fresh interpreter, which takes seconds to import
