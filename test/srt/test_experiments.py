@@ -200,7 +200,7 @@ def test_tables_say_what_was_measured_and_what_was_not(folder):
     assert "| zero-shot | 50.0 | not run |" in text
     assert "| mezo-lora | 82.0 ± 2.0 (2) [89.6, -7.6] (2 cells open) | not run |" in text
     assert "| sst2 | mezo-lora | learning_rate 0.01; learning_rate 1e-3 | 12 s | 10 s | 40 |" in text
-    assert "| sst2 | mezo-lora | +32.0 | +30.0 to +34.0 |  |  |  |" in text, "nothing there to be a share of"
+    assert "| sst2 | mezo-lora | +32.0 | +30.0 to +34.0 |\n" in text, "nothing there to be a share of"
     assert (folder.path / "tables.md").read_text() == text
     lines = (folder.path / "tables.csv").read_text().splitlines()
     assert lines[2].startswith("sst2,mezo-lora,accuracy,2,82.0") and len(lines) == 3
@@ -214,7 +214,7 @@ def test_what_is_gained_is_a_share_of_what_gradients_gain(tmp_path):
         if cell.task == "sst2":
             found = result(cell, scores[cell.label][cell.seed], None if cell.label == "zero-shot" else 0.6)
             (tmp_path / "results" / f"{cell.id}.json").write_text(json.dumps(found))
-    assert "| sst2 | mezo-alora | +20.0 | +15.0 to +25.0 | 67% of +30.0 |  |  |" in write_tables(folder)
+    assert "| sst2 | mezo-alora | +20.0 | +15.0 to +25.0 | 67% of +30.0 |\n" in write_tables(folder)
 
 
 def test_curves_go_over_steps_passes_and_time(folder):

@@ -120,6 +120,7 @@ def _told(row: Row | None) -> str:
 def _gains(rows: Sequence[Row]) -> list[str]:
     """What MeZO gains over the zero-shot model, in points and as a share of what fine-tuning with gradients gains."""
     told = []
+    beside = [method for method in _BY_GRADIENTS if any(row.method == method and row.chosen for row in rows)]
     for row in rows:
         own = {other.method: other for other in reversed(rows) if other.task == row.task and other.chosen}
         zero = own.get("zero-shot")
@@ -127,13 +128,13 @@ def _gains(rows: Sequence[Row]) -> list[str]:
             continue
         gains = [value - statistics.mean(zero.values) for value in row.values]
         cells = [row.task, row.label, f"{statistics.mean(gains):+.1f}", f"{min(gains):+.1f} to {max(gains):+.1f}"]
-        for method in _BY_GRADIENTS:
+        for method in beside:
             best = statistics.mean(own[method].values) - statistics.mean(zero.values) if method in own else 0.0
             cells.append(f"{statistics.mean(gains) / best:.0%} of {best:+.1f}" if best > 0 else "")
         told.append(f"| {' | '.join(cells)} |")
     if not told:
         return []
-    head = ["task", "method", "gain", "of seeds", *(f"share of {method}'s" for method in _BY_GRADIENTS)]
+    head = ["task", "method", "gain", "of seeds", *(f"share of {method}'s" for method in beside)]
     title = "Gain over zero-shot in points, and as a share of what fine-tuning with gradients gains there."
     return [title, "", f"| {' | '.join(head)} |", "|---" * len(head) + "|", *told, ""]
 
