@@ -187,9 +187,15 @@ def machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": int(os.environ.get("OMP_NUM_THREADS", os.cpu_count())),
         "versions": {name: version(name) for name in ("sglang", "sglang-mezo", "torch", "transformers")},
-        "commit": _git("rev-parse", "HEAD")
-        + ("-dirty" if _git("status", "--porcelain", "--untracked-files=no") else ""),
+        "commit": commit(),
     }
+
+
+def commit() -> str | None:
+    """Of this tree, with "-dirty" where it has changed since; None where it is no checkout."""
+    if (head := _git("rev-parse", "HEAD")) is None:
+        return None
+    return head + ("-dirty" if _git("status", "--porcelain", "--untracked-files=no") else "")
 
 
 def _processor() -> str:
@@ -199,7 +205,9 @@ def _processor() -> str:
     return platform.machine()
 
 
-def _git(*arguments: str) -> str:
-    return subprocess.run(
-        ["git", "-C", str(ROOT), *arguments], stdout=subprocess.PIPE, text=True, check=True
-    ).stdout.strip()
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", str(ROOT), *arguments], stdout=subprocess.PIPE, text=True)
+    except FileNotFoundError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

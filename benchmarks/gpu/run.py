@@ -131,15 +131,21 @@ def run_command(command: Sequence[str], output: Any, seconds: float) -> int | No
 
 
 def where() -> Record:
-    import torch
-
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     return {
-        "card": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "card": _printed("nvidia-smi", "--query-gpu=name", "--format=csv,noheader") or "none",
         "versions": {name: found for name in PACKAGES if (found := _version(name))},
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "commit": commit or None,
+        "commit": _printed("git", "rev-parse", "HEAD"),
     }
+
+
+def _printed(*command: str) -> str | None:
+    """By a program; None where it is not there, or fails."""
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    except FileNotFoundError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def _version(package: str) -> str | None:
