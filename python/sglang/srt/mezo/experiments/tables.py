@@ -114,7 +114,7 @@ def _told(row: Row | None) -> str:
     spread = f" ± {statistics.pstdev(row.values):.{digits}f} ({len(row.values)})" if len(row.values) > 1 else ""
     missing = len(row.states) - row.states.count("done")
     beside = f" [{row.paper.value:.1f}, {mean - row.paper.value:+.1f}]" if row.paper else ""
-    return f"{mean:.{digits}f}{spread}{beside}" + (f" ({missing} cells open)" if missing else "")
+    return f"{mean:.{digits}f}{spread}{beside}" + (f" ({missing} not run)" if missing else "")
 
 
 def _gains(rows: Sequence[Row]) -> list[str]:
