@@ -140,8 +140,8 @@ def adapter(made: Any, path: str, folder: Path, tuning: str, arguments: argparse
         def losses(z: list[torch.Tensor], eps: float) -> tuple[list[float], list[float]]:
             return drain(trainer.probe.loss_passes(trainer.source.plans, KeptDirections(z), eps))
 
-        reference = oracle.Reference(path, start, folder / tuning, getattr(torch, arguments.dtype))
-        reference.model.to(made.handle.device)
+        dtype = getattr(torch, arguments.dtype)
+        reference = oracle.Reference(path, start, folder / tuning, dtype, made.handle.device)
         with torch.no_grad():
             expected = reference.option_losses(examples).mean().item()
             with reference.model.disable_adapter():
@@ -167,8 +167,7 @@ def slope_off(kind: Any, path: str, start: Any, folder: Path, made: Any, example
     gradient: there terms of third order count."""
     from sglang.srt.mezo.core.noise import direction
 
-    exact = kind(path, start, folder / "exact", torch.float64)
-    exact.model.to(made.handle.device)
+    exact = kind(path, start, folder / "exact", torch.float64, made.handle.device)
     gradient = exact.gradient(exact.option_losses(examples).mean())
     drawn = (direction(5, k, start.numel) for k in itertools.count())
     sloped = (z for z in drawn if torch.dot(gradient, z.double()).abs() > 0.1 * gradient.norm())

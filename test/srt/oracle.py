@@ -158,17 +158,17 @@ class Scores:
     """Losses of a Transformers model."""
 
     model: Any
+    device: torch.device | str = "cpu"
 
     def token_log_probs(self, example: Example, option: Sequence[int]) -> torch.Tensor:
         """Log-probability of each token of an option after the prompt, or in the place of its mask: [tokens]."""
-        device = self.model.device
         if example.mask is None:
-            ids = torch.tensor([[*example.prompt, *option]], device=device)
+            ids = torch.tensor([[*example.prompt, *option]], device=self.device)
             logits = self.model(input_ids=ids).logits[0, len(example.prompt) - 1 : -1]
         else:
-            ids = torch.tensor([example.prompt], device=device)
+            ids = torch.tensor([example.prompt], device=self.device)
             logits = self.model(input_ids=ids).logits[0, example.mask][None]
-        return torch.log_softmax(logits, dim=-1).gather(1, torch.tensor(option, device=device)[:, None])[:, 0]
+        return torch.log_softmax(logits, dim=-1).gather(1, torch.tensor(option, device=self.device)[:, None])[:, 0]
 
     def option_losses(self, batch: Sequence[Example]) -> torch.Tensor:
         """Cross-entropy over options of every example: [examples]."""
@@ -186,9 +186,17 @@ class Scores:
 class Reference(Scores):
     """A PEFT model on the files that the adapter wrote."""
 
-    def __init__(self, model_path: str, adapter: Adapter, folder: Path, dtype: torch.dtype = torch.float32):
+    def __init__(
+        self,
+        model_path: str,
+        adapter: Adapter,
+        folder: Path,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ):
         adapter.save_pretrained(folder)
-        self.model = PeftModel.from_pretrained(load(model_path, dtype), folder, is_trainable=True).to(dtype).eval()
+        model = PeftModel.from_pretrained(load(model_path, dtype), folder, is_trainable=True)
+        self.model, self.device = model.to(device, dtype).eval(), device
         self._adapter = adapter
 
     def gradient(self, loss: torch.Tensor) -> torch.Tensor:
