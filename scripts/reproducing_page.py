@@ -38,8 +38,12 @@ def experiments() -> Iterator[str]:
             most = max(memory_of(cell.method, size, dtype) for cell in cells)
             memory = f"{most / 1e9:.1f} GB: {math.ceil(most / CARD)} x 80 GB"
         passes = sum(cost.forward_passes for cost in costs)
-        told = [experiment.description, str(len(cells)), f"{passes:,}", f"{hours:.2g}", memory, measured(path.stem)]
+        told = [experiment.description, str(len(cells)), f"{passes:,}", told_hours(hours), memory, measured(path.stem)]
         yield f"| `{path.stem}` | {' | '.join(told)} |"
+
+
+def told_hours(hours: float) -> str:
+    return f"{hours:.0f}" if hours >= 10 else f"{hours:.2f}" if hours >= 0.01 else "under 0.01"
 
 
 def measured(name: str) -> str:

@@ -21,5 +21,7 @@ rm -rf sglang_mezo.egg-info  # of an earlier installation: SGLang would load the
 # What only linear probing imports lies beside: Transformers imports scikit-learn where it finds it, and every process of an
 # engine would begin seconds later.
 .venv/bin/uv pip install --quiet --compile-bytecode --python .venv/bin/python --no-deps --target .venv/scikit-learn \
-    "scikit-learn>=1.8" joblib threadpoolctl narwhals || echo "no scikit-learn: linear probing is not tested"
+    "scikit-learn>=1.8" joblib threadpoolctl narwhals \
+    || .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --target .venv/scikit-learn \
+        "scikit-learn>=1.8" joblib threadpoolctl narwhals
 touch "$stamp"

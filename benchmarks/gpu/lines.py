@@ -74,27 +74,11 @@ def _accuracy(task: str, model: Path | None, data: Path | None) -> Line:
         model = model.parent / SMOLLM2
     named = ("--model", str(model) if model else "HuggingFaceTB/SmolLM2-135M", "--task", task)
     rows = ("--dataset", str(data / task)) if data else ()
-    many = (
-        "--num_train",
-        "700",
-        "--num_dev",
-        "200",
-        "--num_test",
-        "500",
-        "--max_steps",
-        "500",
-        "--seeds",
-        "0",
-        "1",
-        "2",
-    )
-    few = ("--num_train", "32", "--num_dev", "10", "--num_test", "10", "--max_steps", "3", "--seeds", "0")
-    folder = ("--output_dir", "{folder}")
-    script = "benchmarks/accuracy.py"
-    small = _python(
-        script, "--model", "examples/assets/opt-reviews", "--task", "sst2", "--dataset", REVIEWS, *few, *folder
-    )
+    script, folder = "benchmarks/accuracy.py", ("--output_dir", "{folder}")
+    many = _sizes(700, 200, 500, 500, "0", "1", "2")
     real = _python(script, *named, *rows, "--dtype", "bfloat16", *many, *folder)
+    embedded = ("--model", "examples/assets/opt-reviews", "--task", "sst2", "--dataset", REVIEWS)
+    small = _python(script, *embedded, *_sizes(32, 10, 10, 3, "0"), *folder)
     return Line(f"smollm2-{task}", 6, (*prepared, real), (small,))
 
 

@@ -49,11 +49,6 @@ def main() -> None:
     chosen = lines(arguments.model, arguments.data)
     if unknown := set(arguments.only or ()) - {line.name for line in chosen}:
         parser.error(f"--only: {', '.join(sorted(unknown))}: none of {', '.join(line.name for line in chosen)}")
-    if arguments.tiny:  # lines that differ in what only a GPU has are one there
-        distinct: dict[tuple, Line] = {}
-        for line in chosen:
-            distinct.setdefault(line.tiny, line)
-        chosen = list(distinct.values())
     arguments.out.mkdir(parents=True, exist_ok=True)
     bring_along(arguments.out)
     if arguments.only:
@@ -62,6 +57,11 @@ def main() -> None:
         known = [record for record in read(arguments.out / "lines.jsonl") if record["tiny"] == arguments.tiny]
         done = {record["line"] for record in known if record["status"] != "cut"}
         chosen = [line for line in chosen if line.name not in done]
+    if arguments.tiny:  # lines that differ in what only a GPU has are one there
+        distinct: dict[tuple, Line] = {}
+        for line in chosen:
+            distinct.setdefault(line.tiny, line)
+        chosen = list(distinct.values())
     sys.exit(not run(chosen, arguments.out, 60 * arguments.minutes, arguments.tiny))
 
 

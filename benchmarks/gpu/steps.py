@@ -100,7 +100,10 @@ class Bench:
     def row(self, case: Case) -> dict[str, Any]:
         trainer = self.trainer(case)
         try:
-            step = lambda: drain(trainer.step_passes(trainer.batch(trainer.global_step)))  # noqa: E731
+
+            def step() -> None:
+                drain(trainer.step_passes(trainer.batch(trainer.global_step)))
+
             first = seconds(step)
             for _ in range(EPOCH_STEPS + 1):
                 step()

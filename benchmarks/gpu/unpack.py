@@ -1,6 +1,6 @@
 """On the air-gapped machine, from the root of the working tree, in every call:
 
-    eval "$(python3 benchmarks/gpu/unpack.py .gpu)" && python3 benchmarks/gpu/run.py --minutes 7 --out "$OUT" $KIT_REAL
+    eval "$(python3 benchmarks/gpu/unpack.py .gpu)" && python3 benchmarks/gpu/run.py --minutes 7 --out results $KIT_REAL
 
 Takes in the parts that came with the call, unpacks an archive once its pieces are all there, lays the plugin of this
 tree over SGLang, and prints the environment. Whatever is wrong ends it, and prints ``false``.
@@ -14,10 +14,11 @@ import shutil
 import sys
 import sysconfig
 import tarfile
+import tempfile
 import tomllib
 from pathlib import Path
 
-KIT = Path(os.environ.get("KIT_ROOT", "/tmp/gpu-kit"))
+KIT = Path(os.environ.get("KIT_ROOT") or Path(tempfile.gettempdir()) / "gpu-kit")
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {
     "SGLANG_SKIP_SGL_KERNEL_VERSION_CHECK": "1",
@@ -43,10 +44,8 @@ def main() -> None:
     environment["PYTHONPATH"] = environment["PYTHONPATH"].rstrip(os.pathsep)
     if (home := cuda_home()) is not None:
         environment["CUDA_HOME"] = str(home)
-    real = [
-        word for gguf in (KIT / "model").glob("*.gguf") for word in ("--model", str(gguf), "--data", str(KIT / "data"))
-    ]
-    environment["KIT_REAL"] = " ".join(real)
+    for gguf in (KIT / "model").glob("*.gguf"):
+        environment["KIT_REAL"] = f"--model {gguf} --data {KIT / 'data'}"
     for name, value in environment.items():
         print(f"export {name}={shlex.quote(value)}")
 

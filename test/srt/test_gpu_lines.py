@@ -53,7 +53,9 @@ def test_a_line_that_fails_is_told_and_the_next_is_run(tmp_path):
 
 
 def test_a_line_has_a_limit_of_its_own_and_leaves_no_process(tmp_path):
-    child = f"import subprocess, sys, time; p = subprocess.Popen(['sleep', '600']); open({str(tmp_path / 'pid')!r}, 'w').write(str(p.pid)); time.sleep(600)"  # noqa: E501
+    pid = str(tmp_path / "pid")
+    starts = f"open({pid!r}, 'w').write(str(subprocess.Popen(['sleep', '600']).pid))"
+    child = f"import subprocess, time; {starts}; time.sleep(600)"
     assert not gpu_run.run([line("hangs", child, minutes=2 / 60)], tmp_path, 600)
     assert records(tmp_path) == [("hangs", "failed")]
     state = Path(f"/proc/{(tmp_path / 'pid').read_text()}/stat")
@@ -92,6 +94,15 @@ def test_a_line_that_is_none_is_named(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         gpu_run.main()
     assert "--only: serverr: none of packages, engine-bfloat16" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["first", "second"])
+def test_a_line_that_is_named_is_run_though_another_is_as_small(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(gpu_run, "lines", lambda model, data: [line("first", WRITES), line("second", WRITES)])
+    monkeypatch.setattr(sys, "argv", ["run.py", "--tiny", "--only", name, "--out", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        gpu_run.main()
+    assert records(tmp_path) == [(name, "passed")]
 
 
 def test_programs_of_all_lines_are_there():

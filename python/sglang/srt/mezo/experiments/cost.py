@@ -40,6 +40,7 @@ PROMPT_TOKENS = {
     "drop": 246,
 }
 """Of the median row, in OPT's tokens."""
+_PACKED_TOKENS = 2048  # of a block, where the model's longest text decides
 OPTION_TOKENS = {"copa": 6, "record": 25, "squad": 4, "drop": 3}
 """Of an option that is learned, where it is more than one."""
 PARAMETERS = {
@@ -148,7 +149,7 @@ def _row_tokens(cell: Cell) -> int:
     """Tokens that run for a row at a point."""
     task = task_name(cell.task)
     if cell.data.get("pack"):
-        return int(cell.data.get("max_length") or 2048)
+        return int(cell.data.get("max_length") or _PACKED_TOKENS)
     prompt, option = PROMPT_TOKENS.get(task, 100), OPTION_TOKENS.get(task, 1)
     if cell.method == "mezo-alora":
         return 8 + option  # what follows the invocation

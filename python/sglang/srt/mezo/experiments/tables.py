@@ -124,7 +124,7 @@ def _gains(rows: Sequence[Row]) -> list[str]:
     for row in rows:
         own = {other.method: other for other in reversed(rows) if other.task == row.task and other.chosen}
         zero = own.get("zero-shot")
-        if not row.method.startswith("mezo-") or not row.chosen or zero is None or row.score == "loss":
+        if not row.method.startswith("mezo-") or not row.chosen or zero is None or row.score in ("loss", "reward"):
             continue
         gains = [value - statistics.mean(zero.values) for value in row.values]
         cells = [row.task, row.label, f"{statistics.mean(gains):+.1f}", f"{min(gains):+.1f} to {max(gains):+.1f}"]
