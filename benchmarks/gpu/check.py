@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 
+import awq
+
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / "test" / "srt"), str(ROOT / "benchmarks"), str(ROOT / "examples")]
 
@@ -42,6 +44,7 @@ def main() -> None:
         "--engine", type=json.loads, default={}, help="fields of SGLang's ServerArgs beside the defaults"
     )
     parser.add_argument("--tuning", nargs="+", choices=["alora", "lora"], default=["alora", "lora"])
+    parser.add_argument("--awq", action="store_true", help="the base model's layers are in four bits")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--json", type=Path, required=True)
     arguments = parser.parse_args()
@@ -85,8 +88,9 @@ def engine(arguments: argparse.Namespace) -> Found:
 
     folder = Path(tempfile.mkdtemp())
     path = oracle.save_model("opt-125m", folder / "model", **({} if arguments.tiny else SIZES))
+    served = awq.save(Path(path), folder / "awq") if arguments.awq else path
     made = MezoEngine(
-        path,
+        served,
         r=8,
         target_modules=TARGETS,
         num_slots=2 * DIRECTIONS + 1,

@@ -3,7 +3,8 @@
     eval "$(python3 benchmarks/gpu/unpack.py .gpu)" && python3 benchmarks/gpu/run.py --minutes 7 --out results $KIT_REAL
 
 Takes in the parts that came with the call, unpacks an archive once its pieces are all there, lays the plugin of this
-tree over SGLang, and prints the environment. Whatever is wrong ends it, and prints ``false``.
+tree over SGLang, and prints the environment. Whatever is wrong ends it, and prints ``false``. ``caches.tar.xz`` among
+the parts is what Triton and nvcc have made on an earlier machine: ``tar -cJf caches.tar.xz -C "$KIT_CACHES" .`` there.
 """
 
 import hashlib
@@ -27,8 +28,9 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "PYTHONUNBUFFERED": "1",
-    "TRITON_CACHE_DIR": str(KIT / "triton"),  # kept from call to call while the machine is the same
-    "SGLANG_CACHE_DIR": str(KIT / "sglang"),
+    "TRITON_CACHE_DIR": str(KIT / "caches" / "triton"),
+    "SGLANG_CACHE_DIR": str(KIT / "caches" / "sglang"),
+    "KIT_CACHES": str(KIT / "caches"),
 }
 
 
@@ -37,6 +39,7 @@ def main() -> None:
     incoming.mkdir(parents=True, exist_ok=True)
     for part in sorted(Path(sys.argv[1]).glob("part*")):
         take(part, incoming)
+    take_caches(Path(sys.argv[1]) / "caches.tar.xz")
     for name in {file.name.rpartition(".")[0] for file in incoming.glob("*.tar.xz.*")}:
         put_together(name, incoming)
     lay_plugin(KIT / "site")
@@ -57,6 +60,15 @@ def take(part: Path, incoming: Path) -> None:
     require(hashlib.sha256(piece.read_bytes()).hexdigest() == sums["piece_sha256"], f"{piece} is not as it was packed")
     shutil.copy(piece, incoming)
     (incoming / f"{sums['archive']}.json").write_text(json.dumps(sums))
+
+
+def take_caches(archive: Path) -> None:
+    """What an earlier machine has compiled, where this one has compiled nothing."""
+    caches = KIT / "caches"
+    if archive.is_file() and not caches.exists():
+        caches.mkdir()
+        with tarfile.open(archive, "r:xz") as tar:
+            tar.extractall(caches, filter="data")
 
 
 def put_together(name: str, incoming: Path) -> None:

@@ -1,6 +1,7 @@
 """What is run on a GPU: in its order, within its time, and on from where the last call ended; packed and unpacked
 for a machine without a network. On small models all of it runs here."""
 
+import importlib.util
 import json
 import os
 import struct
@@ -10,8 +11,15 @@ import tarfile
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import OPTConfig, OPTForCausalLM
+
+from sglang.srt.layers.quantization.awq import AWQConfig
+from test_opt_model import SMALL, opt, pipeline_rank
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks" / "gpu"))
+import awq
 import lines as gpu_lines
 import pack
 import run as gpu_run
@@ -114,6 +122,39 @@ def test_programs_of_all_lines_are_there():
             assert named and all((ROOT / part).is_file() for part in named)
 
 
+def test_four_bits_are_read_by_sglangs_kernel_as_they_were_meant(tmp_path):
+    """Its Triton kernel, by Triton's interpreter."""
+    weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(0)) * 0.1 + 0.03
+    q, zeros, scales = awq.quantized(weight)
+    meant = awq.dequantized(q, zeros, scales)
+    steps = scales.float().repeat_interleave(awq.GROUP, 0).t()
+    assert ((meant - weight).abs() <= 0.6 * steps).all() and q.unique().tolist() == list(range(16))
+    torch.save((awq.pack(q), scales.float(), awq.pack(zeros)), tmp_path / "packed")
+    kernel = Path(importlib.util.find_spec("sglang").submodule_search_locations[0], "kernels/ops/quantization")
+    code = (
+        "import sys, torch; from awq_triton import awq_dequantize_triton as read;"
+        "torch.save(read(*torch.load(sys.argv[1])), sys.argv[2])"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "packed"), str(tmp_path / "read")]
+    subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, cwd=kernel, check=True)
+    assert torch.equal(torch.load(tmp_path / "read").t(), meant)
+
+
+def test_opt_is_loaded_in_four_bits(tmp_path):
+    config = OPTConfig(**{**SMALL, "hidden_size": awq.GROUP, "word_embed_proj_dim": awq.GROUP})
+    OPTForCausalLM(config).save_pretrained(tmp_path / "model")
+    folder = awq.save(tmp_path / "model", tmp_path / "awq")
+    weights = load_file(f"{folder}/model.safetensors")
+    made = OPTConfig.from_pretrained(folder)
+    with pipeline_rank(0):
+        model = opt.OPTForCausalLM(made, AWQConfig.from_config(made.quantization_config))
+    assert model.load_weights(weights.items()) == weights.keys()
+    parts = [weights[f"model.decoder.layers.1.self_attn.{name}_proj.qweight"] for name in "qkv"]
+    assert torch.equal(model.model.decoder.layers[1].self_attn.qkv_proj.qweight, torch.cat(parts, 1))
+    again = OPTForCausalLM.from_pretrained(tmp_path / "model").state_dict()["model.decoder.layers.1.fc1.weight"]
+    assert all(len(group.unique()) <= 16 for group in again.reshape(-1, awq.GROUP))
+
+
 @pytest.mark.slow
 def test_every_line_passes_on_small_models(tmp_path):
     command = [sys.executable, "benchmarks/gpu/run.py", "--tiny", "--minutes", "30", "--out", str(tmp_path)]
@@ -160,6 +201,19 @@ def test_parts_come_one_by_one_and_are_put_together(tmp_path, parts):
     entries = (kit / "site" / "sglang_mezo-0.dist-info" / "entry_points.txt").read_text()
     assert "[sglang.srt.platforms]\nmezo_cpu = sglang.srt.mezo.plugin.platform:activate" in entries
     assert unpack(tmp_path / "nothing", kit).returncode == 0, "later calls need not carry the parts again"
+
+
+def test_what_one_machine_has_compiled_is_there_on_the_next(tmp_path, parts):
+    made = tmp_path / "first" / "triton"
+    made.mkdir(parents=True)
+    (made / "kernel").write_text("compiled")
+    subprocess.run(["tar", "-cJf", parts / "caches.tar.xz", "-C", made.parent, "."], check=True)
+    done = unpack(parts, tmp_path / "kit")
+    [kernel] = (tmp_path / "kit").rglob("kernel")
+    assert f"export TRITON_CACHE_DIR={kernel.parent}\n" in done.stdout and kernel.read_text() == "compiled"
+    kernel.write_text("compiled again")
+    assert unpack(parts, tmp_path / "kit").returncode == 0, done.stderr
+    assert kernel.read_text() == "compiled again"
 
 
 def test_a_part_that_has_changed_is_refused(tmp_path, parts):
