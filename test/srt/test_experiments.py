@@ -71,6 +71,16 @@ def test_methods_may_be_of_some_tasks_and_differ_by_task():
     assert [cell.task for cell in changed(methods={"icl": {"tasks": ["rte"]}}).cells()] == ["rte"]
 
 
+def test_what_is_left_out_is_told_with_its_reason(tmp_path):
+    experiment = changed(methods={"zero-shot": {}, "icl": {"skip": {"rte": "too slow here"}}})
+    assert [(cell.task, cell.label) for cell in experiment.cells()] == [
+        ("sst2", "zero-shot"),
+        ("sst2", "icl"),
+        ("rte", "zero-shot"),
+    ]
+    assert "| icl | not run | too slow here |" in write_tables(Folder(tmp_path, experiment))
+
+
 def test_the_rows_may_go_with_the_seed():
     cells = changed(data={"train_set_seed": "seed", "k": 16}, tasks=["sst2"]).cells()
     assert {(cell.seed, arguments_of(cell)[1].train_set_seed) for cell in cells} == {(0, 0), (1, 1)}
@@ -116,6 +126,9 @@ def test_rows_may_be_files(tmp_path):
         ({"methods": {"mezo-lora": {"seed": 1}}}, ConfigError, "seed=1 is not allowed: nothing in an experiment"),
         ({"methods": {"mezo-lora": {"tasks": ["SST2"]}}}, ConfigError, "mezo-lora.tasks='SST2' is not allowed: of the"),
         ({"methods": {"icl": {"by_task": {"cb": {}}}}}, ConfigError, "icl.by_task='cb' is not allowed: of the"),
+        ({"methods": {"icl": {"skip": {"cb": "slow"}}}}, ConfigError, "icl.skip='cb' is not allowed: of the"),
+        ({"methods": {"icl": {"skip": {"rte": None}}}}, ConfigError, "icl.skip.rte=None is not allowed: the reason"),
+        ({"methods": {"icl": {"skip": ["rte"]}}}, ConfigError, "icl.skip=.* is not allowed: fields, one a line"),
         ({"methods": {"zero-shot": {"engine": "transformers"}}}, UsageError, "zero-shot has an unknown field engine"),
         ({"methods": {"mezo-lora": {"grid": [1]}}}, ConfigError, "grid=.* is not allowed: fields, one a line"),
         ({"methods": {"icl": {"max_length": 9}}}, ConfigError, "max_length=9 is not allowed: nothing of a method"),

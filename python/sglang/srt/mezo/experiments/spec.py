@@ -69,7 +69,7 @@ METHODS: dict[str, Method] = {
 }
 """By the names that experiments have for them."""
 
-_OF_A_METHOD = {"method", "grid", "tasks", "seeds", "paper", "by_task"}
+_OF_A_METHOD = {"method", "grid", "tasks", "skip", "seeds", "paper", "by_task"}
 _KEYS = {"name", "description", "paper", "model", "data", "tasks", "methods", "seeds"}
 _OF_DATA = ("task", "dataset", "dataset_config", "max_length", "on_bad_row")
 """Fields of an evaluation that the task has."""
@@ -161,7 +161,7 @@ class Experiment:
         for task in experiment.tasks:
             task_name(task)
         for label, of_method in experiment.methods.items():
-            for name in ("tasks", "by_task"):
+            for name in ("tasks", "skip", "by_task"):
                 experiment._require_tasks(f"{label}.{name}", of_method.get(name) or ())
         for cell in experiment.cells():
             arguments_of(cell)
@@ -173,9 +173,16 @@ class Experiment:
             cell
             for task, of_task in self.tasks.items()
             for label, of_method in self.methods.items()
-            if task in of_method.get("tasks", self.tasks)
+            if task in of_method.get("tasks", self.tasks) and not self.skipped(task, label)
             for cell in self._cells(task, of_task, label, of_method)
         ]
+
+    def skipped(self, task: str, label: str) -> str:
+        """Why the file leaves a method out on a task, as tables tell it; empty where it does not."""
+        reasons = _mapping(f"{label}.skip", self.methods[label].get("skip"))
+        if task in reasons and not isinstance(reasons[task], str):
+            raise ConfigError(f"{label}.skip.{task}", reasons[task], "the reason, in words")
+        return reasons.get(task, "")
 
     def _cells(self, task: str, of_task: dict[str, Any], label: str, of_method: dict[str, Any]) -> Iterator[Cell]:
         of_method = {**of_method, **_mapping("by_task", of_method.get("by_task")).get(task, {})}

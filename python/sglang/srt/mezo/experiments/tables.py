@@ -100,7 +100,7 @@ def _scores(folder: Folder, rows: Sequence[Row]) -> list[str]:
         "|---" * (1 + len(experiment.tasks)) + "|",
     ]
     for label in experiment.methods:
-        told = [_told(cells.get((task, label))) for task in experiment.tasks]
+        told = [_told(cells.get((task, label))) or experiment.skipped(task, label) for task in experiment.tasks]
         lines.append(f"| {label} | " + " | ".join(told) + " |")
     return lines
 
