@@ -1,7 +1,6 @@
 """A checkpoint in AWQ's format, of four bits, and the same weights in the folder that it is made from."""
 
 import json
-import shutil
 from pathlib import Path
 
 import torch
@@ -30,8 +29,6 @@ def save(source: Path, target: Path) -> str:
     save_file(packed, target / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((source / "config.json").read_text())
     (target / "config.json").write_text(json.dumps(config | {"quantization_config": CONFIG}))
-    if (source / "generation_config.json").is_file():
-        shutil.copy(source / "generation_config.json", target)
     return str(target)
 
 

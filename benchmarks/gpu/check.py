@@ -3,6 +3,7 @@
     python benchmarks/gpu/check.py packages --json packages.json
     python benchmarks/gpu/check.py engine --dtype bfloat16 --json engine.json
     python benchmarks/gpu/check.py engine --tuning lora --engine '{"lora_backend": "csgmv"}' --json engine.json
+    python benchmarks/gpu/check.py engine --awq --json engine.json
     python benchmarks/gpu/check.py server --json server.json
 
 ``engine``: losses of LoRA and activated LoRA equal Transformers' and PEFT's on the same device, in float32 projected

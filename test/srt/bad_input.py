@@ -241,7 +241,7 @@ JOBS: dict[str, tuple[dict[str, Any], Expected]] = {
         "epsilon", 1, "is not a hyperparameter; there are n_epochs, ", "unknown_parameter"
     ),
     **{
-        name: hyperparameter(name, "/tmp/x", "is not a hyperparameter", "unknown_parameter")
+        name: hyperparameter(name, "/x", "is not a hyperparameter", "unknown_parameter")
         for name in ("output_dir", "resume_from_checkpoint", "base_model", "report_to", "../x")
     },
     "suffix empty": suffix("", "at least 1 character"),

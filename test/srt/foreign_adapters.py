@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import tempfile
 from pathlib import Path
 
 import safetensors.torch
@@ -223,6 +224,10 @@ FILES = {
 }
 
 
+RAN = Path(tempfile.gettempdir()) / "sglang-mezo-code-of-an-adapter-ran"
+"""There where an adapter's pickle has been run."""
+
+
 class Runs:
     def __reduce__(self):
-        return os.system, ("touch /tmp/sglang-mezo-code-of-an-adapter-ran",)
+        return os.system, (f"touch {RAN}",)

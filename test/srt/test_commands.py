@@ -67,11 +67,14 @@ def test_a_file_outside_of_the_repository_is_trained_on_by_a_configuration_file(
     test = tmp_path / "test.jsonl"
     test.write_text("".join(json.dumps(row) + "\n" for row in reviews("test", 20)))
     common = ("evaluate", "--model", MODEL, "--dtype", "float32", "--dataset", test)
+    base = json.loads(run(tmp_path, *common).stdout)
     trained = json.loads(run(tmp_path, *common, "--adapter", "mine/adapter", "--rows", 12).stdout)
     alone = (*common, "--adapter", "mine/adapter", "--rows", 12, "--with", "transformers", "--predictions", "rows.json")
     assert json.loads(run(tmp_path, *alone).stdout) == pytest.approx(trained, abs=1e-5)
     assert len((tmp_path / "rows.json").read_text().splitlines()) == 12
-    assert trained["examples"] == 12 and 0 <= trained["accuracy"] <= 1 and summary["steps"] == 2
+    assert base["examples"] == 20 and trained["examples"] == 12
+    assert 0 <= base["accuracy"] <= 1 and trained["loss"] != base["loss"]
+    assert summary["steps"] == 2
 
 
 # --- preview ----------------------------------------------------------------------------------------------------------

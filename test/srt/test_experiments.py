@@ -68,7 +68,8 @@ def test_methods_may_be_of_some_tasks_and_differ_by_task():
     methods = {"mezo-full": {"grid": {"learning_rate": [1]}, "by_task": {"rte": {"grid": {"learning_rate": [2, 3]}}}}}
     points = [(cell.task, cell.point["learning_rate"]) for cell in changed(methods=methods, seeds=[0]).cells()]
     assert points == [("sst2", 1), ("rte", 2), ("rte", 3)]
-    assert [cell.task for cell in changed(methods={"icl": {"tasks": ["rte"]}}).cells()] == ["rte"]
+    for tasks in (["rte"], "rte"):  # one is a list of one
+        assert [cell.task for cell in changed(methods={"icl": {"tasks": tasks}}).cells()] == ["rte"]
 
 
 def test_what_is_left_out_is_told_with_its_reason(tmp_path):
@@ -126,6 +127,10 @@ def test_rows_may_be_files(tmp_path):
         ({"methods": {"mezo-lora": {"seed": 1}}}, ConfigError, "seed=1 is not allowed: nothing in an experiment"),
         ({"methods": {"mezo-lora": {"tasks": ["SST2"]}}}, ConfigError, "mezo-lora.tasks='SST2' is not allowed: of the"),
         ({"methods": {"icl": {"by_task": {"cb": {}}}}}, ConfigError, "icl.by_task='cb' is not allowed: of the"),
+        ({"methods": {"icl": {"tasks": 5}}}, ConfigError, "icl.tasks=.*5.* is not allowed: of the experiment's tasks"),
+        ({"methods": {"icl": {"tasks": [["rte"]]}}}, ConfigError, "icl.tasks=.*rte.* is not allowed: of the"),
+        ({"methods": {"icl": {"by_task": "rte"}}}, ConfigError, "icl.by_task=.*rte.* is not allowed: fields, one a"),
+        ({"methods": {"icl": {"skip": 5}}}, ConfigError, "icl.skip=.*5.* is not allowed: fields, one a line"),
         ({"methods": {"icl": {"skip": {"cb": "slow"}}}}, ConfigError, "icl.skip='cb' is not allowed: of the"),
         ({"methods": {"icl": {"skip": {"rte": None}}}}, ConfigError, "icl.skip.rte=None is not allowed: the reason"),
         ({"methods": {"icl": {"skip": ["rte"]}}}, ConfigError, "icl.skip=.* is not allowed: fields, one a line"),

@@ -25,6 +25,7 @@ from foreign_adapters import (
     FILES,
     INVOCATION,
     QV,
+    RAN,
     TENSORS,
     WEIGHTS,
     B,
@@ -319,7 +320,7 @@ def test_a_damaged_folder_is_refused_by_its_file(base, layers, tmp_path, kind):
     with pytest.raises(ConfigError) as caught:
         read_adapter(str(folder), layers)
     assert caught.value.field == field and len(str(caught.value)) < 1000
-    assert not Path("/tmp/sglang-mezo-code-of-an-adapter-ran").exists()
+    assert not RAN.exists()
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from typing import Any, get_type_hints
 
 from sglang.srt.mezo.core.atomic import atomic_file
 from sglang.srt.mezo.core.config import MezoConfig
-from sglang.srt.mezo.core.errors import ConfigError, UsageError, shown
+from sglang.srt.mezo.core.errors import ConfigError, UsageError
 from sglang.srt.mezo.data.named import TEXT, is_text
 from sglang.srt.mezo.data.splits import DataArguments
 from sglang.srt.mezo.data.tasks import get_task
@@ -161,8 +161,9 @@ class Experiment:
         for task in experiment.tasks:
             task_name(task)
         for label, of_method in experiment.methods.items():
-            for name in ("tasks", "skip", "by_task"):
-                experiment._require_tasks(f"{label}.{name}", of_method.get(name) or ())
+            experiment._require_tasks(f"{label}.tasks", _list(of_method.get("tasks", [])))
+            for name in ("skip", "by_task"):
+                experiment._require_tasks(f"{label}.{name}", _mapping(f"{label}.{name}", of_method.get(name)))
         for cell in experiment.cells():
             arguments_of(cell)
         return experiment
@@ -173,7 +174,7 @@ class Experiment:
             cell
             for task, of_task in self.tasks.items()
             for label, of_method in self.methods.items()
-            if task in of_method.get("tasks", self.tasks) and not self.skipped(task, label)
+            if task in _list(of_method.get("tasks", list(self.tasks))) and not self.skipped(task, label)
             for cell in self._cells(task, of_task, label, of_method)
         ]
 
@@ -206,7 +207,7 @@ class Experiment:
 
     def _require_tasks(self, name: str, tasks: Iterable[str]) -> None:
         for task in tasks:
-            if task not in self.tasks:
+            if not isinstance(task, str) or task not in self.tasks:
                 raise ConfigError(name, task, f"of the experiment's tasks, as it calls them: {', '.join(self.tasks)}")
 
     def with_model(self, **given: Any) -> "Experiment":
@@ -255,7 +256,7 @@ def _require_known(what: str, given: Mapping[str, Any], known: set[str]) -> None
 
 def _mapping(name: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict | None):
-        raise ConfigError(name, shown(value), "fields, one a line")
+        raise ConfigError(name, value, "fields, one a line")
     return dict(value or {})
 
 
