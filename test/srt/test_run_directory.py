@@ -1,7 +1,11 @@
 """A run's folder: new, refused, overwritten, resumed; never half-written."""
 
 import json
+import multiprocessing
 import os
+import shutil
+import signal
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -14,7 +18,7 @@ from sglang.srt.mezo.core.integrity import read_checked_json, write_json
 from sglang.srt.mezo.core.noise import step_seed
 from sglang.srt.mezo.core.optimizer import Optimizer
 from sglang.srt.mezo.core.seed_log import LogRecord, SeedLog
-from sglang.srt.mezo.training.run_directory import RunDirectory
+from sglang.srt.mezo.training.run_directory import RunDirectory, has_run, is_half_made
 from sglang.srt.mezo.training.tracking import Tracker
 from tiny import file_size_limit
 
@@ -104,6 +108,41 @@ def test_a_folder_that_no_run_made_is_neither_deleted_nor_resumed(tmp_path, sett
     with pytest.raises(ConfigError, match="a folder that an earlier run made"):
         start(config(tmp_path, **{setting: True}), initial_adapter())
     assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("left", [["seed_log"], ["seed_log", "initial_adapter", ".config.json.partial"]])
+def test_a_run_that_was_stopped_before_it_could_begin_is_begun_anew(tmp_path, left):
+    ended = run(tmp_path / "whole", steps=3)
+    run(tmp_path, steps=0)
+    for path in (tmp_path / "run").iterdir():
+        if path.name not in left:
+            path.unlink() if path.is_file() else shutil.rmtree(path)
+    if ".config.json.partial" in left:
+        (tmp_path / "run" / ".config.json.partial").write_text("{")
+    with pytest.raises(ConfigError, match="a folder that an earlier run made"):
+        start(config(tmp_path, resume_from_checkpoint=True), initial_adapter())
+    with closing(SeedLog.open(tmp_path / "run" / "seed_log")) as other:
+        other.claim()
+        with pytest.raises(LogError, match="is being written by another run"):
+            start(config(tmp_path), initial_adapter())
+    assert run(tmp_path, steps=3).theta.equal(ended.theta)
+
+
+def test_nothing_can_be_gone_on_with_before_all_that_a_run_starts_from_is_there(tmp_path):
+    process = multiprocessing.get_context("fork").Process(target=begin_and_die, args=(tmp_path,))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert not has_run(tmp_path / "run") and is_half_made(tmp_path / "run")
+
+
+class Deadly(Adapter):
+    def save_initial(self, run: Path) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def begin_and_die(folder: Path) -> None:
+    start(config(folder), Deadly(initial_adapter().spec, SITES))
 
 
 def test_resuming_brings_the_adapter_to_where_the_run_stopped_bit_for_bit(tmp_path):

@@ -163,12 +163,7 @@ class SeedLog:
         """Become the log's only writer until ``close``; raises LogError where another process is."""
         if self._file is not None:
             return
-        file = open(self.path, "r+b", buffering=0)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.close()
-            raise LogError(f"{self.path} is being written by another run") from error
+        file = locked_log(self.path)
         _, self._checks, torn, self._damage = self._read()
         self._file = file
         if torn:
@@ -272,6 +267,18 @@ class SeedLog:
         """The number of records; None where it does not agree with its checksum."""
         count = int.from_bytes(data[: _CHECK.size], "little")
         return count if data == self._packed_count(count) else None
+
+
+def locked_log(path: Path) -> BinaryIO:
+    """A log's file, of which this process is the only writer until it is closed, whatever is in it; raises LogError
+    where another process is."""
+    file = open(path, "r+b", buffering=0)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise LogError(f"{path} is being written by another run") from error
+    return file
 
 
 def _damage(whole: int, count: int | None, more: bool) -> str | None:

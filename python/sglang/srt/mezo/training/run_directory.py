@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import closing
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from sglang.srt.mezo.core.config import MezoConfig
 from sglang.srt.mezo.core.errors import BaseModelError, ConfigError, DamagedError
 from sglang.srt.mezo.core.integrity import read_checked_json, write_checked_json, write_json
 from sglang.srt.mezo.core.objective import OF_EARLIER_VERSIONS
-from sglang.srt.mezo.core.seed_log import LogHeader, SeedLog, digest_of
+from sglang.srt.mezo.core.seed_log import LogHeader, SeedLog, digest_of, locked_log
 from sglang.srt.mezo.core.settings import setting_of
 from sglang.srt.mezo.core.trainable import Trainable
 from sglang.srt.mezo.data.batches import Portion
@@ -69,8 +68,7 @@ class RunDirectory:
         if self._config.resume_from_checkpoint:
             return self._resume(trainable)
         if self.path.exists() and any(self.path.iterdir()):
-            with closing(SeedLog.open(self.path / "seed_log")) as earlier:
-                earlier.claim()  # a run that is still going is not deleted
+            with locked_log(self.path / "seed_log"):  # a run that is still going is not deleted
                 shutil.rmtree(self.path)
         return self._create(trainable)
 
@@ -83,7 +81,7 @@ class RunDirectory:
         if self._config.resume_from_checkpoint:
             self._require_run()
             self._require_same_settings()
-        elif self.path.exists() and any(self.path.iterdir()):
+        elif self.path.exists() and any(self.path.iterdir()) and not is_half_made(self.path):
             if not self._config.overwrite_output_dir:
                 raise ConfigError(
                     "output_dir",
@@ -101,8 +99,8 @@ class RunDirectory:
             log = SeedLog.create(self.path / "seed_log", header)
             log.claim()
             base_model = {} if self._base_model is None else {"base_model": self._base_model}
-            write_json(self.path / "config.json", self._config.to_dict() | base_model)
             trainable.save_initial(self.path)
+            write_json(self.path / "config.json", self._config.to_dict() | base_model)
             return log
         except FileExistsError as error:  # which nobody's file is deleted for
             raise ConfigError(
@@ -114,7 +112,7 @@ class RunDirectory:
 
     def _require_run(self) -> None:
         """Only a folder that a run made is ever deleted or resumed."""
-        if not (self.path / "config.json").is_file() or not (self.path / "seed_log").is_file():
+        if not has_run(self.path):
             raise ConfigError(
                 "output_dir", str(self.path), "a folder that an earlier run made (config.json and seed_log)"
             )
@@ -181,6 +179,17 @@ class RunDirectory:
         """None where there is none; raises DamagedError where it is not as ``save_state`` wrote it."""
         path = self.path / "trainer_state.json"
         return read_checked_json(path) if path.is_file() else None
+
+
+def has_run(folder: Path) -> bool:
+    """Whether there is a run to go on with: its configuration is the last that is written of what it starts from."""
+    return (folder / "config.json").is_file() and (folder / "seed_log").is_file()
+
+
+def is_half_made(folder: Path) -> bool:
+    """Whether a folder holds nothing but what a run has left that was stopped before it could begin."""
+    left = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+    return "seed_log" in left <= {"seed_log", "initial_adapter"}
 
 
 def read_portions(path: Path) -> list[Portion]:

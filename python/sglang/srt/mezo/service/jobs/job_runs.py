@@ -17,7 +17,7 @@ from sglang.srt.mezo.service.wire.errors import RequestError
 from sglang.srt.mezo.service.wire.messages import EngineDescription, HoldJob, StartJob
 from sglang.srt.mezo.service.wire.packed import pack
 from sglang.srt.mezo.service.wire.records import StoredJob
-from sglang.srt.mezo.training.run_directory import read_portions
+from sglang.srt.mezo.training.run_directory import has_run, read_portions
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,7 @@ class JobRuns:
     def has_begun(self, job_id: str) -> bool:
         """Whether there is a run to go on with."""
         directory = self.directory(job_id)
-        log = directory / "seed_log"
-        return (directory / "config.json").is_file() and log.is_file() and log.stat().st_size > 0
+        return has_run(directory) and (directory / "seed_log").stat().st_size > 0
 
     def checkpoints(self, job_id: str) -> Iterator[tuple[int, Path]]:
         """Step and folder of every checkpoint that the run has left."""
