@@ -111,6 +111,11 @@ def test_a_preview_of_a_task_and_of_messages(tmp_path):
     assert "good or bad?" in chat["prompt"] and "great" in chat["options"][0] and chat["acts_from"] > 0
     page = run(tmp_path, "preview", "--model", MODEL, "--dataset", "chat.jsonl", "--chat_template", "chatml").stdout
     assert "the adapter acts from token" in page and "good or bad?" in page
+    (tmp_path / "texts.jsonl").write_text('{"prompt": "left out", "text": "a whole text"}\n')
+    [text] = shown(tmp_path, "--dataset", "texts.jsonl", "--tuning", "lora")
+    assert "".join([text["prompt"], *text["options"]]).endswith("a whole text")
+    _, error = done_here(tmp_path, "preview", "--model", MODEL, "--dataset", "texts.jsonl", "--split", "test", status=2)
+    assert "split='test' is not allowed: none for texts.jsonl, which has no splits" in error
 
 
 def test_a_task_of_ones_own(tmp_path):

@@ -2,13 +2,9 @@
 
 import importlib.util
 import json
-import os
-import random
 import re
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -136,6 +132,44 @@ def test_rows_may_be_files(tmp_path):
         ({"methods": {"icl": {"skip": ["rte"]}}}, ConfigError, "icl.skip=.* is not allowed: fields, one a line"),
         ({"methods": {"zero-shot": {"engine": "transformers"}}}, UsageError, "zero-shot has an unknown field engine"),
         ({"methods": {"mezo-lora": {"grid": [1]}}}, ConfigError, "grid=.* is not allowed: fields, one a line"),
+        ({"methods": {"mezo-lora": {"grid": {"r": []}}}}, ConfigError, "mezo-lora.grid.r=.* is not allowed: one value"),
+        ({"methods": {"mezo-lora": {"grid": {"r": [4, 4]}}}}, ConfigError, "mezo-lora.grid.r=.* and none twice"),
+        (
+            {"methods": {"mezo-lora": {"grid": {"seed": [5]}}}},
+            ConfigError,
+            "mezo-lora.seed=.* is not allowed: nothing in",
+        ),
+        ({"methods": {"mezo-lora": {"output": "x"}}}, ConfigError, "mezo-lora.output='x' is not allowed: nothing in"),
+        (
+            {"methods": {"mezo-lora": {"tuning": "full"}}},
+            ConfigError,
+            "mezo-lora.tuning='full' is not allowed: nothing",
+        ),
+        ({"methods": {"calibrated": {"calibrated": False}}}, ConfigError, "calibrated.calibrated=False is not allowed"),
+        (
+            {"methods": {"mezo-lora": {"lr": 1, "learning_rate": 2}}},
+            ConfigError,
+            "mezo-lora.learning_rate=2 is not allowed: nothing w",
+        ),
+        ({"methods": {"mezo-lora": {"by_task": {"rte": [1]}}}}, ConfigError, "mezo-lora.by_task.rte=.* is not allowed"),
+        ({"methods": {"mezo-lora": {"method": ["icl"]}}}, ConfigError, "method=.*icl.* is not allowed: one of"),
+        (
+            {"methods": {"mezo-lora": {"tasks": []}}},
+            ConfigError,
+            "mezo-lora.tasks=.* is not allowed: one value at least",
+        ),
+        (
+            {"methods": {"mezo-lora": {"seeds": []}}},
+            ConfigError,
+            "mezo-lora.seeds=.* is not allowed: one value at least",
+        ),
+        ({"methods": {"zero-shot": {"seeds": [1]}}}, ConfigError, "zero-shot.seeds=.* is not allowed: nothing where"),
+        ({"methods": {"icl": {"skip": {"rte": ""}}}}, ConfigError, "icl.skip.rte='' is not allowed: the reason"),
+        ({"seeds": []}, ConfigError, "seeds=.* is not allowed: one value at least"),
+        ({"seeds": [0, 0]}, ConfigError, "seeds=.* is not allowed: one value at least, and none twice"),
+        ({"seeds": ["a"]}, ConfigError, "seed='a' is not allowed: a whole number"),
+        ({"tasks": ["sst2", "SST-2"]}, ConfigError, "tasks=.* is not allowed: one value at least, and none twice"),
+        ({"data": {"num_tset": 5}}, UsageError, "data has an unknown field num_tset: did you mean num_test"),
         ({"methods": {"icl": {"max_length": 9}}}, ConfigError, "max_length=9 is not allowed: nothing of a method"),
         ({"tasks": ["sst9"]}, ValueError, "unknown task 'sst9'"),
         ({"tasks": {"sst2": {"num_dev": "many"}}}, ConfigError, "num_dev='many' is not allowed"),
@@ -155,17 +189,36 @@ def test_a_file_that_cannot_be_read(tmp_path):
             Experiment.read(path)
 
 
+@pytest.mark.parametrize("text", ["seeds: 1\nseeds: 2\n", "methods: {icl: {}, icl: {num_demonstrations: 4}}\n"])
+def test_what_stands_twice_in_a_file_is_an_error(tmp_path, text):
+    path = tmp_path / "experiment.yaml"
+    path.write_text(text)
+    with pytest.raises(UsageError, match="experiment.yaml cannot be read: (seeds|icl) stands twice in"):
+        Experiment.read(path)
+
+
+def test_what_is_left_empty_is_as_if_it_were_not_there():
+    experiment = changed(name=None, description=None, paper=None)
+    assert (experiment.description, experiment.paper) == ("", "") and experiment.name
+
+
+def test_a_mistake_on_the_command_line_leaves_no_experiment_behind(tmp_path):
+    with pytest.raises(ConfigError, match="model.dtype='flot32' is not allowed"):
+        opened("quick", ExperimentArguments(output_dir=str(tmp_path / "quick"), dtype="flot32"), make=True)
+    assert not (tmp_path / "quick").exists()
+
+
 def test_a_folder_keeps_to_its_experiment(tmp_path):
     wanted = ExperimentArguments(output_dir=str(tmp_path / "quick"))
-    folder = opened("quick", wanted)
-    again = opened(str(tmp_path / "quick"), ExperimentArguments())
+    folder = opened("quick", wanted, make=True)
+    again = opened(str(tmp_path / "quick"), ExperimentArguments(), make=False)
     assert [cell.id for cell in again.experiment.cells()] == [cell.id for cell in folder.experiment.cells()]
     with pytest.raises(ConfigError, match="output_dir=.* says something else"):
-        opened("quick", ExperimentArguments(output_dir=str(tmp_path / "quick"), model="another"))
+        opened("quick", ExperimentArguments(output_dir=str(tmp_path / "quick"), model="another"), make=True)
     with pytest.raises(
         ConfigError, match="experiment='slow' is not allowed: a folder with an experiment.yaml, or one of"
     ):
-        opened("slow", ExperimentArguments())
+        opened("slow", ExperimentArguments(), make=False)
 
 
 # --- tables and plots -------------------------------------------------------------------------------------------------
@@ -217,11 +270,32 @@ def test_tables_say_what_was_measured_and_what_was_not(folder):
     assert "| method | SST-2 | RTE |" in text
     assert "| zero-shot | 50.0 | not run |" in text
     assert "| mezo-lora | 82.0 ± 2.0 (2) [89.6, -7.6] (2 not run) | not run |" in text
+    [cell] = [
+        cell
+        for cell in folder.open_cells()
+        if (cell.task, cell.seed, cell.point) == ("sst2", 2, {"learning_rate": 0.01})
+    ]
+    folder.failure(cell).parent.mkdir()
+    folder.failure(cell).write_text("error")
+    assert "(1 not run, 1 failed) | not run |" in write_tables(folder)
+    folder.failure(cell).unlink()
+    text = write_tables(folder)
     assert "| sst2 | mezo-lora | learning_rate 0.01; learning_rate 1e-3 | 12 s | 10 s | 40 |" in text
     assert "| sst2 | mezo-lora | +32.0 | +30.0 to +34.0 |\n" in text, "nothing there to be a share of"
     assert (folder.path / "tables.md").read_text() == text
     lines = (folder.path / "tables.csv").read_text().splitlines()
     assert lines[2].startswith("sst2,mezo-lora,accuracy,2,82.0") and len(lines) == 3
+    assert dict(zip(lines[0].split(","), lines[2].split(",")))["zero_shot"] == "50.0", "percent, as all the others"
+
+
+def test_a_run_without_test_rows_has_a_place_in_tables(tmp_path):
+    folder = Folder(tmp_path, changed(methods={"zero-shot": {}, "mezo-lora": {}}, seeds=0))
+    (tmp_path / "results").mkdir()
+    for cell in folder.experiment.cells():
+        found = {**result(cell, 0.5, 0.6), **({"test": {}} if cell.label == "mezo-lora" else {})}
+        (tmp_path / "results" / f"{cell.id}.json").write_text(json.dumps(found))
+    assert "| mezo-lora | no test rows | no test rows |" in write_tables(folder)
+    assert len((tmp_path / "tables.csv").read_text().splitlines()) == 3 and "sst2.png" in write_plots(folder)
 
 
 def test_what_is_gained_is_a_share_of_what_gradients_gain(tmp_path):
@@ -275,78 +349,3 @@ def test_an_array_of_slurm_has_a_task_for_each_open_cell(folder):
 def test_ray_is_asked_for_where_it_is_not(folder):
     with pytest.raises(ConfigError, match="ray=True is not allowed: false without Ray"):
         folder.run_by_ray(folder.open_cells(), 0)
-
-
-# --- as a program -----------------------------------------------------------------------------------------------------
-
-SMALL = """
-model: {{model: {root}/examples/assets/opt-reviews, dtype: float32, max_total_tokens: 8000}}
-tasks:
-  sst2: {{dataset: {root}/examples/assets/reviews, dev_split: validation, test_split: test, num_test: 20, num_dev: 20}}
-methods:
-  zero-shot: {{}}
-  mezo-alora: {{max_steps: {steps}, eval_steps: 5, seeds: {seeds}}}
-"""
-
-
-def experiment(verb: str, *words: object, status: int = 0, seconds: float = 900) -> str:
-    command = [*PROGRAM, verb, *map(str, words)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds)
-    assert done.returncode == status, done.stdout[-2000:] + done.stderr[-3000:]
-    return done.stdout + done.stderr
-
-
-def small(folder: Path, steps: int, seeds: list[int]) -> Path:
-    folder.mkdir()
-    (folder / "experiment.yaml").write_text(SMALL.format(root=ROOT, steps=steps, seeds=seeds))
-    return folder
-
-
-def results(folder: Path) -> dict[str, dict]:
-    return {path.name: json.loads(path.read_text()) for path in (folder / "results").glob("*.json")}
-
-
-def test_an_experiment_runs_and_what_fails_is_told(tmp_path):
-    folder = small(tmp_path / "mine", 4, [0])
-    file = folder / "experiment.yaml"
-    text = file.read_text().replace("zero-shot: {}", "broken: {method: mezo-lora, init_from: /nowhere}")
-    file.write_text(text)
-    told = experiment("run", folder, status=1)
-    assert "mine: 1 of 2 cells done, 1 failed" in told
-    assert "failed sst2-broken-seed0" in told and ": error: init_from='/nowhere' is not allowed" in told
-    for found in results(folder).values():
-        assert found["test"]["accuracy"] == pytest.approx(0.5, abs=0.3) and found["meta_info"]["package_info"]["sglang"]
-        assert found["train_info"]["tokens_computed"] > 0
-    [trained] = [found for name, found in results(folder).items() if "mezo" in name]
-    assert trained["run_info"]["settings"]["method"] == {"max_steps": 4, "eval_steps": 5}
-    assert [one["step"] for one in trained["evaluations"]] == [0, 4] and trained["train_info"]["forward_passes"] == 32
-    again = opened(str(folder), ExperimentArguments())
-    assert [cell.label for cell in again.open_cells()] == ["broken"], "what is done is not done again"
-    assert "| mezo-alora |" in write_tables(again) and "| broken | failed |" in write_tables(again)
-
-
-@pytest.mark.slow
-def test_a_grid_that_is_killed_repeats_no_finished_cell_and_ends_with_the_same_numbers(tmp_path):
-    whole, killed = small(tmp_path / "whole", 150, [0, 1]), small(tmp_path / "killed", 150, [0, 1])
-    experiment("run", whole)
-    finished: dict[Path, int] = {}
-    random.seed(5)
-    for _ in range(3):
-        process = subprocess.Popen([*PROGRAM, "run", str(killed)], cwd=ROOT, start_new_session=True)
-        time.sleep(random.uniform(20, 60))
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        finished |= {path: path.stat().st_mtime_ns for path in (killed / "results").glob("*.json")}
-    experiment("resume", killed)
-    assert finished == {path: path.stat().st_mtime_ns for path in finished}
-    one, two = ({name: found["test"] for name, found in results(folder).items()} for folder in (whole, killed))
-    assert one == two and len(one) == 3
-
-
-@pytest.mark.slow
-def test_the_quick_experiment_ends_within_five_minutes(tmp_path):
-    folder = tmp_path / "quick"
-    told = experiment("run", "quick", "--output_dir", folder, seconds=300)
-    assert "quick: 6 of 6 cells done, 0 failed" in told
-    assert "sst2.png" in experiment("plots", folder)
-    assert "| icl |" in experiment("tables", folder)

@@ -141,6 +141,16 @@ def test_the_best_state_on_the_development_set_is_kept(tmp_path):
     )
 
 
+def test_the_best_state_may_be_the_most_accurate(tmp_path):
+    """The first of several, as in the paper's runs of RoBERTa."""
+    arguments = FirstOrderArguments(learning_rate=1e-2, max_steps=12, eval_steps=2, metric_for_best_model="accuracy")
+    summary = first_order(OPT, DATA, arguments, str(tmp_path))
+    scores = [one["eval_accuracy"] for one in summary["evaluations"]]
+    assert summary["best_step"] == 2 * (1 + scores.index(max(scores)))
+    with pytest.raises(ConfigError, match="metric_for_best_model='f1' is not allowed: one of eval_loss, eval_accuracy"):
+        first_order(OPT, DATA, replace(arguments, metric_for_best_model="f1"), str(tmp_path))
+
+
 def test_epochs_and_what_is_counted(tmp_path):
     """Ten examples in batches of four; tokens are counted by hand."""
     arguments = FirstOrderArguments(tuning="head", num_train_epochs=2, per_device_train_batch_size=4)

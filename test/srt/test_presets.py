@@ -9,14 +9,17 @@ import pytest
 from sglang.srt.mezo.commands.check import CheckArguments
 from sglang.srt.mezo.core.config import MezoConfig
 from sglang.srt.mezo.core.errors import ConfigError
+from sglang.srt.mezo.data.named import is_text
 from sglang.srt.mezo.data.splits import DataArguments
+from sglang.srt.mezo.data.tasks import get_task
 from sglang.srt.mezo.experiments.cost import command_of, cost_of, dry_run
 from sglang.srt.mezo.experiments.first_order import FirstOrderArguments
 from sglang.srt.mezo.experiments.paper import figure
 from sglang.srt.mezo.experiments.readiness import memory_of, needs_of
-from sglang.srt.mezo.experiments.spec import METHODS, PRESETS, Experiment, arguments_of, task_name
+from sglang.srt.mezo.experiments.spec import PRESETS, Experiment, arguments_of, task_name
 from sglang.srt.mezo.training.arguments import build, read
 from sglang.srt.mezo.training.finetune import ModelArguments
+from sglang.srt.mezo.training.usable import require_metric
 
 ROOT = Path(__file__).parents[2]
 
@@ -30,6 +33,14 @@ def test_every_preset_is_well_formed(path):
         if (row := method.get("paper")) is not None:
             cells = [cell for cell in experiment.cells() if cell.label == label]
             assert any(figure(experiment.paper, row, task_name(cell.task)) for cell in cells), label
+
+
+@pytest.mark.parametrize("path", sorted(PRESETS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_cell_is_chosen_by_what_its_task_has(path):
+    for cell in Experiment.read(path).cells():
+        _, data, arguments = arguments_of(cell)
+        if isinstance(arguments, MezoConfig | FirstOrderArguments) and not is_text(data.task):
+            require_metric(arguments.metric_for_best_model, get_task(cell.task).objective)
 
 
 STEP = {
@@ -107,16 +118,21 @@ def test_table_18_has_the_official_settings(k):
         for settings in settings_of(experiment, label):
             expected = {**ROBERTA, "seed": settings["seed"], "weight_decay": decay, "zo_eps": eps}
             expected |= {"optim": "adamw"} if label == "mezo-adam" else {}
+            expected |= {"metric_for_best_model": "accuracy"}
             assert expected.items() <= settings.items()
         assert grid_of(experiment, label, "rte") == rates
     batches = [2, 4, 8] if k == 16 else [8, 16, 32]
     assert grid_of(experiment, "ft-full", "rte") == [1e-5, 3e-5, 5e-5]
     assert grid_of(experiment, "ft-full", "rte", "per_device_train_batch_size") == batches
     assert grid_of(experiment, "ft-lora", "rte") == [1e-4, 3e-4, 5e-4]
-    assert all(one["max_steps"] == 1000 and one["eval_steps"] == 100 for one in settings_of(experiment, "ft-full"))
+    first = {"max_steps": 1000, "eval_steps": 100, "metric_for_best_model": "accuracy"}
+    assert all(first.items() <= one.items() for one in settings_of(experiment, "ft-full"))
     for cell in experiment.cells():
         data = arguments_of(cell)[1]
-        assert data.k == k and (data.train_set_seed == cell.seed or not METHODS[cell.method].seeded)
+        assert data.k == k and data.train_set_seed == cell.seed
+    for label in experiment.methods:
+        seeds = {cell.seed for cell in experiment.cells() if cell.label == label}
+        assert seeds == ({42} if label == "zero-shot" else {13, 21, 42, 87, 100}), label
 
 
 def test_a_dry_run_says_what_it_would_take():

@@ -1,6 +1,7 @@
 """Evaluations by Transformers and PEFT, in batches, against a plain loop over one unpadded sequence at a time, which is
 written here and in ``oracle.py``: nothing of the package's is used on it but the tokens of rows."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -109,6 +110,27 @@ def test_options_are_scored_as_one_by_one(folder, model, task):
     assert metrics["loss"] == pytest.approx(loss.item(), abs=1e-5)
     assert metrics["accuracy"] == loop.accuracy(examples) and metrics["examples"] == len(told)
     assert len({one["source"] for one in told}) == len(told)
+
+
+@torch.no_grad()
+def test_a_row_with_one_entity_counts_as_the_official_code_has_it_and_a_completion_not(folder, tmp_path):
+    """Whatever batch they are in."""
+    [*rows] = map(json.loads, (folder / "record" / "validation.jsonl").read_text().splitlines())
+    rows[0] |= {"entities": rows[0]["answers"][:1], "answers": rows[0]["answers"][:1]}
+    (tmp_path / "record.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    mixed = [{"prompt": "Is it", "completion": " so"}, {"prompt": "It was", "options": [" a", " b"], "label": 1}] * 3
+    (tmp_path / "mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in mixed))
+    for given in ({"task": "record", "dataset": "record.jsonl"}, {"dataset": "mixed.jsonl", "objective": "completion"}):
+        found = []
+        for batch_size in (1, 5, 64):
+            given["dataset"] = str(tmp_path / Path(given["dataset"]).name)
+            arguments = EvaluateArguments(per_device_eval_batch_size=batch_size, **given)
+            metrics, told = measure_by_transformers(OPT, read_evaluation(OPT, arguments), arguments)
+            found.append(metrics["accuracy"])
+        right = [one["correct"] for one in told if "correct" in one]
+        assert found == [pytest.approx(sum(right) / len(right))] * 3
+        assert len(right) == (len(rows) if "task" in given else 3)
+    assert right.count(True) in (0, 3)
 
 
 def example_right(example: Example) -> tuple[int, ...]:

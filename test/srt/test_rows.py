@@ -16,6 +16,7 @@ from pyarrow import parquet
 
 from sglang.srt.mezo.core.errors import DataError
 from sglang.srt.mezo.data.rows import SourceRow, has_splits, read_jsonl, read_rows
+from sglang.srt.mezo.data.streams import stream_rows
 
 ROWS = [
     {"prompt": "it was", "options": [" great", " bad"], "label": 1},
@@ -90,12 +91,18 @@ def test_what_parquet_adds_to_messages_is_left_out_again(tmp_path):
 
 
 def test_a_text_file_has_a_row_for_every_line_that_is_not_blank(tmp_path):
-    path = write(tmp_path / "book.txt", "two\n\nlines")
+    path = write(tmp_path / "book.txt", "two\r\n\rlines\n")
     assert read_rows(path, "train") == [SourceRow({"text": "two"}, path, 1), SourceRow({"text": "lines"}, path, 3)]
     assert fields(Path(write(tmp_path / "BOOK.TXT.gz", gzip.compress(b"two\n\nlines")))) == [
         {"text": "two"},
         {"text": "lines"},
     ]
+
+
+def test_lines_of_a_text_file_are_those_that_datasets_reads(tmp_path, cache):
+    path = write(tmp_path / "odd.txt", "one\u2028two\x0cthree\x85four\nfive\r\nsix \n")
+    streamed = [row.fields for row in stream_rows(path, "train")]
+    assert fields(Path(path)) == streamed and len(streamed) == 3
 
 
 def test_json_may_be_an_array_or_lines_or_one_row(tmp_path):
@@ -135,6 +142,20 @@ def test_columns_of_a_table_are_text_but_for_labels_and_lists(tmp_path):
         SourceRow({"prompt": "the word", "completion": " null", "label": 1}, path, 3),
         SourceRow({"prompt": "two\nlines", "completion": "", "label": "x"}, path, 4),
     ]
+
+
+def test_a_table_holds_rows_of_any_task(tmp_path):
+    path = write(
+        tmp_path / "rows.csv",
+        'text,coarse_label,entities,answers_spans\nWho?,3,"[""Ann"", ""Eve""]","{""spans"": [""Ann""]}"\n',
+    )
+    [row] = read_rows(path, "train")
+    assert row.fields == {
+        "text": "Who?",
+        "coarse_label": 3,
+        "entities": ["Ann", "Eve"],
+        "answers_spans": {"spans": ["Ann"]},
+    }
 
 
 def test_a_line_may_have_a_length(tmp_path):

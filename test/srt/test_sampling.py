@@ -7,7 +7,6 @@ import pytest
 
 from sglang.srt.mezo.core.errors import ConfigError, DataError
 from sglang.srt.mezo.data.named import named_data
-from sglang.srt.mezo.data.rows import SourceRow
 from sglang.srt.mezo.data.sampling import few_of_each, permuted, sets_of_demonstrations, shuffled
 from sglang.srt.mezo.data.selection import RowArguments, drawn_rows, with_demonstrations
 from sglang.srt.mezo.data.tasks import get_task
@@ -103,13 +102,34 @@ def test_a_row_without_a_class_is_named(folder, tmp_path):
 
 
 def test_rows_are_shown_before_each_other_row(folder):
-    task = get_task("sst2")
-    rows, pool = (named_data("sst2", folder).rows(split) for split in ("validation", "train"))
-    shown = with_demonstrations(task, rows[:2], pool, 3)
+    named = named_data("sst2", folder)
+    shown = with_demonstrations(named, named.rows("validation")[:2], 3, "raise")
     drawn = sets_of_demonstrations(range(40), 3, 2)
     words = (" terrible", " great")
     assert [row.demonstrations for row in shown] == [
         [f"train {place} It was{words[place % 2]}" for place in own] for own in drawn
     ]
-    with pytest.raises(DataError, match="pool:1: column 'sentence' is missing"):
-        with_demonstrations(task, rows, [SourceRow({}, "pool", 1)], 3)
+
+
+def test_no_row_that_is_asked_is_shown_with_its_answer(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(f'{{"sentence": "row {place}", "label": 1}}\n' for place in range(30)))
+    named = named_data("sst2", str(file))
+    rows = named.rows("test")
+    shown = {words for row in with_demonstrations(named, rows[:20], 32, "raise") for words in row.demonstrations}
+    assert shown == {f"row {place} It was great" for place in range(20, 30)}
+    with pytest.raises(ConfigError, match=r"num_demonstrations=4 is not allowed: 0 where all rows of .*rows.jsonl"):
+        with_demonstrations(named, rows, 4, "raise")
+
+
+def test_a_bad_row_is_not_shown_nor_drawn(folder, caplog):
+    with open(f"{folder}/train.jsonl", "a") as file:
+        file.write('{"sentence": null, "label": 0}\n')
+    named, few = named_data("sst2", folder), RowArguments("sst2", folder, k=20)
+    with pytest.raises(DataError, match="train.jsonl:41: sentence=None must be a string"):
+        with_demonstrations(named, named.rows("validation"), 40, "raise")
+    with pytest.raises(DataError, match="train.jsonl:41: sentence=None must be a string"):
+        places(few)
+    shown = with_demonstrations(named, named.rows("validation"), 40, "skip")
+    assert all(len(row.demonstrations) == 40 for row in shown) and "skipped" in caplog.text
+    assert sorted(places(replace(few, on_bad_row="skip"))[0]) == list(range(40))

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from sglang.srt.mezo.core.errors import ConfigError, DataError
+from sglang.srt.mezo.data.named import named_data
+from sglang.srt.mezo.data.selection import RowArguments, drawn_rows
 from sglang.srt.mezo.data.tasks import TASKS, TextExample, final, get_task
 
 PAIR = {"sentence1": "It rained all day.", "sentence2": "The day was wet.", "label": 1}
@@ -177,6 +179,9 @@ def test_a_row_in_words_around_a_mask(name):
         ("record", {"answers": ["Bob"]}, "answers=.'Bob'. are none of the entities"),
         ("record", {"entities": []}, "entities=.. must be a list of strings, one at least"),
         ("squad", {"answers": {"text": []}}, "answers=.. must be a list of strings, one at least"),
+        ("squad", {"answers": None}, "answers=None must be an object with 'text'"),
+        ("squad", {"answers": ["text"]}, "answers=.* must be an object with 'text'"),
+        ("drop", {"answers_spans": {"types": []}}, "answers_spans=.* must be an object with 'spans'"),
         ("drop", {"answers_spans": {"spans": [4]}}, "answers_spans=4 must be a string"),
         ("wic", {"word": "\ud800"}, "word is no Unicode text"),
     ],
@@ -184,6 +189,17 @@ def test_a_row_in_words_around_a_mask(name):
 def test_what_is_wrong_with_a_row(name, change, message):
     with pytest.raises(DataError, match=message):
         get_task(name).render(RENDERED[name][0] | change)
+
+
+def test_published_results_are_of_the_official_rows():
+    """Of ../shared/golden/README.md, section 3: 2,210 of SST-5 are its test rows; the official code takes the
+    development rows of SNLI, as of GLUE."""
+    splits = {name: get_task(name).eval_split for name in ("sst2", "sst5", "trec", "mnli", "snli", "rte", "mrpc")}
+    assert splits == {
+        **dict.fromkeys(("sst2", "snli", "rte", "mrpc"), "validation"),
+        **dict.fromkeys(("sst5", "trec"), "test"),
+        "mnli": "validation_matched",
+    }
 
 
 def test_a_row_without_a_common_judgement_is_passed_over():
@@ -217,6 +233,11 @@ class Weather(Task):
         return TextExample(f"{row['report']}\\nWas it wet?", (" no", " yes"), row["wet"])
 
 
+class Bare(Task):
+    def render(self, row):
+        return TextExample(row["reports"][0].strip() + " Wet?", (" no", " yes"), row["wet"])
+
+
 class NoTask:
     pass
 
@@ -237,6 +258,23 @@ def own(tmp_path, monkeypatch):
 def test_a_task_of_ones_own(own):
     task = get_task("my_tasks:Weather")
     assert final(task.render({"report": "Rain.", "wet": 1})).prompt == "Rain.\nWas it wet?"
+
+
+def test_a_task_that_says_no_more_than_it_must(own):
+    assert get_task("my_tasks:Bare").name == "Bare"
+    with pytest.raises(
+        ConfigError, match="dataset=None is not allowed: a hub name, folder or file, as task Bare names"
+    ):
+        named_data("my_tasks:Bare", None)
+    assert named_data("my_tasks:Bare", "rows.jsonl").path == "rows.jsonl"
+
+
+@pytest.mark.parametrize("row", ['{"reports": [], "wet": 1}', '{"reports": [null], "wet": 1}'])
+def test_whatever_a_task_makes_of_a_bad_row_names_the_row(own, row):
+    (own / "rows.jsonl").write_text('{"reports": ["Rain."], "wet": 1}\n' + row + "\n")
+    named = named_data("my_tasks:Bare", "rows.jsonl")
+    with pytest.raises(DataError, match="rows.jsonl:2: (IndexError|AttributeError): "):
+        drawn_rows(named, RowArguments("my_tasks:Bare", "rows.jsonl", k=1))
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,7 @@ def report(against: str | None) -> int:
 
 def report_needs(name: str) -> int:
     """Say what this machine lacks for an experiment; returns how much that is."""
-    needs = needs_of(opened(name, ExperimentArguments(dry_run=True)).experiment)
+    needs = needs_of(opened(name, ExperimentArguments(), make=False).experiment)
     for need in needs:
         print(f"{'enough ' if need.enough else 'MISSING'} {need.what}: {need.found}")
     return sum(not need.enough for need in needs)

@@ -4,7 +4,7 @@ sglang-mezo experiment list                                # what there is
 sglang-mezo experiment run quick                           # five minutes on two cores, with the repository's model
 sglang-mezo experiment run experiments/mine                # a folder with an experiment.yaml of your own
 sglang-mezo experiment run smollm2 --model models/smollm2-135m --data data --output_dir experiments/smollm2
-sglang-mezo experiment run table18 --dry_run true          # commands, forward passes, hours on an H100
+sglang-mezo experiment run table18-k16 --dry_run true      # commands, forward passes, hours on an H100
 sglang-mezo experiment run table1 --slurm table1.sbatch --partition gpu --gpus 1 --time 24:00:00
 sglang-mezo experiment status | resume | tables | plots experiments/mine
 """
@@ -19,7 +19,6 @@ from typing import Optional
 from sglang.srt.mezo.commands.train import end
 from sglang.srt.mezo.core.errors import ConfigError, UsageError
 from sglang.srt.mezo.core.settings import require_settings, setting
-from sglang.srt.mezo.experiments.cell import run_cell
 from sglang.srt.mezo.experiments.cost import dry_run
 from sglang.srt.mezo.experiments.plots import write_plots
 from sglang.srt.mezo.experiments.runner import Folder
@@ -27,7 +26,8 @@ from sglang.srt.mezo.experiments.spec import FILE, PRESETS, Experiment
 from sglang.srt.mezo.experiments.tables import write_tables
 from sglang.srt.mezo.training.arguments import build, read
 
-VERBS = ("list", "run", "resume", "status", "tables", "plots", "cell")
+_RUNS = ("run", "resume", "cell")
+VERBS = ("list", *_RUNS, "status", "tables", "plots")
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class ExperimentArguments:
 
 def main(arguments: Sequence[str]) -> None:
     verb, *rest = arguments or ["--help"]
-    if verb in ("-h", "--help"):
+    if not {"-h", "--help"}.isdisjoint(arguments or ["--help"]):
         read(["--help"], (ExperimentArguments,), __doc__)
     end(lambda: _do(verb, rest))
 
@@ -67,13 +67,16 @@ def _do(verb: str, rest: list[str]) -> None:
         raise UsageError(f"experiment {verb} needs the name of an experiment or its folder")
     name, *flags = rest
     (wanted,) = build((ExperimentArguments,), read(flags, (ExperimentArguments,), __doc__))
-    folder = opened(name, wanted)
-    if verb in ("run", "resume"):
-        _run(folder, wanted)
-    elif verb == "cell":
+    folder = opened(name, wanted, verb in _RUNS and not wanted.dry_run)
+    if verb == "cell":
         if wanted.cell is None:
             raise ConfigError("cell", None, "a cell's number or id")
-        run_cell(folder.cell(wanted.cell), folder.experiment.name, folder.path)
+        if folder.run([folder.cell(wanted.cell)]):
+            sys.exit(1)
+    elif verb in _RUNS:
+        _run(folder, wanted)
+    elif verb != "status" and not (folder.path / FILE).is_file():
+        raise UsageError(f"there is no {folder.path}: nothing of {name} has been run")
     else:
         print({"status": _status, "tables": write_tables, "plots": write_plots}[verb](folder))
 
@@ -84,13 +87,18 @@ def _listed() -> list[str]:
     return [f"{one.name:<{width}} {len(one.cells()):>5} cells  {one.description}" for one in found]
 
 
-def opened(name: str, wanted: ExperimentArguments) -> Folder:
-    """The experiment in a folder, or a named one, whose folder is made.
+def opened(name: str, wanted: ExperimentArguments, make: bool) -> Folder:
+    """The experiment in a folder, or a named one.
+
+    Args:
+        make: whether the folder of a named one is made, where it is not there.
 
     Raises:
         ConfigError: there is none, or its folder holds another experiment.
     """
     if (Path(name) / FILE).is_file():
+        if wanted.output_dir is not None:
+            raise ConfigError("output_dir", wanted.output_dir, f"nothing beside {name}, which is a folder already")
         path, experiment = Path(name), Experiment.read(Path(name) / FILE)
     elif (PRESETS / f"{name}.yaml").is_file():
         path, experiment = Path(wanted.output_dir or f"experiments/{name}"), Experiment.read(PRESETS / f"{name}.yaml")
@@ -103,7 +111,7 @@ def opened(name: str, wanted: ExperimentArguments) -> Folder:
         experiment = experiment.with_data(wanted.data)
     file = path / FILE
     if not file.is_file():
-        if wanted.dry_run:
+        if not make:
             return Folder(path, experiment)
         path.mkdir(parents=True, exist_ok=True)
         experiment.write(file)
@@ -117,6 +125,9 @@ def _run(folder: Folder, wanted: ExperimentArguments) -> None:
     if wanted.dry_run:
         print("\n".join(dry_run(folder.experiment)))
     elif wanted.slurm is not None:
+        if not cells:
+            raise UsageError(f"no cell of {folder.experiment.name} is open: {folder.path} has all results")
+        (folder.path / "logs").mkdir(exist_ok=True)
         Path(wanted.slurm).write_text(folder.sbatch(cells, wanted.partition, wanted.gpus, wanted.time))
         print(f"{wanted.slurm}: {len(cells)} cells; sbatch {wanted.slurm}")
     else:

@@ -203,7 +203,9 @@ class MezoConfig(ObjectiveSettings):
     )
     load_best_model_at_end: bool = setting(True, "End with the adapter that did best on the development set.", job=True)
     metric_for_best_model: Optional[str] = setting(
-        None, "eval_loss, or a metric of the task such as eval_accuracy; eval_loss by default.", job=True
+        None,
+        "loss, or a metric of the task such as accuracy, with or without eval_ before it; eval_loss by default.",
+        job=True,
     )
     report_to: Union[list[str], str] = setting(
         "none",

@@ -22,8 +22,25 @@ SCORES: dict[Objective, tuple[str, ...]] = {
 """What evaluations tell beside the loss."""
 SCORE_METRICS = {f"eval_{score}": score for scores in SCORES.values() for score in scores}
 """The name of each in a run's metrics -> its own."""
+LOSS_METRIC = "eval_loss"
 NEW_TEXT: dict[str, Any] = {"max_new_tokens": 50, "temperature": 0.0, "stop": None}
 """How a model writes for which nobody says it."""
+
+
+def metric_name(given: str) -> str:
+    """A metric of evaluations as a run has it, of one that is given with or without ``eval_``, as Transformers takes
+    either."""
+    return given if given.startswith("eval_") else f"eval_{given}"
+
+
+def metrics_of(objective: Objective) -> tuple[str, ...]:
+    """What an adapter can be chosen by."""
+    return (LOSS_METRIC, *(metric_name(score) for score in SCORES[objective]))
+
+
+def is_better(metric: str, value: float, best: float | None) -> bool:
+    """Strictly, of a metric of evaluations; of several that are alike the first is the best."""
+    return best is None or (value < best if metric == LOSS_METRIC else value > best)
 
 
 @dataclass(frozen=True)

@@ -213,7 +213,8 @@ class Encoder:
         """The prompt of a row, and what it has for right answers."""
         if self.task is not None:
             text = final(self.task.render(fields), demonstrations)
-            return text.prompt, list(text.answers) or [text.options[text.label].strip()]
+            right = text.right or (text.label,)
+            return text.prompt, list(text.answers) or [text.options[place].strip() for place in right]
         if "prompt" not in fields:
             raise DataError(f"columns {shown(sorted(fields))} have none of prompt and messages, to write after")
         require_text("prompt", fields["prompt"])

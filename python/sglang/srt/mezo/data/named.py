@@ -45,9 +45,11 @@ def named_data(task: str | None, dataset: str | None, config: str | None = None)
         if not dataset:
             raise ConfigError("dataset", None, "a hub name, folder or file; or name a task")
         return Named(None, dataset, config, is_text(task))
-    path, *own = named.dataset
+    path, *own = named.dataset or (None,)
     if config is None and dataset in (None, path):
         config = next(iter(own), None)
+    if not (dataset or path):
+        raise ConfigError("dataset", None, f"a hub name, folder or file, as task {named.name} names none")
     return Named(named, dataset or path, config, False)
 
 

@@ -126,17 +126,18 @@ def _json(file: IO[bytes], source: str) -> Iterator[SourceRow]:
 
 def _lines(file: IO[bytes], source: str) -> Iterator[SourceRow]:
     """A row for every line that is not blank, as the "text" reader of ``datasets`` does."""
-    for number, line in enumerate(_decoded(file, source).splitlines(), 1):
+    for number, line in enumerate(io.StringIO(_decoded(file, source), newline=None), 1):
         if line.strip():
-            yield SourceRow({"text": line}, source, number)
+            yield SourceRow({"text": line.removesuffix("\n")}, source, number)
 
 
-_JSON_COLUMNS = ("options", "messages", "tools", "functions")
+_CLASS_COLUMNS = ("label", "coarse_label", "fine_label")
+_JSON_COLUMNS = ("options", "messages", "tools", "functions", "entities", "answers", "answers_spans")
 
 
 def _table(file: IO[bytes], source: str, delimiter: str) -> Iterator[SourceRow]:
-    """A row for every line below the header. All columns are text, but for the label, a number, and lists, which are
-    JSON."""
+    """A row for every line below the header. All columns are text, but for classes, which are numbers, and for
+    lists and objects, which are JSON."""
     csv.field_size_limit(sys.maxsize)
     reader = csv.DictReader(io.StringIO(_decoded(file, source), newline=""), delimiter=delimiter, strict=True)
     line = 1
@@ -153,7 +154,7 @@ def _table_row(fields: dict[Any, Any], source: str, line: int) -> SourceRow:
         return SourceRow({}, source, line, f"more values than the header has columns: {fields[None]}")
     for name, value in fields.items():
         try:
-            if name == "label":
+            if name in _CLASS_COLUMNS:
                 fields[name] = int(value)
             elif name in _JSON_COLUMNS:
                 fields[name] = json.loads(value)

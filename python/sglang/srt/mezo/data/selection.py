@@ -1,17 +1,17 @@
 """Which rows of a data set are trained on, chosen on and reported."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Optional
 
-from sglang.srt.mezo.core.errors import ConfigError
+from sglang.srt.mezo.core.errors import ConfigError, DataError
 from sglang.srt.mezo.core.settings import require_settings, setting
-from sglang.srt.mezo.data.checks import OnBadRow, problem
+from sglang.srt.mezo.data.checks import OnBadRow, problem, usable
 from sglang.srt.mezo.data.named import Named, is_text
 from sglang.srt.mezo.data.rows import SourceRow, has_splits
 from sglang.srt.mezo.data.sampling import few_of_each, permuted, sets_of_demonstrations, shuffled
-from sglang.srt.mezo.data.tasks import Task, final
+from sglang.srt.mezo.data.tasks import Task, TextExample, final
 from sglang.srt.mezo.data.texts import BAD_ROW
 
 TRAIN = "train"
@@ -130,8 +130,8 @@ def drawn_rows(named: Named, data: RowArguments) -> tuple[Rows, Rows, Rows]:
     if data.k is not None:
         if named.task is None or named.task.objective != "classification":
             raise ConfigError("k", data.k, "none for a task without classes")
-        pool = train if test_split is None else rows
-        return *few_of_each(pool, classes(named.task, pool), data.k, seed), test
+        pool, texts = _rendered(named.task, train if test_split is None else rows, data.on_bad_row)
+        return *few_of_each(pool, [text.label for text in texts], data.k, seed), test
     if data.dev_split:
         return train[: data.num_train], drawn(named.rows(data.dev_split), seed)[: data.dev_rows(named.task)], test
     count = data.dev_rows(named.task)
@@ -152,29 +152,44 @@ def _tests(rows: Rows, data: RowArguments, drawn: Callable[[Rows, int], Rows]) -
     return permuted(rows, _FEW_TEST_SEED)[: data.num_test]
 
 
-def with_demonstrations(task: Task, rows: Rows, pool: Rows, count: int) -> Rows:
-    """Each row with ``count`` others of the pool to be shown before it; DataError names one that cannot be used."""
+def with_demonstrations(named: Named, rows: Rows, count: int, on_bad_row: OnBadRow) -> Rows:
+    """Each row with ``count`` training rows to be shown before it, none of which is asked itself.
 
-    def words(row: SourceRow) -> str:
-        try:
-            return final(task.render(row.whole_fields())).demonstration
-        except BAD_ROW as error:
-            raise problem(error, row) from error
-
+    Raises:
+        ConfigError: no row is left to be shown.
+        DataError: names one that is to be shown and cannot be used; ``on_bad_row="skip"`` shows others.
+    """
+    if named.task is None or not count:
+        return rows
+    asked = {(row.source, row.line) for row in rows}
+    pool = [row for row in named.rows(TRAIN) if (row.source, row.line) not in asked]
+    if on_bad_row == "skip":
+        pool, _ = _rendered(named.task, pool, on_bad_row)
+    if not pool:
+        allowed = (
+            f"0 where all rows of {named.path} are asked themselves: ask fewer, or have a folder with a train split"
+        )
+        raise ConfigError("num_demonstrations", count, allowed)
     drawn = sets_of_demonstrations(pool, count, len(rows))
-    return [replace(row, demonstrations=list(map(words, others))) for row, others in zip(rows, drawn)]
+    return [replace(row, demonstrations=_words(named.task, others)) for row, others in zip(rows, drawn)]
 
 
-def classes(task: Task, rows: Sequence[SourceRow]) -> list[int]:
-    """The class of each row; DataError names the first that has none."""
+def _words(task: Task, rows: Rows) -> list[str]:
+    """Rows as they are shown; DataError names one that cannot be used."""
+    return [final(text).demonstration for text in _rendered(task, rows, "raise")[1]]
 
-    def of(row: SourceRow) -> int:
+
+def _rendered(task: Task, rows: Rows, on_bad_row: OnBadRow) -> tuple[Rows, list[TextExample]]:
+    """The usable rows, and their words. A bad one raises DataError, or is logged and left out."""
+
+    def outcome(row: SourceRow) -> tuple[SourceRow, TextExample] | DataError:
         try:
-            return task.render(row.whole_fields()).label
+            return row, task.render(row.whole_fields())
         except BAD_ROW as error:
-            raise problem(error, row) from error
+            return problem(error, row)
 
-    return [of(row) for row in rows]
+    found = list(usable(map(outcome, rows), on_bad_row))
+    return [row for row, _ in found], [text for _, text in found]
 
 
 def _hold_out(rows: list[SourceRow], count: int | None) -> tuple[list[SourceRow], list[SourceRow]]:

@@ -18,7 +18,7 @@ TokenIds = list[int]
 
 _MAX_CHARACTERS = 1 << 18  # of one call: what the rows in it ask for next is in memory at once
 
-BAD_ROW = (KeyError, TypeError, ValueError, RecursionError)
+BAD_ROW = (LookupError, TypeError, ValueError, AttributeError, RecursionError)
 """What comes of a row that is not as its form says; DataError is a ValueError."""
 
 

@@ -17,15 +17,16 @@ from sglang.srt.mezo.core.errors import ConfigError
 from sglang.srt.mezo.core.integrity import write_json
 from sglang.srt.mezo.core.objective import SCORE_METRICS
 from sglang.srt.mezo.data.named import named_data
-from sglang.srt.mezo.data.selection import TRAIN, drawn_rows, with_demonstrations
+from sglang.srt.mezo.data.selection import drawn_rows, with_demonstrations
 from sglang.srt.mezo.data.splits import DataArguments
-from sglang.srt.mezo.engine.ranks import FIRST
+from sglang.srt.mezo.engine.ranks import Rank, other_ranks
 from sglang.srt.mezo.experiments.first_order import FirstOrderArguments, first_order
 from sglang.srt.mezo.experiments.linear_probing import linear_probing
 from sglang.srt.mezo.experiments.spec import Cell, arguments_of
 from sglang.srt.mezo.training.evaluate import EvaluateArguments, evaluation_engine, measure_on, read_evaluation
 from sglang.srt.mezo.training.finetune import ModelArguments, finetune
 from sglang.srt.mezo.training.memory import MemoryMeter
+from sglang.srt.mezo.training.run_directory import has_run
 
 _PACKAGES = ("sglang-mezo", "sglang", "torch", "transformers", "peft", "datasets", "scikit-learn")
 SCORES = (*SCORE_METRICS.values(),)
@@ -91,7 +92,7 @@ def meta_info() -> dict[str, Any]:
 
 
 def _mezo(model: ModelArguments, data: DataArguments, config: MezoConfig, run: Path) -> dict[str, Any]:
-    begun = (run / "seed_log").is_file()
+    begun = has_run(run)
     config = replace(
         config, output_dir=str(run), resume_from_checkpoint=begun, overwrite_output_dir=not begun, disable_tqdm=True
     )
@@ -122,15 +123,21 @@ def _trained(summary: dict[str, Any]) -> dict[str, Any]:
 
 
 def _evaluated(model: ModelArguments, data: DataArguments, arguments: EvaluateArguments) -> dict[str, Any]:
+    with other_ranks(model.tp_size, _evaluated_by, model, data, arguments) as rank:
+        return _evaluated_by(rank, model, data, arguments)
+
+
+def _evaluated_by(
+    rank: Rank, model: ModelArguments, data: DataArguments, arguments: EvaluateArguments
+) -> dict[str, Any]:
+    """The work of one rank."""
     if data.streaming:
         raise ConfigError("streaming", True, "false where nothing is trained")
     named = named_data(data.task, data.dataset, data.dataset_config)
-    rows = drawn_rows(named, data)[2]
-    if named.task is not None and arguments.num_demonstrations:
-        rows = with_demonstrations(named.task, rows, named.rows(TRAIN), arguments.num_demonstrations)
+    rows = with_demonstrations(named, drawn_rows(named, data)[2], arguments.num_demonstrations, arguments.on_bad_row)
     memory = MemoryMeter()
     asked = read_evaluation(model, arguments, rows)
-    engine = evaluation_engine(model, asked.adapter, FIRST)
+    engine = evaluation_engine(model, asked.adapter, rank)
     started = time.perf_counter()
     metrics, _ = measure_on(engine, model.model, asked, arguments)
     counted = engine.handle.counted
@@ -161,6 +168,6 @@ def _commit() -> str | None:
         done = subprocess.run(
             ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10
         )
-    except OSError:
+    except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip() or None

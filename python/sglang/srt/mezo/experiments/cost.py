@@ -13,12 +13,12 @@ from typing import Any
 from sglang.srt.mezo.adapters.architectures import is_masked
 from sglang.srt.mezo.core.config import MezoConfig
 from sglang.srt.mezo.core.errors import ConfigError, DataError
+from sglang.srt.mezo.data.rows import has_splits
 from sglang.srt.mezo.data.splits import DataArguments
 from sglang.srt.mezo.experiments.first_order import FirstOrderArguments
 from sglang.srt.mezo.experiments.spec import METHODS, Cell, Experiment, arguments_of, task_name
 from sglang.srt.mezo.training.checkpoint import read_checkpoint
 from sglang.srt.mezo.training.evaluate import EvaluateArguments
-from sglang.srt.mezo.training.finetune import ModelArguments
 
 H100_OPERATIONS, H100_BYTES = 0.5 * 989e12, 0.8 * 3.35e12  # a second
 PROMPT_TOKENS = {
@@ -119,17 +119,27 @@ def cost_of(cell: Cell) -> Cost:
 def command_of(cell: Cell) -> str:
     """What one would type for it."""
     method = METHODS[cell.method]
-    verb = {MezoConfig: "train", EvaluateArguments: "evaluate"}.get(method.arguments)
-    if verb is None:
+    _, data, arguments = arguments_of(cell)
+    if isinstance(arguments, MezoConfig):
+        verb, given = "train", {**cell.model, **cell.data, **method.settings(cell.settings), "seed": cell.seed}
+    elif isinstance(arguments, EvaluateArguments) and _draws_as_an_evaluation(data):
+        verb, given = "evaluate", {**cell.model, **_of_tests(cell, data), **method.settings(cell.settings)}
+    else:
         return f"sglang-mezo experiment cell FOLDER --cell {cell.id}"
-    given = {**cell.model, **cell.data, **method.fixed, **cell.settings}
-    if verb == "evaluate":
-        known = {one.name for kind in (ModelArguments, EvaluateArguments) for one in fields(kind)}
-        given = {name: value for name, value in given.items() if name in known} | {"rows": cell.data.get("num_test")}
-    if method.seeded:
-        given["seed"] = cell.seed
-    flags = [f"--{name} {shlex.quote(_text(value))}" for name, value in given.items() if value is not None]
-    return " ".join(["sglang-mezo", verb, *flags])
+    return " ".join(["sglang-mezo", verb, *(f"--{name} {shlex.quote(_text(value))}" for name, value in given.items())])
+
+
+def _draws_as_an_evaluation(data: DataArguments) -> bool:
+    """Whether ``sglang-mezo evaluate`` has the test rows of such a cell."""
+    of_a_split = data.dataset is None or has_splits(data.dataset)
+    return of_a_split and data.k is None and data.train_set_seed == 0 and data.dev_split is None and data.num_test != 0
+
+
+def _of_tests(cell: Cell, data: DataArguments) -> dict[str, Any]:
+    """The fields of an evaluation of a cell's test rows."""
+    known = {one.name for one in fields(EvaluateArguments)}
+    given = {name: value for name, value in cell.data.items() if name in known} | {"rows": data.num_test}
+    return given if data.test_split is None else {**given, "split": data.test_split}
 
 
 def parameters_of(model: str) -> float | None:
@@ -169,6 +179,6 @@ def _pass_seconds(parameters: float, tokens: float) -> float:
 
 
 def _text(value: Any) -> str:
-    if isinstance(value, bool):
+    if value is None or isinstance(value, bool):
         return str(value).lower()
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -17,7 +17,7 @@ from sglang.srt.mezo.adapters.prefix_adapter import KVShape
 from sglang.srt.mezo.core.atomic import atomic_directory
 from sglang.srt.mezo.core.config import MOST_STEPS
 from sglang.srt.mezo.core.errors import ConfigError, DivergedError
-from sglang.srt.mezo.core.objective import SCORES, Objective
+from sglang.srt.mezo.core.objective import LOSS_METRIC, SCORES, Objective, is_better, metric_name
 from sglang.srt.mezo.core.optimizer import learning_rate_at
 from sglang.srt.mezo.core.settings import LARGEST, require_settings, setting
 from sglang.srt.mezo.data.splits import DataArguments, Splits, load_splits
@@ -29,7 +29,7 @@ from sglang.srt.mezo.training.checkpoint import read_checkpoint
 from sglang.srt.mezo.training.finetune import ModelArguments, chat_settings, encoder_kind, max_length_of
 from sglang.srt.mezo.training.memory import MemoryMeter
 from sglang.srt.mezo.training.rewards import Writer
-from sglang.srt.mezo.training.usable import require_choices
+from sglang.srt.mezo.training.usable import require_choices, require_metric
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -69,6 +69,11 @@ class FirstOrderArguments:
     )
     per_device_train_batch_size: int = setting(8, "Examples in a batch.", at_least=1)
     per_device_eval_batch_size: int = setting(16, "Examples in an evaluation batch.", at_least=1)
+    metric_for_best_model: Optional[str] = setting(
+        None,
+        "Of development rows, what the best state is chosen by: loss, or accuracy of a task with classes; loss by "
+        "default.",
+    )
     objective: Optional[Literal["classification", "completion"]] = setting(
         None, "Loss; the one that the data suggests by default."
     )
@@ -120,6 +125,7 @@ def first_order(
         _require_tuning(config, arguments)
         virtual_tokens = arguments.num_virtual_tokens if arguments.tuning == "prefix" else 0
         splits = read_splits(model, data, config, tokenizer, arguments.objective, virtual_tokens)
+        require_metric(arguments.metric_for_best_model, splits.objective)
         reference = Reference(load_model(model.model, config, dtype))
     judge = _Judge(splits, tokenizer, arguments)
     with memory.phase("evaluation"):
@@ -195,6 +201,7 @@ class _Training:
         self.max_steps, self._eval_steps = arguments.steps_for(len(self._plans))
         self._trained = [one for one in reference.model.parameters() if one.requires_grad]
         self._optimizer = torch.optim.AdamW(_groups(self._trained, arguments.weight_decay))
+        self._chosen_by = metric_name(arguments.metric_for_best_model or LOSS_METRIC)
         self._best: tuple[float, int, list[torch.Tensor]] | None = None
         self._losses: list[float] = []
         self._evaluations: list[dict[str, Any]] = []
@@ -256,7 +263,7 @@ class _Training:
         return loss.item()
 
     def _evaluate(self) -> None:
-        """On the development set; the state with the lowest loss is kept, the first of several."""
+        """On the development set; the best state is kept, the first of several."""
         batch_size = self._arguments.per_device_eval_batch_size
         metrics = evaluate_examples(self._reference, self._dev, self._objective, batch_size)
         self._require_finite(metrics["loss"])
@@ -264,9 +271,10 @@ class _Training:
         evaluation = {f"eval_{name}": value for name, value in metrics.items()}
         memory = self._memory.of("step")
         self._evaluations.append({"step": self._step_number, "epoch": epoch, **evaluation, **memory})
-        if self._best is None or metrics["loss"] < self._best[0]:
+        value = evaluation[self._chosen_by]
+        if is_better(self._chosen_by, value, None if self._best is None else self._best[0]):
             state = [one.detach().to("cpu", copy=True) for one in self._trained]
-            self._best = (metrics["loss"], self._step_number, state)
+            self._best = (value, self._step_number, state)
 
     def _require_finite(self, loss: float) -> None:
         if not math.isfinite(loss):

@@ -56,8 +56,8 @@ def _plot_curves(folder: Folder, task: str, rows: Sequence[Row], all_rows: Seque
         axes[line, 0].set_ylabel("peak memory, GiB" if name == "memory" else f"development {name}")
     axes[-1, 0].set_ylim(0, 1.2 * axes[-1, 0].get_ylim()[1])
     for row in all_rows:  # a line without a curve, as nothing was trained
-        if row not in rows and score == row.score and score != "loss":
-            value = statistics.mean(row.values) / 100
+        if row not in rows and row.is_tested and score == row.score and score != "loss":
+            value = statistics.mean(row.values) / row.scale
             axes[1, 0].axhline(value, linestyle=":", color="gray")
             axes[1, 0].annotate(f"{row.label} (test)", (0, value), fontsize=7)
     axes[0, 0].legend(fontsize=8)

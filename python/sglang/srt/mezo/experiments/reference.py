@@ -21,7 +21,7 @@ from sglang.srt.mezo.engine.points import BASE, PointGroup
 from sglang.srt.mezo.scoring.calibration import Calibrated
 from sglang.srt.mezo.scoring.evaluation import evaluation_passes
 from sglang.srt.mezo.scoring.generator import Completions
-from sglang.srt.mezo.scoring.measures import Measure, Measured, Reading
+from sglang.srt.mezo.scoring.measures import Measure, Measured, Reading, Scores
 from sglang.srt.mezo.scoring.plan import ExamplePlan, Planner, Row, needs_normaliser
 from sglang.srt.mezo.scoring.readout import BatchLoss
 from sglang.srt.mezo.training.checkpoint import read_checkpoint
@@ -213,7 +213,7 @@ class Writing:
         grades = self.writer.grade(plans, texts)
         total = torch.tensor([sum(grades)], dtype=torch.float64)
         told = [{"completion": text, self.objective: grade} for text, grade in zip(texts, grades)]
-        return Measured(BatchLoss(-total, len(plans)), {self.objective: total}, lambda: told)
+        return Measured(BatchLoss(-total, len(plans)), {self.objective: Scores(total, len(plans))}, lambda: told)
 
     def release(self) -> None:
         """It holds none."""

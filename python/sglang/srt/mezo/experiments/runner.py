@@ -1,5 +1,6 @@
 """The cells of an experiment, one after the other, or where SLURM or Ray has them run."""
 
+import fcntl
 import os
 import shlex
 import subprocess
@@ -9,13 +10,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Literal
+from typing import IO, Literal, NamedTuple
 
 from sglang.srt.mezo.core.errors import ConfigError
 from sglang.srt.mezo.experiments.cell import result_path
-from sglang.srt.mezo.experiments.spec import Cell, Experiment
+from sglang.srt.mezo.experiments.spec import FILE, Cell, Experiment
 
-State = Literal["done", "failed", "begun", "open"]
+State = Literal["done", "failed", "running", "begun", "open"]
+DONE, BUSY = 0, 75  # exit statuses: one, and that of what another process has in hand
 
 
 @dataclass(frozen=True)
@@ -29,10 +31,17 @@ class Folder:
     path: Path
     experiment: Experiment
 
+    @classmethod
+    def read(cls, path: Path) -> "Folder":
+        """Raises what ``Experiment.read`` does."""
+        return cls(path, Experiment.read(path / FILE))
+
     def state(self, cell: Cell) -> State:
         """What has become of a cell."""
         if result_path(self.path, cell).is_file():
             return "done"
+        if is_held(self.files(cell).lock):
+            return "running"
         if self.failure(cell).is_file():
             return "failed"
         return "begun" if self.log(cell).is_file() else "open"
@@ -44,6 +53,11 @@ class Folder:
     def failure(self, cell: Cell) -> Path:
         """The last line of a process that failed."""
         return self.path / "logs" / f"{cell.id}.failed"
+
+    def files(self, cell: Cell) -> "Files":
+        """That tell of a cell, by their whole paths."""
+        logs = self.path.resolve() / "logs"
+        return Files(result_path(self.path.resolve(), cell), *(logs / f"{cell.id}.{end}" for end in _ENDS))
 
     def cell(self, name: str) -> Cell:
         """By its place in the order of the file, from 0, or by its id; raises ConfigError where there is none."""
@@ -60,25 +74,27 @@ class Folder:
         return [cell for cell in self.experiment.cells() if self.state(cell) != "done"]
 
     def run(self, cells: Sequence[Cell]) -> list[Cell]:
-        """Each in a process of its own; returns those that failed. What one of them does wrong is no other's loss."""
+        """Each in a process of its own; returns those that failed. What one of them does wrong is no other's loss; what
+        is done by now, or in another process's hand, is left to it."""
         failed = []
         for number, cell in enumerate(cells, 1):
             started = time.monotonic()
             print(f"[{number}/{len(cells)}] {cell.id} ... ", end="", flush=True)
             status = self.run_one(cell)
             seconds = time.monotonic() - started
-            print(f"{'done' if status == 0 else f'failed, see {self.log(cell)}'} ({seconds:.0f} s)", flush=True)
-            if status:
+            told = {DONE: "done", BUSY: "runs in another process"}.get(status, f"failed, see {self.log(cell)}")
+            print(f"{told} ({seconds:.0f} s)", flush=True)
+            if status not in (DONE, BUSY):
                 failed.append(cell)
         return failed
 
     def run_one(self, cell: Cell) -> int:
-        """Exit status of the process of a cell."""
-        return run_process(self.command(cell), self.log(cell), self.failure(cell))
+        """What ``run_process`` returns of a cell."""
+        return run_process(self.command(cell), self.files(cell))
 
     def command(self, cell: Cell) -> list[str]:
-        """That of a process that runs a cell."""
-        return [*self._program(), cell.id]
+        """That of the process that a cell runs in."""
+        return [sys.executable, "-m", "sglang.srt.mezo.commands.cell", str(self.path.resolve()), cell.id]
 
     def run_by_ray(self, cells: Iterable[Cell], gpus: float) -> list[Cell]:
         """Side by side, where Ray finds room; returns those that failed.
@@ -93,14 +109,11 @@ class Folder:
         ray.init(ignore_reinit_error=True)
         run = ray.remote(num_gpus=gpus)(run_process)
         cells = list(cells)
-        outcomes = [
-            run.remote(self.command(cell), self.log(cell).resolve(), self.failure(cell).resolve(), os.getcwd())
-            for cell in cells
-        ]
-        return [cell for cell, status in zip(cells, ray.get(outcomes)) if status]
+        outcomes = [run.remote(self.command(cell), self.files(cell), os.getcwd()) for cell in cells]
+        return [cell for cell, status in zip(cells, ray.get(outcomes)) if status not in (DONE, BUSY)]
 
     def sbatch(self, cells: Sequence[Cell], partition: str | None, gpus: int, hours: str) -> str:
-        """A job array of SLURM, a task for each cell."""
+        """A job array of SLURM, a task for each cell, whose output goes into the folder's ``logs``."""
         names = {cell.id: place for place, cell in enumerate(self.experiment.cells())}
         places = ",".join(str(names[cell.id]) for cell in cells)
         options = {
@@ -112,27 +125,69 @@ class Folder:
             "time": hours,
             "output": f"{self.path.resolve()}/logs/slurm-%A_%a.out",
         }
-        lines = [f"#SBATCH --{name}={value}" for name, value in options.items() if value is not None]
-        commands = [shlex.join(["cd", os.getcwd()]), f'{shlex.join(self._program())} "$SLURM_ARRAY_TASK_ID"']
+        lines = [f"#SBATCH --{name}={shlex.quote(str(value))}" for name, value in options.items() if value is not None]
+        program = [
+            sys.executable,
+            "-m",
+            "sglang.srt.mezo.commands.main",
+            "experiment",
+            "cell",
+            str(self.path.resolve()),
+        ]
+        commands = [shlex.join(["cd", os.getcwd()]), f'{shlex.join(program)} --cell "$SLURM_ARRAY_TASK_ID"']
         return "\n".join(["#!/bin/bash", *lines, *commands, ""])
 
-    def _program(self) -> list[str]:
-        """All but the name of a cell."""
-        program = [sys.executable, "-m", "sglang.srt.mezo.commands.main", "experiment", "cell"]
-        return [*program, str(self.path.resolve()), "--cell"]
+
+class Files(NamedTuple):
+    """Of a cell: its result, what its last process has printed, the last line of one that failed, and what a process
+    holds that runs it."""
+
+    result: Path
+    log: Path
+    failure: Path
+    lock: Path
 
 
-def run_process(command: list[str], log: Path, failure: Path, folder: str | None = None) -> int:
-    """Exit status of a process; what it prints is in ``log``, and of one that fails the last line in ``failure``.
+_ENDS = ("log", "failed", "lock")
+
+
+def run_process(command: list[str], files: Files, folder: str | None = None) -> int:
+    """Exit status of a process that makes a result, which is not run where there is one, nor beside another: the lock
+    is the process's own too, so that it is held where this one is killed.
 
     Args:
         folder: in which it runs; where this process is by default.
     """
-    log.parent.mkdir(parents=True, exist_ok=True)
-    failure.unlink(missing_ok=True)
-    with open(log, "wb") as output:
-        status = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, cwd=folder).returncode
-    if status:
-        lines = log.read_text(errors="replace").strip().splitlines()
-        failure.write_text((lines[-1] if lines else f"ended with status {status}") + "\n")
-    return status
+    files.log.parent.mkdir(parents=True, exist_ok=True)
+    with open(files.lock, "wb") as lock:
+        if not _hold(lock):
+            return BUSY
+        if files.result.is_file():
+            return DONE
+        files.failure.unlink(missing_ok=True)
+        with open(files.log, "wb") as output:
+            status = subprocess.run(
+                command, stdout=output, stderr=subprocess.STDOUT, cwd=folder, pass_fds=[lock.fileno()]
+            ).returncode
+        if status:
+            lines = files.log.read_text(errors="replace").strip().splitlines()
+            files.failure.write_text((lines[-1] if lines else f"ended with status {status}") + "\n")
+        return status
+
+
+def is_held(lock: Path) -> bool:
+    """Whether a process runs what the lock is of."""
+    try:
+        with open(lock, "rb") as file:
+            return not _hold(file)
+    except FileNotFoundError:
+        return False
+
+
+def _hold(lock: IO[bytes]) -> bool:
+    """Take a lock, until every process that has this file open has closed it; False where another one has it."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -3,7 +3,8 @@
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -11,11 +12,12 @@ from typing import Any, get_type_hints
 from sglang.srt.mezo.core.atomic import atomic_file
 from sglang.srt.mezo.core.config import MezoConfig
 from sglang.srt.mezo.core.errors import ConfigError, UsageError
+from sglang.srt.mezo.core.yaml_file import read_yaml
 from sglang.srt.mezo.data.named import TEXT, is_text
 from sglang.srt.mezo.data.splits import DataArguments
 from sglang.srt.mezo.data.tasks import get_task
 from sglang.srt.mezo.experiments.first_order import FirstOrderArguments
-from sglang.srt.mezo.training.arguments import field_of
+from sglang.srt.mezo.training.arguments import SAME, field_of
 from sglang.srt.mezo.training.evaluate import EvaluateArguments
 from sglang.srt.mezo.training.finetune import ModelArguments
 
@@ -32,12 +34,18 @@ class Method:
     Attributes:
         arguments: class of its settings.
         fixed: those that make it what it is.
-        seeded: whether its seed changes anything.
+        seeded: whether its seed changes anything beside the rows.
+        defaults: others that it has where nobody says them.
     """
 
     arguments: type
     fixed: Mapping[str, Any] = field(default_factory=dict)
     seeded: bool = True
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+
+    def settings(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """With those that nobody has to say."""
+        return {**self.fixed, **self.defaults, **given}
 
 
 def _mezo(tuning: str) -> Method:
@@ -56,7 +64,7 @@ class ProbeArguments:
 METHODS: dict[str, Method] = {
     "zero-shot": Method(EvaluateArguments, seeded=False),
     "calibrated": Method(EvaluateArguments, {"calibrated": True}, seeded=False),
-    "icl": Method(EvaluateArguments, {"num_demonstrations": 32}, seeded=False),
+    "icl": Method(EvaluateArguments, seeded=False, defaults={"num_demonstrations": 32}),
     "linear-probing": Method(ProbeArguments, seeded=False),
     "head-tuning": _first_order("head"),
     "ft-lora": _first_order("lora"),
@@ -128,12 +136,7 @@ class Experiment:
     @classmethod
     def read(cls, path: Path) -> "Experiment":
         """Raises UsageError where the file cannot be read, ConfigError where a field is wrong."""
-        import yaml
-
-        try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise UsageError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+        content = read_yaml(path, str(path))
         if not isinstance(content, dict):
             raise UsageError(f"{path} holds no experiment: a name, a model, tasks and methods")
         return cls.of(content, path.parent.name)
@@ -144,29 +147,35 @@ class Experiment:
         _require_known("experiment", content, _KEYS)
         model = content.get("model")
         experiment = cls(
-            str(content.get("name", name)),
-            str(content.get("description", "")),
-            str(content.get("paper", "")),
+            str(content.get("name") or name),
+            str(content.get("description") or ""),
+            str(content.get("paper") or ""),
             {"model": model} if isinstance(model, str) else _mapping("model", model),
             _mapping("data", content.get("data")),
             _named("tasks", content.get("tasks")),
             _named("methods", content.get("methods")),
-            tuple(_list(content.get("seeds", 0))),
+            tuple(_distinct("seeds", content.get("seeds", 0))),
         )
-        if "model" not in experiment.model:
+        experiment.require_valid()
+        return experiment
+
+    def require_valid(self) -> None:
+        """Raise ConfigError, or UsageError for a setting that there is not."""
+        if "model" not in self.model:
             raise ConfigError("model", None, "a hub name or a folder")
         for required in ("tasks", "methods"):
-            if not getattr(experiment, required):
+            if not getattr(self, required):
                 raise ConfigError(required, None, "one at least")
-        for task in experiment.tasks:
-            task_name(task)
-        for label, of_method in experiment.methods.items():
-            experiment._require_tasks(f"{label}.tasks", _list(of_method.get("tasks", [])))
+        _distinct("tasks", list(map(task_name, self.tasks)))
+        _require_fields("model", ModelArguments, self.model)
+        _require_fields("data", DataArguments, {name: value for name, value in self.data.items() if value != SEED})
+        for label, of_method in self.methods.items():
+            if "tasks" in of_method:
+                self._require_tasks(f"{label}.tasks", _distinct(f"{label}.tasks", of_method["tasks"]))
             for name in ("skip", "by_task"):
-                experiment._require_tasks(f"{label}.{name}", _mapping(f"{label}.{name}", of_method.get(name)))
-        for cell in experiment.cells():
+                self._require_tasks(f"{label}.{name}", _mapping(f"{label}.{name}", of_method.get(name)))
+        for cell in self.cells():
             arguments_of(cell)
-        return experiment
 
     def cells(self) -> list[Cell]:
         """In the order of the file: task by task, method by method, point by point, seed by seed."""
@@ -181,29 +190,34 @@ class Experiment:
     def skipped(self, task: str, label: str) -> str:
         """Why the file leaves a method out on a task, as tables tell it; empty where it does not."""
         reasons = _mapping(f"{label}.skip", self.methods[label].get("skip"))
-        if task in reasons and not isinstance(reasons[task], str):
+        if task in reasons and not (isinstance(reasons[task], str) and reasons[task]):
             raise ConfigError(f"{label}.skip.{task}", reasons[task], "the reason, in words")
         return reasons.get(task, "")
 
     def _cells(self, task: str, of_task: dict[str, Any], label: str, of_method: dict[str, Any]) -> Iterator[Cell]:
-        of_method = {**of_method, **_mapping("by_task", of_method.get("by_task")).get(task, {})}
+        by_task = _mapping(f"{label}.by_task", of_method.get("by_task"))
+        of_method = {**of_method, **_mapping(f"{label}.by_task.{task}", by_task.get(task))}
         method = of_method.get("method", label)
-        if method not in METHODS:
+        if not isinstance(method, str) or method not in METHODS:
             raise ConfigError("method", method, f"one of {', '.join(METHODS)}")
         settings = {name: value for name, value in of_method.items() if name not in _OF_A_METHOD}
-        for name in settings:
-            if name in _NOT_SET:
-                raise ConfigError(name, settings[name], "nothing in an experiment, which sets it")
-            if name in (*_OF_DATA, "split", "rows"):
-                raise ConfigError(name, settings[name], "nothing of a method: data and tasks have the rows")
-        grid = _mapping("grid", of_method.get("grid"))
-        seeds = _list(of_method.get("seeds", list(self.seeds))) if METHODS[method].seeded else (0,)
+        grid = _mapping(f"{label}.grid", of_method.get("grid"))
+        _require_settings(label, METHODS[method], {**settings, **grid})
         data = {"task": task, **self.data, **of_task}
-        for values in itertools.product(*map(_list, grid.values())):
+        points = [_distinct(f"{label}.grid.{name}", values) for name, values in grid.items()]
+        for values in itertools.product(*points):
             point = dict(zip(grid, values))
-            for seed in seeds:
+            for seed in self._seeds(label, of_method, METHODS[method].seeded or SEED in data.values()):
                 of_seed = {name: seed if value == SEED else value for name, value in data.items()}
                 yield Cell(task, label, method, seed, point, {**settings, **point}, self.model, of_seed)
+
+    def _seeds(self, label: str, of_method: dict[str, Any], drawn: bool) -> Sequence[int]:
+        """Of a method's cells: one where a seed changes nothing."""
+        if drawn:
+            return _distinct(f"{label}.seeds", of_method.get("seeds", list(self.seeds)))
+        if "seeds" in of_method:
+            raise ConfigError(f"{label}.seeds", of_method["seeds"], "nothing where nothing is drawn by a seed")
+        return (0,)
 
     def _require_tasks(self, name: str, tasks: Iterable[str]) -> None:
         for task in tasks:
@@ -212,7 +226,9 @@ class Experiment:
 
     def with_model(self, **given: Any) -> "Experiment":
         """The same of another model, or of one that runs otherwise."""
-        return replace(self, model={**self.model, **given})
+        changed = replace(self, model={**self.model, **given})
+        changed.require_valid()
+        return changed
 
     def with_data(self, folder: str) -> "Experiment":
         """The same of files: a folder of each task's name in ``folder``. Where that has not the task's own test split,
@@ -235,7 +251,7 @@ def arguments_of(cell: Cell) -> tuple[ModelArguments, DataArguments, Any]:
     """The settings of a cell; ConfigError names the one at fault, UsageError one that there is not."""
     method = METHODS[cell.method]
     data = _built(DataArguments, cell.data, f"tasks.{cell.task}")
-    settings = {**method.fixed, **cell.settings}
+    settings = method.settings(cell.settings)
     if method.arguments is EvaluateArguments:
         settings |= {name: getattr(data, name) for name in _OF_DATA}
     elif method.seeded:
@@ -244,8 +260,43 @@ def arguments_of(cell: Cell) -> tuple[ModelArguments, DataArguments, Any]:
 
 
 def _built(kind: type, given: Mapping[str, Any], where: str) -> Any:
-    types = get_type_hints(kind)
-    return kind(**dict(field_of(name, value, types, where) for name, value in given.items()))
+    with _within(where):
+        return kind(**_require_fields(where, kind, given))
+
+
+def _require_fields(where: str, kind: type, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a dataclass, each once and with a value of its type."""
+    types, found = get_type_hints(kind), {}
+    for given_name, value in given.items():
+        with _within(where):
+            name, read = field_of(given_name, value, types, where)
+        if name in found:
+            raise ConfigError(f"{where}.{given_name}", value, f"nothing where {name} stands, which is the same")
+        found[name] = read
+    return found
+
+
+@contextmanager
+def _within(where: str) -> Iterator[None]:
+    """A field that is not allowed is named with what it is a field of."""
+    try:
+        yield
+    except ConfigError as error:
+        if error.field.startswith(f"{where}."):
+            raise
+        raise ConfigError(f"{where}.{error.field}", error.value, error.allowed) from error
+
+
+def _require_settings(label: str, method: Method, given: Mapping[str, Any]) -> None:
+    """Raise ConfigError for settings that a method has not to say, or not otherwise."""
+    for name, value in given.items():
+        known = SAME.get(name, name)
+        if known in _NOT_SET:
+            raise ConfigError(f"{label}.{name}", value, "nothing in an experiment, which sets it")
+        if known in (*_OF_DATA, "split", "rows"):
+            raise ConfigError(f"{label}.{name}", value, "nothing of a method: data and tasks have the rows")
+        if known in method.fixed:
+            raise ConfigError(f"{label}.{name}", value, f"nothing beside the method, which has {method.fixed[known]}")
 
 
 def _require_known(what: str, given: Mapping[str, Any], known: set[str]) -> None:
@@ -274,6 +325,15 @@ def _named(name: str, value: Any) -> dict[str, dict[str, Any]]:
     if isinstance(value, list):
         value = dict.fromkeys(map(str, value))
     return {str(one): _mapping(f"{name}.{one}", own) for one, own in _mapping(name, value).items()}
+
+
+def _distinct(name: str, value: Any) -> list[Any]:
+    """The values of a list, or the one that stands for it."""
+    values = _list(value)
+    told = list(map(repr, values))
+    if not values or len(set(told)) < len(told):
+        raise ConfigError(name, value, "one value at least, and none twice")
+    return values
 
 
 def _list(value: Any) -> list[Any]:

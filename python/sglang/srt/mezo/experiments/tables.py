@@ -39,7 +39,22 @@ class Row:
     @property
     def values(self) -> list[float]:
         """Of the test rows, seed by seed; shares as percent."""
-        return [result["test"][self.score] * (1 if self.score in ("loss", "reward") else 100) for result in self.chosen]
+        return [result["test"][self.score] * self.scale for result in self.chosen]
+
+    @property
+    def is_share(self) -> bool:
+        """Whether what it is told by is a share of the rows, or a mean of such."""
+        return self.score not in ("loss", "reward")
+
+    @property
+    def scale(self) -> int:
+        """By which what it is told by is multiplied."""
+        return 100 if self.is_share else 1
+
+    @property
+    def is_tested(self) -> bool:
+        """Whether there are results, and they are of test rows."""
+        return bool(self.chosen) and all(result["test"] for result in self.chosen)
 
     def mean_of(self, *path: str) -> float | None:
         """Of a number that all seeds have."""
@@ -84,7 +99,7 @@ def write_tables(folder: Folder) -> str:
     with open(folder.path / "tables.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(_CSV)
-        writer.writerows(_csv(row) for row in rows if row.chosen)
+        writer.writerows(_csv(row) for row in rows if row.is_tested)
     return text
 
 
@@ -110,21 +125,25 @@ def _told(row: Row | None) -> str:
         return ""
     if not row.chosen:
         return "failed" if "failed" in row.states else "not run"
-    mean, digits = statistics.mean(row.values), 1 if row.score not in ("loss", "reward") else 4
+    if not row.is_tested:
+        return "no test rows"
+    mean, digits = statistics.mean(row.values), 1 if row.is_share else 4
     spread = f" ± {statistics.pstdev(row.values):.{digits}f} ({len(row.values)})" if len(row.values) > 1 else ""
-    missing = len(row.states) - row.states.count("done")
+    failed = row.states.count("failed")
+    missing = len(row.states) - row.states.count("done") - failed
+    others = ", ".join(f"{count} {what}" for count, what in ((missing, "not run"), (failed, "failed")) if count)
     beside = f" [{row.paper.value:.1f}, {mean - row.paper.value:+.1f}]" if row.paper else ""
-    return f"{mean:.{digits}f}{spread}{beside}" + (f" ({missing} not run)" if missing else "")
+    return f"{mean:.{digits}f}{spread}{beside}" + (f" ({others})" if others else "")
 
 
 def _gains(rows: Sequence[Row]) -> list[str]:
     """What MeZO gains over the zero-shot model, in points and as a share of what fine-tuning with gradients gains."""
     told = []
-    beside = [method for method in _BY_GRADIENTS if any(row.method == method and row.chosen for row in rows)]
+    beside = [method for method in _BY_GRADIENTS if any(row.method == method and row.is_tested for row in rows)]
     for row in rows:
-        own = {other.method: other for other in reversed(rows) if other.task == row.task and other.chosen}
+        own = {other.method: other for other in reversed(rows) if other.task == row.task and other.is_tested}
         zero = own.get("zero-shot")
-        if not row.method.startswith("mezo-") or not row.chosen or zero is None or row.score in ("loss", "reward"):
+        if not row.method.startswith("mezo-") or not row.is_tested or zero is None or not row.is_share:
             continue
         gains = [value - statistics.mean(zero.values) for value in row.values]
         cells = [row.task, row.label, f"{statistics.mean(gains):+.1f}", f"{min(gains):+.1f} to {max(gains):+.1f}"]
@@ -190,7 +209,8 @@ def _csv(row: Row) -> list[Any]:
     mean = statistics.mean(row.values)
     paper = row.paper.value if row.paper else None
     told = [row.score, len(row.values), mean, statistics.pstdev(row.values), min(row.values), max(row.values)]
-    beside = [paper, None if paper is None else mean - paper, row.mean_of("zero_shot", row.score)]
+    zero = row.mean_of("zero_shot", row.score)
+    beside = [paper, None if paper is None else mean - paper, None if zero is None else zero * row.scale]
     return [row.task, row.label, *told, *beside, *(row.mean_of(*path) for path in _COSTS.values())]
 
 

@@ -10,7 +10,7 @@ import torch
 from sglang.srt.mezo.core.objective import Objective
 from sglang.srt.mezo.core.passes import Passes
 from sglang.srt.mezo.engine.points import PointGroup
-from sglang.srt.mezo.scoring.measures import Measured, Reader
+from sglang.srt.mezo.scoring.measures import Measured, Reader, Scores
 from sglang.srt.mezo.scoring.plan import ExamplePlan
 from sglang.srt.mezo.scoring.readout import batch_loss, choices, right_predictions
 
@@ -43,7 +43,7 @@ class Calibrated:
         ]
         right = right_predictions(single, gains).double().sum(dim=1)
         loss = batch_loss(single, gains, self.objective)
-        return Measured(loss, {"accuracy": right}, partial(choices, single, gains))
+        return Measured(loss, {"accuracy": Scores(right, len(plans))}, partial(choices, single, gains))
 
     def release(self) -> None:
         """It holds none."""

@@ -26,15 +26,19 @@ def evaluation_passes(
         told: to which what was read or written of each plan is added.
 
     Returns:
-        ``loss``, and the means of the measure's scores, such as ``accuracy`` where there are options to choose from.
+        ``loss``, and the means of the measure's scores, such as ``accuracy`` of the examples with options to choose
+        from.
     """
-    total, weight, scores = 0.0, 0, Counter()
+    total, weight = 0.0, 0
+    scores: Counter[str] = Counter()
+    examples: Counter[str] = Counter()
     for start in range(0, len(plans), batch_size):
         batch = plans[start : start + batch_size]
         measured = yield from measure.passes(batch, [(point,)], step_seed(seed, start), keep=False)
         total += measured.loss.total.item()
         weight += measured.loss.weight
-        scores.update({name: score.item() for name, score in measured.scores.items()})
+        scores.update({name: score.total.item() for name, score in measured.scores.items()})
+        examples.update({name: score.examples for name, score in measured.scores.items()})
         if told is not None:
             told += measured.told()
-    return {"loss": total / weight, **{name: score / len(plans) for name, score in scores.items()}}
+    return {"loss": total / weight, **{name: score / examples[name] for name, score in scores.items()}}

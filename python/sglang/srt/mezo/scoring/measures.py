@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -19,18 +19,25 @@ Grade = Callable[[Sequence[ExamplePlan], Sequence[str]], list[float]]
 """Of a completion of each plan; more is better."""
 
 
+class Scores(NamedTuple):
+    """float64 [points] sums over the examples that have such a score, and how many these are."""
+
+    total: torch.Tensor
+    examples: int
+
+
 @dataclass(frozen=True)
 class Measured:
     """Of examples at points.
 
     Attributes:
         loss: summed.
-        scores: float64 [points] sums over the examples, by the name of a metric; more is better.
+        scores: by the name of a metric; more is better.
         told: what was read or written of each example at the first point, as JSON has it.
     """
 
     loss: BatchLoss
-    scores: dict[str, torch.Tensor]
+    scores: dict[str, Scores]
     told: Callable[[], list[dict[str, Any]]]
 
 
@@ -85,9 +92,8 @@ class Reading:
         self, plans: Sequence[ExamplePlan], groups: Sequence[PointGroup], seed: int, keep: bool = True
     ) -> Passes[Measured]:
         values = yield from self.scorer.passes(plans, groups, self.objective, keep)
-        scores = {}
-        if all(len(plan.option_lengths) > 1 for plan in plans):
-            scores = {"accuracy": right_predictions(plans, values).double().sum(dim=1)}
+        asked = sum(bool(plan.right) for plan in plans)
+        scores = {"accuracy": Scores(right_predictions(plans, values).double().sum(dim=1), asked)} if asked else {}
         return Measured(batch_loss(plans, values, self.objective), scores, partial(choices, plans, values))
 
     def release(self) -> None:
@@ -114,7 +120,7 @@ class Writing:
         grades = self.handle.on_leader(self.grade, list(plans) * len(texts), sum(texts, []))
         total = torch.tensor(grades, dtype=torch.float64).view(len(texts), len(plans)).sum(dim=1)
         told = partial(_written, self.objective, texts[0], grades)
-        return Measured(BatchLoss(-total, len(plans)), {self.objective: total}, told)
+        return Measured(BatchLoss(-total, len(plans)), {self.objective: Scores(total, len(plans))}, told)
 
     @property
     def held_tokens(self) -> int:

@@ -63,7 +63,7 @@ class ExamplePlan:
     Attributes:
         label: the option that is learned.
         columns: where the model itself goes on after the one row: those of the example.
-        right: all options that are right.
+        right: all options that are right; none where there is nothing to choose from.
     """
 
     rows: tuple[Row, ...]
@@ -128,7 +128,7 @@ class Planner:
             option_of_read=tuple(i for i, option in enumerate(example.options) for _ in option),
             option_lengths=tuple(map(len, example.options)),
             label=example.label,
-            right=example.right or (example.label,),
+            right=example.right or ((example.label,) if len(example.options) > 1 else ()),
         )
 
     def _split(self, prompt: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:

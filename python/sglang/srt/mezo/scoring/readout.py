@@ -53,18 +53,20 @@ def predictions(plans: Sequence[ExamplePlan], values: torch.Tensor) -> torch.Ten
 
 
 def right_predictions(plans: Sequence[ExamplePlan], values: torch.Tensor) -> torch.Tensor:
-    """Whether the best option is a right one: bool [slots, examples]."""
+    """Whether the best option is a right one: bool [slots, examples]; never where none is right."""
     right = torch.zeros(len(plans), max(len(plan.option_lengths) for plan in plans), dtype=torch.bool)
-    places = [(row, option) for row, plan in enumerate(plans) for option in plan.right]
-    right[tuple(torch.tensor(places).T)] = True
+    for row, plan in enumerate(plans):
+        right[row, list(plan.right)] = True
     return right[torch.arange(len(plans)), predictions(plans, values)]
 
 
 def choices(plans: Sequence[ExamplePlan], values: torch.Tensor) -> list[dict[str, Any]]:
-    """Of each example at the first point: the scores of its options, the best one, and whether that is right."""
+    """Of each example at the first point: the scores of its options, and of several the best one and whether that is
+    right."""
     scores, best = _scores(plans, values)[0], predictions(plans, values)[0].tolist()
     return [
-        {"scores": own[: len(plan.option_lengths)].tolist(), "prediction": found, "correct": found in plan.right}
+        {"scores": own[: len(plan.option_lengths)].tolist()}
+        | ({"prediction": found, "correct": found in plan.right} if plan.right else {})
         for plan, own, found in zip(plans, scores, best)
     ]
 

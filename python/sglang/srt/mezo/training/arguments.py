@@ -16,6 +16,7 @@ from typing import Any, NoReturn, Optional, Union, get_args, get_origin, get_typ
 from sglang.srt.mezo.core.errors import ConfigError, MezoError, UsageError
 from sglang.srt.mezo.core.kinds import described, fits, from_text
 from sglang.srt.mezo.core.settings import setting_of
+from sglang.srt.mezo.core.yaml_file import read_yaml
 
 SAME = {
     "model_name": "model",
@@ -92,7 +93,7 @@ MEANT: dict[str, dict[str, dict[str, str]]] = {
     "lora_bias": {"none": {}, "false": {}},
     "bias": {"none": {}},
     "use_rslora": {"false": {}},
-    "train_as_classification": {"true": {"objective": "classification"}, "false": {}},
+    "train_as_classification": {"true": {"objective": "classification"}, "false": {"objective": "completion"}},
     "only_train_option": {"true": {}},
     "non_diff": {"true": {"objective": "f1"}, "false": {}},
     "sampling": {"false": {}},
@@ -158,17 +159,14 @@ def read(arguments: Sequence[str], kinds: Sequence[type], description: str | Non
 
 def _read_file(path: str, types: Mapping[str, Any]) -> dict[str, Any]:
     """The fields in a YAML file. A text stands for what it does on a command line, as YAML has 1e-4 for one."""
-    import yaml
-
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UsageError(f"--config {path} cannot be read: {' '.join(str(error).split())}") from error
+    content = read_yaml(Path(path), f"--config {path}")
     if not isinstance(content, dict):
         raise UsageError(f"--config {path} holds no fields, one a line as `learning_rate: 0.01`")
     fields = {}
     for given, value in content.items():
         name, read = field_of(given, value, types, f"--config {path}")
+        if name in fields:
+            raise UsageError(f"--config {path} has {name} twice, once as {given}")
         fields[name] = read
     return fields
 

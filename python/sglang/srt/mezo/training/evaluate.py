@@ -21,7 +21,7 @@ from sglang.srt.mezo.data.examples import Example, default_objective
 from sglang.srt.mezo.data.named import Named, is_text, named_data
 from sglang.srt.mezo.data.rows import SourceRow, has_splits
 from sglang.srt.mezo.data.sampling import permuted
-from sglang.srt.mezo.data.selection import TRAIN, with_demonstrations
+from sglang.srt.mezo.data.selection import with_demonstrations
 from sglang.srt.mezo.data.splits import written_test
 from sglang.srt.mezo.engine.chat import ChatRenderer
 from sglang.srt.mezo.engine.handle import MezoEngine
@@ -140,6 +140,7 @@ def read_evaluation(model: ModelArguments, arguments: EvaluateArguments, rows: l
     adapter = (
         None if arguments.adapter is None else read_foreign(arguments.adapter, adapted_model(model.model, model_config))
     )
+    _require_writable(arguments.predictions)
     named = named_data(arguments.task, arguments.dataset, arguments.dataset_config)
     wanted = arguments.objective or (named.task.objective if named.task else None)
     generation = arguments.generation or (None if arguments.objective else written_test(named.task, wanted))
@@ -156,6 +157,12 @@ def read_evaluation(model: ModelArguments, arguments: EvaluateArguments, rows: l
     if arguments.calibrated:
         nothing = CalibrationEncoder(tokenizer, longest, named.task).encode_rows([row for row, _ in examples])
     return Asked(adapter, examples, nothing, objective, Writer.of(generation, tokenizer))
+
+
+def _require_writable(predictions: str | None) -> None:
+    """Raise ConfigError where they could not be written in the end."""
+    if predictions is not None and (Path(predictions).is_dir() or not Path(predictions).parent.is_dir()):
+        raise ConfigError("predictions", predictions, "a file to write, in a folder that is there")
 
 
 def _require_askable(arguments: EvaluateArguments, masked: bool, generation: Generation | None) -> None:
@@ -200,10 +207,7 @@ def _rows(named: Named, arguments: EvaluateArguments) -> list[SourceRow]:
         return rows[: arguments.rows]
     if has_splits(named.path):
         rows = permuted(rows, 0)
-    rows = rows[: arguments.rows]
-    if arguments.num_demonstrations:
-        rows = with_demonstrations(named.task, rows, named.rows(TRAIN), arguments.num_demonstrations)
-    return rows
+    return with_demonstrations(named, rows[: arguments.rows], arguments.num_demonstrations, arguments.on_bad_row)
 
 
 def evaluation_engine(model: ModelArguments, adapter: ForeignAdapter | None, rank: Rank) -> MezoEngine:

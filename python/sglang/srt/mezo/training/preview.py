@@ -11,7 +11,7 @@ from sglang.srt.mezo.core.errors import ConfigError
 from sglang.srt.mezo.core.settings import setting
 from sglang.srt.mezo.data.examples import Example
 from sglang.srt.mezo.data.named import Named, is_text, named_data
-from sglang.srt.mezo.data.rows import SourceRow
+from sglang.srt.mezo.data.rows import SourceRow, has_splits
 from sglang.srt.mezo.data.selection import TRAIN, RowArguments, drawn_rows, with_demonstrations
 from sglang.srt.mezo.data.splits import generation_prompt
 from sglang.srt.mezo.data.tasks import Task, final
@@ -89,11 +89,10 @@ def _rows(named: Named, arguments: PreviewArguments) -> list[SourceRow]:
     if arguments.drawn:
         rows = drawn_rows(named, arguments)[_PARTS.index(arguments.split)]
     else:
+        if arguments.split != TRAIN and not has_splits(named.path):
+            raise ConfigError("split", arguments.split, f"none for {named.path}, which has no splits; drawn rows have")
         rows = named.rows(arguments.split)
-    rows = rows[: arguments.rows]
-    if named.task is not None and arguments.num_demonstrations:
-        rows = with_demonstrations(named.task, rows, named.rows(TRAIN), arguments.num_demonstrations)
-    return rows
+    return with_demonstrations(named, rows[: arguments.rows], arguments.num_demonstrations, arguments.on_bad_row)
 
 
 def _shown(row: SourceRow, example: Example, planner: Planner, task: Task | None, tokenizer: Any) -> dict[str, Any]:
@@ -122,9 +121,10 @@ def _texts(row: SourceRow, example: Example, task: Task | None, tokenizer: Any) 
     if task is not None and example.mask is None:
         text = final(task.render(row.fields), row.demonstrations)
         return text.prompt, list(text.options)
-    if task is None and "prompt" in row.fields:
-        options = row.fields["options"] if "options" in row.fields else [row.fields["completion"]]
-        return row.fields["prompt"], list(options)
+    if task is None and {"prompt", "options", "label"} <= row.fields.keys():
+        return row.fields["prompt"], list(row.fields["options"])
+    if task is None and {"prompt", "completion"} <= row.fields.keys():
+        return row.fields["prompt"], [row.fields["completion"]]
     return tokenizer.decode(example.prompt), [tokenizer.decode(option) for option in example.options]
 
 

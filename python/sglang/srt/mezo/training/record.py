@@ -12,6 +12,7 @@ import torch
 
 from sglang.srt.mezo.core.config import MezoConfig
 from sglang.srt.mezo.core.errors import DamagedError, DataError
+from sglang.srt.mezo.core.objective import LOSS_METRIC, is_better, metric_name
 from sglang.srt.mezo.core.seed_log import LogRecord, SeedLog
 from sglang.srt.mezo.training.learner import Learner
 from sglang.srt.mezo.training.pass_sizes import PassSizes
@@ -186,9 +187,8 @@ class RunRecord:
             self._directory.drop_best(earlier)
 
     def _is_best(self, metrics: dict[str, float]) -> bool:
-        name = self._config.metric_for_best_model or "eval_loss"
-        best = self._state["best_metric"]
-        better = best is None or (metrics[name] < best if name.endswith("loss") else metrics[name] > best)
+        name = metric_name(self._config.metric_for_best_model or LOSS_METRIC)
+        better = is_better(name, metrics[name], self._state["best_metric"])
         if better:
             self._state.update(best_metric=metrics[name], best_global_step=self._learner.global_step)
         return better

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 
 from sglang.srt.mezo.core.config import MezoConfig
 from sglang.srt.mezo.core.errors import ConfigError, DataError
-from sglang.srt.mezo.core.objective import SCORES, Objective
+from sglang.srt.mezo.core.objective import SCORES, Objective, metric_name, metrics_of
 from sglang.srt.mezo.scoring.plan import ExamplePlan
 
 
@@ -24,11 +24,13 @@ def require_usable(plans: Sequence[ExamplePlan], config: MezoConfig, objective: 
 def require_objective(config: MezoConfig, objective: Objective, option_counts: Iterable[int]) -> None:
     """Raise ConfigError where ``objective`` is not one for examples of so many options, or has no such metric."""
     require_choices(objective, option_counts)
-    metrics = ["eval_loss", *(f"eval_{score}" for score in SCORES[objective])]
-    if config.metric_for_best_model not in (None, *metrics):
-        raise ConfigError(
-            "metric_for_best_model", config.metric_for_best_model, f"one of {', '.join(metrics)} for {objective}"
-        )
+    require_metric(config.metric_for_best_model, objective)
+
+
+def require_metric(metric: str | None, objective: Objective) -> None:
+    """Raise ConfigError where evaluations have no such metric."""
+    if metric is not None and metric_name(metric) not in metrics_of(objective):
+        raise ConfigError("metric_for_best_model", metric, f"one of {', '.join(metrics_of(objective))} for {objective}")
 
 
 def require_choices(objective: Objective, option_counts: Iterable[int]) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sglang.srt.mezo.data.tasks.base import Task, TextExample, text_of, texts_of
+from sglang.srt.mezo.data.tasks.base import Task, TextExample, part_of, text_of, texts_of
 
 
 class Answered(Task):
@@ -23,7 +23,7 @@ class SQuAD(Answered):
     def render(self, row: Mapping[str, Any]) -> TextExample:
         title, context, question = (text_of(row, column) for column in ("title", "context", "question"))
         prompt = f"Title: {title}\nContext: {context}\nQuestion: {question.strip()}\nAnswer:"
-        return _answered(prompt, texts_of("answers", row["answers"]["text"]))
+        return _answered(prompt, texts_of("answers", part_of(row, "answers", "text")))
 
 
 class DROP(Answered):
@@ -35,7 +35,7 @@ class DROP(Answered):
     def render(self, row: Mapping[str, Any]) -> TextExample:
         passage, question = text_of(row, "passage"), text_of(row, "question")
         prompt = f"Passage: {passage}\nQuestion: {question.strip()}\nAnswer:"
-        return _answered(prompt, texts_of("answers_spans", row["answers_spans"]["spans"]))
+        return _answered(prompt, texts_of("answers_spans", part_of(row, "answers_spans", "spans")))
 
 
 def _answered(prompt: str, answers: Sequence[str]) -> TextExample:

@@ -53,10 +53,10 @@ class Task(ABC):
     letter of its code."""
 
     name: ClassVar[str]
-    """Name on the command line."""
+    """Name on the command line, and in tables; the class's by default."""
 
-    dataset: ClassVar[tuple[str, ...]]
-    """Arguments of ``datasets.load_dataset``: hub path and configuration."""
+    dataset: ClassVar[tuple[str, ...]] = ()
+    """Arguments of ``datasets.load_dataset``: hub path and configuration; none where ``--dataset`` has to say it."""
 
     eval_split: ClassVar[str] = "validation"
     """Split that published results are measured on."""
@@ -75,6 +75,11 @@ class Task(ABC):
 
     masked_length: ClassVar[int | None] = None
     """Most tokens of a row of a masked language model; the rest is cut off."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if not hasattr(cls, "name"):
+            cls.name = cls.__name__
 
     @abstractmethod
     def render(self, row: Mapping[str, Any]) -> TextExample:
@@ -101,6 +106,14 @@ class Task(ABC):
 def text_of(row: Mapping[str, Any], column: str) -> str:
     """The text in a column of a row; raises what ``Task.render`` does."""
     return _text(column, row[column])
+
+
+def part_of(row: Mapping[str, Any], column: str, part: str) -> Any:
+    """A part of what a column of a row holds; raises what ``Task.render`` does."""
+    value = row[column]
+    if not isinstance(value, Mapping) or part not in value:
+        raise DataError(f"{column}={shown(value)} must be an object with {part!r}")
+    return value[part]
 
 
 def texts_of(column: str, values: Any) -> list[str]:

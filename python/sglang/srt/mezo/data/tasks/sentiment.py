@@ -30,6 +30,7 @@ class SST5(Task):
 
     name = "sst5"
     dataset = ("SetFit/sst5",)
+    eval_split = "test"
     invocation = " It was"
     words = (" terrible", " bad", " okay", " good", " great")
     masked_length = 128

@@ -12,7 +12,7 @@ from sglang.srt.mezo.core.config import MOST_STEPS, NEW_ADAPTER, MezoConfig, Ser
 from sglang.srt.mezo.core.errors import ConfigError, DataError, shown
 from sglang.srt.mezo.core.estimator import SIGNS, Estimator
 from sglang.srt.mezo.core.kinds import described, fits
-from sglang.srt.mezo.core.objective import SCORE_METRICS
+from sglang.srt.mezo.core.objective import LOSS_METRIC, SCORE_METRICS, metric_name
 from sglang.srt.mezo.core.settings import LARGEST, Bounds, names, setting_of
 from sglang.srt.mezo.data.invocation import AUTO
 from sglang.srt.mezo.engine.prefix_needs import POOL_SHARE
@@ -52,7 +52,7 @@ _UNSTORED = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint")  # 
 _AUTO_STEPS = 250
 
 _MOST_CHARACTERS = 1000  # of an invocation
-_METRICS = ("eval_loss", *SCORE_METRICS)
+_METRICS = (LOSS_METRIC, *SCORE_METRICS)
 
 
 class _Given(NamedTuple):
@@ -193,7 +193,7 @@ def _check_together(given: Mapping[str, _Given]) -> None:
     if multiplier is not None and multiplier.value != 1 and "learning_rate" in given:
         raise _refusal(multiplier, "1 beside learning_rate, as it multiplies the default learning rate")
     metric = given.get("metric_for_best_model")
-    if metric is not None and metric.value not in (None, *_METRICS):
+    if metric is not None and metric.value is not None and metric_name(metric.value) not in _METRICS:
         raise _refusal(metric, f"one of {', '.join(_METRICS)}, null")
 
 
