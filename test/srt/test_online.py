@@ -1,6 +1,7 @@
 """Fine-tuning through a real server with the official client: the whole way from files to answers."""
 
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -98,6 +99,15 @@ def test_the_new_model_is_listed_and_answers_in_chat_and_completions(server, tra
             for o in (options[kind][0], other)
         )
         assert right > wrong
+
+
+def test_a_jobs_name_is_neither_given_to_another_adapter_nor_taken_from_its_own(server, trained, tmp_path):
+    folder = shutil.copytree(server.directory / "jobs" / trained.id / "adapters" / "v1", tmp_path / "adapter")
+    for route, more in (("load", {"lora_path": str(folder)}), ("unload", {})):
+        answer = server.http.post(f"/{route}_lora_adapter", json={"lora_name": "reviews", **more})
+        assert answer.status_code == 400
+        assert f"lora_name='reviews' is not allowed: job {trained.id} has that name" in answer.json()["error_message"]
+    assert server.client.models.retrieve(trained.fine_tuned_model).owned_by == "sglang-mezo"
 
 
 def test_a_fine_tuned_model_is_trained_further(server, files, trained):

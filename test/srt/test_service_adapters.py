@@ -137,7 +137,7 @@ async def test_checkpoints_of_a_cancelled_job_hold_its_name_until_it_is_deleted(
     write_adapter(folder, "of step 4")
     server.scheduler.report(CheckpointSaved, 4, directory=str(folder))
     await server.manager.cancel(job.id)
-    with pytest.raises(RequestError, match="an adapter that is served"):
+    with pytest.raises(RequestError, match=f"job {job.id} has that name"):
         server.manager.adapter_name_for("ftjob-0", "mine")
     await server.manager.delete_model("mine")
     assert server.manager.adapter_name_for("ftjob-0", "mine") == "mine"

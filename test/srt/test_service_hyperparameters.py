@@ -74,6 +74,7 @@ def test_auto_is_the_default_of_every_hyperparameter():
         ("gradient_accumulation_steps", 4, "gradient_accumulation_steps"),
         ("load_best_model_at_end", False, "load_best_model_at_end"),
         ("metric_for_best_model", "eval_accuracy", "metric_for_best_model"),
+        ("metric_for_best_model", "accuracy", "metric_for_best_model"),
         ("metric_for_best_model", None, "metric_for_best_model"),
         ("max_tokens_per_batch", 4000, "max_tokens_per_batch"),
         ("batch_size", 4, "per_device_train_batch_size"),
@@ -187,7 +188,7 @@ def test_null_is_a_setting_of_its_own_or_refused(name):
         ("target_modules", ["v_proj", "v_proj"], "each module once"),
         (
             "metric_for_best_model",
-            "f1",
+            "bleu",
             "one of eval_loss, eval_accuracy, eval_f1, eval_exact_match, eval_reward, null",
         ),
         ("lr_scheduler_type", "polynomial", 'one of constant, linear, cosine, or "auto"'),

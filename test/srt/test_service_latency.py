@@ -43,6 +43,15 @@ def test_percentiles_are_values_that_occurred(recorder):
     assert recorder.summary()["training"] == {"count": 0, "ttft_seconds": NOTHING, "tpot_seconds": NOTHING}
 
 
+def test_a_clock_that_is_set_back_holds_nothing_up(monkeypatch):
+    recorder = LatencyRecorder()
+    recorder.record(1.0, 0.1)
+    before, real = recorder.summary()["series"][-1]["start"], time.time
+    monkeypatch.setattr(time, "time", lambda: real() - 3600)
+    recorder.record(2.0, 0.1)
+    assert before <= recorder.summary()["series"][-1]["start"] <= before + 20 and len(recorder.summary()["series"]) < 3
+
+
 def test_a_request_counts_where_it_finished(recorder):
     recorder.record(1.0, 0.1)
     recorder.set_training(True)

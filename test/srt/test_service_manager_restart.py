@@ -4,12 +4,17 @@ import asyncio
 import json
 import shutil
 import sqlite3
+import threading
 from contextlib import closing
 
 import pytest
 
 from service_doubles import Refusal, write_adapter
 from service_server import ROW, ROWS, Server, anyio_backend, eventually, runtime_context, server, serving, tokenizer  # noqa: F401
+from sglang.srt.mezo.core.integrity import require_sums
+from sglang.srt.mezo.service.http.protocol import job_object
+from sglang.srt.mezo.service.jobs import served_names
+from sglang.srt.mezo.service.jobs.job_data import AppendedRows
 from sglang.srt.mezo.service.wire.errors import RequestError
 from sglang.srt.mezo.service.wire.events import Started, StepTaken
 from sglang.srt.mezo.service.wire.messages import AppendExamples
@@ -103,6 +108,35 @@ async def test_rows_are_for_jobs_that_still_train(server):
         await server.manager.append_rows(job.id, [ROW])
 
 
+async def test_rows_that_a_job_can_draw_no_more_are_not_taken(server, tmp_path, monkeypatch):
+    """It succeeds while they are written."""
+    job = await server.running()
+    add, written, over = AppendedRows.add, threading.Event(), threading.Event()
+
+    def slowly(self, rows):
+        path = add(self, rows)
+        written.set()
+        over.wait()
+        return path
+
+    monkeypatch.setattr(AppendedRows, "add", slowly)
+    request = asyncio.create_task(server.manager.append_rows(job.id, [ROW]))
+    await asyncio.to_thread(written.wait)
+    server.store.update_job(job.id, status="succeeded")
+    over.set()
+    with pytest.raises(RequestError, match="cannot append rows to a job that is succeeded"):
+        await request
+    assert not list((tmp_path / "jobs" / job.id).glob("appended*"))
+
+
+def test_a_sum_that_was_left_without_its_rows_does_no_harm(tmp_path):
+    (tmp_path / "appended-1.sha256").write_text("")  # of a server that was killed
+    path = AppendedRows(tmp_path).add([ROW])
+    assert path.name == "appended-1.jsonl"
+    require_sums(tmp_path, [path.name], "appended-1.sha256")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["appended-1.jsonl", "appended-1.sha256"]
+
+
 # --- after a restart --------------------------------------------------------------------------------------------------
 
 
@@ -148,6 +182,53 @@ async def test_rows_that_a_killed_server_had_not_sent_are_sent(tmp_path, tokeniz
         await server.started(job)
         await eventually(lambda: server.scheduler.sent(AppendExamples))
         assert len(unpack(server.scheduler.sent(AppendExamples)[0].examples)) == 2
+
+
+async def test_what_an_ended_server_has_tokenised_goes_with_its_job(tmp_path, tokenizer):
+    async with serving(tmp_path, tokenizer) as server:
+        job = await server.running()
+        waiting = await server.until(await server.create(), "queued")
+    folders = [tmp_path / "jobs" / one.id for one in (job, waiting)]
+    for folder in folders:
+        (folder / ".examples.abcd").mkdir()  # of a process that was killed
+    async with serving(tmp_path, tokenizer, on_restart="fail") as server:
+        await server.until(job, "failed")
+        await server.started(waiting)
+        assert [sorted(path.name for path in folder.glob("*examples*")) for folder in folders] == [[], ["examples"]]
+
+
+async def test_jobs_of_a_later_version_keep_nobody_from_working(tmp_path, tokenizer):
+    async with serving(tmp_path, tokenizer) as server:
+        served = await server.succeeded(suffix="served")
+        interrupted = await server.running()
+        for job in (served, interrupted):
+            config = {name: value for name, value in job.config.items() if name != "max_steps"}
+            server.store.update_job(job.id, config={**config, "zo_flavour": "new"})
+    async with serving(tmp_path, tokenizer) as server:
+        held = await server.until(interrupted, "paused")
+        assert held.error["code"] == "does_not_fit" and "zo_flavour='new' is not allowed" in held.error["message"]
+        assert not server.manager.serves("served")
+        assert job_object(server.store.job(served.id))["method"]["supervised"]["hyperparameters"]["max_steps"] == "auto"
+        await server.succeeded(suffix="after")
+
+
+async def test_a_name_that_another_adapter_has_is_not_a_jobs(tmp_path, tokenizer):
+    """Such as one of ``--lora-paths``."""
+    async with serving(tmp_path, tokenizer) as server:
+        job = await server.succeeded(suffix="reviews")
+    write_adapter(tmp_path / "other", "another")
+    server = Server(tmp_path, tokenizer)
+    served_names.announce(server.tokenizer_manager, "reviews", tmp_path / "other")
+    await server.start()
+    try:
+        assert await server.answer("reviews") == "another" and not server.manager.serves("reviews")
+        told = "The model is not served: the name is that of another adapter, which is loaded"
+        await eventually(lambda: server.messages(job)[-1] == told)
+        await server.manager.delete_model("reviews")
+        assert server.store.job(job.id).adapter_name == ""
+    finally:
+        await server.manager.stop()
+        server.store.close()
 
 
 async def test_half_a_run_is_begun_anew(tmp_path, tokenizer):

@@ -71,6 +71,18 @@ async def test_an_update_of_a_succeeded_job_is_served_at_once(server):
         assert server.store.job(job.id).version == version
 
 
+async def test_updates_that_come_to_the_step_that_was_published_are_published(server):
+    """The job has ended at step 10, and its best adapter, from which updates go on, is of step 8."""
+    job = await succeeded_and_opened(server)
+    server.scheduler.step = 8
+    for step in (9, 10):
+        answer = await server.manager.update(job.id, step, GRADS, 1e-3, publish=False)
+        assert answer == {"step": step, "model": None}
+    assert await server.answer(job.adapter_name) == "trained"
+    assert await server.manager.publish_checkpoint(job.id, None) == job.fine_tuned_model
+    assert await server.answer(job.adapter_name) == "step 10"
+
+
 async def test_a_paused_job_is_updated_served_and_resumed(server):
     job = await server.running()
     server.scheduler.report(StepTaken, 4, max_steps=10, metrics={"loss": 0.6})

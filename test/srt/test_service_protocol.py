@@ -12,6 +12,7 @@ from sglang.srt.mezo.core.config import MezoConfig
 from sglang.srt.mezo.service.http.endpoint import invalid
 from sglang.srt.mezo.service.http.protocol import (
     CreateJob,
+    bounded_page_object,
     checkpoint_object,
     checkpoint_page_object,
     estimated_finish,
@@ -22,7 +23,7 @@ from sglang.srt.mezo.service.http.protocol import (
     page_object,
 )
 from sglang.srt.mezo.service.store.database import Page
-from sglang.srt.mezo.service.wire.records import StoredCheckpoint, StoredEvent, StoredFile, StoredJob
+from sglang.srt.mezo.service.wire.records import GOES_ON, StoredCheckpoint, StoredEvent, StoredFile, StoredJob
 
 FILE = StoredFile("file-1", "train.jsonl", "fine-tune", 120, 1_700_000_000, "processed")
 
@@ -131,6 +132,8 @@ def test_a_list_says_whether_it_goes_on():
         "data": [file_object(FILE)],
         "has_more": True,
     }
+    bounds = bounded_page_object(Page([FILE], True), file_object)
+    assert (bounds["first_id"], bounds["last_id"]) == (FILE.id, FILE.id)
     checkpoints = [StoredCheckpoint("ftjob-1", step, f"ft-1:ckpt-step-{step}", "", {}) for step in (20, 10)]
     page = checkpoint_page_object(Page(checkpoints, False), "tiny")
     assert (page["first_id"], page["last_id"], page["has_more"]) == (checkpoints[0].id, checkpoints[1].id, False)
@@ -142,6 +145,12 @@ def metrics(created_at, step):
     return StoredEvent("ftjob-1", "Step", "info", "metrics", {"step": step, "max_steps": 100}, created_at=created_at)
 
 
+def test_the_pace_is_that_since_the_last_start():
+    """Ten hours later."""
+    events = [metrics(37_020, 30), metrics(37_000, 20), StoredEvent("ftjob-1", GOES_ON), metrics(1000, 10)]
+    assert estimated_finish(job(), events) == 37_020 + 70 * 2
+
+
 def test_the_end_is_estimated_from_the_pace_of_the_newest_events():
     events = [metrics(1040, 30), StoredEvent("ftjob-1", "Checkpoint created"), metrics(1020, 20), metrics(1000, 10)]
     assert estimated_finish(job(), events) == 1040 + 70 * 2
@@ -149,7 +158,14 @@ def test_the_end_is_estimated_from_the_pace_of_the_newest_events():
 
 
 @pytest.mark.parametrize(
-    "events", [[], [metrics(1000, 10)], [metrics(1000, 10), metrics(1000, 10)], [StoredEvent("ftjob-1", "started")]]
+    "events",
+    [
+        [],
+        [metrics(1000, 10)],
+        [metrics(1000, 10), metrics(1000, 10)],
+        [metrics(1000, 30), metrics(4600, 10)],
+        [StoredEvent("ftjob-1", "started")],
+    ],
 )
 def test_the_end_is_not_guessed(events):
     assert estimated_finish(job(), events) is None

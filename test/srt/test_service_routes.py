@@ -7,10 +7,22 @@ import openai
 import pytest
 
 from service_client import ROWS, add_file, add_job, client, http, service, upstream  # noqa: F401
+from sglang.srt.mezo.service.http import routes
 from sglang.srt.mezo.service.jobs.threads import ServiceThreads
 from sglang.srt.mezo.service.wire.records import StoredCheckpoint, StoredEvent
 
 JOBS = "/v1/fine_tuning/jobs"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"\n", b"a", b"a\nb\n", b" \n\na\r\n\t\nb", b"a\n" * 1000, b"x" * 5000 + b"\n \n" + b"y" * 3000, b" " * 99],
+)
+@pytest.mark.parametrize("piece", [1, 7, 1 << 20])
+def test_rows_are_counted_a_piece_at_a_time(tmp_path, monkeypatch, content, piece):
+    monkeypatch.setattr(routes, "_PIECE_BYTES", piece)
+    (tmp_path / "rows").write_bytes(content)
+    assert routes._count_rows(tmp_path / "rows") == max(1, sum(bool(line.strip()) for line in content.split(b"\n")))
 
 
 def supervised(**hyperparameters):

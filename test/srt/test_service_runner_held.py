@@ -35,7 +35,7 @@ from small_disk import small_disk
 
 
 def test_rows_and_updates_that_find_no_room_are_not_there(engine, config, model_path, tmp_path):
-    config = replace(config, r=4, max_steps=2)
+    config = replace(config, r=4, max_steps=3)
     rows = pack(oracle.examples(6, OPTIONS, seed=2))
     with small_disk(tmp_path / "disk", megabytes=1) as disk:
         config = replace(config, output_dir=str(disk.path / "run"))
@@ -47,6 +47,10 @@ def test_rows_and_updates_that_find_no_room_are_not_there(engine, config, model_
         disk.free()
         assert engine.call(send, "AppendExamples", {"job_id": "job", "examples": rows})[3] == {"step": 2}
         assert json.loads((Path(config.output_dir) / "segments.json").read_text())["parts"] == [[0, 10], [2, 6]]
+        engine.call(tick_to_step, 2)
+        refused = engine.call(reply_to, "AppendExamples", {"job_id": "job", "examples": rows})
+        assert not refused.success and "none any more: the last of 3 steps is under way" in refused.message
+        assert json.loads((Path(config.output_dir) / "segments.json").read_text())["parts"] == [[0, 10], [2, 6]]
         engine.call(tick)
         again = replace(config, resume_from_checkpoint=True)
         assert start(engine, again, model_path, evaluation=(), held=True)[0]
@@ -57,15 +61,19 @@ def test_rows_and_updates_that_find_no_room_are_not_there(engine, config, model_
         assert engine.call(refused_for_room, "ApplyUpdate", update)
         assert log_of(config.output_dir) == log
         disk.free()
-        assert engine.call(send, "ApplyUpdate", update)[3] == {"step": 3}
+        assert engine.call(send, "ApplyUpdate", update)[3] == {"step": 4}
         stop(engine)
 
 
 def refused_for_room(engine, name, fields) -> bool:
+    reply = reply_to(engine, name, fields)
+    return not reply.success and reply.code == "disk_full"
+
+
+def reply_to(engine, name, fields):
     from sglang.srt.mezo.service.wire import messages
 
-    reply = engine.runner.handle(messages.MezoReqInput(command=getattr(messages, name)(**fields)))
-    return not reply.success and reply.code == "disk_full"
+    return engine.runner.handle(messages.MezoReqInput(command=getattr(messages, name)(**fields)))
 
 
 def test_added_examples_count_from_the_next_step_and_after_a_restart(engine, config, model_path, tmp_path):

@@ -28,6 +28,7 @@ from runner_engine import (  # noqa: F401
 )
 from sglang.srt.mezo.core.errors import LogError
 from sglang.srt.mezo.core.seed_log import SeedLog
+from sglang.srt.mezo.engine import lora_capacity
 from sglang.srt.mezo.service.wire.events import Failed, Succeeded
 from sglang.srt.mezo.service.wire.packed import pack
 
@@ -221,6 +222,10 @@ def pin_another(engine, names):
     engine.pinned = refs
 
 
+def admits_the_base_model(engine):
+    return lora_capacity.admits(engine.handle.lora_manager, {None})
+
+
 def unpin(engine):
     for ref in engine.pinned:
         engine.handle.lora_manager.unload_lora_adapter(ref)
@@ -233,6 +238,9 @@ def test_slots_that_others_pin_in_the_meantime_end_the_job_and_no_other(engine, 
     engine.call(pin_another, ["mezo-current", "mine"])
     try:
         engine.call(tick, 20)
+        failed = engine.call(events)[-1]
+        assert (type(failed), failed.code) == (Failed, "CapacityError")
+        assert "5 adapter slots are needed" in failed.message and engine.call(admits_the_base_model)
         stop(engine)
     finally:
         engine.call(unpin)

@@ -8,6 +8,22 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
+def sync(path: Path) -> None:
+    """Bring a file, or a folder with all that is in it, to the disk, so that it is there after a power failure too."""
+    for inner in path.iterdir() if path.is_dir() else ():
+        sync(inner)
+    sync_names(path)
+
+
+def sync_names(path: Path) -> None:
+    """Bring a folder's names to the disk, and not what is in them; a file's content."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 @contextmanager
 def atomic_file(target: Path) -> Iterator[Path]:
     """A path to write: what lies there takes the place of ``target`` on success, and is removed on any error."""

@@ -7,7 +7,7 @@ Earlier versions wrote neither; what has none is taken as it is.
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +64,13 @@ def _digest(fields: dict[str, Any]) -> str:
 
 def write_sums(folder: Path, names: Sequence[str], sums: str = SUMS) -> None:
     """Write the sums of a folder's files into the file ``sums``."""
-    lines = [f"{digest_of_file(folder / name)}  {name}\n" for name in names]
-    (folder / sums).write_text("".join(lines))
+    write_sums_of({name: folder / name for name in names}, folder / sums)
+
+
+def write_sums_of(files: Mapping[str, Path], sums: Path) -> None:
+    """Write the sums of files, each by the name that it has or will have."""
+    with atomic_file(sums) as partial:
+        partial.write_text("".join(f"{digest_of_file(path)}  {name}\n" for name, path in files.items()))
 
 
 def require_sums(folder: Path, names: Sequence[str], sums: str = SUMS) -> None:

@@ -304,7 +304,7 @@ def free_slots(handle: EngineHandle) -> int:
     return manager.max_loras_per_batch - 1 - manager.num_pinned_loras
 
 
-def require_pool(handle: EngineHandle, slots: int, r: int) -> None:
+def require_pool(handle: EngineHandle, slots: int, r: int = 1) -> None:
     """Raise CapacityError where the LoRA pool cannot hold so many more adapters of rank ``r`` beside the base model."""
     manager = handle.lora_manager
     if slots > free_slots(handle):

@@ -234,7 +234,7 @@ def _extend_app(http_server: ModuleType) -> None:
     settings = _settings()
     if not settings.enabled:
         return
-    from sglang.srt.mezo.service.http import answers, latency, native, page, routes
+    from sglang.srt.mezo.service.http import answers, latency, loads, native, page, routes
     from sglang.srt.mezo.service.http.app import Service
 
     service = Service(settings)
@@ -286,6 +286,16 @@ def _extend_app(http_server: ModuleType) -> None:
         install(
             Hook(
                 "sglang.srt.entrypoints.ollama.serving", f"OllamaServing.{name}", "around", answers.around_ollama, every
+            )
+        )
+    for name in ("load_lora_adapter", "load_lora_adapter_from_tensors", "unload_lora_adapter"):
+        install(
+            Hook(
+                _CONTROL,
+                f"TokenizerControlMixin.{name}",
+                "around",
+                loads.around_change,
+                "the name of a job's adapter is its",
             )
         )
     install(Hook(_TOKENIZER, "TokenizerManager.generate_request", "before", answers.before_generating, every))

@@ -13,7 +13,7 @@ import torch
 from sglang.srt.mezo.adapters.families import require_tuning
 from sglang.srt.mezo.adapters.foreign import ForeignAdapter
 from sglang.srt.mezo.core.config import MezoConfig
-from sglang.srt.mezo.core.errors import DataError, DivergedError, RankError
+from sglang.srt.mezo.core.errors import ConfigError, DataError, DivergedError, RankError
 from sglang.srt.mezo.core.noise import step_seed
 from sglang.srt.mezo.core.objective import Objective
 from sglang.srt.mezo.core.optimizer import Optimizer, learning_rate_at, to_logged_float32
@@ -211,9 +211,12 @@ class Learner:
     def extend(self, examples: Sequence[Example], record: Callable[[], None] = lambda: None) -> int:
         """Add training examples; returns the first step that draws from them, the one after the step in progress.
 
-        It is later where examples that were added before count from later on. ``max_steps`` stays as it is. Where
-        ``record``, which is called once they are added, raises, they are not.
+        It is later where examples that were added before count from later on. ``max_steps`` stays as it is, and
+        ConfigError is raised where no step draws any more. Where ``record``, which is called once they are added,
+        raises, they are not.
         """
+        if self.global_step + 1 >= self.max_steps:
+            raise ConfigError("rows", len(examples), f"none any more: the last of {self.max_steps} steps is under way")
         return self.drawn.extend(self.plan(examples), self.global_step + 1, record)
 
     def evaluation_passes(

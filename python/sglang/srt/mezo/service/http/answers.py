@@ -1,8 +1,8 @@
 """Which adapter a request's ``model`` names, on every route of SGLang's, and which version of it has answered.
 
 SGLang reads the adapter from the model's name on some routes. On the others (/v1/responses, /v1/score, Ollama's and
-more) the base model would answer for any name. Here the name counts on all of them: its adapter answers, or the request
-ends with status 404.
+more) the base model would answer for any name. Here what follows the colon counts on all of them: that adapter answers,
+or the request ends with status 404.
 """
 
 import hashlib

@@ -47,15 +47,16 @@ class LatencyRecorder:
     """Keeps the newest requests of two populations, and percentiles over the last half hour. Memory is bounded.
 
     Args:
-        clock: seconds of the Unix epoch.
+        clock: seconds of the Unix epoch, which never go back; by default those of the machine's clock at this moment,
+            and all that have passed since.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.time):
-        self._clock = clock
+    def __init__(self, clock: Callable[[], float] | None = None):
+        self._clock = clock or _steady_clock()
         self._populations = {True: _Requests(), False: _Requests()}
         self._training = False
         self._bucket = _Requests()
-        self._bucket_start = self._start(clock())
+        self._bucket_start = self._start(self._clock())
         self._closed: deque[dict[str, Any]] = deque(maxlen=_BUCKETS - 1)
         self._spans: deque[list[float]] = deque(maxlen=_BUCKETS)
         """[from, to] of training; the end of the last one is infinity while it goes on."""
@@ -111,6 +112,11 @@ class LatencyRecorder:
     @staticmethod
     def _start(seconds: float) -> int:
         return int(seconds // _BUCKET_SECONDS) * _BUCKET_SECONDS
+
+
+def _steady_clock() -> Callable[[], float]:
+    start = time.time() - time.monotonic()
+    return lambda: start + time.monotonic()
 
 
 def _percentiles(values: Sequence[float]) -> dict[str, float | None]:

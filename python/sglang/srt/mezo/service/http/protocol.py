@@ -1,5 +1,6 @@
 """The wire: what clients send, and OpenAI's objects as they get them."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
 
@@ -8,7 +9,7 @@ from pydantic import Field
 from sglang.srt.mezo.service.http.endpoint import Wire
 from sglang.srt.mezo.service.jobs.hyperparameters import reported
 from sglang.srt.mezo.service.store.database import Page, Record
-from sglang.srt.mezo.service.wire.records import StoredCheckpoint, StoredEvent, StoredFile, StoredJob
+from sglang.srt.mezo.service.wire.records import GOES_ON, STARTED, StoredCheckpoint, StoredEvent, StoredFile, StoredJob
 
 OWNER = "sglang-mezo"
 
@@ -48,6 +49,12 @@ class CreateJob(Wire):
 
 def page_object(page: Page[Record], to_wire: Callable[[Record], Json]) -> Json:
     return {"object": "list", "data": [to_wire(record) for record in page.data], "has_more": page.has_more}
+
+
+def bounded_page_object(page: Page[Any], to_wire: Callable[[Any], Json]) -> Json:
+    """One that says where it begins and ends, as OpenAI's of files and of checkpoints do."""
+    ids = [record.id for record in page.data] or [None]
+    return page_object(page, to_wire) | {"first_id": ids[0], "last_id": ids[-1]}
 
 
 def file_object(file: StoredFile) -> Json:
@@ -93,16 +100,19 @@ def estimated_finish(job: StoredJob, events: Sequence[StoredEvent]) -> int | Non
     """Unix second at which a running job will be done, at the pace of ``events``; None where they do not tell one.
 
     Args:
-        events: the job's, newest first; the metrics among them tell how fast it goes, and how far.
+        events: the job's, newest first; the metrics among them, back to its last start, tell how fast it goes, and how
+            far.
     """
-    metrics = [event for event in events if event.type == "metrics" and {"step", "max_steps"} <= event.data.keys()]
+    here = itertools.takewhile(lambda event: event.message not in (STARTED, GOES_ON), events)
+    metrics = [event for event in here if event.type == "metrics" and {"step", "max_steps"} <= event.data.keys()]
     if job.status != "running" or not metrics:
         return None
     newest, oldest = metrics[0], metrics[-1]
     steps = newest.data["step"] - oldest.data["step"]
-    if steps <= 0:
+    seconds = newest.created_at - oldest.created_at
+    if steps <= 0 or seconds < 0:  # the clock has been set back
         return None
-    seconds_a_step = (newest.created_at - oldest.created_at) / steps
+    seconds_a_step = seconds / steps
     return round(newest.created_at + (newest.data["max_steps"] - newest.data["step"]) * seconds_a_step)
 
 
@@ -131,12 +141,7 @@ def checkpoint_object(checkpoint: StoredCheckpoint, served_model_name: str) -> J
 
 
 def checkpoint_page_object(page: Page[StoredCheckpoint], served_model_name: str) -> Json:
-    """Checkpoints are the one list that says where it begins and ends."""
-    ids = [checkpoint.id for checkpoint in page.data] or [None]
-    return page_object(page, lambda checkpoint: checkpoint_object(checkpoint, served_model_name)) | {
-        "first_id": ids[0],
-        "last_id": ids[-1],
-    }
+    return bounded_page_object(page, lambda checkpoint: checkpoint_object(checkpoint, served_model_name))
 
 
 def model_name(served_model_name: str, adapter_name: str) -> str:

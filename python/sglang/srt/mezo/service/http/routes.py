@@ -26,6 +26,7 @@ from sglang.srt.mezo.service.http.endpoint import (
 from sglang.srt.mezo.service.http.protocol import (
     CreateJob,
     Json,
+    bounded_page_object,
     checkpoint_page_object,
     estimated_finish,
     event_object,
@@ -48,6 +49,7 @@ Limit = Annotated[int, Query(ge=1, le=100)]
 FileLimit = Annotated[int, Query(ge=1, le=10_000)]
 
 _MAX_PAIRS = 16  # of metadata, as many as a job can have
+_PIECE_BYTES = 1 << 20
 _PACE_EVENTS = 50  # the newest events of a job, from which its pace is taken
 
 
@@ -101,7 +103,7 @@ class _Files:
         return await self._service.threads.read(self._page, after, limit, order, purpose)
 
     def _page(self, after: str | None, limit: int, order: Literal["asc", "desc"], purpose: str | None) -> Json:
-        return page_object(self._service.store.files(after, limit, order, purpose), file_object)
+        return bounded_page_object(self._service.store.files(after, limit, order, purpose), file_object)
 
     @reads
     async def retrieve(self, file_id: str) -> Json:
@@ -253,8 +255,16 @@ class _Jobs:
 
 
 def _count_rows(path: Path) -> int:
+    """Lines that are not blank, of any length, a piece of the file at a time."""
+    count, blank = 0, True
     with open(path, "rb") as file:
-        return max(1, sum(1 for line in file if line.strip()))
+        while piece := file.read(_PIECE_BYTES):
+            first, *others = piece.split(b"\n")
+            blank = blank and not first.strip()
+            for line in others:
+                count += not blank
+                blank = not line.strip()
+    return max(1, count + (not blank))
 
 
 def _metadata_filter(request: Request) -> dict[str, str] | None:

@@ -150,7 +150,8 @@ def reported(config: Mapping[str, Any], hyperparameters: Mapping[str, Any]) -> d
     """What was ``stored``, under the names that a client uses; "auto" is what the job's tuning does not have, and
     max_steps where n_epochs decides."""
     settings = {name: _or_auto(name, config.get(name)) for name in _SETTINGS}
-    return {**hyperparameters, **settings, "max_steps": settings["max_steps"] if settings["max_steps"] >= 1 else "auto"}
+    has_steps = isinstance(settings["max_steps"], int) and settings["max_steps"] >= 1
+    return {**hyperparameters, **settings, "max_steps": settings["max_steps"] if has_steps else "auto"}
 
 
 def _or_auto(name: str, value: Any) -> Any:

@@ -4,7 +4,6 @@ time."""
 import copy
 import itertools
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,10 +11,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sglang.srt.mezo.core.atomic import atomic_file
+from sglang.srt.mezo.core.atomic import atomic_file, sync, sync_names
 from sglang.srt.mezo.core.config import MOST_PASS_TOKENS, MezoConfig, Tuning
 from sglang.srt.mezo.core.errors import DataError
-from sglang.srt.mezo.core.integrity import require_sums, write_sums
+from sglang.srt.mezo.core.integrity import require_sums, write_sums_of
 from sglang.srt.mezo.core.objective import SCORES, Objective
 from sglang.srt.mezo.data.chat import ChatSettings
 from sglang.srt.mezo.data.examples import Encoder, Example, count_shared, default_objective
@@ -257,13 +256,13 @@ class AppendedRows:
         last = _number(files[-1]) if (files := self.files()) else 0
         path = self._directory / f"appended-{last + 1}.jsonl"
         try:
-            with atomic_file(path) as partial, open(partial, "w", encoding="utf-8") as file:
-                file.writelines(json.dumps(row) + "\n" for row in rows)
-                file.flush()
-                os.fsync(file.fileno())
-            write_sums(self._directory, [path.name], _sums(path))
-            for directory in (self._directory, self._directory.parent):
-                _sync(directory)
+            with atomic_file(path) as partial:
+                partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+                write_sums_of({path.name: partial}, self._directory / _sums(path))  # there before the rows are
+                sync(partial)
+                sync(self._directory / _sums(path))
+            sync_names(self._directory)
+            sync_names(self._directory.parent)
         except BaseException:
             self.drop(path)
             raise
@@ -287,12 +286,3 @@ def _is_numbered(path: Path) -> bool:
 
 def _number(path: Path) -> int:
     return int(path.stem.removeprefix("appended-"))
-
-
-def _sync(directory: Path) -> None:
-    """Bring the names in a folder to the disk."""
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

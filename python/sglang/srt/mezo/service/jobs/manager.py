@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 import msgspec
@@ -57,7 +57,7 @@ class JobManager:
         self.engine = engine
         self.origins = Origins(store, client, engine, tokenizer)
         self._state_lock = asyncio.Lock()
-        self._tasks: list[asyncio.Task] = []
+        self._tasks: set[asyncio.Task] = set()
         self._sessions = Sessions(client)
         self._fit = Fit(engine)
         self._published = PublishedAdapters(store, client, self._fit)
@@ -94,7 +94,7 @@ class JobManager:
         engine.rendering = rendering(tokenizer, client.chat_settings)
         manager = cls(settings, store, client, forks, engine, tokenizer)
         await manager._published.refresh()
-        manager._tasks = [asyncio.create_task(manager._begin())]
+        manager._start(manager._begin())
         return manager
 
     async def stop(self) -> None:
@@ -105,10 +105,22 @@ class JobManager:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._tokenising.close()
 
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        """As a task of its own; where it fails, the log says so."""
+
+        def over(task: asyncio.Task) -> None:
+            self._tasks.discard(task)
+            if not task.cancelled() and (error := task.exception()) is not None:
+                logger.critical("fine-tuning stands still until the server is restarted", exc_info=error)
+
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(over)
+
     def on_event(self, event: AnyEvent) -> None:
         """Called in the event loop for each event from the scheduler, in their order."""
         if isinstance(event, BaseModelReplaced):
-            self._tasks.append(asyncio.create_task(self._on_base_model(event.fingerprint)))
+            self._start(self._on_base_model(event.fingerprint))
             return
         try:
             self._training.on_event(event)
@@ -214,6 +226,11 @@ class JobManager:
         async with self._state_lock:
             require(self.store.job(job_id), "append rows to")
             path = await asyncio.to_thread(self._runs.appended(job_id).add, rows)
+            try:
+                require(self.store.job(job_id), "append rows to")  # it may have ended by itself meanwhile
+            except RequestError:
+                self._runs.appended(job_id).drop(path)
+                raise
             session = self._sessions.of(job_id)
             step = None
             if isinstance(session, TrainingSession) and session.has_started:
@@ -271,6 +288,10 @@ class JobManager:
         """A step of a paused or succeeded job's adapter; see ``ManualWork``."""
         return await self._manual.update(job_id, zo_random_seed, projected_grad, learning_rate, publish)
 
+    def holder_of(self, name: str) -> str | None:
+        """The job whose adapter, or a checkpoint of it, has that name or is to have it."""
+        return self._published.holder_of(name)
+
     def serves(self, name: str) -> bool:
         """Whether requests are answered under the name of a published adapter or a checkpoint."""
         return self._published.serves(name)
@@ -289,6 +310,7 @@ class JobManager:
     async def _begin(self) -> None:
         await self._queues.written(self._take_up)
         await self._queues.written(self._published.tell)
+        await self._tokenising.tidy()
         await self._queues.run()
 
     async def _take_off_engine(self, job_id: str) -> dict[str, int]:

@@ -24,7 +24,7 @@ from sglang.srt.mezo.service.wire.errors import RequestError
 from sglang.srt.mezo.service.wire.events import Failed
 from sglang.srt.mezo.service.wire.messages import ApplyUpdate, EvaluatePerturbed, SaveAdapter
 from sglang.srt.mezo.service.wire.packed import pack
-from sglang.srt.mezo.service.wire.records import StoredEvent, StoredJob, new_id
+from sglang.srt.mezo.service.wire.records import NOT_PUBLISHED, StoredEvent, StoredJob, new_id
 
 _IDLE_SECONDS = 30.0
 _TIMEOUT_SECONDS = 600.0  # to begin or to evaluate: requests go first
@@ -101,7 +101,7 @@ class ManualWork:
             session.step = result["step"]
             model = None
             try:
-                job = self._store.update_job(job_id, step=session.step)
+                job = self._store.update_job(job_id, step=session.step, published_step=NOT_PUBLISHED)
                 if publish and job.status == "succeeded":
                     async with self._state_lock:
                         model = await self.publish_current(job_id)

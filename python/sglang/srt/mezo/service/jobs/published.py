@@ -1,19 +1,21 @@
 """Versions of a job's adapter that are served, and its checkpoints: their folders, their names, their rows."""
 
 import asyncio
+import itertools
 import logging
 import re
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+from sglang.srt.mezo.core.atomic import sync, sync_names
 from sglang.srt.mezo.service.jobs import served_names
 from sglang.srt.mezo.service.jobs.client import EngineClient
 from sglang.srt.mezo.service.jobs.fit import Fit
 from sglang.srt.mezo.service.jobs.threads import run_in
 from sglang.srt.mezo.service.store.store import Store
 from sglang.srt.mezo.service.wire.errors import RequestError
-from sglang.srt.mezo.service.wire.records import LIVE, StoredCheckpoint, StoredEvent, StoredJob
+from sglang.srt.mezo.service.wire.records import LIVE, ServedAdapter, StoredCheckpoint, StoredEvent, StoredJob
 
 logger = logging.getLogger(__name__)
 
@@ -59,10 +61,17 @@ class PublishedAdapters:
 
     def require_free(self, name: str) -> None:
         served = served_names.names(self._client.tokenizer_manager) | self._unserved.keys()
-        holders = [job.id for job in self._store.with_status(*LIVE, "succeeded") if job.adapter_name == name]
-        if holders or any(other.partition(":")[0] == name for other in served):
-            holder = f"job {holders[0]}" if holders else "an adapter that is served"
-            raise RequestError(409, f"suffix={name!r} is not allowed: {holder} has that name", "suffix", "name_taken")
+        holder = self.holder_of(name)
+        if holder or any(other.partition(":")[0] == name for other in served):
+            told = f"job {holder}" if holder else "an adapter that is served"
+            raise RequestError(409, f"suffix={name!r} is not allowed: {told} has that name", "suffix", "name_taken")
+
+    def holder_of(self, name: str) -> str | None:
+        """The job whose adapter, or a checkpoint of it, has that name or is to have it."""
+        adapter_name = name.partition(":")[0]
+        jobs = (job.id for job in self._store.with_status(*LIVE, "succeeded") if job.adapter_name == adapter_name)
+        left = (served.job_id for served in self._store.served() if served.name.partition(":")[0] == adapter_name)
+        return next(itertools.chain(jobs, left), None)
 
     async def refresh(self) -> None:
         """Answer to the name of every adapter that this server can serve, and to no others; nothing is deleted.
@@ -72,15 +81,22 @@ class PublishedAdapters:
         manager = self._client.tokenizer_manager
         answered, self._unserved = served_names.names(manager), {}
         for adapter in self._store.served():
+            taken = adapter.name in answered and not self._is_own(adapter)
             reason = self._fit.of_adapter(self._store.job(adapter.job_id))
-            if reason is None and adapter.directory.is_dir():
+            if reason is None and adapter.directory.is_dir() and not taken:
                 if adapter.name not in answered:
                     self._announce(adapter.name, adapter.directory)
                 continue
-            self._unserved[adapter.name] = reason.message if reason else f"{adapter.directory} is gone"
+            gone = "the name is that of another adapter, which is loaded" if taken else f"{adapter.directory} is gone"
+            self._unserved[adapter.name] = reason.message if reason else gone
             logger.error("adapter %r is not served: %s", adapter.name, self._unserved[adapter.name])
-            if adapter.name in answered:
+            if adapter.name in answered and not taken:
                 await self._client.run(served_names.withdraw(manager, adapter.name))
+
+    def _is_own(self, adapter: ServedAdapter) -> bool:
+        """Whether what the server answers with under an adapter's name is of the adapter's job."""
+        folder = served_names.folder_of(self._client.tokenizer_manager, adapter.name)
+        return folder is not None and self._store.job_directory(adapter.job_id) in Path(folder).parents
 
     def tell(self) -> None:
         """An event for each job whose adapters are not served, or are served again."""
@@ -155,6 +171,8 @@ class PublishedAdapters:
         directory = self._store.version_directory(job_id, version)
         try:
             await write(directory)
+            await asyncio.to_thread(sync, directory)  # before the version is on record, and the one before deleted
+            await asyncio.to_thread(sync_names, directory.parent)
             await self._publish(job.adapter_name, directory, lambda: record(version))
         except Exception:
             self._store.delete_version(job_id, version)

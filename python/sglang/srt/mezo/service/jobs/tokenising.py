@@ -7,10 +7,16 @@ from typing import Any
 from sglang.srt.mezo.core.errors import DataError
 from sglang.srt.mezo.service.jobs.forks import Forks, Shared
 from sglang.srt.mezo.service.jobs.job_data import JobReader, SourceFile
-from sglang.srt.mezo.service.store.example_files import ExampleFiles, read_examples, remove_examples, write_examples
+from sglang.srt.mezo.service.store.example_files import (
+    ExampleFiles,
+    read_examples,
+    remove_examples,
+    remove_partial,
+    write_examples,
+)
 from sglang.srt.mezo.service.store.store import Store
 from sglang.srt.mezo.service.wire.errors import RequestError
-from sglang.srt.mezo.service.wire.records import StoredJob
+from sglang.srt.mezo.service.wire.records import ENDED, LIVE, StoredJob
 
 _REST_SECONDS = 600.0  # after the last task until the process that starts them ends, for the memory that it takes
 _SMALL_BYTES = 128 << 10  # of files that take a moment, in a thread: less than it takes to send for a process
@@ -56,6 +62,13 @@ class Tokenising:
     async def remove(self, job_id: str) -> None:
         """Of a job that does not train any more."""
         await asyncio.to_thread(remove_examples, self._directory(job_id))
+
+    async def tidy(self) -> None:
+        """Before the first task: remove what an earlier server did not come to, of jobs that do not train any more."""
+        for job in self._store.with_status(*LIVE):
+            await asyncio.to_thread(remove_partial, self._directory(job.id))
+        for job in self._store.with_status(*ENDED):
+            await self.remove(job.id)
 
     async def close(self) -> None:
         """After the last task."""

@@ -25,7 +25,7 @@ from sglang.srt.mezo.service.wire.errors import DiskFull, EngineRefused, NotFoun
 from sglang.srt.mezo.service.wire.events import CheckpointSaved, Evaluated, Failed, JobEvent, Started, StepTaken, Warned
 from sglang.srt.mezo.service.wire.messages import AppendExamples
 from sglang.srt.mezo.service.wire.packed import pack
-from sglang.srt.mezo.service.wire.records import StoredEvent, StoredFile, StoredJob, now
+from sglang.srt.mezo.service.wire.records import GOES_ON, STARTED, StoredEvent, StoredFile, StoredJob, now
 
 logger = logging.getLogger(__name__)
 
@@ -97,8 +97,7 @@ class Training:
 
     async def _open(self, job_id: str, data: RunData) -> TrainingSession:
         begun = self._runs.has_begun(job_id)
-        message = "Fine-tuning job goes on from its last step" if begun else "Fine-tuning job started"
-        job = change(self._store, job_id, "start", StoredEvent(job_id, message))
+        job = change(self._store, job_id, "start", StoredEvent(job_id, GOES_ON if begun else STARTED))
         for step, path in self._runs.checkpoints(job_id):  # of which a server that was stopped has not heard
             self._published.add_checkpoint(job, step, path, {})
         command = await asyncio.to_thread(self._runs.start_command, job, data.portions)

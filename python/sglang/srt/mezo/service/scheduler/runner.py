@@ -16,7 +16,7 @@ from sglang.srt.mezo.core.config import MezoConfig
 from sglang.srt.mezo.core.errors import BaseModelError, CapacityError, ConfigError, MezoError
 from sglang.srt.mezo.data.examples import Example
 from sglang.srt.mezo.engine import lora_capacity
-from sglang.srt.mezo.engine.handle import EngineHandle
+from sglang.srt.mezo.engine.handle import EngineHandle, require_pool
 from sglang.srt.mezo.engine.prefix_needs import why_no_prefixes
 from sglang.srt.mezo.engine.streams import forward_stream
 from sglang.srt.mezo.service.scheduler.calibrate import calibrate
@@ -202,6 +202,11 @@ class MezoRunner:
         """Take the job's slots once the adapters of requests in flight leave the room, which new ones wait for; its
         places in the KV pool while requests leave them."""
         points, manager = job.learner.points, self._handle.lora_manager
+        try:
+            require_pool(self._handle, points.slots)
+        except CapacityError as error:  # of adapters that have been pinned since; nobody leaves for those
+            self._fail(job, error)
+            return False
         if points.tokens and any(self._load()) and not self._is_roomy(points.tokens):
             return False
         if not lora_capacity.leave_room(manager, {req.lora_id for req in self._batched()}, points.slots):

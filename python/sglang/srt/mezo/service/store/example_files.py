@@ -94,4 +94,12 @@ def read_examples(directory: Path, made_from: Mapping[str, Any]) -> ExampleFiles
 
 
 def remove_examples(directory: Path) -> None:
+    """And what a process has left that was ended while it wrote them."""
+    remove_partial(directory)
     shutil.rmtree(directory, ignore_errors=True)
+
+
+def remove_partial(directory: Path) -> None:
+    """What a process has left that was ended while it wrote such a folder; nobody may be writing it."""
+    for partial in directory.parent.glob(f".{directory.name}.*"):
+        shutil.rmtree(partial, ignore_errors=True)

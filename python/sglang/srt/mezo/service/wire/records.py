@@ -2,15 +2,23 @@
 
 import secrets
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 from sglang.srt.mezo.core.config import MezoConfig
+from sglang.srt.mezo.core.errors import ConfigError
 
 JobStatus = Literal["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
 LIVE: tuple[JobStatus, ...] = ("validating_files", "queued", "running", "paused")
+ENDED: tuple[JobStatus, ...] = ("succeeded", "failed", "cancelled")
+
+
+STARTED, GOES_ON = "Fine-tuning job started", "Fine-tuning job goes on from its last step"
+"""What a job's events say where it gets the engine."""
+NOT_PUBLISHED = -1
+"""Of an adapter that is not served as it is now. A step may come again: updates go on from the best one."""
 
 
 def new_id(prefix: str) -> str:
@@ -51,7 +59,7 @@ class StoredJob:
     version: of the adapter that is served, 0 for none. engine: the base model and the limits of the server that took
         the job, as ``fit`` has them.
     result_files: ids of the files that a succeeded job has left. published_step: ``step`` when the adapter was last
-    published, None where that is not known.
+        published, ``NOT_PUBLISHED`` from the next update on, None where that is not known.
     """
 
     id: str
@@ -80,6 +88,10 @@ class StoredJob:
     @cached_property
     def settings(self) -> MezoConfig:
         """``config`` as this version understands it; raises ConfigError where it does not take it."""
+        known = {one.name for one in fields(MezoConfig)}
+        for name, value in self.config.items():
+            if name not in known:
+                raise ConfigError(name, value, "no setting of this version of sglang-mezo, which may be an earlier one")
         return MezoConfig(**self.config)
 
 

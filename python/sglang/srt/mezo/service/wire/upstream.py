@@ -13,6 +13,7 @@ from sglang.srt.managers.io_struct import (
     EmbeddingReqInput,
     GenerateReqInput,
     LoadLoRAAdapterReqInput,
+    LoRAUpdateOutput,
     UnloadLoRAAdapterReqInput,
     hook_custom_types,
 )
@@ -38,6 +39,7 @@ __all__ = [
     "EmbeddingReqInput",
     "GenerateReqInput",
     "LoRARef",
+    "LoRAUpdateOutput",
     "LoadLoRAAdapterReqInput",
     "Req",
     "ReqState",
