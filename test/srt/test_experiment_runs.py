@@ -13,9 +13,16 @@ from pathlib import Path
 
 import pytest
 
-from sglang.srt.mezo.commands.experiment import ExperimentArguments, opened
+from sglang.srt.mezo.commands.experiment import ExperimentArguments, do, main, opened
+from sglang.srt.mezo.core.errors import ConfigError, UsageError
+from sglang.srt.mezo.data.named import named_data
+from sglang.srt.mezo.data.selection import drawn_rows
+from sglang.srt.mezo.data.splits import DataArguments
+from sglang.srt.mezo.experiments.reference import measure_by_transformers
 from sglang.srt.mezo.experiments.runner import BUSY, DONE, Folder, run_process
 from sglang.srt.mezo.experiments.tables import write_tables
+from sglang.srt.mezo.training.evaluate import EvaluateArguments, read_evaluation
+from sglang.srt.mezo.training.finetune import ModelArguments
 from test_experiments import ROOT, changed
 
 PROGRAM = [sys.executable, "-m", "sglang.srt.mezo.commands.main", "experiment"]
@@ -79,24 +86,32 @@ methods:
 """
 
 
-def test_an_array_of_slurm_finds_where_to_write(tmp_path):
+def test_an_array_of_slurm_finds_where_to_write(tmp_path, capsys):
     script = tmp_path / "mine.sbatch"
     folder = small(tmp_path / "mine", 4, [0])
-    told = experiment("run", folder, "--slurm", script)
+    do("run", [str(folder), "--slurm", str(script)])
     [output] = [line for line in script.read_text().splitlines() if line.startswith("#SBATCH --output=")]
-    assert "2 cells" in told and Path(output.removeprefix("#SBATCH --output=")).parent.is_dir()
+    assert "2 cells" in capsys.readouterr().out
+    assert Path(output.removeprefix("#SBATCH --output=")).parent.is_dir()
     (folder / "results").mkdir()
     for cell in Folder.read(folder).experiment.cells():
         (folder / "results" / f"{cell.id}.json").write_text("{}")
-    assert "no cell of mine is open" in experiment("run", folder, "--slurm", script, status=2)
+    with pytest.raises(UsageError, match="no cell of mine is open"):
+        do("run", [str(folder), "--slurm", str(script)])
 
 
-def test_what_has_not_been_run_is_not_made_by_a_question(tmp_path):
+def test_what_has_not_been_run_is_not_made_by_a_question(tmp_path, capsys):
     where = tmp_path / "quick"
-    assert "0 of 6 cells done" in experiment("status", "quick", "--output_dir", where)
-    assert "nothing of quick has been run" in experiment("tables", "quick", "--output_dir", where, status=2)
-    assert not where.exists() and "--output_dir" in experiment("run", "--help")
-    assert "is a folder already" in experiment("run", small(tmp_path / "mine", 4, [0]), "--output_dir", where, status=2)
+    do("status", ["quick", "--output_dir", str(where)])
+    assert "0 of 6 cells done" in capsys.readouterr().out
+    with pytest.raises(UsageError, match="nothing of quick has been run"):
+        do("tables", ["quick", "--output_dir", str(where)])
+    with pytest.raises(ConfigError, match="output_dir=.* is not allowed: nothing beside .*, which is a folder already"):
+        do("run", [str(small(tmp_path / "mine", 4, [0])), "--output_dir", str(where)])
+    assert not where.exists()
+    with pytest.raises(SystemExit):
+        main(["run", "--help"])
+    assert "--output_dir" in capsys.readouterr().out
 
 
 def experiment(verb: str, *words: object, status: int = 0, seconds: float = 900) -> str:
@@ -133,6 +148,24 @@ def test_an_experiment_runs_and_what_fails_is_told(tmp_path):
     again = opened(str(folder), ExperimentArguments(), make=False)
     assert [cell.label for cell in again.open_cells()] == ["broken"], "what is done is not done again"
     assert "| mezo-alora |" in write_tables(again) and "| broken | failed |" in write_tables(again)
+
+
+@pytest.mark.slow
+def test_a_model_on_two_ranks_is_evaluated(tmp_path):
+    folder = small(tmp_path / "mine", 4, [0])
+    file = folder / "experiment.yaml"
+    text = file.read_text().replace("dtype: float32", "dtype: float32, tp_size: 2")
+    file.write_text(text[: text.index("  mezo-alora")])
+    assert "mine: 1 of 1 cells done" in experiment("run", folder, seconds=240)
+    [found] = results(folder).values()
+    data = EvaluateArguments(task="sst2", dataset=str(ROOT / "examples/assets/reviews"), split="test")
+    named = named_data("sst2", data.dataset)
+    rows = drawn_rows(
+        named, DataArguments("sst2", data.dataset, dev_split="validation", test_split="test", num_test=20)
+    )
+    model = ModelArguments(str(ROOT / "examples/assets/opt-reviews"), dtype="float32")
+    metrics, _ = measure_by_transformers(model, read_evaluation(model, data, rows[2]), data)
+    assert found["test"] == {name: pytest.approx(metrics[name], abs=1e-5) for name in ("loss", "accuracy")}
 
 
 @pytest.mark.slow

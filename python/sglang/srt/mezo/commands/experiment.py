@@ -54,10 +54,11 @@ def main(arguments: Sequence[str]) -> None:
     verb, *rest = arguments or ["--help"]
     if not {"-h", "--help"}.isdisjoint(arguments or ["--help"]):
         read(["--help"], (ExperimentArguments,), __doc__)
-    end(lambda: _do(verb, rest))
+    end(lambda: do(verb, rest))
 
 
-def _do(verb: str, rest: list[str]) -> None:
+def do(verb: str, rest: list[str]) -> None:
+    """What ``main`` does, with errors as they are."""
     if verb not in VERBS:
         raise UsageError(f"{verb!r} is none of {', '.join(VERBS)}")
     if verb == "list":
