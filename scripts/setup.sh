@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes .venv with this package in it, editable, unless it is there and up to date. Needs Python 3.11 or later.
+# Makes .venv with this package in it, editable, unless it is there and up to date. Needs Python 3.11 or 3.12.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -8,11 +8,12 @@ if [ -f "$stamp" ] && [ -z "$(find pyproject.toml scripts/setup.sh python/sglang
     exit 0
 fi
 python=${PYTHON:-python3}
-"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
-    echo "Python 3.11 or later is needed; set PYTHON to one" >&2
+# SGLang has no wheels for 3.14, and a package that it needs none for 3.13.
+"$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' || {
+    echo "Python 3.11 or 3.12 is needed, and $python is $("$python" -V 2>&1); set PYTHON to one" >&2
     exit 1
 }
-[ -x .venv/bin/python ] || "$python" -m venv .venv
+.venv/bin/python -m pip --version > /dev/null 2>&1 || "$python" -m venv --clear .venv
 .venv/bin/python -m pip install --quiet --disable-pip-version-check uv
 rm -rf sglang_mezo.egg-info  # of an earlier installation: SGLang would load the entry points that it names
 # Half of pip's time; pip itself where an index is set up for it alone.

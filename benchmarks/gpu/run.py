@@ -20,9 +20,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from lines import Line, lines
 
@@ -46,6 +49,7 @@ def main() -> None:
         "--data", type=Path, help="folder with a folder of files for each task, in the place of the hub"
     )
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # the line that runs ends with it
     chosen = lines(arguments.model, arguments.data)
     if unknown := set(arguments.only or ()) - {line.name for line in chosen}:
         parser.error(f"--only: {', '.join(sorted(unknown))}: none of {', '.join(line.name for line in chosen)}")
@@ -81,6 +85,7 @@ def run(chosen: Sequence[Line], out: Path, seconds: float, tiny: bool = False) -
             print(f"no time for: {', '.join(one.name for one in chosen[number:])}", flush=True)
             break
         record = run_line(line, out / "log.txt", left, tiny)
+        drop_half_line(out / "lines.jsonl")
         with open(out / "lines.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         print(told(record), flush=True)
@@ -105,7 +110,7 @@ def run_line(line: Line, log: Path, left: float, tiny: bool) -> Record:
                 code = run_command([names.get(part, part) for part in command], output, rest)
                 cut = code is None and limit < 60 * line.minutes  # by the end of all time, not of its own
                 status = "passed" if code == 0 else "cut" if cut else "failed"
-        found = json.loads(result.read_text()) if result.is_file() else None
+        found = read_result(result)
     printed = log.read_bytes()[begin:].decode(errors="replace").strip()
     end = printed[-TAIL:] if status != "passed" else printed.rpartition("\n")[2][:TAIL]
     record = {"line": line.name, "status": status, "seconds": time.monotonic() - started, "tiny": tiny}
@@ -123,11 +128,29 @@ def run_command(command: Sequence[str], output: Any, seconds: float) -> int | No
     except subprocess.TimeoutExpired:
         return None
     finally:
-        try:
-            os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-        process.wait()
+        end(process)
+
+
+def end(process: subprocess.Popen) -> None:
+    """And all that it has started, in sessions of their own as well."""
+    try:
+        started = psutil.Process(process.pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        started = []
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    for one in started:
+        with suppress(psutil.NoSuchProcess):
+            one.kill()
+    process.wait()
+
+
+def read_result(path: Path) -> Any:
+    """None of a line that has written none, or not the whole of it."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
 
 
 def where() -> Record:
@@ -156,7 +179,16 @@ def _version(package: str) -> str | None:
 
 
 def read(path: Path) -> list[Record]:
+    """All but the last where that is half a line, as a machine leaves it that goes away; it is cut off."""
+    drop_half_line(path)
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+
+def drop_half_line(path: Path) -> None:
+    if path.is_file():
+        content = path.read_bytes()
+        if (whole := content.rfind(b"\n") + 1) < len(content):
+            os.truncate(path, whole)
 
 
 def told(record: Record) -> str:

@@ -30,6 +30,7 @@ ENVIRONMENT = {
     "PYTHONUNBUFFERED": "1",
     "TRITON_CACHE_DIR": str(KIT / "caches" / "triton"),
     "SGLANG_CACHE_DIR": str(KIT / "caches" / "sglang"),
+    "SGLANG_JIT_CACHE_DIR": str(KIT / "caches" / "jit"),
     "KIT_CACHES": str(KIT / "caches"),
 }
 
@@ -47,7 +48,7 @@ def main() -> None:
     environment["PYTHONPATH"] = environment["PYTHONPATH"].rstrip(os.pathsep)
     if (home := cuda_home()) is not None:
         environment["CUDA_HOME"] = str(home)
-    for gguf in (KIT / "model").glob("*.gguf"):
+    for gguf in (KIT / "model").glob("*.gguf") if (KIT / "data" / "sst2").is_dir() else ():
         environment["KIT_REAL"] = f"--model {gguf} --data {KIT / 'data'}"
     for name, value in environment.items():
         print(f"export {name}={shlex.quote(value)}")

@@ -3,7 +3,8 @@ asks.
 
     python faked_gpu.py h100 '[{"dtype": "float32"}]'
 
-prints a list with the resolved fields of a record for each, and of servers that do not train. No kernel runs.
+prints a list with the resolved fields of a record for each, and of servers that do not train. No kernel runs. The
+module of kernels that FAKED_WITHOUT names is not there.
 """
 
 import importlib.abc
@@ -55,6 +56,8 @@ class _WithoutKernels(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """SGLang's compiled kernels load the driver when they are imported."""
 
     def find_spec(self, name, path=None, target=None):
+        if name == os.environ.get("FAKED_WITHOUT"):
+            raise ModuleNotFoundError(f"a build without {name}")
         return (
             importlib.util.spec_from_loader(name, self, is_package=True)
             if name.partition(".")[0] == "sgl_kernel"

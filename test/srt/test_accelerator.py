@@ -28,18 +28,25 @@ ASKED = {
 )
 def resolved(request, tmp_path_factory):
     """Name of the GPU, and what each of ASKED becomes in a server that trains."""
-    environment = {**os.environ, "SGLANG_ENABLE_MEZO": "1", "SGLANG_MEZO_DIR": str(tmp_path_factory.mktemp("mezo"))}
-    command = [
-        sys.executable,
-        str(Path(__file__).parent / "faked_gpu.py"),
-        request.param,
-        json.dumps([MODEL | asked for asked in ASKED.values()]),
-    ]
+    return request.param, records_on(request.param, ASKED, tmp_path_factory.mktemp("mezo"))
+
+
+def records_on(gpu: str, asked: dict[str, dict], folder: Path, *flags: str, **environment: str) -> dict[str, dict]:
+    environment = {**os.environ, "SGLANG_ENABLE_MEZO": "1", "SGLANG_MEZO_DIR": str(folder), **environment}
+    arguments = json.dumps([MODEL | fields for fields in asked.values()])
+    command = [sys.executable, str(Path(__file__).parent / "faked_gpu.py"), gpu, arguments, *flags]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    return request.param, dict(
-        zip([*ASKED, "served", "served in float32"], json.loads(done.stdout.splitlines()[-1]), strict=True)
+    return dict(zip([*asked, "served", "served in float32"], json.loads(done.stdout.splitlines()[-1]), strict=True))
+
+
+def test_a_build_without_flash_attention_3_and_a_flag_that_says_the_default(tmp_path):
+    records = records_on(
+        "h100", {"nothing": {}}, tmp_path, "--lora-backend=csgmv", FAKED_WITHOUT="sgl_kernel.flash_attn"
     )
+    assert records["nothing"]["attention_backend"] == "triton"
+    assert records["nothing"]["lora_backend"] == "csgmv", "what the user gives is never changed"
+    assert "'csgmv' cannot route single tokens" in records["nothing"]["no_alora"]
 
 
 def test_a_default_server_can_serve_what_its_default_job_makes(resolved):

@@ -94,6 +94,7 @@ def test_the_preset_is_what_it_says():
             {"dtype": "bfloat16", "tuning": "lora", "zo_eps": 1e-3},
         ),
         ("--train_as_classification --only_train_option True --non_diff False", {"objective": "classification"}),
+        ("--train_as_classification False --task_name Copa", {"objective": "completion", "task": "Copa"}),
         (
             "--zero_order_optim --efficient_zero_order --zero_order_eps 1e-3 --few_shot_type prompt --num_k 16 "
             "--data_dir d",

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from live_server import MODEL, ROOT, reviews
 from sglang.srt.mezo.commands.main import main
-from sglang.srt.mezo.core.errors import ConfigError, DamagedError
+from sglang.srt.mezo.core.errors import ConfigError, DamagedError, LogError
 from sglang.srt.mezo.training.replay import ReplayArguments, replay
 from test_tasks import OWN
 
@@ -155,6 +155,16 @@ def test_a_replay_that_cannot_be_is_refused(tmp_path):
     ):
         with pytest.raises(ConfigError, match=problem):
             replay(ReplayArguments(*given))
+    log, settings = tmp_path / "run" / "seed_log", tmp_path / "run" / "config.json"
+    whole = log.read_bytes()
+    log.write_bytes(whole[: len(whole) * 2 // 3])
+    with pytest.raises(LogError, match="seed_log is damaged"):
+        replay(ReplayArguments(held, 20, again))
+    log.write_bytes(whole)
+    for content in ("{", "[]", '{"tuning": "full"}'):
+        settings.write_text(content)
+        with pytest.raises(DamagedError, match="config.json is damaged"):
+            replay(ReplayArguments(held, 1, again))
     assert not (tmp_path / "again").exists()
     _, problem = done_here(tmp_path, "replay", "run", "--step", 1, status=2)
     assert "output=None is not allowed: --output is needed" in problem and len(problem.splitlines()) == 1

@@ -1,6 +1,7 @@
 """Projected gradients against z . grad L of a function whose gradient is known."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -58,6 +59,8 @@ def test_what_each_loss_is_compared_with():
     assert with_baselines([1.0, 2.0, 3.0, 5.0], "two_sided") == ([1.0, 3.0], [2.0, 5.0])
     assert with_baselines([1.0, 2.0, 3.0], "one_sided") == ([2.0, 3.0], [1.0, 1.0])
     assert with_baselines([1.0, 2.0, 6.0], "leave_one_out") == ([1.0, 2.0, 6.0], [4.0, 3.5, 1.5])
+    for losses in ([1.7e308, 1.7e308, 0.0], [math.inf, -math.inf, 0.0]):
+        assert not any(map(math.isfinite, with_baselines(losses, "leave_one_out")[1])), "the run ends with it"
     assert [forward_passes(estimator, 3) for estimator in ("two_sided", "one_sided", "leave_one_out")] == [6, 4, 3]
 
 

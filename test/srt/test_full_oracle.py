@@ -65,12 +65,12 @@ def steps(engine, path, batch, count, folder, settings):
     try:
         for _ in range(count):
             results.append(drain(trainer.step_passes(trainer.source.plans)))
-            thetas.append(trainer.trainable.theta.clone())
+            thetas.append(trainer.trainable.theta.cpu().clone())
         loss = drain(trainer.evaluation_passes(trainer.source.plans))["eval_loss"]
         trainer.trainable.save_pretrained(folder)
         trainer.trainable.theta.zero_()
         trainer.trainable.load_weights(folder)
-        assert torch.equal(trainer.trainable.theta, thetas[-1])
+        assert torch.equal(trainer.trainable.theta.cpu(), thetas[-1])
         trainer.trainable.load_initial(folder)
         assert torch.equal(trainer.trainable.theta, start)
     finally:

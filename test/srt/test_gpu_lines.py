@@ -60,9 +60,11 @@ def test_a_line_that_fails_is_told_and_the_next_is_run(tmp_path):
     assert gpu_run.read(tmp_path / "lines.jsonl")[0]["end"].endswith("ValueError: no kernel")
 
 
-def test_a_line_has_a_limit_of_its_own_and_leaves_no_process(tmp_path):
+@pytest.mark.parametrize("own_session", [False, True])
+def test_a_line_has_a_limit_of_its_own_and_leaves_no_process(tmp_path, own_session):
+    """Not even one like a server, in a session of its own."""
     pid = str(tmp_path / "pid")
-    starts = f"open({pid!r}, 'w').write(str(subprocess.Popen(['sleep', '600']).pid))"
+    starts = f"open({pid!r}, 'w').write(str(subprocess.Popen(['sleep', '600'], start_new_session={own_session}).pid))"
     child = f"import subprocess, time; {starts}; time.sleep(600)"
     assert not gpu_run.run([line("hangs", child, minutes=2 / 60)], tmp_path, 600)
     assert records(tmp_path) == [("hangs", "failed")]
@@ -83,6 +85,16 @@ def test_what_the_time_has_cut_is_run_again_and_what_is_done_is_not(tmp_path, mo
     with pytest.raises(SystemExit) as ended:
         gpu_run.main()
     assert records(tmp_path)[2:] == [("long", "passed"), ("last", "passed")] and not ended.value.code
+
+
+def test_half_a_record_of_a_machine_that_went_away_is_no_hindrance(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_run, "lines", lambda model, data: [line("writes", WRITES), line("last", WRITES)])
+    monkeypatch.setattr(sys, "argv", ["run.py", "--out", str(tmp_path)])
+    record = json.dumps({"line": "writes", "status": "passed", "tiny": False})
+    (tmp_path / "lines.jsonl").write_text(record + "\n" + record[:9])
+    with pytest.raises(SystemExit) as ended:
+        gpu_run.main()
+    assert records(tmp_path) == [("writes", "passed"), ("last", "passed")] and not ended.value.code
 
 
 def test_what_the_repository_has_is_not_run_again(tmp_path, monkeypatch):

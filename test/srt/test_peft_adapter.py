@@ -198,8 +198,8 @@ OFF |= {
 }
 WRONG = {
     **OFF,
-    "r": [0, -1, 1.5, "4", True, None, 17, [4], ...],
-    "lora_alpha": ["16", None, True, float("nan"), float("inf"), [1], ...],
+    "r": [0, -1, 1.5, "4", True, None, 17, 10**17, 10**400, [4], ...],
+    "lora_alpha": ["16", None, True, float("nan"), float("inf"), 10**400, [1], ...],
     "use_rslora": ["yes", 1],
     "target_modules": [None, [], "", 5, [5], ["nothing"], "nothing", "(", r".*_pro", {"q_proj": 1}, ...],
     "exclude_modules": [5, [5], "(", {"a": 1}],

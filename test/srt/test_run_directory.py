@@ -110,6 +110,16 @@ def test_a_folder_that_no_run_made_is_neither_deleted_nor_resumed(tmp_path, sett
     assert contents(tmp_path) == before
 
 
+def test_a_log_with_records_is_no_half_made_run(tmp_path):
+    """Of a run that has lost its config.json."""
+    run(tmp_path, steps=3)
+    (tmp_path / "run" / "config.json").unlink()
+    before = contents(tmp_path)
+    with pytest.raises(ConfigError, match="overwrite_output_dir or resume_from_checkpoint"):
+        start(config(tmp_path), initial_adapter())
+    assert contents(tmp_path) == before
+
+
 @pytest.mark.parametrize("left", [["seed_log"], ["seed_log", "initial_adapter", ".config.json.partial"]])
 def test_a_run_that_was_stopped_before_it_could_begin_is_begun_anew(tmp_path, left):
     ended = run(tmp_path / "whole", steps=3)

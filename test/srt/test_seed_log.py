@@ -201,6 +201,16 @@ def test_another_file_is_refused_by_name(tmp_path, content):
         SeedLog.open(tmp_path / "seed_log")
 
 
+def test_a_log_of_a_later_version_is_left_as_it_is(log):
+    line, rest = log.path.read_bytes().split(b"\n", 1)
+    later = line.replace(b"seed log 3", b"seed log 9") + b"\n"
+    log.path.write_bytes(later + zlib.crc32(later).to_bytes(4, "little") + rest[4:])
+    before = log.path.read_bytes()
+    with pytest.raises(LogError, match="its format is 'sglang-mezo seed log 9', which a later version"):
+        SeedLog.open(log.path)
+    assert log.path.read_bytes() == before
+
+
 def test_replay_on_an_adapter_of_another_size_is_refused_and_changes_nothing(log):
     fill(log, 2)
     theta = torch.ones(NUMEL + 1)

@@ -132,7 +132,7 @@ def loss_on_prefix_of(engine, trainer, batch, plus, minus):
         hidden, end = extend(engine.handle, [Sequenced(kv, last, ((minus.adapter, 1),))])
         engine.handle.kv_allocator.free(torch.cat((kv, end)))
         tokens = torch.tensor([option[0] for option in example.options], device=hidden.device)
-        values.append(Head(engine.handle).log_probs(hidden, torch.zeros_like(tokens), tokens))
+        values.append(Head(engine.handle).log_probs(hidden, torch.zeros_like(tokens), tokens).cpu())
     return batch_loss(trainer.source.plans, torch.cat(values)[None], "classification").mean.item()
 
 

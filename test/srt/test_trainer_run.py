@@ -114,9 +114,11 @@ def test_a_resumed_run_is_not_trained_on_other_examples(engine, spec, config):
     engine.call(run, replace(config, max_steps=3), spec, TRAIN, EVALUATION)
     resumed = replace(config, max_steps=4, resume_from_checkpoint=True)
     first, *others = TRAIN
-    for wrong in ([replace(first, label=1 - first.label), *others], [*others, first], TRAIN[:-1]):
+    for wrong in ([replace(first, label=1 - first.label), *others], [*others, first], TRAIN[:-1], [*TRAIN, first]):
         with pytest.raises(DataError, match="not those that the run in .* has been trained on"):
             engine.call(run, resumed, spec, wrong, EVALUATION)
+    with pytest.raises(DataError, match="development examples are not those that the run in .* has been judged by"):
+        engine.call(run, resumed, spec, TRAIN, EVALUATION[1:])
     result, _ = engine.call(run, resumed, spec, TRAIN, EVALUATION)
     assert result.global_step == 4
 

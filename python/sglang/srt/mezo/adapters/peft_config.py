@@ -5,6 +5,7 @@ allowed.
 """
 
 import math
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -220,16 +221,27 @@ def read_config(fields: object) -> PeftConfig:
     return config
 
 
+_MOST_RANK = 1 << 16  # far above the width of any layer
+
+
+def _is_finite(value: float) -> bool:
+    """Of a whole number too, which may be larger than any number that is not whole."""
+    return abs(value) <= sys.float_info.max
+
+
 def _check(config: PeftConfig, task_type: str | None) -> None:
-    _require("r", config.r, config.r >= 1, "1 or more")
-    _require("lora_alpha", config.lora_alpha, math.isfinite(config.lora_alpha), "a finite number")
+    _require("r", config.r, 1 <= config.r <= _MOST_RANK, f"from 1 to {_MOST_RANK}")
+    _require("lora_alpha", config.lora_alpha, _is_finite(config.lora_alpha), "a finite number")
     _require("target_modules", config.target_modules, bool(config.target_modules), "at least one module")
     for name, value in (config.rank_pattern or {}).items():
-        _require(f"rank_pattern.{str(name)[:100]}", value, fits(value, int) and value >= 1, "a whole number, 1 or more")
-    for name, value in (config.alpha_pattern or {}).items():
         _require(
-            f"alpha_pattern.{str(name)[:100]}", value, fits(value, float) and math.isfinite(value), "a finite number"
+            f"rank_pattern.{str(name)[:100]}",
+            value,
+            fits(value, int) and 1 <= value <= _MOST_RANK,
+            f"from 1 to {_MOST_RANK}",
         )
+    for name, value in (config.alpha_pattern or {}).items():
+        _require(f"alpha_pattern.{str(name)[:100]}", value, fits(value, float) and _is_finite(value), "a finite number")
     for name in ("layers_to_transform", "layers_pattern"):
         _require(
             name,

@@ -52,7 +52,7 @@ def _read_file(path: Path, most: int) -> bytes:
         if not path.is_file():
             raise ConfigError(path.name, str(path), "a file" if path.exists() else "a file, and there is none")
         with open(path, "rb") as file:
-            data = file.read(most + 1)
+            data = file.read(min(most, path.stat().st_size) + 1)
     except OSError as error:
         raise ConfigError(path.name, str(path), f"a file that can be read ({_reason(error)})") from error
     if len(data) > most:

@@ -97,7 +97,7 @@ def _spec(fields: object, model: PrefixModel) -> PrefixSpec:
     tokens: Any = fields.get("num_virtual_tokens")
     if not fits(tokens, int) or not 1 <= tokens < model.context_length:
         raise ConfigError("num_virtual_tokens", tokens, f"from 1 to {model.context_length - 1}, the context less one")
-    positions: Any = fields.get(POSITIONS, "shifted")
+    positions: Any = fields.get(POSITIONS, "unshifted" if model.task_type is None else "shifted")
     if not fits(positions, PrefixPositions):
         raise ConfigError(POSITIONS, positions, described(PrefixPositions))
     return PrefixSpec(model.name, tokens, kv, positions, model.task_type)

@@ -342,7 +342,7 @@ _LEARNING_RATES = {"lora": (1e-3, 2e-2), "full": (1e-6, 1e-3), "prefix": (1e-2, 
 def _is_pattern(text: str | None) -> bool:
     try:
         re.compile(text or "")
-    except re.error:
+    except (re.error, OverflowError, RecursionError):
         return False
     return True
 

@@ -31,7 +31,7 @@ class KeptDirections:
     """Directions in memory.
 
     Args:
-        z: float32 [numel] each.
+        z: float32 [numel] each, on any device.
     """
 
     def __init__(self, z: Sequence[torch.Tensor]):
@@ -46,7 +46,8 @@ class KeptDirections:
         return math.nan if any(map(math.isnan, bounds)) else max(bounds, default=0.0)
 
     def add(self, k: int, scale: float, base: torch.Tensor, out: torch.Tensor, first: int = 0) -> torch.Tensor:
-        return torch.add(base, self._z[k][first : first + out.numel()], alpha=scale, out=out)
+        part = self._z[k][first : first + out.numel()].to(base.device)
+        return torch.add(base, part, alpha=scale, out=out)
 
 
 class DrawnDirections:

@@ -31,8 +31,16 @@ def with_baselines(losses: Sequence[float], estimator: Estimator) -> tuple[list[
         return list(losses[0::2]), list(losses[1::2])
     if estimator == "one_sided":
         return list(losses[1:]), [losses[0]] * (len(losses) - 1)
-    total = math.fsum(losses)
+    total = _total(losses)
     return list(losses), [(total - loss) / (len(losses) - 1) for loss in losses]
+
+
+def _total(losses: Sequence[float]) -> float:
+    """Not finite where it cannot be told, which ends a run."""
+    try:
+        return math.fsum(losses)
+    except (OverflowError, ValueError):  # beyond all numbers, or the sum of both infinities
+        return math.nan
 
 
 def projected_grads(

@@ -1,5 +1,6 @@
 """What a loss is made of: what the model says of given texts, or what it writes itself."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal, Optional, get_args
 
@@ -39,7 +40,10 @@ def metrics_of(objective: Objective) -> tuple[str, ...]:
 
 
 def is_better(metric: str, value: float, best: float | None) -> bool:
-    """Strictly, of a metric of evaluations; of several that are alike the first is the best."""
+    """Strictly, of a metric of evaluations; of several that are alike the first is the best, and what is no number
+    never."""
+    if math.isnan(value):
+        return False
     return best is None or (value < best if metric == LOSS_METRIC else value > best)
 
 

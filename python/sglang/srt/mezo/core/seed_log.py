@@ -112,7 +112,10 @@ class SeedLog:
             check = file.read(_CHECK.size)
         try:
             fields = json.loads(line)
-            checked = fields.pop("format") != _UNCHECKED
+            found = fields.pop("format")
+            if isinstance(found, str) and found not in (_MAGIC, _UNCHECKED):
+                raise ValueError(f"its format is {found!r}, which a later version of sglang-mezo may know")
+            checked = found != _UNCHECKED
             if checked and check != _CHECK.pack(zlib.crc32(line)):
                 raise ValueError("the header does not agree with its checksum")
             if not checked and fields.setdefault("initial_adapter") is not None:

@@ -6,6 +6,7 @@ left alone.
 """
 
 import os
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -14,15 +15,19 @@ if TYPE_CHECKING:
 _FLOAT32 = ("float32", "float")
 
 
-def fill_open_fields(server_args: Any) -> None:
-    """Called before SGLang resolves the record, its ``ServerArgs``."""
+def fill_open_fields(server_args: Any, given: Collection[str] = ()) -> None:
+    """Called before SGLang resolves the record, its ``ServerArgs``.
+
+    Args:
+        given: names of fields that the user has set, though to what is the default of SGLang's as well.
+    """
     from sglang.srt.platforms import current_platform
     from sglang.srt.runtime_context import get_platform
     from sglang.srt.server_args import _declared_default
 
     if current_platform.is_out_of_tree():
         return
-    if server_args.lora_backend == _declared_default("lora_backend"):
+    if "lora_backend" not in given and server_args.lora_backend == _declared_default("lora_backend"):
         server_args.lora_backend = "triton"  # of SGLang's backends the one that routes single tokens, as aLoRA needs it
     if server_args.cuda_graph_backend_prefill is None:
         server_args.cuda_graph_backend_prefill = "disabled"  # a captured prefill routes whole requests
@@ -32,11 +37,22 @@ def fill_open_fields(server_args: Any) -> None:
         server_args.prefill_attention_backend,
         server_args.decode_attention_backend,
     )
-    # FlashAttention and FlashInfer take half precision only; what Blackwell gets by itself needs pages of 64 tokens.
-    if chosen == (None, None, None) and (in_float32 or get_platform().is_sm100):
+    # FlashAttention and FlashInfer take half precision only; what Blackwell gets by itself needs pages of 64 tokens;
+    # Hopper's is not in every build of SGLang's kernels.
+    others = in_float32 or get_platform().is_sm100 or (get_platform().is_sm90 and not _has_flash_attention())
+    if chosen == (None, None, None) and others:
         server_args.attention_backend = "triton"
     if in_float32:
         os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")  # its kernels would multiply in TF32, which keeps ten bits
+
+
+def _has_flash_attention() -> bool:
+    """Whether SGLang's build of FlashAttention 3 can be loaded."""
+    try:
+        import sgl_kernel.flash_attn  # noqa: F401
+    except ImportError:
+        return False
+    return True
 
 
 def serving_flags(alora: bool, dtype: str) -> list[str]:

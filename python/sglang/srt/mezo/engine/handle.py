@@ -236,7 +236,7 @@ class MezoEngine:
             self.server_args.is_embedding = True  # else SGLang takes it for a model that generates
             longest = longest_text(config)
             self.server_args.context_length = min(self.server_args.context_length or longest, longest)
-        fill_open_fields(self.server_args)
+        fill_open_fields(self.server_args, server_args)
         self.server_args.resolve_once()
         self.server_args.check_server_args()
         ports = PortArgs.init_new(self.server_args)

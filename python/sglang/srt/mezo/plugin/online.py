@@ -6,6 +6,7 @@ Without ``--enable-mezo`` only the flags are there.
 import argparse
 import asyncio
 import os
+import sys
 import threading
 from collections.abc import Callable
 from contextlib import asynccontextmanager
@@ -144,7 +145,13 @@ def _fill(server_args) -> None:
         server_args.enable_lora = True
         _size_lora_pool(server_args)
     _leave_slots(server_args)
-    fill_open_fields(server_args)
+    fill_open_fields(server_args, _typed())
+
+
+def _typed() -> set[str]:
+    """Fields that the command line sets, if only to their defaults."""
+    flags = (word.partition("=")[0] for word in sys.argv if word.startswith("--"))
+    return {flag.removeprefix("--").replace("-", "_") for flag in flags}
 
 
 def _size_lora_pool(server_args) -> None:
@@ -163,8 +170,11 @@ def _leave_slots(server_args) -> None:
     from sglang.srt.server_args import _declared_default
 
     loaded = server_args.max_loaded_loras
-    if server_args.max_loras_per_batch == _declared_default("max_loras_per_batch") and (
-        loaded is None or loaded >= _DEFAULT_SLOTS
+    open_field = "max_loras_per_batch" not in _typed()
+    if (
+        open_field
+        and server_args.max_loras_per_batch == _declared_default("max_loras_per_batch")
+        and (loaded is None or loaded >= _DEFAULT_SLOTS)
     ):
         server_args.max_loras_per_batch = _DEFAULT_SLOTS
 

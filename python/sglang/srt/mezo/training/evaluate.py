@@ -146,6 +146,9 @@ def read_evaluation(model: ModelArguments, arguments: EvaluateArguments, rows: l
     generation = arguments.generation or (None if arguments.objective else written_test(named.task, wanted))
     kind = encoder_kind(model_config, generation, arguments.task)
     _require_askable(arguments, is_masked(model_config), generation)
+    if arguments.calibrated and adapter is not None and adapter.invocation:
+        allowed = "false beside an activated adapter: a prompt that says nothing of the row does not activate it"
+        raise ConfigError("calibrated", True, allowed)
     rows = _rows(named, arguments) if rows is None else rows
     longest = max_length_of(model_config, arguments.max_length, _virtual_tokens(adapter))
     chat = ChatRenderer(tokenizer, chat_settings(model))

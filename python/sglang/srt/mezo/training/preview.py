@@ -61,9 +61,9 @@ def preview(model: ModelArguments, arguments: PreviewArguments) -> Iterator[dict
         ``source`` (file and line), ``prompt``, ``options``, ``gold`` (index of the right option that is learned),
         ``right`` (of all right ones), ``answers`` (where the model writes its own), ``prompt_ids``, ``option_ids``,
         ``mask`` (its place, of a masked language model), ``acts_from`` (the first of ``prompt_ids`` that the adapter
-        acts on) and ``rows``, the sequences that run: ``prefix_tokens`` (on the base model, shared), ``ids`` (after
-        it), ``reads`` ([position, token]: the log-probability of ``token`` after ``ids[position]``, or in the place of
-        a mask there).
+        acts on), ``tokens_run`` (at each point; what sequences begin with in common is run once) and ``rows``, the
+        sequences: ``prefix_tokens`` (on the base model, shared), ``ids`` (after it), ``reads`` ([position, token]: the
+        log-probability of ``token`` after ``ids[position]``, or in the place of a mask there).
 
     Raises:
         ConfigError, DataError: a setting is wrong, or a row cannot be used.
@@ -109,6 +109,7 @@ def _shown(row: SourceRow, example: Example, planner: Planner, task: Task | None
         "option_ids": [list(option) for option in example.options],
         "mask": example.mask,
         "acts_from": len(plan.rows[0].prefix),
+        "tokens_run": plan.slot_tokens,
         "rows": [
             {"prefix_tokens": len(one.prefix), "ids": list(one.suffix), "reads": [list(read) for read in one.reads]}
             for one in plan.rows
@@ -135,6 +136,6 @@ def page(shown: dict[str, Any]) -> str:
     for index, (option, tokens) in enumerate(zip(shown["options"], shown["option_ids"])):
         lines.append(f"  {'*' if index == shown['gold'] else ' '} {json.dumps(option, ensure_ascii=False)} {tokens}")
     lines.append(f"  {len(ids)} prompt tokens; the adapter acts from token {start} on: {ids[start:]}")
-    run = sum(len(row["ids"]) for row in shown["rows"])
-    lines.append(f"  {run} tokens run for each direction, {sum(len(row['reads']) for row in shown['rows'])} are read")
+    reads = sum(len(row["reads"]) for row in shown["rows"])
+    lines.append(f"  {shown['tokens_run']} tokens run for each direction, {reads} are read")
     return "\n".join(lines)

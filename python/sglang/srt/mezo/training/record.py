@@ -14,6 +14,7 @@ from sglang.srt.mezo.core.config import MezoConfig
 from sglang.srt.mezo.core.errors import DamagedError, DataError
 from sglang.srt.mezo.core.objective import LOSS_METRIC, is_better, metric_name
 from sglang.srt.mezo.core.seed_log import LogRecord, SeedLog
+from sglang.srt.mezo.scoring.plan import digest_of_plans
 from sglang.srt.mezo.training.learner import Learner
 from sglang.srt.mezo.training.pass_sizes import PassSizes
 from sglang.srt.mezo.training.results import StepResult
@@ -239,7 +240,7 @@ def _take_up(
         )
     if not kept_adapter_only:
         _require_same_examples(learner, directory, state)
-        warnings += _recover(log, state)
+        warnings += _recover(log, state, metric_name(learner.config.metric_for_best_model or LOSS_METRIC))
     if "window" not in state:
         state["window"] = learner.source.window
         directory.save_state(state)
@@ -254,9 +255,15 @@ def _require_same_examples(learner: Learner, directory: RunDirectory, state: dic
             "its rows, or how they are rendered or tokenised, have changed"
         )
     state["examples"] = learner.source.seen()
+    held_out = digest_of_plans(learner.eval_plans)
+    if state.setdefault("development_examples", held_out) != held_out:
+        raise DataError(
+            f"the development examples are not those that the run in {directory.path} has been judged by: its best "
+            "adapter could not be compared with others"
+        )
 
 
-def _recover(log: SeedLog, state: dict[str, Any]) -> list[str]:
+def _recover(log: SeedLog, state: dict[str, Any], metric: str) -> list[str]:
     """Go on from the records that are whole, with what the run knew at that step; what the user should be told."""
     damage, step, known = log.recover(), len(log), state["global_step"]
     if damage is None and step < known:
@@ -266,5 +273,14 @@ def _recover(log: SeedLog, state: dict[str, Any]) -> list[str]:
         state["log_history"] = [entry for entry in state["log_history"] if entry["step"] <= step]
         state["evaluated_at"] = state["log_history"][-1]["step"] if state["log_history"] else None
         if (state["best_global_step"] or 0) > step:
-            state.update(best_global_step=None, best_metric=None)
+            state |= _best_of(state["log_history"], metric)
     return [] if damage is None else [f"{damage}; the run goes on from step {step}"]
+
+
+def _best_of(evaluations: Sequence[dict[str, Any]], metric: str) -> dict[str, Any]:
+    """Which of them was the best."""
+    best: dict[str, Any] = {"best_global_step": None, "best_metric": None}
+    for entry in evaluations:
+        if metric in entry and is_better(metric, entry[metric], best["best_metric"]):
+            best = {"best_global_step": entry["step"], "best_metric": entry[metric]}
+    return best

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -15,7 +16,7 @@ from sglang.srt.mezo.adapters.adapter import CONFIG, INITIAL, WEIGHTS, Adapter, 
 from sglang.srt.mezo.adapters.families import FAMILIES
 from sglang.srt.mezo.adapters.prefix_adapter import PrefixAdapter
 from sglang.srt.mezo.adapters.weights import WeightsSpec, checkpoint_weights
-from sglang.srt.mezo.core.errors import ConfigError, DamagedError
+from sglang.srt.mezo.core.errors import ConfigError, DamagedError, LogError
 from sglang.srt.mezo.core.integrity import require_sums
 from sglang.srt.mezo.core.seed_log import SeedLog
 from sglang.srt.mezo.core.settings import require_settings, setting
@@ -50,6 +51,8 @@ def replay(arguments: ReplayArguments) -> Path:
     if output.exists():
         raise ConfigError("output", arguments.output, "a folder that is not there yet")
     log = SeedLog.open(run / "seed_log")
+    if arguments.step > len(log) and log.damage is not None:
+        raise LogError(f"{log.path} is damaged: {log.damage}")
     if arguments.step > len(log):
         raise ConfigError("step", arguments.step, f"at most {len(log)}, the steps in {log.path}")
     trainable = _initial(run, log)
@@ -60,7 +63,7 @@ def replay(arguments: ReplayArguments) -> Path:
 
 def _initial(run: Path, log: SeedLog) -> Trainable:
     """What the first record of a run's log moves."""
-    settings = json.loads((run / "config.json").read_text())
+    settings = _settings(run / "config.json")
     if settings.get("tuning") not in ("full", "prefix"):
         return initial_adapter(run, log)
     if settings["tuning"] == "prefix":
@@ -72,6 +75,17 @@ def _initial(run: Path, log: SeedLog) -> Trainable:
     if begun.shapes != log.header.shapes or not log.starts_from(begun.theta):
         raise ConfigError("run", str(run), f"a run whose log starts from {source}")
     return begun
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    """Of a run; DamagedError where they cannot be read."""
+    try:
+        settings = json.loads(path.read_text())
+        if settings.get("tuning") == "full":
+            _ = settings["base_model"]["name"], settings["base_model"]["precision"], settings["parameters"]
+        return settings
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedError(path, str(error) or type(error).__name__) from error
 
 
 def initial_adapter(run: Path, log: SeedLog) -> Adapter:

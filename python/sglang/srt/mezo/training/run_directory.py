@@ -10,7 +10,7 @@ from typing import Any
 
 from sglang.srt.mezo.core.atomic import atomic_directory
 from sglang.srt.mezo.core.config import MezoConfig
-from sglang.srt.mezo.core.errors import BaseModelError, ConfigError, DamagedError
+from sglang.srt.mezo.core.errors import BaseModelError, ConfigError, DamagedError, LogError
 from sglang.srt.mezo.core.integrity import read_checked_json, write_checked_json, write_json
 from sglang.srt.mezo.core.objective import OF_EARLIER_VERSIONS
 from sglang.srt.mezo.core.seed_log import LogHeader, SeedLog, digest_of, locked_log
@@ -187,9 +187,17 @@ def has_run(folder: Path) -> bool:
 
 
 def is_half_made(folder: Path) -> bool:
-    """Whether a folder holds nothing but what a run has left that was stopped before it could begin."""
+    """Whether a folder holds nothing but what a run has left that was stopped before it could begin: no record."""
     left = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
-    return "seed_log" in left <= {"seed_log", "initial_adapter"}
+    return "seed_log" in left <= {"seed_log", "initial_adapter"} and not _has_records(folder / "seed_log")
+
+
+def _has_records(log: Path) -> bool:
+    """Or what cannot be read, and may be some."""
+    try:
+        return len(SeedLog.open(log)) > 0
+    except LogError:
+        return log.stat().st_size > 0
 
 
 def read_portions(path: Path) -> list[Portion]:

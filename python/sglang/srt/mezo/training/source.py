@@ -118,7 +118,7 @@ class DrawnSource:
         return self._seen
 
     def is_same(self, seen: Any) -> bool:
-        """Part by part; what has been added since is new."""
+        """Part by part; what came later, as a portion of its own, is new."""
         if not isinstance(seen, list):
             return False
         first = 0
@@ -126,6 +126,8 @@ class DrawnSource:
             if digest_of_plans(self.plans[first : first + count]) != digest:
                 return False
             first += count
+        if first not in [total for _, total in self.stream.totals]:
+            return False
         self._seen = seen
         return True
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from functools import partial
 
+from sglang.srt.mezo.core.errors import UsageError
 from sglang.srt.mezo.core.passes import drain
 from sglang.srt.mezo.data.examples import Example
 from sglang.srt.mezo.scoring.measures import Measure
@@ -14,14 +15,26 @@ from sglang.srt.mezo.training.run import train
 
 
 class MezoTrainer(Learner):
-    """Fits an adapter of the engine's model, or the model's own parameters; what it takes, ``Learner`` says."""
+    """Fits an adapter of the engine's model, or the model's own parameters; what it takes, ``Learner`` says.
+
+    Attributes:
+        has_begun: whether ``train`` has been called.
+    """
+
+    has_begun = False
 
     def train(self) -> TrainResult:
         """Run to ``max_steps``, write the run directory, keep the best adapter in ``<output_dir>/adapter``, or the best
         model in ``<output_dir>/model``.
 
         The time of evaluations is not counted as training time.
+
+        Raises:
+            UsageError: it has been called before, and theta is where that has left it.
         """
+        if self.has_begun:
+            raise UsageError("a trainer trains once: make another one, with resume_from_checkpoint=True to go on")
+        self.has_begun = True
         integrations(self.config.report_to)  # before a run directory is begun for nothing
         self.memory = self.memory or MemoryMeter()
         self.scorer.during_prefixes = partial(self.memory.phase, "prefixes")
