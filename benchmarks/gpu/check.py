@@ -213,7 +213,7 @@ def server(arguments: argparse.Namespace) -> Found:
         job = client.fine_tuning.jobs.create(
             model=running.model, training_file=file, suffix="check", seed=1, method=method
         )
-        running.wait_for_job(job.id, "succeeded", 300)
+        running.wait_for_job(job.id, "succeeded", 120)
         done = client.fine_tuning.jobs.retrieve(job.id)
         after = {name: answer(str(done.fine_tuned_model), text) for name, text in REVIEWS.items()}
         require(arguments.tiny or after["good"] != after["bad"], f"reviews are answered alike: {after}")

@@ -103,7 +103,7 @@ def lines(model: Path | None, data: Path | None) -> list[Line]:
         _check("packages", 2, "packages"),
         _check("engine-bfloat16", 3, "engine"),
         _check("engine-float32", 3, "engine", "--dtype", "float32"),
-        _check("server", 5, "server"),
+        _check("server", 8, "server"),  # of which its start may take five
         _steps("opt-13b", 6),
         _profile(),
         _steps("opt-125m", 4),

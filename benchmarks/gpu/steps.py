@@ -3,8 +3,9 @@ beside a strong Transformers + PEFT loop on the same device, and the limit that 
 
     python benchmarks/gpu/steps.py --shape opt-13b --json steps.json
 
-All take turns, a step each. A loop's step is one direction from both sides, two forward passes of the batch; its time
-is told for as many passes as ours makes. Rows are written as they are measured.
+Ours take turns, a step each; the loop follows, as it needs the memory. A loop's step is one direction from both sides,
+two forward passes of the batch; its time is told for as many passes as ours makes. Rows are written as they are
+measured.
 """
 
 import argparse

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 import oracle
-from sglang.srt.mezo.core.errors import CapacityError, ConfigError, DamagedError, DataError, DivergedError
+from sglang.srt.mezo.core.errors import CapacityError, ConfigError, DamagedError, DataError, DivergedError, UsageError
 from sglang.srt.mezo.core.integrity import read_checked_json, write_checked_json
 from sglang.srt.mezo.core.seed_log import SeedLog
+from sglang.srt.mezo.training.trainer import MezoTrainer
 from trainer_engine import (  # noqa: F401
     EVALUATION,
     NUM_SLOTS,
@@ -246,6 +247,36 @@ def test_a_prompt_longer_than_the_context(engine, spec, config):
     long = replace(TRAIN[0], prompt=(*range(10, 140), *oracle.INVOCATION))
     with pytest.raises(DataError, match="132 tokens is longer than the engine's context of 128"):
         engine.call(run, config, spec, [*TRAIN, long])
+
+
+def test_nothing_to_train_on_or_to_evaluate(engine, spec, config):
+    with pytest.raises(DataError, match="there is no example to train on"):
+        engine.call(run, config, spec, [], EVALUATION)
+    assert not Path(config.output_dir).exists()
+    with pytest.raises(DataError, match="there is no example to evaluate"):
+        engine.call(evaluate_nothing, config, spec)
+
+
+def evaluate_nothing(engine, config, spec):
+    trainer = MezoTrainer(engine.handle, config, spec, TRAIN)
+    try:
+        trainer.evaluate()
+    finally:
+        trainer.close()
+
+
+def test_a_trainer_trains_once(engine, spec, config):
+    with pytest.raises(UsageError, match="a trainer trains once: make another one"):
+        engine.call(train_twice, replace(config, max_steps=2), spec)
+
+
+def train_twice(engine, config, spec):
+    trainer = MezoTrainer(engine.handle, config, spec, TRAIN)
+    try:
+        trainer.train()
+        trainer.train()
+    finally:
+        trainer.close()
 
 
 def test_a_batch_larger_than_the_kv_pool_is_cut(engine, spec, config):

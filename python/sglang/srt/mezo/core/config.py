@@ -169,7 +169,7 @@ class MezoConfig(ObjectiveSettings):
     )
     per_device_train_batch_size: int = setting(16, "Examples in a batch.", at_least=1)
     gradient_accumulation_steps: int = setting(
-        1, "Batches whose losses are averaged at the same directions.", at_least=1, job=True
+        1, "Batches that are pooled at the same directions, as if they were one.", at_least=1, job=True
     )
     per_device_eval_batch_size: int = setting(64, "Examples in an evaluation batch.", at_least=1, resume="any")
     max_tokens_per_batch: int = setting(

@@ -12,7 +12,6 @@ from typing import Any, get_type_hints
 from sglang.srt.mezo.core.atomic import atomic_file
 from sglang.srt.mezo.core.config import MezoConfig
 from sglang.srt.mezo.core.errors import ConfigError, UsageError
-from sglang.srt.mezo.core.yaml_file import read_yaml
 from sglang.srt.mezo.data.named import TEXT, is_text
 from sglang.srt.mezo.data.splits import DataArguments
 from sglang.srt.mezo.data.tasks import get_task
@@ -20,6 +19,7 @@ from sglang.srt.mezo.experiments.first_order import FirstOrderArguments
 from sglang.srt.mezo.training.arguments import SAME, field_of
 from sglang.srt.mezo.training.evaluate import EvaluateArguments
 from sglang.srt.mezo.training.finetune import ModelArguments
+from sglang.srt.mezo.training.yaml_file import read_yaml
 
 FILE = "experiment.yaml"
 SEED = "seed"

@@ -6,7 +6,6 @@ Without ``--enable-mezo`` only the flags are there.
 import argparse
 import asyncio
 import os
-import sys
 import threading
 from collections.abc import Callable
 from contextlib import asynccontextmanager
@@ -17,19 +16,14 @@ from typing import TYPE_CHECKING, get_type_hints
 from sglang.srt.mezo.core.errors import ConfigError
 from sglang.srt.mezo.core.settings import setting_of
 from sglang.srt.mezo.engine import base_model
-from sglang.srt.mezo.engine.accelerator import fill_open_fields
-from sglang.srt.mezo.plugin import overlay
-from sglang.srt.mezo.plugin.adapter_loading import require_adapters
+from sglang.srt.mezo.plugin import overlay, server_defaults
 from sglang.srt.mezo.plugin.hooks import Hook, StartRefused, install, wrap_static
-from sglang.srt.mezo.service.store import folder
 from sglang.srt.mezo.service.wire.settings import ENABLE_FLAG, ENABLE_VARIABLE, ServiceSettings, flag, served, variable
 
 if TYPE_CHECKING:
     from sglang.srt.mezo.service.scheduler.runner import MezoRunner
     from sglang.srt.mezo.service.wire.messages import MezoEvent
 
-_DEFAULT_RANK = 16
-_DEFAULT_SLOTS = 16  # the base model's, 9 for all directions of a default job at once, and 6 for other adapters
 _LOOK_SECONDS = 0.1  # between two looks whether the server is to end
 _END_SECONDS = 5.0  # that the application has to end once the engine has
 
@@ -104,79 +98,11 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _fill_server_args(server_args) -> None:
-    """Fill what the user left open, and refuse what training cannot run beside, before a model is loaded for nothing.
-    Runs once for each record."""
+    """Runs once for each record."""
     try:
-        _fill(server_args)
+        server_defaults.fill(server_args, _settings())
     except ConfigError as error:
         raise StartRefused(str(error)) from error
-
-
-def _fill(server_args) -> None:
-    settings = _settings()
-    if getattr(server_args, "_resolution_finished", False):
-        return
-    if isinstance(server_args.lora_paths, list) and server_args.lora_paths and require_adapters(server_args):
-        _size_lora_pool(server_args)
-    if not settings.enabled:
-        return
-    from sglang.srt.mezo.adapters.families import require_generating
-    from sglang.srt.mezo.engine.handle import checkpoint_config, config_source, warn_of_differences
-    from sglang.srt.mezo.training import rewards
-
-    folder.make(settings.directory)
-    for function in settings.reward_functions.values():
-        rewards.resolve(function)
-    config = checkpoint_config(*config_source(server_args))
-    require_generating(config)
-    warn_of_differences(config, server_args.context_length)
-    for field, allowed in (("dp_size", 1), ("pp_size", 1), ("tokenizer_worker_num", 1)):
-        if getattr(server_args, field) != allowed:
-            raise StartRefused(f"{ENABLE_FLAG} needs {field}={allowed}, not {getattr(server_args, field)}")
-    if server_args.page_size not in (None, 1):
-        raise StartRefused(
-            f"{ENABLE_FLAG} needs page_size=1, not {server_args.page_size}: prefixes are cut at any token"
-        )
-    server_args.page_size = 1
-    # A model may give logits that are no numbers, as in float16, and a request that samples from those ends SGLang's
-    # scheduler.
-    os.environ.setdefault("SGLANG_SANITIZE_NAN_LOGITS", "1")
-    if not server_args.lora_paths:
-        server_args.enable_lora = True
-        _size_lora_pool(server_args)
-    _leave_slots(server_args)
-    fill_open_fields(server_args, _typed())
-
-
-def _typed() -> set[str]:
-    """Fields that the command line sets, if only to their defaults."""
-    flags = (word.partition("=")[0] for word in sys.argv if word.startswith("--"))
-    return {flag.removeprefix("--").replace("-", "_") for flag in flags}
-
-
-def _size_lora_pool(server_args) -> None:
-    """What the pool is to hold where neither the user nor an adapter says it."""
-    from sglang.srt.mezo.adapters.families import family_of
-    from sglang.srt.mezo.engine.handle import checkpoint_config, config_source
-
-    family = family_of(checkpoint_config(*config_source(server_args)))
-    server_args.max_lora_rank = server_args.max_lora_rank or _DEFAULT_RANK
-    server_args.lora_target_modules = server_args.lora_target_modules or list(family.default_targets("alora"))
-
-
-def _leave_slots(server_args) -> None:
-    """Have room for all directions of a default job at once, and for other adapters beside them, where SGLang's
-    default stands."""
-    from sglang.srt.server_args import _declared_default
-
-    loaded = server_args.max_loaded_loras
-    open_field = "max_loras_per_batch" not in _typed()
-    if (
-        open_field
-        and server_args.max_loras_per_batch == _declared_default("max_loras_per_batch")
-        and (loaded is None or loaded >= _DEFAULT_SLOTS)
-    ):
-        server_args.max_loras_per_batch = _DEFAULT_SLOTS
 
 
 # --- HTTP process -----------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from typing import Any, NoReturn, Optional, Union, get_args, get_origin, get_typ
 from sglang.srt.mezo.core.errors import ConfigError, MezoError, UsageError
 from sglang.srt.mezo.core.kinds import described, fits, from_text
 from sglang.srt.mezo.core.settings import setting_of
-from sglang.srt.mezo.core.yaml_file import read_yaml
+from sglang.srt.mezo.training.yaml_file import read_yaml
 
 SAME = {
     "model_name": "model",

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from functools import partial
 
-from sglang.srt.mezo.core.errors import UsageError
+from sglang.srt.mezo.core.errors import DataError, UsageError
 from sglang.srt.mezo.core.passes import drain
 from sglang.srt.mezo.data.examples import Example
 from sglang.srt.mezo.scoring.measures import Measure
@@ -12,6 +12,7 @@ from sglang.srt.mezo.training.memory import MemoryMeter
 from sglang.srt.mezo.training.reporting import integrations
 from sglang.srt.mezo.training.results import TrainResult
 from sglang.srt.mezo.training.run import train
+from sglang.srt.mezo.training.source import DrawnSource
 
 
 class MezoTrainer(Learner):
@@ -31,7 +32,10 @@ class MezoTrainer(Learner):
 
         Raises:
             UsageError: it has been called before, and theta is where that has left it.
+            DataError: there is no example.
         """
+        if isinstance(self.source, DrawnSource) and not self.source.plans:
+            raise DataError("there is no example to train on")
         if self.has_begun:
             raise UsageError("a trainer trains once: make another one, with resume_from_checkpoint=True to go on")
         self.has_begun = True
@@ -48,5 +52,11 @@ class MezoTrainer(Learner):
         Args:
             eval_dataset: by default that of the trainer.
             measure: by default what is trained on.
+
+        Raises:
+            DataError: there is no example.
         """
-        return drain(self.evaluation_passes(None if eval_dataset is None else self.plan(eval_dataset), measure))
+        plans = self.eval_plans if eval_dataset is None else self.plan(eval_dataset)
+        if not plans:
+            raise DataError("there is no example to evaluate")
+        return drain(self.evaluation_passes(plans, measure))
