@@ -45,12 +45,12 @@ def named_data(task: str | None, dataset: str | None, config: str | None = None)
         if not dataset:
             raise ConfigError("dataset", None, "a hub name, folder or file; or name a task")
         return Named(None, dataset, config, is_text(task))
-    path, *own = named.dataset or (None,)
-    if config is None and dataset in (None, path):
-        config = next(iter(own), None)
-    if not (dataset or path):
+    path = dataset or next(iter(named.dataset), None)
+    if config is None and path in named.dataset[:1]:
+        config = next(iter(named.dataset[1:]), None)
+    if not path:
         raise ConfigError("dataset", None, f"a hub name, folder or file, as task {named.name} names none")
-    return Named(named, dataset or path, config, False)
+    return Named(named, path, config, False)
 
 
 def is_text(task: str | None) -> bool:
