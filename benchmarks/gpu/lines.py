@@ -115,7 +115,7 @@ def lines(model: Path | None, data: Path | None) -> list[Line]:
         _steps("opt-125m", 3, "--tuning", "full"),
         _steps("opt-1.3b", 4, "--tuning", "full"),
         _oracles("test_trainer_oracle.py", 8, "llama-alora and losses_equal_peft"),
-        _oracles("test_full_oracle.py", 6, "llama and losses_equal and single"),
+        _oracles("test_full_oracle.py", 6, "llama and losses_equal and single and not tied"),
         _check("engine-csgmv", 3, "engine", "--tuning", "lora", "--engine", '{"lora_backend": "csgmv"}'),
         _check("engine-awq", 3, "engine", "--awq"),
         _check("engine-fp8", 3, "engine", "--engine", '{"quantization": "fp8"}'),
