@@ -185,6 +185,7 @@ def read(path: Path) -> list[Record]:
 
 
 def drop_half_line(path: Path) -> None:
+    """As ``core.integrity`` does, which cannot be imported where SGLang cannot: the first line tells whether it can."""
     if path.is_file():
         content = path.read_bytes()
         if (whole := content.rfind(b"\n") + 1) < len(content):

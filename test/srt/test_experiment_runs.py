@@ -19,7 +19,8 @@ from sglang.srt.mezo.data.named import named_data
 from sglang.srt.mezo.data.selection import drawn_rows
 from sglang.srt.mezo.data.splits import DataArguments
 from sglang.srt.mezo.experiments.reference import measure_by_transformers
-from sglang.srt.mezo.experiments.runner import BUSY, DONE, Folder, run_process
+from sglang.srt.mezo.experiments.runner import BUSY, DONE, Files, Folder, run_process
+from sglang.srt.mezo.experiments.spec import Cell
 from sglang.srt.mezo.experiments.tables import write_tables
 from sglang.srt.mezo.training.evaluate import EvaluateArguments, read_evaluation
 from sglang.srt.mezo.training.finetune import ModelArguments
@@ -37,12 +38,16 @@ SLOW = [
 ]
 
 
-def test_a_cell_that_another_process_runs_is_left_to_it(tmp_path):
-    folder = Folder(tmp_path, changed())
+def slow_cell(path: Path) -> tuple[Folder, Cell, Files, list[str]]:
+    folder = Folder(path, changed())
     cell, *_ = folder.experiment.cells()
     files = folder.files(cell)
     files.result.parent.mkdir()
-    command = [*SLOW, str(files.result)]
+    return folder, cell, files, [*SLOW, str(files.result)]
+
+
+def test_a_cell_that_another_process_runs_is_left_to_it(tmp_path):
+    folder, cell, files, command = slow_cell(tmp_path)
     with ThreadPoolExecutor() as pool:
         one = pool.submit(run_process, command, files)
         wait_until(lambda: files.log.is_file() and files.log.read_text())
@@ -52,11 +57,7 @@ def test_a_cell_that_another_process_runs_is_left_to_it(tmp_path):
 
 
 def test_a_cell_whose_runner_is_killed_is_not_run_beside_itself(tmp_path):
-    folder = Folder(tmp_path, changed())
-    cell, *_ = folder.experiment.cells()
-    files = folder.files(cell)
-    files.result.parent.mkdir()
-    command = [*SLOW, str(files.result)]
+    folder, cell, files, command = slow_cell(tmp_path)
     runner = multiprocessing.get_context("spawn").Process(target=run_process, args=(command, files))
     runner.start()
     wait_until(lambda: files.log.is_file() and files.log.read_text())
@@ -144,6 +145,8 @@ def test_an_experiment_runs_and_what_fails_is_told(tmp_path):
         assert found["train_info"]["tokens_computed"] > 0
     [trained] = [found for name, found in results(folder).items() if "mezo" in name]
     assert trained["run_info"]["settings"]["method"] == {"max_steps": 4, "eval_steps": 5}
+    assert (folder / trained["train_info"]["adapter_dir"] / "adapter_config.json").is_file()
+    assert not Path(trained["train_info"]["adapter_dir"]).is_absolute()
     assert [one["step"] for one in trained["evaluations"]] == [0, 4] and trained["train_info"]["forward_passes"] == 32
     again = opened(str(folder), ExperimentArguments(), make=False)
     assert [cell.label for cell in again.open_cells()] == ["broken"], "what is done is not done again"

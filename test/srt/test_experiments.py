@@ -275,10 +275,11 @@ def test_tables_say_what_was_measured_and_what_was_not(folder):
         for cell in folder.open_cells()
         if (cell.task, cell.seed, cell.point) == ("sst2", 2, {"learning_rate": 0.01})
     ]
-    folder.failure(cell).parent.mkdir()
-    folder.failure(cell).write_text("error")
+    failure = folder.files(cell).failure
+    failure.parent.mkdir()
+    failure.write_text("error")
     assert "(1 not run, 1 failed) | not run |" in write_tables(folder)
-    folder.failure(cell).unlink()
+    failure.unlink()
     text = write_tables(folder)
     assert "| sst2 | mezo-lora | learning_rate 0.01; learning_rate 1e-3 | 12 s | 10 s | 40 |" in text
     assert "| sst2 | mezo-lora | +32.0 | +30.0 to +34.0 |\n" in text, "nothing there to be a share of"

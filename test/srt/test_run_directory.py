@@ -110,6 +110,14 @@ def test_a_folder_that_no_run_made_is_neither_deleted_nor_resumed(tmp_path, sett
     assert contents(tmp_path) == before
 
 
+def test_a_folder_whose_log_is_none_is_not_overwritten(tmp_path):
+    run(tmp_path, steps=1)
+    (tmp_path / "run" / "seed_log").write_text("my notes")
+    with pytest.raises(LogError, match="is not a seed log"):
+        start(config(tmp_path, overwrite_output_dir=True), initial_adapter())
+    assert (tmp_path / "run" / "seed_log").read_text() == "my notes"
+
+
 def test_a_log_with_records_is_no_half_made_run(tmp_path):
     """Of a run that has lost its config.json."""
     run(tmp_path, steps=3)

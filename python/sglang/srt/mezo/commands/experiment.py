@@ -144,6 +144,6 @@ def _status(folder: Folder) -> str:
     counts = Counter(states.values())
     lines = [f"{folder.experiment.name}: {counts['done']} of {len(cells)} cells done, {counts['failed']} failed"]
     for number, cell in enumerate(cells):
-        why = f": {folder.failure(cell).read_text().strip()}" if states[cell.id] == "failed" else ""
+        why = f": {folder.files(cell).failure.read_text().strip()}" if states[cell.id] == "failed" else ""
         lines.append(f"  {number:>4} {states[cell.id]:<6} {cell.id}{why}")
     return "\n".join(lines)

@@ -28,9 +28,11 @@ NEW_TEXT: dict[str, Any] = {"max_new_tokens": 50, "temperature": 0.0, "stop": No
 """How a model writes for which nobody says it."""
 
 
-def metric_name(given: str) -> str:
+def metric_name(given: str | None) -> str:
     """A metric of evaluations as a run has it, of one that is given with or without ``eval_``, as Transformers takes
-    either."""
+    either; the loss where none is."""
+    if given is None:
+        return LOSS_METRIC
     return given if given.startswith("eval_") else f"eval_{given}"
 
 

@@ -39,14 +39,14 @@ def fill_open_fields(server_args: Any, given: Collection[str] = ()) -> None:
     )
     # FlashAttention and FlashInfer take half precision only; what Blackwell gets by itself needs pages of 64 tokens;
     # Hopper's is not in every build of SGLang's kernels.
-    others = in_float32 or get_platform().is_sm100 or (get_platform().is_sm90 and not _has_flash_attention())
+    others = in_float32 or get_platform().is_sm100 or (get_platform().is_sm90 and not has_flash_attention())
     if chosen == (None, None, None) and others:
         server_args.attention_backend = "triton"
     if in_float32:
         os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")  # its kernels would multiply in TF32, which keeps ten bits
 
 
-def _has_flash_attention() -> bool:
+def has_flash_attention() -> bool:
     """Whether SGLang's build of FlashAttention 3 can be loaded."""
     try:
         import sgl_kernel.flash_attn  # noqa: F401

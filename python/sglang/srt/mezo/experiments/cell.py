@@ -66,6 +66,8 @@ def run_cell(cell: Cell, experiment: str, folder: Path) -> None:
         **measured,
         "meta_info": meta_info(),
     }
+    for name in {"adapter_dir", "model_dir"} & measured["train_info"].keys():
+        measured["train_info"][name] = os.path.relpath(measured["train_info"][name], folder)  # wherever that is moved
     path = result_path(folder, cell)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, result)

@@ -17,7 +17,7 @@ from sglang.srt.mezo.adapters.prefix_adapter import KVShape
 from sglang.srt.mezo.core.atomic import atomic_directory
 from sglang.srt.mezo.core.config import MOST_STEPS
 from sglang.srt.mezo.core.errors import ConfigError, DivergedError
-from sglang.srt.mezo.core.objective import LOSS_METRIC, SCORES, Objective, is_better, metric_name
+from sglang.srt.mezo.core.objective import SCORES, Objective, is_better, metric_name
 from sglang.srt.mezo.core.optimizer import learning_rate_at
 from sglang.srt.mezo.core.settings import LARGEST, require_settings, setting
 from sglang.srt.mezo.data.splits import DataArguments, Splits, load_splits
@@ -201,7 +201,7 @@ class _Training:
         self.max_steps, self._eval_steps = arguments.steps_for(len(self._plans))
         self._trained = [one for one in reference.model.parameters() if one.requires_grad]
         self._optimizer = torch.optim.AdamW(_groups(self._trained, arguments.weight_decay))
-        self._chosen_by = metric_name(arguments.metric_for_best_model or LOSS_METRIC)
+        self._chosen_by = metric_name(arguments.metric_for_best_model)
         self._best: tuple[float, int, list[torch.Tensor]] | None = None
         self._losses: list[float] = []
         self._evaluations: list[dict[str, Any]] = []

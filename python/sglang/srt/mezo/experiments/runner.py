@@ -38,21 +38,14 @@ class Folder:
 
     def state(self, cell: Cell) -> State:
         """What has become of a cell."""
-        if result_path(self.path, cell).is_file():
+        files = self.files(cell)
+        if files.result.is_file():
             return "done"
-        if is_held(self.files(cell).lock):
+        if is_held(files.lock):
             return "running"
-        if self.failure(cell).is_file():
+        if files.failure.is_file():
             return "failed"
-        return "begun" if self.log(cell).is_file() else "open"
-
-    def log(self, cell: Cell) -> Path:
-        """What its last process has printed."""
-        return self.path / "logs" / f"{cell.id}.log"
-
-    def failure(self, cell: Cell) -> Path:
-        """The last line of a process that failed."""
-        return self.path / "logs" / f"{cell.id}.failed"
+        return "begun" if files.log.is_file() else "open"
 
     def files(self, cell: Cell) -> "Files":
         """That tell of a cell, by their whole paths."""
@@ -82,7 +75,7 @@ class Folder:
             print(f"[{number}/{len(cells)}] {cell.id} ... ", end="", flush=True)
             status = self.run_one(cell)
             seconds = time.monotonic() - started
-            told = {DONE: "done", BUSY: "runs in another process"}.get(status, f"failed, see {self.log(cell)}")
+            told = {DONE: "done", BUSY: "runs in another process"}.get(status, f"failed, see {self.files(cell).log}")
             print(f"{told} ({seconds:.0f} s)", flush=True)
             if status not in (DONE, BUSY):
                 failed.append(cell)

@@ -12,7 +12,7 @@ import torch
 
 from sglang.srt.mezo.core.config import MezoConfig
 from sglang.srt.mezo.core.errors import DamagedError, DataError
-from sglang.srt.mezo.core.objective import LOSS_METRIC, is_better, metric_name
+from sglang.srt.mezo.core.objective import is_better, metric_name
 from sglang.srt.mezo.core.seed_log import LogRecord, SeedLog
 from sglang.srt.mezo.scoring.plan import digest_of_plans
 from sglang.srt.mezo.training.learner import Learner
@@ -188,7 +188,7 @@ class RunRecord:
             self._directory.drop_best(earlier)
 
     def _is_best(self, metrics: dict[str, float]) -> bool:
-        name = metric_name(self._config.metric_for_best_model or LOSS_METRIC)
+        name = metric_name(self._config.metric_for_best_model)
         better = is_better(name, metrics[name], self._state["best_metric"])
         if better:
             self._state.update(best_metric=metrics[name], best_global_step=self._learner.global_step)
@@ -240,7 +240,7 @@ def _take_up(
         )
     if not kept_adapter_only:
         _require_same_examples(learner, directory, state)
-        warnings += _recover(log, state, metric_name(learner.config.metric_for_best_model or LOSS_METRIC))
+        warnings += _recover(log, state, metric_name(learner.config.metric_for_best_model))
     if "window" not in state:
         state["window"] = learner.source.window
         directory.save_state(state)

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, closing
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -68,9 +69,17 @@ class RunDirectory:
         if self._config.resume_from_checkpoint:
             return self._resume(trainable)
         if self.path.exists() and any(self.path.iterdir()):
-            with locked_log(self.path / "seed_log"):  # a run that is still going is not deleted
+            with self._claimed():  # a run that is still going is not deleted
                 shutil.rmtree(self.path)
         return self._create(trainable)
+
+    def _claimed(self) -> AbstractContextManager[object]:
+        """The log of the earlier run, as its only writer; LogError where it is none, but for half of one."""
+        if is_half_made(self.path):
+            return locked_log(self.path / "seed_log")
+        log = SeedLog.open(self.path / "seed_log")
+        log.claim()
+        return closing(log)
 
     def check(self) -> None:
         """Raise ConfigError for what can be told of the folder before there is an adapter."""

@@ -29,7 +29,7 @@ def require_objective(config: MezoConfig, objective: Objective, option_counts: I
 
 def require_metric(metric: str | None, objective: Objective) -> None:
     """Raise ConfigError where evaluations have no such metric."""
-    if metric is not None and metric_name(metric) not in metrics_of(objective):
+    if metric_name(metric) not in metrics_of(objective):
         raise ConfigError("metric_for_best_model", metric, f"one of {', '.join(metrics_of(objective))} for {objective}")
 
 

@@ -194,7 +194,7 @@ def _check_together(given: Mapping[str, _Given]) -> None:
     if multiplier is not None and multiplier.value != 1 and "learning_rate" in given:
         raise _refusal(multiplier, "1 beside learning_rate, as it multiplies the default learning rate")
     metric = given.get("metric_for_best_model")
-    if metric is not None and metric.value is not None and metric_name(metric.value) not in _METRICS:
+    if metric is not None and metric_name(metric.value) not in _METRICS:
         raise _refusal(metric, f"one of {', '.join(_METRICS)}, null")
 
 
