@@ -61,12 +61,17 @@ def main() -> None:
         known = [record for record in read(arguments.out / "lines.jsonl") if record["tiny"] == arguments.tiny]
         done = {record["line"] for record in known if record["status"] != "cut"}
         chosen = [line for line in chosen if line.name not in done]
-    if arguments.tiny:  # lines that differ in what only a GPU has are one there
-        distinct: dict[tuple, Line] = {}
-        for line in chosen:
-            distinct.setdefault(line.tiny, line)
-        chosen = list(distinct.values())
+    if arguments.tiny:
+        chosen = distinct(chosen)
     sys.exit(not run(chosen, arguments.out, 60 * arguments.minutes, arguments.tiny))
+
+
+def distinct(chosen: Sequence[Line]) -> list[Line]:
+    """Lines that differ in what only a GPU has are one on small models."""
+    found: dict[tuple, Line] = {}
+    for line in chosen:
+        found.setdefault(line.tiny, line)
+    return list(found.values())
 
 
 def bring_along(out: Path) -> None:
