@@ -190,7 +190,7 @@ def test_qwen_on_fineweb_is_the_run_of_the_examples():
 
 
 def test_a_dry_run_needs_no_checkpoint(monkeypatch):
-    assert dry_run(Experiment.read(PRESETS / "smollm2.yaml"))[-1].startswith("68 cells, ")
+    assert dry_run(Experiment.read(PRESETS / "smollm2.yaml"))[-1].startswith("69 cells, ")
     unknown = Experiment.of({"model": "no/model", "tasks": ["sst2"], "methods": {"mezo-lora": {}}}, "mine")
     assert "hours unknown by the cost model" in dry_run(unknown)[0]
 
