@@ -154,6 +154,13 @@ def test_a_file_that_is_no_wheel_is_named(tmp_path):
         UpstreamSource.of_wheel(path)
 
 
+def test_a_wheel_without_a_version_in_its_name_is_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "sglang.whl", "w") as wheel:
+        wheel.writestr("sglang/__init__.py", "")
+    with pytest.raises(ConfigError, match=r"against=.* is not allowed: a wheel by its own name"):
+        UpstreamSource.of_wheel(tmp_path / "sglang.whl")
+
+
 def test_what_lies_elsewhere(source):
     assert source.signature("sglang.srt.folder", "inner") == "value"
     assert source.signature("sglang.srt.folder", "outer") is None

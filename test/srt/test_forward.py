@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sglang.srt.mezo.engine.forward import Sequenced, _forward_batch
+from sglang.srt.mezo.engine.forward import Sequenced, _forward_batch, before
 
 LENGTHS = ((3, 2), (0, 4), (5, 1))  # cached and new tokens of each sequence
 
@@ -42,6 +42,14 @@ def test_a_sequence_may_follow_on_another_of_its_batch():
     assert table[2, :6].tolist() == [100, 101, 200, 202, 204, 205]
     assert table[1, :3].tolist() == [105, 206, 207]
     assert batch.positions.tolist() == [2, 3, 3, 4, 4, 5, 1, 2] and batch.extend_prefix_lens_cpu == [2, 3, 4, 1]
+
+
+def test_what_comes_before_a_sequence_is_where_the_places_are():
+    """CUDA joins nothing that lies elsewhere, empty or not; a row that begins anew has nothing, wherever."""
+    nothing, segments = torch.empty(0, dtype=torch.int64), (("adapter", 2),)
+    sequences = [Sequenced(nothing, [7, 8], segments), Sequenced(nothing, [9, 9], segments, follows=(0, 1))]
+    found = before(sequences, torch.arange(200, 204, device="meta").split(2))
+    assert [(one.device.type, len(one)) for one in found] == [("meta", 0), ("meta", 1)]
 
 
 def batch_on(device: str):

@@ -176,9 +176,7 @@ def test_every_line_passes_on_small_models(tmp_path):
     halves = {tmp_path / "first": names[:middle], tmp_path / "second": names[middle:]}
     calls = [
         subprocess.Popen(
-            [*command, "--out", str(out), "--only", *half],
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            [*command, "--out", str(out), "--only", *half], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}
         )
         for out, half in halves.items()
     ]

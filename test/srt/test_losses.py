@@ -1,5 +1,7 @@
 """Option losses and token losses against numpy on whole vocabularies of log-probabilities."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ import torch
 from sglang.srt.mezo.data.examples import Example
 from sglang.srt.mezo.scoring.losses import option_cross_entropy, option_scores, split_options
 from sglang.srt.mezo.scoring.plan import ExamplePlan, Planner, needs_normaliser
-from sglang.srt.mezo.scoring.readout import batch_loss, predictions
+from sglang.srt.mezo.scoring.readout import batch_loss, predictions, right_predictions
 
 SLOTS = 6
 VOCAB = 50
@@ -102,6 +104,19 @@ def test_the_loss_of_accuracy_is_the_share_of_right_options_with_its_sign_change
     loss = batch_loss(plans_of(examples), model.reads(), "accuracy")
     np.testing.assert_array_equal(loss.mean, -right.mean(axis=1))
     assert 0 < right.mean() < 1
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("objective", ["classification", "completion", "accuracy"])
+def test_a_point_that_has_diverged_has_no_loss(objective, value):
+    """And no share of right options: the first option is not the best of those that have no numbers."""
+    plans = plans_of(MIXED)
+    values = torch.zeros(2, sum(len(row.reads) for plan in plans for row in plan.rows))
+    values[1] = value
+    loss = batch_loss(plans, values, objective).mean
+    right = right_predictions(plans, values)
+    assert loss[0].isfinite() and right[0] == sum(plan.label == 0 for plan in plans)
+    assert not loss[1].isfinite() and right[1].isnan()
 
 
 @pytest.mark.parametrize("objective", ["classification", "completion", "accuracy"])

@@ -1,6 +1,7 @@
 """Prefix tuning against Transformers and PEFT, in float32. PEFT has no prefixes for encoders: keys and values are put
 into Transformers' attention instead."""
 
+import math
 from types import MethodType
 
 import pytest
@@ -13,7 +14,7 @@ from engine_process import EngineProcess
 from sglang.srt.mezo.adapters.prefix_adapter import PrefixAdapter, PrefixSpec
 from sglang.srt.mezo.core.config import MezoConfig
 from sglang.srt.mezo.core.directions import KeptDirections
-from sglang.srt.mezo.core.errors import ConfigError
+from sglang.srt.mezo.core.errors import ConfigError, DivergedError
 from sglang.srt.mezo.core.noise import direction
 from sglang.srt.mezo.core.passes import drain
 from test_full_oracle import BATCHES, KINDS, batch_of, reference_loss
@@ -171,6 +172,32 @@ def positions(request, model) -> str:
 def spec_of(path: str, positions: str | None) -> PrefixSpec:
     config = MezoConfig(tuning="prefix", prefix_positions=positions)
     return PrefixSpec.of(config, path, AutoConfig.from_pretrained(path))
+
+
+def begun_in_a_model_that_overflows(engine, spec, batch) -> tuple[str, int, bool]:
+    """What is said, how many places of the pool are lost, and whether what they held is finite."""
+    free, weight = engine.handle.free_kv_tokens, next(engine.handle.model_runner.model.parameters())
+    kept = weight.detach().clone()
+    with torch.inference_mode():
+        weight.fill_(math.inf)
+    try:
+        make_trainer(engine, spec, batch, "classification").close()
+        said = "nothing"
+    except DivergedError as error:
+        said = str(error)
+    finally:
+        with torch.inference_mode():
+            weight.copy_(kept)
+    pool = engine.handle.kv_allocator.get_kvcache()
+    finite = all(buffer.isfinite().all() for buffer in pool.get_kv_buffer(pool.start_layer))
+    return said, free - engine.handle.free_kv_tokens, finite
+
+
+def test_a_model_that_overflows_gives_no_prefix_and_keeps_no_places(model):
+    kind, path, engine = model
+    spec = spec_of(path, "unshifted")
+    said, lost, finite = engine.call(begun_in_a_model_that_overflows, spec, batch_of(kind, "longer options")[1])
+    assert "serve it in another dtype" in said and lost == 0 and finite
 
 
 def in_the_middle(model, spec: PrefixSpec) -> torch.Tensor:

@@ -16,6 +16,7 @@ from trainer_engine import (  # noqa: F401
     EVALUATION,
     NUM_SLOTS,
     TRAIN,
+    SecondTry,
     adapter_in,
     config,
     engine,
@@ -24,11 +25,13 @@ from trainer_engine import (  # noqa: F401
     lost_share,
     model_path,
     passes_of_a_batch,
+    places_in_use_after_a_release,
     run,
     spec,
     start,
     step_with_theta,
     steps,
+    steps_without_a_cache,
     windowed_steps,
 )
 
@@ -174,6 +177,27 @@ def test_a_pool_too_small_for_all_prefixes_is_gone_over_in_windows(engine, spec,
         assert with_reuse == pytest.approx(without, abs=1e-5)
     # 1,600 examples in windows that are each gone over eight times: little more than an eighth is computed.
     assert stats.computed < 0.2 * stats.total / config.forward_passes
+
+
+def test_a_mistaken_argument_does_not_cost_a_process_its_engine(model_path, config, spec):
+    process = start(model_path, kind=SecondTry)
+    try:
+        assert len(process.call(steps, config, spec, TRAIN, 1)) == 1
+    finally:
+        process.close()
+
+
+def test_an_engine_without_a_prefix_cache_computes_prompts_anew(engine, spec, config):
+    with_cache = engine.call(steps, config, spec, TRAIN, 3)
+    without, missing = engine.call(steps_without_a_cache, config, spec, TRAIN, 3)
+    for (plus, minus, _), (other_plus, other_minus, _) in zip(with_cache, without, strict=True):
+        assert other_plus + other_minus == pytest.approx(plus + minus, abs=1e-5)
+    assert missing == 0
+
+
+def test_prefixes_that_a_pass_reads_are_nobody_elses(engine, spec, config):
+    """Though they are given up meanwhile, as a server does that needs the room."""
+    assert engine.call(places_in_use_after_a_release, config, spec, TRAIN) == (0, 52, 0)
 
 
 def test_a_resumed_run_keeps_its_window(engine, spec, config):

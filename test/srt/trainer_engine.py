@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 import safetensors.torch
+import torch
 
 import oracle
 from engine_process import EngineProcess
 from sglang.srt.mezo.adapters.adapter import Adapter, AdapterSpec
 from sglang.srt.mezo.core.config import MezoConfig
+from sglang.srt.mezo.core.errors import ConfigError
 from sglang.srt.mezo.core.passes import drain
 from sglang.srt.mezo.data.examples import Example
 
@@ -81,6 +83,43 @@ def passes_of_a_batch(engine, config, spec, train, kept_tokens):
         trainer.close()
 
 
+def steps_without_a_cache(engine, *arguments):
+    """The steps of an engine that keeps no prefixes, and how many places of the pool are missing afterwards."""
+    engine.scheduler.flush_cache()
+    free = engine.handle.free_kv_tokens
+    engine.handle.tree_cache.disable = True
+    try:
+        return steps(engine, *arguments), free - engine.handle.free_kv_tokens
+    finally:
+        engine.handle.tree_cache.disable = False
+
+
+def places_in_use_after_a_release(engine, config, spec, train):
+    """How many places of kept prefixes somebody else could get while a pass reads them, and how many are kept after
+    it and after one more release."""
+    from sglang.srt.mem_cache.base_prefix_cache import EvictParams
+
+    engine.scheduler.flush_cache()
+    trainer = build(engine, config, spec, train)
+    try:
+        prefixes = trainer.scorer.base_prefixes
+        wanted = [(2, *range(10, 40)), (2, *range(10, 20), *range(50, 60))]
+        with prefixes.acquire(wanted, 0, True):
+            pass
+        assert prefixes.kept_tokens == sum(map(len, wanted))
+        with prefixes.acquire(wanted, 0, True) as found:
+            prefixes.release()
+            engine.handle.tree_cache.evict(EvictParams(num_tokens=engine.handle.kv_capacity))
+            free = set(engine.handle.kv_allocator.alloc(engine.handle.kv_allocator.available_size()).tolist())
+            lost = free & set(torch.cat(list(found.values())).tolist())
+            engine.handle.kv_allocator.free(torch.tensor(sorted(free)))
+        kept = prefixes.kept_tokens
+        prefixes.release()
+        return len(lost), kept, prefixes.kept_tokens
+    finally:
+        trainer.close()
+
+
 def step_with_theta(engine, config, spec, train, value):
     trainer = build(engine, config, spec, train)
     try:
@@ -130,8 +169,8 @@ def engine(model_path):
     process.close()
 
 
-def start(model_path: str, num_slots: int = NUM_SLOTS) -> EngineProcess:
-    return EngineProcess(
+def start(model_path: str, num_slots: int = NUM_SLOTS, kind: type[EngineProcess] = EngineProcess) -> EngineProcess:
+    return kind(
         model_path=model_path,
         r=4,
         target_modules=TARGETS,
@@ -140,6 +179,18 @@ def start(model_path: str, num_slots: int = NUM_SLOTS) -> EngineProcess:
         skip_tokenizer_init=True,
         max_total_tokens=3000,
     )
+
+
+class SecondTry(EngineProcess):
+    """An engine whose arguments were mistaken at first."""
+
+    @staticmethod
+    def _make(**arguments):
+        from sglang.srt.mezo.engine.handle import MezoEngine
+
+        with pytest.raises(ConfigError, match="target_modules"):
+            MezoEngine(**{**arguments, "target_modules": ("nonsense",)})
+        return MezoEngine(**arguments)
 
 
 @pytest.fixture

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from sglang.srt.mezo.core.errors import CapacityError
+from sglang.srt.mezo.core.errors import CapacityError, DivergedError
 from sglang.srt.mezo.engine.handle import EngineHandle
+from sglang.srt.mezo.engine.kv_pool import erase
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,16 @@ def extend(handle: EngineHandle, sequences: Sequence[Sequenced]) -> tuple[torch.
     except BaseException:
         handle.kv_allocator.free(kv_indices)
         raise
+
+
+def require_finite_base(handle: EngineHandle, hidden: torch.Tensor, places: torch.Tensor) -> None:
+    """Raise DivergedError where a pass of the base model is not finite; what it left in ``places`` is erased."""
+    if not hidden.isfinite().all():
+        erase(handle.kv_allocator.get_kvcache(), places)
+        raise DivergedError(
+            f"the base model does not give finite numbers in {hidden.dtype} for one of the prompts: "
+            "serve it in another dtype"
+        )
 
 
 def extend_into(handle: EngineHandle, sequences: Sequence[Sequenced], places: torch.Tensor) -> torch.Tensor:
@@ -135,11 +146,12 @@ def _forward_batch(handle: EngineHandle, sequences: Sequence[Sequenced], rows: l
 
 
 def before(sequences: Sequence[Sequenced], new: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """KV indices of what comes before the tokens of each sequence, those being ``new``."""
+    """KV indices of what comes before the tokens of each sequence, those being ``new``; on the device of these, where
+    nothing may have been made elsewhere."""
     cached: list[torch.Tensor] = []
-    for sequence in sequences:
+    for sequence, own in zip(sequences, new):
         if sequence.follows is None:
-            cached.append(sequence.cached)
+            cached.append(sequence.cached if len(sequence.cached) else own[:0])
         else:
             other, tokens = sequence.follows
             cached.append(torch.cat((cached[other], new[other]))[:tokens])

@@ -206,7 +206,6 @@ class MezoEngine:
     ):
         if MezoEngine._started:
             raise RuntimeError("this process has had its engine already: SGLang builds its parallel groups once")
-        MezoEngine._started = True
         keep_freed_memory()
         from sglang.srt.plugins import load_plugins
 
@@ -242,6 +241,7 @@ class MezoEngine:
         ports = PortArgs.init_new(self.server_args)
         world_rank = spawn_world_rank(self.server_args, tp_rank=rank.tp_rank, pp_rank=0)
         _configure_logging(self.server_args)
+        MezoEngine._started = True
         publish(
             self.server_args,
             role="scheduler",

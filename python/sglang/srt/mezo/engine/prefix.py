@@ -12,12 +12,11 @@ from typing import Any
 
 import torch
 
-from sglang.srt.mezo.core.errors import CapacityError, DivergedError
+from sglang.srt.mezo.core.errors import CapacityError
 from sglang.srt.mezo.core.passes import Passes, drain
 from sglang.srt.mezo.core.tokens import Tokens, common_length
-from sglang.srt.mezo.engine.forward import Sequenced, extend
+from sglang.srt.mezo.engine.forward import Sequenced, extend, require_finite_base
 from sglang.srt.mezo.engine.handle import EngineHandle
-from sglang.srt.mezo.engine.kv_pool import erase
 
 _PASS_COST = 64
 """Tokens that a forward pass costs beside those it runs, as weights are read once more."""
@@ -89,20 +88,21 @@ class BasePrefixes:
         wanted = sorted(set(prefixes) - {()})
         root = self._handle.tree_cache.root_node_handle()
         nothing = torch.empty(0, dtype=torch.int64, device=self._handle.device)
-        kept = self._make_room(wanted, beside)
-        held: dict[Tokens, _Locked] = {}
+        self._make_room(wanted, beside)
+        lent = {prefix: self._kept.pop(prefix) for prefix in wanted if prefix in self._kept}  # out of release's reach
+        fresh: dict[Tokens, _Locked] = {}
         try:
-            held |= {
-                prefix: found for prefix in wanted if prefix not in kept and (found := self._lock(prefix)) is not None
-            }
-            missing = [prefix for prefix in wanted if prefix not in kept and prefix not in held]
+            others = [prefix for prefix in wanted if prefix not in lent]
+            fresh |= {prefix: found for prefix in others if (found := self._lock(prefix)) is not None}
+            missing = [prefix for prefix in others if prefix not in fresh]
             drain(self.prepare(missing))
             for prefix in missing:
-                held[prefix] = self._lock(prefix) or self._raise_evicted(prefix)
-            yield {prefix: (held.get(prefix) or kept[prefix]).kv_indices for prefix in wanted} | {(): nothing}
+                fresh[prefix] = self._lock(prefix) or self._raise_evicted(prefix)
+            yield {prefix: locked.kv_indices for prefix, locked in (lent | fresh).items()} | {(): nothing}
         finally:
             if self._handle.tree_cache.root_node_handle() == root:  # else it has been emptied, and the locks with it
-                self._keep_or_unlock(held, keep)
+                self._keep_or_unlock(lent, True)
+                self._keep_or_unlock(fresh, keep)
 
     def release(self) -> None:
         """Unlock what is kept: the tree may evict it from now on."""
@@ -119,13 +119,12 @@ class BasePrefixes:
             self._root = root
         return self._kept
 
-    def _make_room(self, wanted: Sequence[Tokens], beside: int) -> dict[Tokens, "_Locked"]:
-        """What is kept; nothing where a batch needs the room."""
+    def _make_room(self, wanted: Sequence[Tokens], beside: int) -> None:
+        """Nothing stays kept where a batch needs the room."""
         kept = self._valid_kept()
         missing = sum(len(prefix) for prefix in wanted if prefix not in kept)
         if kept and missing + beside > self._handle.free_kv_tokens:
             self.release()
-        return dict(kept)
 
     def _keep_or_unlock(self, held: dict[Tokens, "_Locked"], keep: bool) -> None:
         room = self._most_kept_tokens - self.kept_tokens if keep else 0
@@ -195,16 +194,10 @@ class BasePrefixes:
                 for prefix, hit, indices in zip(prefixes, hits, cached)
             ]
             hidden, new = extend(self._handle, sequences)
-            if not hidden.isfinite().all():
-                erase(self._handle.kv_allocator.get_kvcache(), new)
-                self._handle.kv_allocator.free(new)
-                raise DivergedError(
-                    f"the base model does not give finite numbers in {hidden.dtype} for one of {len(prefixes)} "
-                    "prompts: serve it in another dtype"
-                )
-            self._stats.computed += new.numel()
             parts = list(new.split([len(sequence.tokens) for sequence in sequences]))
             try:
+                require_finite_base(self._handle, hidden, new)
+                self._stats.computed += new.numel()
                 for prefix, hit, indices in zip(prefixes, hits, cached):
                     # The tree owns the new KV from here on, and frees what another prefix of the batch brought already.
                     tree.insert(

@@ -6,7 +6,7 @@ from sglang.srt.mezo.adapters.prefix_adapter import PrefixAdapter, PrefixSpec
 from sglang.srt.mezo.core.errors import CapacityError, ConfigError
 from sglang.srt.mezo.core.estimator import SIGNS, Estimator
 from sglang.srt.mezo.core.noise import initial_uniform
-from sglang.srt.mezo.engine.forward import Sequenced, extend
+from sglang.srt.mezo.engine.forward import Sequenced, extend, require_finite_base
 from sglang.srt.mezo.engine.handle import EngineHandle
 from sglang.srt.mezo.engine.held_places import HeldPlaces
 from sglang.srt.mezo.engine.kv_pool import erase
@@ -135,11 +135,15 @@ class PrefixPoints(PackedPoints):
         numbers = initial_uniform(seed, 0, spec.num_virtual_tokens).double().add_(1).div_(2)
         vocabulary = self._handle.model_runner.model_config.vocab_size
         tokens = tuple((numbers * vocabulary).long().clamp_(max=vocabulary - 1).tolist())
-        _, places = extend(self._handle, [Sequenced(torch.empty(0, dtype=torch.int64), tokens, ((None, len(tokens)),))])
+        random = Sequenced(torch.empty(0, dtype=torch.int64), tokens, ((None, len(tokens)),))
+        hidden, places = extend(self._handle, [random])
         theta.fill_(-0.0)  # leaves every number as it is when it is added
-        if self._layout.is_first_copy:
-            self._layout.read(places, theta.view(self._adapter.by_layer))
-        self._handle.kv_allocator.free(places)
+        try:
+            require_finite_base(self._handle, hidden, places)
+            if self._layout.is_first_copy:
+                self._layout.read(places, theta.view(self._adapter.by_layer))
+        finally:
+            self._handle.kv_allocator.free(places)
         theta.copy_(self._handle.sum_of_ranks(theta))
 
     def write(self, number: int, theta: torch.Tensor) -> None:

@@ -47,6 +47,8 @@ class UpstreamSource:
             wheel = zipfile.ZipFile(path)
         except zipfile.BadZipFile as error:
             raise ConfigError("against", str(path), f"a wheel that can be read ({error})") from error
+        if path.name.count("-") < 2:
+            raise ConfigError("against", str(path), "a wheel by its own name, such as sglang-0.5.23-py3-none-any.whl")
         names = set(wheel.namelist())
 
         def read(name: str) -> str | None:

@@ -41,7 +41,7 @@ class Calibrated:
             for plan in plans
             if (count := len(plan.option_lengths))
         ]
-        right = right_predictions(single, gains).double().sum(dim=1)
+        right = right_predictions(single, gains)
         loss = batch_loss(single, gains, self.objective)
         return Measured(loss, {"accuracy": Scores(right, len(plans))}, partial(choices, single, gains))
 

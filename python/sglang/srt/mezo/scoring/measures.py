@@ -93,7 +93,7 @@ class Reading:
     ) -> Passes[Measured]:
         values = yield from self.scorer.passes(plans, groups, self.objective, keep)
         asked = sum(bool(plan.right) for plan in plans)
-        scores = {"accuracy": Scores(right_predictions(plans, values).double().sum(dim=1), asked)} if asked else {}
+        scores = {"accuracy": Scores(right_predictions(plans, values), asked)} if asked else {}
         return Measured(batch_loss(plans, values, self.objective), scores, partial(choices, plans, values))
 
     def release(self) -> None:

@@ -1,5 +1,6 @@
 """From the values that were read off the model to losses and predictions."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -39,7 +40,7 @@ def batch_loss(plans: Sequence[ExamplePlan], values: torch.Tensor, objective: Ob
         values: [slots, reads], from ``Scorer.passes``.
     """
     if objective == "accuracy":
-        return BatchLoss(-right_predictions(plans, values).sum(dim=1).double(), len(plans))
+        return BatchLoss(-right_predictions(plans, values), len(plans))
     if objective == "classification":
         labels = torch.tensor([plan.label for plan in plans])
         return BatchLoss(option_cross_entropy(_scores(plans, values), labels).sum(dim=1), len(plans))
@@ -53,11 +54,13 @@ def predictions(plans: Sequence[ExamplePlan], values: torch.Tensor) -> torch.Ten
 
 
 def right_predictions(plans: Sequence[ExamplePlan], values: torch.Tensor) -> torch.Tensor:
-    """Whether the best option is a right one: bool [slots, examples]; never where none is right."""
+    """How many examples have a right option as their best; NaN in a slot with values that are no numbers: float64
+    [slots]."""
     right = torch.zeros(len(plans), max(len(plan.option_lengths) for plan in plans), dtype=torch.bool)
     for row, plan in enumerate(plans):
         right[row, list(plan.right)] = True
-    return right[torch.arange(len(plans)), predictions(plans, values)]
+    found = right[torch.arange(len(plans)), predictions(plans, values)].sum(dim=1).double()
+    return found.where((values < math.inf).all(dim=1), math.nan)  # which NaN is not, either
 
 
 def choices(plans: Sequence[ExamplePlan], values: torch.Tensor) -> list[dict[str, Any]]:

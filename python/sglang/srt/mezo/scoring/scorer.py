@@ -73,7 +73,8 @@ class Scorer:
         scope: where the prefixes of the plans hold; see ``plan.PREFIX_SCOPE``.
         max_tokens: most tokens run in one forward pass; a single example may exceed it. May be set anew between two
             passes.
-        prefix_reuse: False runs every prefix anew in every row: same losses, no sharing, to check the sharing by.
+        prefix_reuse: False runs every prefix anew in every row: same losses, no sharing, to check the sharing by. So
+            it is in an engine without a prefix cache.
         kept_tokens: most tokens of base-model prefixes that stay locked in the tree between passes.
     """
 
@@ -84,13 +85,15 @@ class Scorer:
         self.scope = scope
         most = int(_MOST_PREFIX_SHARE * handle.kv_capacity)
         self._prefix_room = max(int(_PREFIX_SHARE * handle.kv_capacity), min(kept_tokens, most))
-        self._prefix_reuse = prefix_reuse
+        self.prefix_reuse = prefix_reuse and (
+            scope is not PrefixScope.BASE or handle.tree_cache.supports_prefix_sharing()
+        )
         self.head = Head(handle)
         self.during_prefixes: Callable[[], AbstractContextManager[None]] = nullcontext
         self.prefix_stats = PrefixStats()
         self.base_prefixes = BasePrefixes(handle, max_tokens, self.prefix_stats, kept_tokens)
         # In an encoder the KV of a beginning depends on what follows it.
-        self._shares_in_slots = prefix_reuse and handle.writes_kv_first and handle.is_causal
+        self._shares_in_slots = self.prefix_reuse and handle.writes_kv_first and handle.is_causal
         self.max_tokens = max_tokens
 
     @property
@@ -129,7 +132,7 @@ class Scorer:
 
     def prepare(self, items: Sequence[Item]) -> Passes[None]:
         """Compute the base-model prefixes of the items that the tree lacks, where they are shared."""
-        if self._prefix_reuse and self.scope is PrefixScope.BASE:
+        if self.prefix_reuse and self.scope is PrefixScope.BASE:
             with self.during_prefixes():
                 yield from self.base_prefixes.prepare(item.row.prefix for item in items)
 
@@ -163,7 +166,7 @@ class Scorer:
 
     def tokens_of(self, items: Sequence[Item], new_tokens: int) -> int:
         """Of the KV pool, that so many more on each item take beside the prefixes that are shared."""
-        shared = self._prefix_reuse
+        shared = self.prefix_reuse
         return sum((0 if shared else len(item.row.prefix)) + len(item.row.suffix) + new_tokens for item in items)
 
     def _has_room(self, prefix_tokens: int, tokens: int, held: int) -> bool:
@@ -176,7 +179,7 @@ class Scorer:
         A base-model prefix is not counted, as it is computed once for many steps, nor what a point shares with the unit
         before.
         """
-        if not self._prefix_reuse:
+        if not self.prefix_reuse:
             return sum(len(item.row.prefix) + len(item.row.suffix) for item in unit.items)
         if not self._shares_in_slots:
             return sum(len(item.row.suffix) for item in unit.items)
@@ -233,7 +236,7 @@ class Scorer:
         """Prefix -> KV indices of the base model: none where prefixes are run anew."""
         prefix_tokens = sum(len(item.row.prefix) for item in items)
         self.prefix_stats.total += prefix_tokens
-        if not self._prefix_reuse:
+        if not self.prefix_reuse:
             self.prefix_stats.computed += prefix_tokens
             yield {item.row.prefix: _NOTHING for item in items}
             return
@@ -277,7 +280,7 @@ class Scorer:
         end = 0
         for number, taken in borrowed.items():
             row = items[number].row
-            end += (0 if self._prefix_reuse else len(row.prefix)) + len(row.suffix) - taken.length
+            end += (0 if self.prefix_reuse else len(row.prefix)) + len(row.suffix) - taken.length
             first = [] if taken.row is None else rows_of[taken.row][: taken.length]
             rows_of[number] = [*first, *range(end - len(row.suffix) + taken.length, end)]
         return rows_of

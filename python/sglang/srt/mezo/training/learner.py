@@ -88,15 +88,17 @@ class Learner:
         self.planner = Planner(config.tuning, spec.invocation)
         self._new_tokens = config.max_new_tokens or 0
         kept_tokens = handle.kv_capacity // 2 if kept_tokens is None else kept_tokens
+        self.scorer = Scorer(handle, self.planner.scope, config.max_tokens_per_batch, config.prefix_reuse, kept_tokens)
         self.eval_plans = self.plan(eval_dataset)
         if isinstance(train_dataset, Sequence):
             plans = self.plan(train_dataset)
-            self.source: Source = DrawnSource(plans, config, portions, window_of(handle, config, plans, kept_tokens))
+            self.source: Source = DrawnSource(
+                plans, config, portions, window_of(handle, self.scorer, plans, kept_tokens)
+            )
         else:
             self.source = StreamedSource(handle, config, train_dataset, self.eval_plans, self.plan)
         self.max_steps = self.source.max_steps
         self.trainable, self.points, largest = trained(handle, config, spec, start, spare_slots, kept_tokens)
-        self.scorer = Scorer(handle, self.planner.scope, config.max_tokens_per_batch, config.prefix_reuse, kept_tokens)
         self.window = PrefixWindow(handle, config, self.scorer, self.source)
         self.optimizer = Optimizer(self.trainable.theta, self.trainable.shapes, config.update_rule, largest)
         self.measure = measure_of(handle, self.scorer, self.objective, writer)

@@ -15,7 +15,7 @@ from sglang.srt.mezo.training.source import Source
 _POOL_SHARE = 0.75  # of the KV pool that prefixes of all examples may fill; a batch and other prefixes need the rest
 
 
-def window_of(handle: EngineHandle, config: MezoConfig, plans: Sequence[ExamplePlan], kept_tokens: int) -> int | None:
+def window_of(handle: EngineHandle, scorer: Scorer, plans: Sequence[ExamplePlan], kept_tokens: int) -> int | None:
     """Examples whose prefixes are kept at a time; None where the pool has room for all.
 
     Args:
@@ -23,7 +23,7 @@ def window_of(handle: EngineHandle, config: MezoConfig, plans: Sequence[ExampleP
     """
     prefixes = {row.prefix for plan in plans for row in plan.rows}
     room = _POOL_SHARE * handle.kv_capacity
-    if not config.prefix_reuse or sum(map(len, prefixes)) <= room or (tokens := distinct_tokens(prefixes)) <= room:
+    if not scorer.prefix_reuse or sum(map(len, prefixes)) <= room or (tokens := distinct_tokens(prefixes)) <= room:
         return None
     return max(1, int(kept_tokens / tokens * len(plans)))
 
@@ -51,7 +51,7 @@ class PrefixWindow:
         KV differs in its last bits between batches, and a long run magnifies that: with this a run that goes on in a
         new engine ends as the whole run would have. Nothing to do where the pool cannot hold them all.
         """
-        if not self._config.prefix_reuse or self._scorer.scope is not PrefixScope.BASE:
+        if not self._scorer.prefix_reuse or self._scorer.scope is not PrefixScope.BASE:
             return
         tokens = sum(map(len, {row.prefix for plan in [*dev, *self._source.plans] for row in plan.rows}))
         if not self._handle.broadcast(tokens <= self._handle.free_kv_tokens):
