@@ -6,6 +6,8 @@ from types import SimpleNamespace
 import pytest
 
 from sglang.srt.lora.backend.base_backend import BaseLoRABackend
+from sglang.srt.managers.utils import validate_input_length
+from sglang.srt.mem_cache.events import KvEventLoraNames
 from sglang.srt.mezo.core.errors import ConfigError
 from sglang.srt.mezo.data.invocation import find_invocation
 from sglang.srt.mezo.engine.held_places import keeps_keys
@@ -47,6 +49,7 @@ def request(prompt, lora_id, extra_key=None) -> SimpleNamespace:
         lora_id=lora_id,
         extra_key=(extra_key or "") + lora_id if lora_id else extra_key,
         session=None,
+        set_finish_with_abort=lambda message: setattr(req, "aborted", message),
         kv=SimpleNamespace(req_pool_idx=None),
     )
     alora_serving._after_request_created(None, req)
@@ -118,6 +121,33 @@ def test_tagged_keys_are_told_to_nobody(served):
     assert keeps_keys(tree)
     tree.tree_core = SimpleNamespace(enable_kv_cache_events=True)
     assert not keeps_keys(tree)
+
+
+def test_a_request_with_an_id_that_no_adapter_has_ends_alone(served):
+    """SGLang's /generate takes a ``lora_id`` of anybody's choice."""
+    req = request([1, 7, 8], "stray", extra_key="mine")
+    assert req.aborted == "lora_id='stray' is not that of a loaded adapter: name one by lora_path"
+    assert (req.lora_id, req.extra_key, req.mezo_binding) == (None, "mine", None)
+
+
+def test_events_name_the_adapter_where_its_kv_is(served):
+    """Those that are named before the first look into the tree."""
+    tree = Tree()
+    tree.enable_storage, names = True, KvEventLoraNames()
+    for prompt in ([1, 7, 8, 3], [1, 2]):
+        req = request(prompt, "active")
+        alora_serving._before_event_name(SimpleNamespace(tree_cache=tree), req, "my-alora")
+        names.register(req, "my-alora")
+        expected = "my-alora" if req.lora_id else None
+        assert names.get(look_up(req, shared=False)[0]) == expected
+    assert names.get(None) is None
+
+
+@pytest.mark.parametrize("adapter, cut", [("active", False), ("plain", True), (None, True)])
+def test_an_invocation_is_not_cut_off(served, adapter, cut):
+    req = request([1] * 20 + [7, 8], adapter)
+    message = alora_serving._around_length(validate_input_length, req, 16, True)
+    assert len(req.origin_input_ids) == (16 if cut else 22) and (message is None) == cut
 
 
 def test_prompt_without_invocation_is_the_base_models(served):

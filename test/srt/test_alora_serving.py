@@ -186,6 +186,31 @@ def test_an_adapter_of_any_kind_answers_as_in_peft(engine, models, base, tmp_pat
     assert engine.unload_lora_adapter(name).success
 
 
+def in_pefts_types(folder) -> dict:
+    return LoraConfig.from_pretrained(folder).to_dict()
+
+
+def in_few_words(folder) -> dict:
+    """What SGLang's loader asks for."""
+    fields = in_pefts_types(folder)
+    return {name: fields[name] for name in ("r", "lora_alpha", "target_modules")}
+
+
+@pytest.mark.parametrize("fields_of", [in_pefts_types, in_few_words])
+def test_tensors_come_with_a_configuration_as_python_has_it(engine, models, base, tmp_path, fields_of):
+    folder = saved(base, tmp_path / "adapter")
+    fields = fields_of(folder)
+    assert isinstance(fields["target_modules"], set)
+    tensors = safetensors.torch.load_file(folder / "adapter_model.safetensors")
+    loaded = engine.load_lora_adapter_from_tensors("python", tensors, fields)
+    assert loaded.success, loaded.error_message
+    prompt = DOCUMENT[:20] + INVOCATION
+    torch.testing.assert_close(
+        log_probs(engine, prompt, "python"), peft_answer(models, prompt, folder)[1], atol=1e-4, rtol=0
+    )
+    assert engine.unload_lora_adapter("python").success
+
+
 BAD_FIELDS = {
     "use_dora": True,
     "r": 2,

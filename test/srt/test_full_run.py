@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import oracle
 from engine_process import EngineProcess, ServingEngine
-from sglang.srt.mezo.adapters.weights import WeightsSpec
+from sglang.srt.mezo.adapters.weights import WeightsSpec, checkpoint_weights
 from sglang.srt.mezo.core.config import MezoConfig
 from sglang.srt.mezo.core.errors import ConfigError
 from sglang.srt.mezo.core.seed_log import SeedLog
@@ -98,6 +99,18 @@ def test_what_is_printed_is_how_it_is_served(runs):
     assert f"  python -m sglang.launch_server --model-path {whole}/model --dtype float32\n" in printed
     assert f"model                  {whole}/model" in printed
     assert not (whole / "initial_adapter").exists() and not (whole / "adapter").exists()
+
+
+def test_chat_templates_that_have_names_go_along(tmp_path):
+    base = Path(oracle.save_model("opt-125m", tmp_path / "base"))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(MODEL / name, base / name)
+    (base / "additional_chat_templates").mkdir()
+    (base / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
+    (base / "chat_template.jinja").write_text("{{ messages }}")
+    checkpoint_weights(WeightsSpec(str(base)), "float32").save_pretrained(tmp_path / "model")
+    templates = AutoTokenizer.from_pretrained(tmp_path / "model").chat_template
+    assert templates == {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
 
 
 @pytest.mark.slow

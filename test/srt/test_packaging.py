@@ -51,16 +51,20 @@ if __name__ == "__main__":
 
 
 class Environment:
-    """A virtual environment with a copy of sglang in its own site-packages."""
+    """A virtual environment with a copy of sglang in its own site-packages, or in a source tree that it is installed
+    from, as in SGLang's images."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, from_source_tree: bool = False):
         subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
         self.python = folder / "bin" / "python"
         self.site = Path(sysconfig.get_path("purelib", vars={"base": str(folder), "platbase": str(folder)}))
         installed = distribution("sglang")
         source = Path(installed.locate_file("sglang"))
         ignored = shutil.ignore_patterns("__pycache__", "mezo")
-        shutil.copytree(source, self.site / "sglang", copy_function=_link, ignore=ignored)
+        self.sglang = (folder / "tree" if from_source_tree else self.site) / "sglang"
+        shutil.copytree(source, self.sglang, copy_function=_link, ignore=ignored)
+        if from_source_tree:
+            (self.site / "__editable__.sglang.pth").write_text(f"{self.sglang.parent}\n")
         metadata = installed._path
         shutil.copytree(metadata, self.site / metadata.name)
         # Dependencies come after our own site-packages, and the editable install of the tests not at all.
@@ -94,7 +98,7 @@ class Environment:
 
     def upstream_files(self) -> dict[str, str]:
         """Digest of every file of the copied package, and whatever else lies in the folder."""
-        root = self.site / "sglang"
+        root = self.sglang
         files = (path for path in root.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
         return {str(path.relative_to(root)): hashlib.md5(path.read_bytes()).hexdigest() for path in files}
 
@@ -121,9 +125,9 @@ def source_tree(tmp_path) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["wheel", "editable"])
+@pytest.mark.parametrize("mode", ["wheel", "editable", "both editable"])
 def test_install_use_uninstall(mode, tmp_path, source_tree):
-    environment = Environment(tmp_path / "venv")
+    environment = Environment(tmp_path / "venv", from_source_tree=mode == "both editable")
     before = environment.upstream_files()
     if mode == "wheel":
         environment.install(str(source_tree))
@@ -135,7 +139,7 @@ def test_install_use_uninstall(mode, tmp_path, source_tree):
     for code in (CHECK, CHECK_SPAWNED):
         answers = environment.answers(tmp_path, code)
         assert Path(answers["opt"]) == opt
-        assert Path(answers["sglang"]) == environment.site / "sglang/__init__.py"
+        assert Path(answers["sglang"]) == environment.sglang / "__init__.py"
         assert answers["platform"] == "MezoCpuPlatform"
         assert answers["lora"] == "CpuLoRABackend"
 

@@ -1,5 +1,6 @@
 """What the plugin changes in a process of SGLang, and that it stops the process where it cannot."""
 
+import argparse
 import importlib
 import json
 import os
@@ -14,8 +15,19 @@ from transformers import AutoModelForCausalLM, OPTConfig
 
 import oracle
 from foreign_adapters import edit, saved
-from sglang.srt.mezo.plugin import adapter_loading, alora_serving, cpu_backends, entry, hooks, online, overlay, platform
+from sglang.srt.mezo.plugin import (
+    adapter_loading,
+    alora_serving,
+    cpu_backends,
+    entry,
+    hooks,
+    online,
+    overlay,
+    platform,
+    server_defaults,
+)
 from sglang.srt.plugins.hook_registry import HookRegistry
+from sglang.srt.utils.server_args_config_parser import ConfigArgumentMerger
 
 WRONG_VERSION = """
 import importlib.metadata as metadata
@@ -185,6 +197,26 @@ print("all there")
     first = "import sglang.srt.models.registry, sglang.srt.lora.lora_manager\n"
     done = run_python(first + LOAD + code, str(tmp_path))
     assert "all there" in done.stdout, done.stderr[-3000:]
+
+
+def test_flags_may_stand_in_sglangs_config_file(tmp_path, monkeypatch):
+    """And what stands there has been given, though it is SGLang's default."""
+    file = tmp_path / "server.yaml"
+    file.write_text("enable-mezo: true\nmezo-share: 0.3\nmax-loras-per-batch: 8\nlora_backend: csgmv\n")
+    parser = argparse.ArgumentParser()
+    online._add_flags(parser)
+    parser.add_argument("--config")
+    parser.add_argument("--max-loras-per-batch", type=int)
+    parser.add_argument("--lora-backend", "--lora_backend")
+    typed = ["--config", str(file), "--dtype=float32"]
+    monkeypatch.setattr(sys, "argv", ["sglang", *typed])
+    for variable in ("SGLANG_ENABLE_MEZO", "SGLANG_MEZO_SHARE"):
+        monkeypatch.setenv(variable, "")
+    parser.parse_known_args(ConfigArgumentMerger(parser).merge_config_with_args(typed))
+    assert (os.environ["SGLANG_ENABLE_MEZO"], os.environ["SGLANG_MEZO_SHARE"]) == ("1", "0.3")
+    assert server_defaults._typed() == {"enable_mezo", "mezo_share", "max_loras_per_batch", "lora_backend", "dtype"}
+    monkeypatch.setattr(sys, "argv", ["other", "--config", "mine.json", "--dtype", "float32"])
+    assert server_defaults._typed() == {"config", "dtype"}, "another program's"
 
 
 def test_with_training_off_the_server_has_upstreams_routes_and_scheduler():

@@ -1,7 +1,8 @@
 """Adapters of every kind that comes from outside: low-rank ones of layers, and prefixes."""
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from enum import Enum
+from typing import Any, NamedTuple
 
 import torch
 
@@ -29,10 +30,20 @@ def read_foreign(folder: str, model: AdaptedModel) -> ForeignAdapter:
 
 
 def fit_foreign(fields: object, tensors: Mapping[str, torch.Tensor], model: AdaptedModel) -> ForeignAdapter:
-    """The same of one that comes as the fields of its configuration and its tensors."""
+    """The same of one that comes as the fields of its configuration, in PEFT's types or JSON's, and its tensors."""
+    if isinstance(fields, dict):
+        fields = {"peft_type": "LORA", **{name: _as_json(value) for name, value in fields.items()}}
     if _is_prefix(fields):
         return fit_prefix(fields, tensors, model.prefixes)
     return fit_adapter(fields, tensors, model.layers)
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, set | frozenset):
+        return sorted(value, key=str)
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _is_prefix(fields: object) -> bool:

@@ -27,6 +27,8 @@ CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.
 _SHARD = "5GB"  # as Transformers cuts large models
 _NOT_COPIED = re.compile(r".*\.(safetensors|bin|pth?|h5|msgpack|ckpt|gguf|onnx|tflite|index\.json|md)|\..*|SHA256SUMS")
 
+_CHAT_TEMPLATES = "additional_chat_templates"  # the folder in which Transformers keeps those that have names
+
 
 class Parameter(NamedTuple):
     """A parameter as Transformers has it."""
@@ -132,6 +134,8 @@ class FullWeights:
             for path in self._folder.iterdir():
                 if path.is_file() and not _NOT_COPIED.fullmatch(path.name):
                     shutil.copyfile(path, partial / path.name)
+                elif path.is_dir() and path.name == _CHAT_TEMPLATES:
+                    shutil.copytree(path, partial / path.name)
             _write_config(self._folder / CONFIG, partial / CONFIG, self._dtype)
             names = self._write_weights(partial)
             (partial / "README.md").write_text(self._model_card(), encoding="utf-8")

@@ -19,7 +19,7 @@ SUMS = "SHA256SUMS"
 
 _CHECKSUM = "sha256"  # the field of a JSON file: of all others, in the order of their names
 _LONGEST_LINE = 1 << 20  # bytes of a line that is appended
-_LINE = re.compile(r"([0-9a-f]{64})  ([\w.-]+)")
+_LINE = re.compile(r"([0-9a-f]{64}) [ *](?:\./)?([\w.-]+)")
 
 
 def drop_half_line(path: Path) -> None:

@@ -83,8 +83,12 @@ def _after_request_created(result: None, req, *args, **kwargs) -> None:
     if (prefix := served_prefixes.find(req.lora_id)) is not None:
         prefix_serving.bind(req, prefix)
         return
-    adapter = _SERVED[req.lora_id]
-    user_key = _user_key(req.extra_key[: -len(req.lora_id)] or None)
+    adapter, lora_id = _SERVED.get(req.lora_id), req.lora_id
+    user_key = _user_key(req.extra_key[: -len(lora_id)] or None)
+    if adapter is None:  # a request may say any id
+        req.lora_id, req.extra_key = None, user_key
+        req.set_finish_with_abort(f"lora_id={lora_id!r} is not that of a loaded adapter: name one by lora_path")
+        return
     start = find_invocation(req.origin_input_ids, adapter.invocation) if adapter.invocation else None
     if adapter.invocation and start is None:
         req.lora_id, req.extra_key = None, user_key
@@ -109,13 +113,29 @@ def _namespace(tag: int, start: int | None) -> str:
 
 def _around_radix_key(original: Callable, tree_cache, req, token_ids: array, *args, **kwargs):
     """Look a request up where its KV lies."""
-    binding = req.mezo_binding
-    if binding is None:
+    if req.mezo_binding is None:
         return original(tree_cache, req, prefix_serving.shared(req, token_ids), *args, **kwargs)
+    _settle(req, tree_cache)
+    return original(tree_cache, req, _tagged(req.mezo_binding, token_ids), *args, **kwargs)
+
+
+def _settle(req, tree_cache) -> None:
+    """Where a tree takes no tags, version and start in the namespace say what they would say."""
+    binding = req.mezo_binding
     if binding.start is not None and binding.tag and not keeps_keys(tree_cache):
-        # Version and start in the namespace say what tags would say.
         binding.tag, req.extra_key = 0, binding.namespace + (req.extra_key or "")
-    return original(tree_cache, req, _tagged(binding, token_ids), *args, **kwargs)
+
+
+def _before_event_name(scheduler, req, *args, **kwargs) -> None:
+    """Events name the adapter by the namespace that its KV will have."""
+    if req.mezo_binding is not None:
+        _settle(req, scheduler.tree_cache)
+
+
+def _around_length(original: Callable, req, longest: int, may_cut: bool) -> str | None:
+    """A prompt that is too long is cut at its end, where the invocation is."""
+    activated = req.mezo_binding is not None and req.mezo_binding.start is not None
+    return original(req, longest, may_cut and not activated)
 
 
 def _tagged(binding: CacheBinding, token_ids: array) -> array:
@@ -218,6 +238,20 @@ HOOKS = (
         "after",
         _after_request_created,
         "finds the invocation and names the request's namespace in the cache",
+    ),
+    Hook(
+        "sglang.srt.managers.scheduler",
+        "Scheduler._record_kv_event_lora_name",
+        "before",
+        _before_event_name,
+        "events name an adapter by the namespace of its KV",
+    ),
+    Hook(
+        "sglang.srt.managers.utils",
+        "validate_input_length",
+        "around",
+        _around_length,
+        "cuts no invocation off a prompt",
     ),
     Hook("sglang.srt.mem_cache.common", "_req_radix_key", "around", _around_radix_key, "looks KV up by tagged tokens"),
     Hook(

@@ -78,14 +78,28 @@ class _ToEnvironment(argparse.Action):
         self._variable = variable
 
     def __call__(self, parser, namespace, value, option_string=None):
-        os.environ[self._variable] = "1" if self.nargs == 0 else str(value)
+        os.environ[self._variable] = str(value)
+
+
+class _SwitchToEnvironment(argparse._StoreTrueAction):
+    """A flag without a value, of the only kind that SGLang's ``--config`` takes."""
+
+    def __init__(self, *args, variable: str, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._variable = variable
+
+    def __call__(self, parser, namespace, value, option_string=None):
+        os.environ[self._variable] = "1"
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("sglang-mezo", "Fine-tuning with forward passes, in the server.")
-    common = {"action": _ToEnvironment, "default": argparse.SUPPRESS}
     group.add_argument(
-        ENABLE_FLAG, nargs=0, variable=ENABLE_VARIABLE, help=f"Serve the fine-tuning API. [{ENABLE_VARIABLE}]", **common
+        ENABLE_FLAG,
+        action=_SwitchToEnvironment,
+        default=argparse.SUPPRESS,
+        variable=ENABLE_VARIABLE,
+        help=f"Serve the fine-tuning API. [{ENABLE_VARIABLE}]",
     )
     kinds = get_type_hints(ServiceSettings)
     for one in fields(ServiceSettings):
@@ -94,7 +108,9 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
             bounds = f"; {own.bounds}" if str(own.bounds) else ""
             help = f"{own.help} [{name}; {one.default}{bounds}]".replace("%", "%%")
             kind = kinds[one.name] if kinds[one.name] in (int, float) else str
-            group.add_argument(flag(one.name), type=kind, variable=name, help=help, **common)
+            group.add_argument(
+                flag(one.name), action=_ToEnvironment, default=argparse.SUPPRESS, type=kind, variable=name, help=help
+            )
 
 
 def _fill_server_args(server_args) -> None:

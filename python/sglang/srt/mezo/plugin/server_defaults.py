@@ -3,6 +3,7 @@ refused."""
 
 import os
 import sys
+from contextlib import suppress
 
 from sglang.srt.mezo.engine.accelerator import fill_open_fields
 from sglang.srt.mezo.plugin.adapter_loading import require_adapters
@@ -55,8 +56,13 @@ def fill(server_args, settings: ServiceSettings) -> None:
 
 
 def _typed() -> set[str]:
-    """Fields that the command line sets, if only to their defaults."""
-    flags = (word.partition("=")[0] for word in sys.argv if word.startswith("--"))
+    """Fields that the command line sets, or SGLang's ``--config``, if only to their defaults."""
+    from sglang.srt.utils.server_args_config_parser import ConfigArgumentMerger
+
+    words = sys.argv
+    with suppress(ValueError, OSError):  # of another program, whose --config is none of SGLang's
+        words = ConfigArgumentMerger().merge_config_with_args(sys.argv)
+    flags = (word.partition("=")[0] for word in words if word.startswith("--"))
     return {flag.removeprefix("--").replace("-", "_") for flag in flags}
 
 
