@@ -25,7 +25,7 @@ OMP_NUM_THREADS=1 $python benchmarks/serve_while_train.py --json $out/serve_whil
 OMP_NUM_THREADS=1 $python benchmarks/serve_while_train.py --curve --pairs 8 --json $out/serve_while_train_curve.json
 
 [ -d $model ] || exit 0
-$python benchmarks/streaming.py --model $model --json $out/streaming.json
+OMP_NUM_THREADS=1 $python benchmarks/streaming.py --model $model --dtype float32 --learning-rate 5e-3 --json $out/streaming.json
 $python benchmarks/precision.py --model $model --json $out/precision.json
 $python benchmarks/study.py time --model $model --variants plain two-sided default --json $out/study.json
 OMP_NUM_THREADS=1 $python benchmarks/serve_while_train.py --model $model --load-seconds 60 --pairs 6 --json $out/serve_while_train_smollm2.json

@@ -1,20 +1,18 @@
 """Writes the tables of docs/reproducing.md from the named experiments and from what is in benchmarks/results:
 ``python scripts/reproducing_page.py``."""
 
-import math
 from collections.abc import Iterator
 from pathlib import Path
 
 from sglang.srt.mezo.experiments.cost import cost_of, parameters_of
 from sglang.srt.mezo.experiments.readiness import memory_of
 from sglang.srt.mezo.experiments.runner import Folder
-from sglang.srt.mezo.experiments.spec import FILE, PRESETS, Experiment
+from sglang.srt.mezo.experiments.spec import FILE, PRESETS, Experiment, arguments_of
 from sglang.srt.mezo.experiments.tables import write_tables
 
 ROOT = Path(__file__).parents[1]
 PAGE, RESULTS = ROOT / "docs" / "reproducing.md", ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- made by scripts/reproducing_page.py: {} -->\n", "<!-- made until here -->\n"
-CARD = 80e9  # bytes of an H100
 
 
 def page(text: str) -> str:
@@ -35,11 +33,21 @@ def experiments() -> Iterator[str]:
         size, dtype = parameters_of(str(experiment.model["model"])), str(experiment.model.get("dtype", "auto"))
         hours, memory = sum(cost.hours or 0 for cost in costs), "known at its folder"
         if size is not None:
-            most = max(memory_of(cell.method, size, dtype) for cell in cells)
-            memory = f"{most / 1e9:.1f} GB: {math.ceil(most / CARD)} x 80 GB"
+            most = max(
+                (memory_of(cell.method, size, dtype, tp_size), cell.method, tp_size)
+                for cell in cells
+                for tp_size in [arguments_of(cell)[0].tp_size]
+            )
+            memory = told_memory(*most)
         passes = sum(cost.forward_passes for cost in costs)
         told = [experiment.description, str(len(cells)), f"{passes:,}", told_hours(hours), memory, measured(path.stem)]
         yield f"| `{path.stem}` | {' | '.join(told)} |"
+
+
+def told_memory(needed: float, method: str, tp_size: int) -> str:
+    """Of the method that needs most."""
+    each = f" on each of {tp_size}" if tp_size > 1 else ""
+    return f"{needed / 1e9:.1f} GB{each} ({method})"
 
 
 def told_hours(hours: float) -> str:

@@ -94,6 +94,8 @@ def test_the_preset_is_what_it_says():
             {"dtype": "bfloat16", "tuning": "lora", "zo_eps": 1e-3},
         ),
         ("--train_as_classification --only_train_option True --non_diff False", {"objective": "classification"}),
+        ("--train_as_classification False --task_name SQuAD --non_diff", {"objective": "f1", "task": "SQuAD"}),
+        ("--train_as_classification --train_as_classification False", {"objective": "completion"}),
         ("--train_as_classification False --task_name Copa", {"objective": "completion", "task": "Copa"}),
         (
             "--zero_order_optim --efficient_zero_order --zero_order_eps 1e-3 --few_shot_type prompt --num_k 16 "
@@ -114,7 +116,7 @@ def test_the_preset_is_what_it_says():
             },
         ),
         (
-            "--bf16 --lora_dropout 0 --eval_strategy steps --eval_steps 20 --save_strategy no",
+            "--bf16 --lora_dropout 0 --eval_strategy steps --eval_steps 20 --save_strategy no --save_total_limit 1",
             {"dtype": "bfloat16", "eval_steps": 20, "save_steps": 0},
         ),
     ],
@@ -176,6 +178,8 @@ def test_fields_of_other_dataclasses_are_flags_too():
         ("--dtype float8", "dtype='float8' is not allowed: one of auto, half, float16, bfloat16, float, float32"),
         ("--trainer regular", "trainer='regular' is not allowed: zo, as other programs have it"),
         ("--load_float16 maybe", "load_float16='maybe' is not allowed: true or false, as other programs have it"),
+        ("--lora --prefix_tuning", "--lora and --prefix_tuning true say different things of tuning"),
+        ("--fp16 --bf16", "--fp16 and --bf16 true say different things of dtype"),
         ("--lora False", "lora='False' is not allowed: true, as other programs have it"),
         ("--lora_dropout 0.1", "lora_dropout='0.1' is not allowed: 0 or 0.0, as other programs have it"),
         *((f"--{name} 1", f"--{name} is not a flag here: {instead}") for name, instead in INSTEAD.items()),
@@ -291,9 +295,18 @@ def test_flags_go_before_a_file_of_fields(tmp_path):
     assert given == {"model": "a", "learning_rate": 0.01, "r": 4, "target_modules": ["q_proj"], "prefix_reuse": False}
 
 
+def test_a_file_may_have_the_flags_of_other_programs(tmp_path):
+    (tmp_path / "run.yaml").write_text("trainer: zo\nlora: true\nload_float16: true\ntask_name: SST2\n")
+    given = read(["--config", str(tmp_path / "run.yaml")], KINDS)
+    assert given == {"tuning": "lora", "dtype": "float16", "task": "SST2"}
+
+
 @pytest.mark.parametrize(
     ("content", "error", "problem"),
     [
+        ("tuning: lora\nprefix_tuning: true", UsageError, "run.yaml has tuning twice, once as prefix_tuning"),
+        ("trainer: regular", ConfigError, "trainer='regular' is not allowed: "),
+        ("sfc: true", UsageError, "--sfc is not a flag here: sglang-mezo evaluate --calibrated true"),
         ("lerning_rate: 1", UsageError, "run.yaml has an unknown field lerning_rate: did you mean learning_rate?"),
         ("7: 1", UsageError, "run.yaml has an unknown field 7"),
         ("learning_rate: fast", ConfigError, "learning_rate='fast' is not allowed: a number"),

@@ -306,6 +306,13 @@ def test_a_template_that_rewrites_its_generation_prompt_is_refused():
         Encoder(tokenizer, CONTEXT, chat=renderer(tokenizer)).encode({"messages": [_USER, _ANSWER]})
 
 
+@pytest.mark.parametrize("content", ["", "\n \n"])
+def test_a_file_without_rows_is_named(tmp_path, content):
+    (tmp_path / "rows.jsonl").write_text(content)
+    with pytest.raises(DataError, match="rows.jsonl: it has no rows"):
+        read_rows(str(tmp_path / "rows.jsonl"), "train")
+
+
 @pytest.mark.parametrize("on_bad_row", ["raise", "skip"])
 def test_no_usable_row_is_an_error(encoder, on_bad_row):
     with pytest.raises(DataError, match="no usable row"):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sglang.srt.mezo.commands.experiment import ExperimentArguments, opened
+from sglang.srt.mezo.commands.experiment import ExperimentArguments, do, opened
 from sglang.srt.mezo.core.config import MezoConfig
 from sglang.srt.mezo.core.errors import ConfigError, UsageError
 from sglang.srt.mezo.experiments.plots import curve_of, write_plots
@@ -171,6 +171,18 @@ def test_rows_may_be_files(tmp_path):
         ({"tasks": ["sst2", "SST-2"]}, ConfigError, "tasks=.* is not allowed: one value at least, and none twice"),
         ({"data": {"num_tset": 5}}, UsageError, "data has an unknown field num_tset: did you mean num_test"),
         ({"methods": {"icl": {"max_length": 9}}}, ConfigError, "max_length=9 is not allowed: nothing of a method"),
+        ({"paper": "77"}, ConfigError, "paper='77' is not allowed: a table of the MeZO paper: 1, 2, "),
+        (
+            {"paper": "1", "methods": {"icl": {"paper": "Icl"}}},
+            ConfigError,
+            "icl.paper='Icl' is not allowed: .*, ICL, ",
+        ),
+        ({"methods": {"icl": {"paper": "ICL"}}}, ConfigError, "icl.paper='ICL' is not allowed: nothing where"),
+        (
+            {"model": {"model": "a", "model_name": "b"}},
+            ConfigError,
+            "model.model_name='b' is not allowed: nothing where model stands",
+        ),
         ({"tasks": ["sst9"]}, ValueError, "unknown task 'sst9'"),
         ({"tasks": {"sst2": {"num_dev": "many"}}}, ConfigError, "num_dev='many' is not allowed"),
     ],
@@ -206,6 +218,37 @@ def test_a_mistake_on_the_command_line_leaves_no_experiment_behind(tmp_path):
     with pytest.raises(ConfigError, match="model.dtype='flot32' is not allowed"):
         opened("quick", ExperimentArguments(output_dir=str(tmp_path / "quick"), dtype="flot32"), make=True)
     assert not (tmp_path / "quick").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "error", "message"),
+    [
+        ("run quick --cell 0", ConfigError, "cell='0' is not allowed: nothing with experiment run"),
+        ("status quick --dry_run true", ConfigError, "dry_run=True is not allowed: nothing with experiment status"),
+        ("cell quick --cell 0 --ray true", ConfigError, "ray=True is not allowed: nothing with experiment cell"),
+        ("tables quick --slurm a", ConfigError, "slurm='a' is not allowed: nothing with experiment tables"),
+        ("run quick --partition gpu", ConfigError, "partition='gpu' is not allowed: nothing without slurm"),
+        ("run quick --gpus 2", ConfigError, "gpus=2 is not allowed: nothing without ray or slurm"),
+        ("run quick --slurm a --dry_run true", ConfigError, "slurm='a' is not allowed: nothing beside dry_run"),
+        ("cell quick", ConfigError, "cell=None is not allowed: a cell's number or id"),
+        ("list quick", UsageError, "experiment list takes nothing, and not quick"),
+    ],
+)
+def test_a_flag_that_would_change_nothing_is_refused(tmp_path, monkeypatch, line, error, message):
+    monkeypatch.chdir(tmp_path)
+    verb, *rest = line.split()
+    with pytest.raises(error, match=message):
+        do(verb, rest)
+
+
+def test_a_dry_run_of_a_cell_runs_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    do("cell", ["quick", "--cell", "5", "--dry_run", "true"])
+    assert capsys.readouterr().out.startswith("   5 sst2-mezo-alora-seed1-") and not list(tmp_path.iterdir())
+
+
+def test_a_model_may_have_the_name_that_others_have_for_it():
+    assert changed(model={"model_name": "m"}).cells()[0].model == changed(model={"model": "m"}).cells()[0].model
 
 
 def test_a_folder_keeps_to_its_experiment(tmp_path):

@@ -191,6 +191,8 @@ def test_rows_of_other_models_are_refused_by_file_and_line(tmp_path):
 
 
 def test_the_preview_shows_the_mask():
+    with pytest.raises(ConfigError, match="num_train=2 is not allowed: nothing without drawn"):
+        PreviewArguments(task="sst2", dataset=DATA.dataset, num_train=2)
     arguments = PreviewArguments(task="sst2", dataset=DATA.dataset, rows=1, tuning="lora")
     [shown] = preview(ARGUMENTS, arguments)
     assert shown["prompt"].endswith("It was<mask>.</s>") and shown["options"] == [" terrible", " great"]

@@ -16,7 +16,7 @@ from sglang.srt.mezo.experiments.cost import command_of, cost_of, dry_run
 from sglang.srt.mezo.experiments.first_order import FirstOrderArguments
 from sglang.srt.mezo.experiments.paper import figure
 from sglang.srt.mezo.experiments.readiness import memory_of, needs_of
-from sglang.srt.mezo.experiments.spec import PRESETS, Experiment, arguments_of, task_name
+from sglang.srt.mezo.experiments.spec import METHODS, PRESETS, Experiment, arguments_of, task_name
 from sglang.srt.mezo.training.arguments import build, read
 from sglang.srt.mezo.training.finetune import ModelArguments
 from sglang.srt.mezo.training.usable import require_metric
@@ -179,6 +179,21 @@ def test_memory_by_the_cost_model():
     assert memory_of("mezo-lora", 10e9, "float16") == pytest.approx(22e9)
     assert memory_of("mezo-full", 10e9, "float16") == pytest.approx(66e9)
     assert memory_of("ft-full", 1e9, "float32") == pytest.approx(22e9)
+    assert memory_of("mezo-lora", 10e9, "float16", tp_size=4) == pytest.approx(5.5e9)
+    assert memory_of("mezo-full", 10e9, "float16", tp_size=4) == pytest.approx(49.5e9), "each card has the float32 copy"
+
+
+def test_what_transformers_runs_has_one_device():
+    experiment = Experiment.read(PRESETS / "table1.yaml").with_model(tp_size=2)
+    sizes = {cell.method: arguments_of(cell)[0].tp_size for cell in experiment.cells()}
+    assert sizes == {method: 1 if METHODS[method].on_one_device else 2 for method in sizes}
+    assert {method for method, size in sizes.items() if size == 1} == {"linear-probing", "head-tuning", "ft-full"}
+
+
+def test_small_tasks_have_fewer_steps_of_gradients():
+    cells = Experiment.read(PRESETS / "table1.yaml").cells()
+    steps = {task_name(cell.task): cost_of(cell).backward_passes for cell in cells if cell.method == "ft-full"}
+    assert (steps["cb"], steps["copa"], steps["wsc"], steps["sst2"]) == (95, 190, 35, 625)
 
 
 def test_qwen_on_fineweb_is_the_run_of_the_examples():
@@ -192,7 +207,8 @@ def test_qwen_on_fineweb_is_the_run_of_the_examples():
 def test_a_dry_run_needs_no_checkpoint(monkeypatch):
     assert dry_run(Experiment.read(PRESETS / "smollm2.yaml"))[-1].startswith("69 cells, ")
     unknown = Experiment.of({"model": "no/model", "tasks": ["sst2"], "methods": {"mezo-lora": {}}}, "mine")
-    assert "hours unknown by the cost model" in dry_run(unknown)[0]
+    *_, cell, total = dry_run(unknown)
+    assert "passes, hours unknown\n" in cell and total.endswith("cells, hours unknown")
 
 
 def test_two_questions_are_one_too_many():
@@ -204,4 +220,4 @@ def test_the_page_of_what_is_reproduced_is_what_results_say():
     made = runpy.run_path(str(Path(__file__).parents[2] / "scripts" / "reproducing_page.py"))
     text = made["PAGE"].read_text(encoding="utf-8")
     assert text == made["page"](text), "python scripts/reproducing_page.py"
-    assert "500 steps of one direction. | 1 | 1,000 | 0.04 | 216.5 GB: 3 x 80 GB | no |" in text
+    assert "500 steps of one direction. | 1 | 1,000 | 0.04 | 216.5 GB (mezo-full) | no |" in text

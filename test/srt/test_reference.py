@@ -205,3 +205,25 @@ def test_a_prefix_of_an_encoder_and_sampling_are_not_evaluated(adapters):
     writer = Writer.of(Generation("f1", None, 5, 0.7, None), read_checkpoint(OPT.model)[1])
     with pytest.raises(ConfigError, match="temperature"):
         evaluate_examples(load_reference(OPT), reviews(OPT, 1), "f1", 1, writer)
+
+
+@pytest.mark.parametrize(
+    ("model", "arguments", "message"),
+    [
+        ({"tp_size": 2}, {}, "tp_size=2 is not allowed: 1 with transformers"),
+        ({"max_total_tokens": 500}, {}, "max_total_tokens=500 is not allowed: null with transformers"),
+        ({}, {"max_tokens_per_batch": 1}, "max_tokens_per_batch=1 is not allowed: 4096 with transformers"),
+    ],
+)
+def test_settings_of_an_engine_are_refused_where_there_is_none(folder, model, arguments, message):
+    asked = EvaluateArguments(task="copa", dataset=str(folder / "copa"), **arguments)
+    with pytest.raises(ConfigError, match=message):
+        measure_by_transformers(replace(OPT, **model), read_evaluation(OPT, asked), asked)
+
+
+def test_an_adapter_that_is_none_is_named_by_its_flag(folder):
+    asked = EvaluateArguments(task="copa", dataset=str(folder / "copa"), adapter="/nowhere")
+    with pytest.raises(
+        ConfigError, match="^adapter='/nowhere' is not allowed: an adapter of this model: a folder with"
+    ):
+        read_evaluation(OPT, asked)

@@ -80,7 +80,8 @@ def test_a_scale_below_zero_is_not_trained_further(base, model, tmp_path):
 
 def test_a_folder_that_is_no_adapter_is_named(model, tmp_path, base):
     with pytest.raises(
-        ConfigError, match="init_from='/nowhere' is not allowed: an adapter of this model .lora_path='/nowhere'"
+        ConfigError,
+        match="^init_from='/nowhere' is not allowed: an adapter of this model: a folder with adapter_config",
     ):
         read_start(MezoConfig(init_from="/nowhere"), model)
     folder = edit(saved(base, tmp_path / "adapter"), use_dora=True)

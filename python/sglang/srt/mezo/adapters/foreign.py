@@ -29,6 +29,15 @@ def read_foreign(folder: str, model: AdaptedModel) -> ForeignAdapter:
     return read_prefix(folder, model.prefixes) if _is_prefix(fields) else read_adapter(folder, model.layers)
 
 
+def read_given(field: str, name: str, folder: str, model: AdaptedModel) -> ForeignAdapter:
+    """The same of an adapter that a user has named; ConfigError is about the field that names it."""
+    try:
+        return read_foreign(folder, model)
+    except ConfigError as error:
+        reason = error.allowed if error.field == "lora_path" else str(error)
+        raise ConfigError(field, name, f"an adapter of this model: {reason}") from error
+
+
 def fit_foreign(fields: object, tensors: Mapping[str, torch.Tensor], model: AdaptedModel) -> ForeignAdapter:
     """The same of one that comes as the fields of its configuration, in PEFT's types or JSON's, and its tensors."""
     if isinstance(fields, dict):

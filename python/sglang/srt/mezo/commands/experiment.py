@@ -12,14 +12,14 @@ sglang-mezo experiment status | resume | tables | plots experiments/mine
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Optional
 
 from sglang.srt.mezo.commands.train import end
 from sglang.srt.mezo.core.errors import ConfigError, UsageError
 from sglang.srt.mezo.core.settings import require_settings, setting
-from sglang.srt.mezo.experiments.cost import dry_run
+from sglang.srt.mezo.experiments.cost import dry_run, told_of
 from sglang.srt.mezo.experiments.plots import write_plots
 from sglang.srt.mezo.experiments.runner import Folder
 from sglang.srt.mezo.experiments.spec import FILE, PRESETS, Experiment
@@ -37,6 +37,9 @@ class ExperimentArguments:
     output_dir: Optional[str] = setting(None, "Folder of a named experiment; experiments/NAME by default.")
     model: Optional[str] = setting(None, "In the place of the experiment's.")
     dtype: Optional[str] = setting(None, "In the place of the experiment's.")
+    tp_size: Optional[int] = setting(
+        None, "In the place of the experiment's, of cells that an engine runs; Transformers has one device.", at_least=1
+    )
     data: Optional[str] = setting(None, "Folder with a folder of files for each task, in the place of the hub.")
     dry_run: bool = setting(False, "Print commands, forward passes and the hours that they would take on an H100.")
     slurm: Optional[str] = setting(None, "File to write: an sbatch script of a job array, a task for each open cell.")
@@ -48,6 +51,11 @@ class ExperimentArguments:
 
     def __post_init__(self):
         require_settings(self)
+
+
+_OF_RUNS = {"dry_run", "slurm", "partition", "gpus", "time", "ray"}
+_NOT_OF = {"run": {"cell"}, "resume": {"cell"}, "cell": _OF_RUNS - {"dry_run"}}
+"""Flags that say nothing to a verb; the others take none of these."""
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -62,24 +70,38 @@ def do(verb: str, rest: list[str]) -> None:
     if verb not in VERBS:
         raise UsageError(f"{verb!r} is none of {', '.join(VERBS)}")
     if verb == "list":
+        if rest:
+            raise UsageError(f"experiment list takes nothing, and not {rest[0]}")
         print("\n".join(_listed()))
         return
     if not rest or rest[0].startswith("-"):
         raise UsageError(f"experiment {verb} needs the name of an experiment or its folder")
     name, *flags = rest
     (wanted,) = build((ExperimentArguments,), read(flags, (ExperimentArguments,), __doc__))
+    _require_meaning(verb, wanted)
     folder = opened(name, wanted, verb in _RUNS and not wanted.dry_run)
     if verb == "cell":
-        if wanted.cell is None:
-            raise ConfigError("cell", None, "a cell's number or id")
-        if folder.run([folder.cell(wanted.cell)]):
-            sys.exit(1)
+        _run_cell(folder, wanted)
     elif verb in _RUNS:
         _run(folder, wanted)
     elif verb != "status" and not (folder.path / FILE).is_file():
         raise UsageError(f"there is no {folder.path}: nothing of {name} has been run")
     else:
         print({"status": _status, "tables": write_tables, "plots": write_plots}[verb](folder))
+
+
+def _require_meaning(verb: str, wanted: ExperimentArguments) -> None:
+    """Raise ConfigError for a flag that would change nothing."""
+    given = {one.name: value for one in fields(wanted) if (value := getattr(wanted, one.name)) != one.default}
+    for name in given:
+        if name in _NOT_OF.get(verb, _OF_RUNS | {"cell"}):
+            raise ConfigError(name, given[name], f"nothing with experiment {verb}")
+    for name, owners in (("partition", {"slurm"}), ("time", {"slurm"}), ("gpus", {"slurm", "ray"})):
+        if name in given and not owners & given.keys():
+            raise ConfigError(name, given[name], f"nothing without {' or '.join(sorted(owners))}")
+    if len(ways := given.keys() & {"dry_run", "slurm", "ray"}) > 1:
+        first, second = sorted(ways)[:2]
+        raise ConfigError(second, given[second], f"nothing beside {first}")
 
 
 def _listed() -> list[str]:
@@ -106,7 +128,7 @@ def opened(name: str, wanted: ExperimentArguments, make: bool) -> Folder:
     else:
         known = ", ".join(sorted(one.stem for one in PRESETS.glob("*.yaml")))
         raise ConfigError("experiment", name, f"a folder with an {FILE}, or one of {known}")
-    given = {field: value for field in ("model", "dtype") if (value := getattr(wanted, field)) is not None}
+    given = {field: value for field in ("model", "dtype", "tp_size") if (value := getattr(wanted, field)) is not None}
     experiment = experiment.with_model(**given)
     if wanted.data is not None:
         experiment = experiment.with_data(wanted.data)
@@ -119,6 +141,16 @@ def opened(name: str, wanted: ExperimentArguments, make: bool) -> Folder:
     elif Experiment.read(file).to_dict() != experiment.to_dict():
         raise ConfigError("output_dir", str(path), f"a folder without an {FILE} that says something else")
     return Folder(path, experiment)
+
+
+def _run_cell(folder: Folder, wanted: ExperimentArguments) -> None:
+    if wanted.cell is None:
+        raise ConfigError("cell", None, "a cell's number or id")
+    cell = folder.cell(wanted.cell)
+    if wanted.dry_run:
+        print(told_of(folder.experiment.cells().index(cell), cell))
+    elif folder.run([cell]):
+        sys.exit(1)
 
 
 def _run(folder: Folder, wanted: ExperimentArguments) -> None:

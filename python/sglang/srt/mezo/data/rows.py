@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, BinaryIO
+from typing import IO, Any, BinaryIO, NoReturn
 
 from sglang.srt.mezo.core.errors import ConfigError, DataError, one_line
 
@@ -65,7 +65,7 @@ def read_rows(path: str, split: str, config: str | None = None) -> list[SourceRo
     try:
         file = file_of(path, split, config)
         if file is not None:
-            return _read_file(file)
+            return _read_file(file) or _no_rows(file)
     except OSError as error:
         raise DataError(f"cannot be read: {error.strerror or error}", str(error.filename or path)) from error
     try:
@@ -73,6 +73,10 @@ def read_rows(path: str, split: str, config: str | None = None) -> list[SourceRo
         return [SourceRow(without_padding(row), f"{path}[{split}]", number) for number, row in enumerate(rows, 1)]
     except Exception as error:  # datasets raises a different type for every way in which a path can be wrong
         raise DataError(f"cannot load split {split!r}: {one_line(error)}", path) from error
+
+
+def _no_rows(file: Path) -> NoReturn:
+    raise DataError("it has no rows", str(file))
 
 
 def read_jsonl(path: Path, source: str, max_line_bytes: int = sys.maxsize - 1) -> Iterator[SourceRow]:

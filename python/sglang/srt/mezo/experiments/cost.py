@@ -43,6 +43,8 @@ PROMPT_TOKENS = {
 _PACKED_TOKENS = 2048  # of a block, where the model's longest text decides
 OPTION_TOKENS = {"copa": 6, "record": 25, "squad": 4, "drop": 3}
 """Of an option that is learned, where it is more than one."""
+_TRAIN_ROWS = {"cb": 150, "copa": 300, "wsc": 54}
+"""Of tasks that have fewer than the paper's 1,000, behind its development rows."""
 PARAMETERS = {
     "HuggingFaceTB/SmolLM2-135M": 135e6,
     "facebook/opt-125m": 125e6,
@@ -76,17 +78,21 @@ class Cost:
 def dry_run(experiment: Experiment) -> list[str]:
     """A line for each cell, and the sum."""
     cells = experiment.cells()
-    costs = [cost_of(cell) for cell in cells]
-    lines = []
-    for number, (cell, cost) in enumerate(zip(cells, costs)):
-        hours = "hours unknown" if cost.hours is None else f"{cost.hours:.2f} h on an H100"
-        passes = f"{cost.forward_passes:,} forward" + (
-            f" and {cost.backward_passes:,} backward" if cost.backward_passes else ""
-        )
-        lines.append(f"{number:>4} {cell.id}: {passes} passes, {hours} by the cost model\n     {command_of(cell)}")
-    known = [cost.hours for cost in costs if cost.hours is not None]
-    lines.append(f"{len(cells)} cells, {sum(known):.1f} h on one H100 by the cost model")
-    return lines
+    hours = [cost_of(cell).hours for cell in cells]
+    known = [one for one in hours if one is not None]
+    told = f"{sum(known):.1f} h on one H100 by the cost model" if known else "hours unknown"
+    of = "" if len(known) in (0, len(cells)) else f", those of {len(cells) - len(known)} cells unknown"
+    return [*(told_of(number, cell) for number, cell in enumerate(cells)), f"{len(cells)} cells, {told}{of}"]
+
+
+def told_of(number: int, cell: Cell) -> str:
+    """What a cell would take, and the command for it."""
+    cost = cost_of(cell)
+    hours = "hours unknown" if cost.hours is None else f"{cost.hours:.2f} h on an H100 by the cost model"
+    passes = f"{cost.forward_passes:,} forward" + (
+        f" and {cost.backward_passes:,} backward" if cost.backward_passes else ""
+    )
+    return f"{number:>4} {cell.id}: {passes} passes, {hours}\n     {command_of(cell)}"
 
 
 def cost_of(cell: Cell) -> Cost:
@@ -171,7 +177,7 @@ def _row_tokens(cell: Cell) -> int:
 def _train_rows(data: DataArguments) -> int:
     if data.k is not None:
         return data.k * 3
-    return data.num_train or 1000
+    return min(data.num_train or 1000, _TRAIN_ROWS.get(task_name(data.task or ""), 1000))
 
 
 def _pass_seconds(parameters: float, tokens: float) -> float:

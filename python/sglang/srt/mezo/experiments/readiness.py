@@ -1,8 +1,8 @@
 """What is missing on this machine for an experiment, before a long run finds out: memory, models and data, disk.
 
-Memory is by a model, and no measurement: the weights in the engine's type, and beside them of MeZO's full tuning a
-float32 copy; of fine-tuning with AdamW 16 bytes for each trained number (weights, gradients and two moments in
-float32); a tenth for activations and KV.
+Memory is by a model, and no measurement: the weights in the engine's type, each rank its part of them, and beside them
+of MeZO's full tuning a float32 copy of the whole on each; of fine-tuning with AdamW, on one device, 16 bytes for each
+trained number (weights, gradients and two moments in float32); a tenth for activations and KV.
 """
 
 import os
@@ -39,9 +39,9 @@ def needs_of(experiment: Experiment) -> list[Need]:
     return [*_memory(cells, model), _model(model), *_data(cells), _disk(model)]
 
 
-def memory_of(method: str, parameters: float, dtype: str) -> float:
-    """Bytes that a method takes for a model of so many parameters, by the model above."""
-    return _SPARE * parameters * (_BYTES.get(dtype, 2) + _TRAINED.get(method, 0))
+def memory_of(method: str, parameters: float, dtype: str, tp_size: int = 1) -> float:
+    """Bytes on each device that a method takes for a model of so many parameters, by the model above."""
+    return _SPARE * parameters * (_BYTES.get(dtype, 2) / tp_size + _TRAINED.get(method, 0))
 
 
 def _memory(cells: list[Cell], model: ModelArguments) -> Iterator[Need]:
@@ -50,13 +50,15 @@ def _memory(cells: list[Cell], model: ModelArguments) -> Iterator[Need]:
     where = (
         f"{len(cards)} GPUs of {min(cards) / 1e9:.0f} GB" if cards else f"no GPU, and {_host() / 1e9:.0f} GB of host"
     )
-    for method in dict.fromkeys(cell.method for cell in cells):
+    for method, cell in {cell.method: cell for cell in cells}.items():
+        tp_size = arguments_of(cell)[0].tp_size
         if size is None:
             yield Need(f"memory for {method}", f"nobody knows how large {model.model} is", False)
             continue
-        needed = memory_of(method, size, model.dtype)
-        there = min(cards) * min(len(cards), model.tp_size) if cards else _host()
-        yield Need(f"{needed / 1e9:.1f} GB for {method} (cost model)", where, there >= needed)
+        needed = memory_of(method, size, model.dtype, tp_size)
+        enough = len(cards) >= tp_size and min(cards) >= needed if cards else _host() >= tp_size * needed
+        each = f" on each of {tp_size} devices" if tp_size > 1 else ""
+        yield Need(f"{needed / 1e9:.1f} GB{each} for {method} (cost model)", where, enough)
 
 
 def _model(model: ModelArguments) -> Need:

@@ -1,9 +1,10 @@
 """What Transformers makes of examples, with PEFT where there is an adapter: losses, choices and written answers as an
 engine's, without an engine."""
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -262,6 +263,7 @@ def measure_by_transformers(
     Raises:
         ConfigError: they cannot do what is asked.
     """
+    _require_no_engine(model, arguments)
     reference = load_reference(model, arguments.adapter)
     told: list[dict[str, Any]] = []
     examples = [example for _, example in asked.examples]
@@ -269,6 +271,14 @@ def measure_by_transformers(
     metrics = evaluate_examples(reference, examples, asked.objective, batch, asked.writer, asked.nothing, told)
     sources = [f"{row.source}:{row.line}" for row, _ in asked.examples]
     return {"examples": len(examples), **metrics}, [{"source": source, **one} for source, one in zip(sources, told)]
+
+
+def _require_no_engine(model: ModelArguments, arguments: EvaluateArguments) -> None:
+    """Raise ConfigError for a setting of an engine."""
+    for settings, names in ((model, ("tp_size", "max_total_tokens")), (arguments, ("max_tokens_per_batch",))):
+        for one in fields(settings):
+            if one.name in names and (value := getattr(settings, one.name)) != one.default:
+                raise ConfigError(one.name, value, f"{json.dumps(one.default)} with transformers, which has no engine")
 
 
 def load_reference(model: ModelArguments, adapter: str | None = None) -> Reference:

@@ -15,6 +15,7 @@ from sglang.srt.mezo.core.errors import ConfigError, UsageError
 from sglang.srt.mezo.data.named import TEXT, is_text
 from sglang.srt.mezo.data.splits import DataArguments
 from sglang.srt.mezo.data.tasks import get_task
+from sglang.srt.mezo.experiments import paper
 from sglang.srt.mezo.experiments.first_order import FirstOrderArguments
 from sglang.srt.mezo.training.arguments import SAME, field_of
 from sglang.srt.mezo.training.evaluate import EvaluateArguments
@@ -42,6 +43,11 @@ class Method:
     fixed: Mapping[str, Any] = field(default_factory=dict)
     seeded: bool = True
     defaults: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def on_one_device(self) -> bool:
+        """Whether Transformers has the whole model on one device, in the place of an engine."""
+        return self.arguments in (FirstOrderArguments, ProbeArguments)
 
     def settings(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """With those that nobody has to say."""
@@ -150,7 +156,7 @@ class Experiment:
             str(content.get("name") or name),
             str(content.get("description") or ""),
             str(content.get("paper") or ""),
-            {"model": model} if isinstance(model, str) else _mapping("model", model),
+            {"model": model} if isinstance(model, str) else _in_our_words("model", _mapping("model", model)),
             _mapping("data", content.get("data")),
             _named("tasks", content.get("tasks")),
             _named("methods", content.get("methods")),
@@ -169,7 +175,12 @@ class Experiment:
         _distinct("tasks", list(map(task_name, self.tasks)))
         _require_fields("model", ModelArguments, self.model)
         _require_fields("data", DataArguments, {name: value for name, value in self.data.items() if value != SEED})
+        if self.paper and self.paper not in paper.TABLES:
+            raise ConfigError("paper", self.paper, f"a table of the MeZO paper: {', '.join(paper.TABLES)}")
         for label, of_method in self.methods.items():
+            if (row := of_method.get("paper")) is not None and row not in paper.TABLES.get(self.paper, {}):
+                known = ", ".join(paper.TABLES.get(self.paper, {})) or "nothing where the experiment has no paper"
+                raise ConfigError(f"{label}.paper", row, known)
             if "tasks" in of_method:
                 self._require_tasks(f"{label}.tasks", _distinct(f"{label}.tasks", of_method["tasks"]))
             for name in ("skip", "by_task"):
@@ -256,12 +267,24 @@ def arguments_of(cell: Cell) -> tuple[ModelArguments, DataArguments, Any]:
         settings |= {name: getattr(data, name) for name in _OF_DATA}
     elif method.seeded:
         settings["seed"] = cell.seed
-    return _built(ModelArguments, cell.model, "model"), data, _built(method.arguments, settings, cell.label)
+    model = {**cell.model, "tp_size": 1} if method.on_one_device else cell.model
+    return _built(ModelArguments, model, "model"), data, _built(method.arguments, settings, cell.label)
 
 
 def _built(kind: type, given: Mapping[str, Any], where: str) -> Any:
     with _within(where):
         return kind(**_require_fields(where, kind, given))
+
+
+def _in_our_words(where: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields that other programs have by other names."""
+    found: dict[str, Any] = {}
+    for name, value in given.items():
+        own = SAME.get(name, name)
+        if own in found:
+            raise ConfigError(f"{where}.{name}", value, f"nothing where {own} stands, which is the same")
+        found[own] = value
+    return found
 
 
 def _require_fields(where: str, kind: type, given: Mapping[str, Any]) -> dict[str, Any]:

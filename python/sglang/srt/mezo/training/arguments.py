@@ -102,6 +102,7 @@ MEANT: dict[str, dict[str, dict[str, str]]] = {
     "evaluation_strategy": {"steps": {}},
     "logging_strategy": {"steps": {}},
     "save_strategy": {"steps": {}, "no": {"save_steps": "0"}},
+    "save_total_limit": {"1": {}},
     "dataset_text_field": {"text": {"task": "text"}},
     "do_train": {"true": {}},
     "do_eval": {"true": {}},
@@ -152,8 +153,13 @@ def read(arguments: Sequence[str], kinds: Sequence[type], description: str | Non
     file = flags.pop(_FILE, None)
     fields = {} if file is None else _read_file(file, types)
     texts: dict[str, str] = {}
+    said: dict[str, str] = {}
     for name, value in flags.items():
-        texts |= _meant(name, _text(value))
+        for field, text in _meant(name, _text(value)).items():
+            # Those that give the objective stand together in the official scripts, and the last is meant.
+            if texts.get(field, text) != text and field != "objective":
+                raise UsageError(f"--{said[field]} and --{name} {_text(value)} say different things of {field}")
+            texts[field], said[field] = text, name
     return fields | {name: from_text(name, text, types[name]) for name, text in texts.items()}
 
 
@@ -164,11 +170,19 @@ def _read_file(path: str, types: Mapping[str, Any]) -> dict[str, Any]:
         raise UsageError(f"--config {path} holds no fields, one a line as `learning_rate: 0.01`")
     fields = {}
     for given, value in content.items():
-        name, read = field_of(given, value, types, f"--config {path}")
-        if name in fields:
-            raise UsageError(f"--config {path} has {name} twice, once as {given}")
-        fields[name] = read
+        for name, read in _fields_of(given, value, types, f"--config {path}").items():
+            if name in fields:
+                raise UsageError(f"--config {path} has {name} twice, once as {given}")
+            fields[name] = read
     return fields
+
+
+def _fields_of(given: Any, value: Any, types: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The fields that a name in a file stands for: one, or what a flag of theirs sets."""
+    if (given in MEANT or given in INSTEAD) and given not in types:
+        meant = _meant(given, str(value))
+        return {name: from_text(name, text, types[name]) for name, text in meant.items() if name in types}
+    return dict([field_of(given, value, types, where)])
 
 
 def field_of(given: Any, value: Any, types: Mapping[str, Any], where: str) -> tuple[str, Any]:

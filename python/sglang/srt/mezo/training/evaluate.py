@@ -8,7 +8,7 @@ from typing import Any, Optional
 
 from sglang.srt.mezo.adapters.adapter import Adapter
 from sglang.srt.mezo.adapters.architectures import is_masked
-from sglang.srt.mezo.adapters.foreign import ForeignAdapter, read_foreign
+from sglang.srt.mezo.adapters.foreign import ForeignAdapter, read_given
 from sglang.srt.mezo.adapters.peft_adapter import PeftAdapter
 from sglang.srt.mezo.adapters.prefix_adapter import PrefixAdapter
 from sglang.srt.mezo.core.errors import ConfigError
@@ -137,9 +137,10 @@ def read_evaluation(model: ModelArguments, arguments: EvaluateArguments, rows: l
         rows: in the place of those that ``arguments`` say.
     """
     model_config, tokenizer = read_checkpoint(model.model)
-    adapter = (
-        None if arguments.adapter is None else read_foreign(arguments.adapter, adapted_model(model.model, model_config))
-    )
+    adapter = None
+    if arguments.adapter is not None:
+        fitting = adapted_model(model.model, model_config)
+        adapter = read_given("adapter", arguments.adapter, arguments.adapter, fitting)
     _require_writable(arguments.predictions)
     named = named_data(arguments.task, arguments.dataset, arguments.dataset_config)
     wanted = arguments.objective or (named.task.objective if named.task else None)

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Optional
 
 from sglang.srt.mezo.adapters.families import require_tuning
@@ -45,6 +45,9 @@ class PreviewArguments(RowArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        for one in fields(self):
+            if one.name in _OF_DRAWN and not self.drawn and (value := getattr(self, one.name)) != one.default:
+                raise ConfigError(one.name, value, "nothing without drawn: it says which rows a run draws")
         if self.drawn and self.split not in _PARTS:
             raise ConfigError("split", self.split, f"of drawn rows one of {', '.join(_PARTS)}")
         if self.num_demonstrations and (self.task is None or is_text(self.task)):
@@ -52,6 +55,7 @@ class PreviewArguments(RowArguments):
 
 
 _PARTS = (TRAIN, "dev", "test")
+_OF_DRAWN = ("num_train", "num_dev", "num_test", "k", "train_set_seed", "dev_split", "test_split")
 
 
 def preview(model: ModelArguments, arguments: PreviewArguments) -> Iterator[dict[str, Any]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sglang.srt.mezo.adapters.adapter import INITIAL, Site
-from sglang.srt.mezo.adapters.foreign import AdaptedModel, ForeignAdapter, read_foreign
+from sglang.srt.mezo.adapters.foreign import AdaptedModel, ForeignAdapter, read_given
 from sglang.srt.mezo.adapters.prefix_adapter import PrefixAdapter
 from sglang.srt.mezo.core.config import MezoConfig
 from sglang.srt.mezo.core.errors import ConfigError
@@ -31,10 +31,7 @@ def read_start(config: MezoConfig, model: AdaptedModel, folder: str | None = Non
     kept = Path(config.output_dir) / INITIAL
     if config.resume_from_checkpoint and kept.is_dir():
         folder = str(kept)
-    try:
-        adapter = read_foreign(folder or config.init_from, model)
-    except ConfigError as error:
-        raise ConfigError("init_from", config.init_from, f"an adapter of this model ({error})") from error
+    adapter = read_given("init_from", config.init_from, folder or config.init_from, model)
     require_whole(adapter, model.layers.sites.values(), config.init_from)
     return adapter
 
