@@ -23,6 +23,7 @@ from trainer_engine import (  # noqa: F401
     leave_spare_slots,
     long_examples,
     lost_share,
+    missing_after_an_eviction,
     model_path,
     passes_of_a_batch,
     places_in_use_after_a_release,
@@ -193,6 +194,10 @@ def test_an_engine_without_a_prefix_cache_computes_prompts_anew(engine, spec, co
     for (plus, minus, _), (other_plus, other_minus, _) in zip(with_cache, without, strict=True):
         assert other_plus + other_minus == pytest.approx(plus + minus, abs=1e-5)
     assert missing == 0
+
+
+def test_a_prefix_that_is_evicted_before_it_is_read_is_computed_again(engine, spec, config):
+    assert engine.call(missing_after_an_eviction, config, spec, TRAIN) == 0
 
 
 def test_prefixes_that_a_pass_reads_are_nobody_elses(engine, spec, config):

@@ -120,6 +120,23 @@ def places_in_use_after_a_release(engine, config, spec, train):
         trainer.close()
 
 
+def missing_after_an_eviction(engine, config, spec, train):
+    """How many prefixes are not there in the end where requests take the places of one that has been computed."""
+    from sglang.srt.mem_cache.base_prefix_cache import EvictParams
+
+    engine.scheduler.flush_cache()
+    trainer = build(engine, replace(config, max_tokens_per_batch=32), spec, train)
+    try:
+        prefixes, wanted = trainer.scorer.base_prefixes, [(2, *range(first, first + 30)) for first in (10, 50, 20)]
+        passes = prefixes.prepare(wanted)
+        next(passes)
+        engine.handle.tree_cache.evict(EvictParams(num_tokens=engine.handle.kv_capacity))
+        drain(passes)
+        return len(prefixes._missing(wanted))
+    finally:
+        trainer.close()
+
+
 def step_with_theta(engine, config, spec, train, value):
     trainer = build(engine, config, spec, train)
     try:

@@ -21,6 +21,8 @@ from sglang.srt.mezo.engine.handle import EngineHandle
 _PASS_COST = 64
 """Tokens that a forward pass costs beside those it runs, as weights are read once more."""
 
+_ROUNDS = 2  # in which the prefixes of a pass are computed
+
 
 @dataclass
 class PrefixStats:
@@ -64,15 +66,21 @@ class BasePrefixes:
         return sum(map(len, self._valid_kept()))
 
     def prepare(self, prefixes: Iterable[Tokens]) -> Passes[None]:
-        """Compute what is missing, at most ``max_tokens`` in one forward pass; a long prefix takes several."""
-        missing = self._missing(sorted(set(prefixes) - {()} - self._valid_kept().keys()))
-        while missing:
-            pieces = self._pieces(missing)
-            self._compute(list(pieces.values()))
-            yield
-            # What was computed is not looked at again: in a pool that is too small one prefix would evict another for
-            # ever.
-            missing = self._missing(prefix for prefix in missing if pieces.get(prefix) != prefix)
+        """Compute what is missing, at most ``max_tokens`` in one forward pass; a long prefix takes several.
+
+        What others have evicted meanwhile is computed again, so that little is left to the pass that reads it; not for
+        ever, as in a pool that is too small one prefix evicts another.
+        """
+        wanted = sorted(set(prefixes) - {()})
+        for _ in range(_ROUNDS):
+            missing = self._missing(prefix for prefix in wanted if prefix not in self._valid_kept())
+            if not missing:
+                return
+            while missing:
+                pieces = self._pieces(missing)
+                self._compute(list(pieces.values()))
+                yield
+                missing = self._missing(prefix for prefix in missing if pieces.get(prefix) != prefix)
 
     @contextmanager
     def acquire(self, prefixes: Iterable[Tokens], beside: int, keep: bool):
