@@ -49,7 +49,6 @@ def request(prompt, lora_id, extra_key=None) -> SimpleNamespace:
         lora_id=lora_id,
         extra_key=(extra_key or "") + lora_id if lora_id else extra_key,
         session=None,
-        set_finish_with_abort=lambda message: setattr(req, "aborted", message),
         kv=SimpleNamespace(req_pool_idx=None),
     )
     alora_serving._after_request_created(None, req)
@@ -121,13 +120,6 @@ def test_tagged_keys_are_told_to_nobody(served):
     assert keeps_keys(tree)
     tree.tree_core = SimpleNamespace(enable_kv_cache_events=True)
     assert not keeps_keys(tree)
-
-
-def test_a_request_with_an_id_that_no_adapter_has_ends_alone(served):
-    """SGLang's /generate takes a ``lora_id`` of anybody's choice."""
-    req = request([1, 7, 8], "stray", extra_key="mine")
-    assert req.aborted == "lora_id='stray' is not that of a loaded adapter: name one by lora_path"
-    assert (req.lora_id, req.extra_key, req.mezo_binding) == (None, "mine", None)
 
 
 def test_events_name_the_adapter_where_its_kv_is(served):

@@ -205,7 +205,7 @@ def test_qwen_on_fineweb_is_the_run_of_the_examples():
 
 
 def test_a_dry_run_needs_no_checkpoint(monkeypatch):
-    assert dry_run(Experiment.read(PRESETS / "smollm2.yaml"))[-1].startswith("69 cells, ")
+    assert dry_run(Experiment.read(PRESETS / "smollm2.yaml"))[-1].startswith("70 cells, ")
     unknown = Experiment.of({"model": "no/model", "tasks": ["sst2"], "methods": {"mezo-lora": {}}}, "mine")
     *_, cell, total = dry_run(unknown)
     assert "passes, hours unknown\n" in cell and total.endswith("cells, hours unknown")

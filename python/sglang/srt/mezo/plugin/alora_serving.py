@@ -71,6 +71,15 @@ def _after_unloading(result, manager, lora_ref) -> None:
         served_prefixes.unload(lora_ref.lora_id)
 
 
+async def _around_resolving(original: Callable, manager, request) -> None:
+    """The id of an adapter is SGLang's to say: with one of a request's own, or with something else in its place, the
+    scheduler would end."""
+    ids = request.lora_id if isinstance(request.lora_id, list) else [request.lora_id]
+    if not request.lora_path and any(one is not None for one in ids):
+        raise ValueError(f"lora_id={request.lora_id!r} is not allowed: an adapter is named by lora_path")
+    await original(manager, request)
+
+
 # --- requests and the radix tree ---------------------------------------------------------------------------------
 
 
@@ -83,12 +92,8 @@ def _after_request_created(result: None, req, *args, **kwargs) -> None:
     if (prefix := served_prefixes.find(req.lora_id)) is not None:
         prefix_serving.bind(req, prefix)
         return
-    adapter, lora_id = _SERVED.get(req.lora_id), req.lora_id
-    user_key = _user_key(req.extra_key[: -len(lora_id)] or None)
-    if adapter is None:  # a request may say any id
-        req.lora_id, req.extra_key = None, user_key
-        req.set_finish_with_abort(f"lora_id={lora_id!r} is not that of a loaded adapter: name one by lora_path")
-        return
+    adapter = _SERVED[req.lora_id]
+    user_key = _user_key(req.extra_key[: -len(req.lora_id)] or None)
     start = find_invocation(req.origin_input_ids, adapter.invocation) if adapter.invocation else None
     if adapter.invocation and start is None:
         req.lora_id, req.extra_key = None, user_key
@@ -231,6 +236,13 @@ HOOKS = (
         "around",
         _around_admission,
         "keeps a slot free for the tokens before an invocation",
+    ),
+    Hook(
+        "sglang.srt.managers.tokenizer_manager",
+        "TokenizerManager._validate_and_resolve_lora",
+        "around",
+        _around_resolving,
+        "refuses an adapter's id that SGLang has not given",
     ),
     Hook(
         "sglang.srt.managers.schedule_batch",
