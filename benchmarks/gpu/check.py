@@ -17,6 +17,7 @@ import json
 import os
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,27 @@ def packages(arguments: argparse.Namespace) -> Found:
         from sglang.kernels.ops.kvcache.kvcache import can_use_store_cache
 
         found |= {"gpu": torch.cuda.get_device_name(), "rmsnorm_off": off, "kv_kernel": bool(can_use_store_cache(1536))}
+        found |= noise_on_device(noise)
         found["flash_attention"] = accelerator.has_flash_attention()
+    return found
+
+
+def noise_on_device(noise: Any) -> Found:
+    """Directions have the CPU's bits; and how long the GPU takes for 16 million numbers."""
+    numel, found = 1 << 24, {"noise_kernel": noise.has_kernel("cuda")}
+    out = torch.zeros(numel, device="cuda")
+    for distribution in ("gaussian", "rademacher"):
+
+        def draw() -> None:
+            noise.add_direction(7, 3, 1.0, torch.zeros_like(out), out, distribution, first=5)
+            torch.cuda.synchronize()
+
+        draw()  # which compiles
+        started = time.perf_counter()
+        draw()
+        found[f"{distribution}_ms"] = round(1000 * (time.perf_counter() - started), 3)
+        same = torch.equal(out[:100_000].cpu(), noise.direction(7, 3, 100_000, distribution, first=5))
+        require(same, f"{distribution} directions are not those of the CPU")
     return found
 
 

@@ -1,6 +1,9 @@
 """Directions against Philox4x64-10 written with Python's integers, and against what random numbers must look like."""
 
 import math
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -53,6 +56,42 @@ def normal_number(seed: int, index: int, i: int) -> float:
     radius = math.sqrt(-2 * math.log(uniform(seed, 0, index, pair)))
     angle = 2 * math.pi * uniform(seed, 0, index, pair + BLOCK // 2)
     return radius * (math.cos(angle) if i % BLOCK < BLOCK // 2 else math.sin(angle))
+
+
+def in_python(code: str, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, env={**os.environ, **environment}
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_the_kernel_of_a_gpu_draws_the_same_bits():
+    """By Triton's interpreter."""
+    code = f"""
+import torch
+from sglang.srt.mezo.core import normal_triton
+from sglang.srt.mezo.core.noise import direction
+for seed, index, first, count in (({SEED}, 3, 0, 1), (2**64 - 1, 0, 5, 2), (1, 1, 400_001, 1)):
+    drawn = normal_triton.blocks(seed, index, first, count, torch.device("cpu"))
+    print(torch.equal(drawn, direction(seed, index, count * {BLOCK}, first=first * {BLOCK})))
+"""
+    assert in_python(code, TRITON_INTERPRET="1").split() == ["True"] * 3
+
+
+def test_the_kernel_of_a_gpu_is_compiled_without_a_fused_operation():
+    """Which would round once where ``normal`` rounds twice."""
+    code = """
+import triton
+from triton.backends.compiler import GPUTarget
+from sglang.srt.mezo.core.normal_triton import OPTIONS, _fill
+kinds = {"out": "*fp32", "seed": "i64", "key": "i64", "counter": "i64", "COUNTS": "constexpr"}
+source = triton.compiler.ASTSource(_fill, kinds, {"COUNTS": OPTIONS["COUNTS"]})
+told = {name: value for name, value in OPTIONS.items() if name != "COUNTS"}
+print(triton.compile(source, target=GPUTarget("cuda", 90, 32), options=told).asm["ptx"])
+"""
+    ptx = in_python(code)
+    assert "fma" not in ptx and ptx.count("mul.rn.f64") > 100 and ptx.count("sqrt.rn.f64") == ptx.count("sqrt") == 8
 
 
 @pytest.mark.parametrize(

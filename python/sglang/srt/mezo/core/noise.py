@@ -3,18 +3,22 @@
 Element i of direction k under seed s is a pure function of (s, k, i): it does not depend on the batch, the order of
 drawing, how weights are sharded or which device draws it, so a step can be replayed from its seed alone. The generator
 is NumPy's Philox4x64-10, whose stream NumPy guarantees; what is made of its words has the same bits everywhere
-(``normal``). On the CPU ``noise.c`` draws, where that is built.
+(``normal``). On the CPU ``noise.c`` draws, where that is built, and ``normal_triton`` on a GPU.
 """
 
 import ctypes
+import logging
 import math
 from collections.abc import Sequence
+from functools import cache
 from typing import Literal
 
 import torch
 
 from sglang.srt.mezo.core import normal, philox
 from sglang.srt.mezo.core.library import load
+
+logger = logging.getLogger(__name__)
 
 Distribution = Literal["gaussian", "rademacher"]
 
@@ -172,9 +176,32 @@ def _drawn(
     """Numbers of a stream from ``first`` on: float32 [numel] on the device."""
     counts = _BLOCK // (_SIGNS if distribution == "rademacher" else 2 * philox.WORDS)
     start, stop = first // _BLOCK, -(-(first + numel) // _BLOCK)
+    if distribution == "gaussian" and has_kernel(device.type):
+        from sglang.srt.mezo.core import normal_triton
+
+        return normal_triton.blocks(seed, key, start, stop - start, device)[first - start * _BLOCK :][:numel]
     words = philox.words(seed, key, start * counts, (stop - start) * counts, device)
     numbers = _rademacher(words) if distribution == "rademacher" else _gaussian(words)
     return numbers[first - start * _BLOCK :][:numel]
+
+
+@cache
+def has_kernel(device_type: str) -> bool:
+    """Whether normal numbers are drawn by a kernel of Triton there: where that is, and gives the bits of the CPU."""
+    if device_type != "cuda":
+        return False
+    try:
+        from sglang.srt.mezo.core import normal_triton
+    except ImportError:
+        return False
+    found = normal_triton.blocks(1, 2, 3, 1, torch.device(device_type)).cpu()
+    counts = _BLOCK // (2 * philox.WORDS)
+    same = torch.equal(found, _gaussian(philox.words(1, 2, 3 * counts, counts, _CPU)))
+    if not same:
+        logger.warning(
+            "Triton's normal numbers are not those of the CPU: they are drawn by PyTorch, which takes longer"
+        )
+    return same
 
 
 def _rademacher(words: torch.Tensor) -> torch.Tensor:
