@@ -173,9 +173,15 @@ def test_a_model_that_does_not_exist_is_an_error_on_every_route(server):
         answer = server.http.post(path, json={"model": missing, **body})
         assert answer.status_code in (400, 404), (path, answer.text)
     assert server.http.post("/generate", json={"text": "a", "lora_path": "never-existed"}).status_code == 400
-    for stray in ("never-existed", ["never-existed"]):
-        answer = server.http.post("/generate", json={"text": "a", "lora_id": stray})
-        assert answer.status_code == 400 and "named by lora_path" in answer.text
+    for field, value, message in (
+        ("lora_id", "never-existed", "named by lora_path"),
+        ("lora_id", ["never-existed"], "named by lora_path"),
+        ("lora_path", [None], "a string, as there is one text"),
+        ("extra_key", ["mine"], "a string, as there is one text"),
+        ("cache_salt", ["mine"], "a string, as there is one text"),
+    ):
+        answer = server.http.post("/generate", json={"text": "a", field: value})
+        assert answer.status_code == 400 and message in answer.text
     assert server.http.post("/generate", json={"text": "a", "sampling_params": {"max_new_tokens": 1}}).is_success
 
 

@@ -46,6 +46,8 @@ class CacheBinding:
     tag: int
 
 
+_ONE_FOR_A_TEXT = ("lora_path", "extra_key", "cache_salt")
+
 _SERVED: dict[str, ServedAdapter] = {}
 _TAGS = count(1)
 
@@ -72,11 +74,14 @@ def _after_unloading(result, manager, lora_ref) -> None:
 
 
 async def _around_resolving(original: Callable, manager, request) -> None:
-    """The id of an adapter is SGLang's to say: with one of a request's own, or with something else in its place, the
-    scheduler would end."""
+    """What the scheduler would end with: an id of the request's own, as it is SGLang's to say, and lists beside one
+    text."""
     ids = request.lora_id if isinstance(request.lora_id, list) else [request.lora_id]
     if not request.lora_path and any(one is not None for one in ids):
         raise ValueError(f"lora_id={request.lora_id!r} is not allowed: an adapter is named by lora_path")
+    for name in _ONE_FOR_A_TEXT:
+        if request.is_single and isinstance(value := getattr(request, name, None), list):
+            raise ValueError(f"{name}={value!r} is not allowed: a string, as there is one text")
     await original(manager, request)
 
 
