@@ -176,6 +176,7 @@ def test_a_model_that_does_not_exist_is_an_error_on_every_route(server):
     for field, value, message in (
         ("lora_id", "never-existed", "named by lora_path"),
         ("lora_id", ["never-existed"], "named by lora_path"),
+        ("lora_id", [None], "named by lora_path"),
         ("lora_path", [None], "a string, as there is one text"),
         ("extra_key", ["mine"], "a string, as there is one text"),
         ("cache_salt", ["mine"], "a string, as there is one text"),

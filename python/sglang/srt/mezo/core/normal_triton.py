@@ -43,7 +43,7 @@ def _signed(number: int) -> int:
 
 
 @triton.jit(do_not_specialize=["seed", "key", "counter"])
-def _fill(out, seed: tl.int64, key: tl.int64, counter: tl.int64, COUNTS: tl.constexpr):
+def _fill(out, seed, key, counter, COUNTS: tl.constexpr):
     program = tl.program_id(0).to(tl.int64)
     block, part = program // (_HALF_COUNTS // COUNTS), program % (_HALF_COUNTS // COUNTS)
     place = part * COUNTS + tl.arange(0, COUNTS).to(tl.int64)
@@ -64,13 +64,13 @@ def _words(count, seed, key, COUNTS: tl.constexpr):
     c1 = tl.zeros((COUNTS,), tl.uint64)
     c2 = tl.zeros((COUNTS,), tl.uint64)
     c3 = tl.zeros((COUNTS,), tl.uint64)
-    k0 = tl.zeros((COUNTS,), tl.uint64) + seed.to(tl.uint64)
-    k1 = tl.zeros((COUNTS,), tl.uint64) + key.to(tl.uint64)
+    k0 = tl.zeros((COUNTS,), tl.uint64) + seed.to(tl.int64).to(tl.uint64)
+    k1 = tl.zeros((COUNTS,), tl.uint64) + key.to(tl.int64).to(tl.uint64)
     m0 = tl.full((COUNTS,), _M0, tl.uint64)
     m1 = tl.full((COUNTS,), _M1, tl.uint64)
     w0 = tl.full((COUNTS,), _W0, tl.uint64)
     w1 = tl.full((COUNTS,), _W1, tl.uint64)
-    for _ in tl.static_range(10):
+    for _ in tl.static_range(10):  # pyright: ignore[reportGeneralTypeIssues]
         high0, low0 = tl.umulhi(c0, m0), c0 * m0
         high1, low1 = tl.umulhi(c2, m1), c2 * m1
         c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0

@@ -76,8 +76,7 @@ def _after_unloading(result, manager, lora_ref) -> None:
 async def _around_resolving(original: Callable, manager, request) -> None:
     """What the scheduler would end with: an id of the request's own, as it is SGLang's to say, and lists beside one
     text."""
-    ids = request.lora_id if isinstance(request.lora_id, list) else [request.lora_id]
-    if not request.lora_path and any(one is not None for one in ids):
+    if not request.lora_path and request.lora_id is not None:
         raise ValueError(f"lora_id={request.lora_id!r} is not allowed: an adapter is named by lora_path")
     for name in _ONE_FOR_A_TEXT:
         if request.is_single and isinstance(value := getattr(request, name, None), list):
