@@ -178,8 +178,6 @@ def test_a_model_that_does_not_exist_is_an_error_on_every_route(server):
         ("lora_id", ["never-existed"], "named by lora_path"),
         ("lora_id", [None], "named by lora_path"),
         ("lora_path", [None], "a string, as there is one text"),
-        ("extra_key", ["mine"], "a string, as there is one text"),
-        ("cache_salt", ["mine"], "a string, as there is one text"),
     ):
         answer = server.http.post("/generate", json={"text": "a", field: value})
         assert answer.status_code == 400 and message in answer.text

@@ -110,10 +110,14 @@ def test_json_may_be_an_array_or_lines_or_one_row(tmp_path):
         (json.dumps(ROWS), 2),
         (LINES, 2),
         (json.dumps(ROWS[0], indent=1), 1),
-        ("[]", 0),
         (" \n" + json.dumps(ROWS), 2),
     ):
         assert fields(Path(write(tmp_path / "rows.json", content))) == ROWS[:number]
+
+
+def test_an_array_without_rows_is_refused(tmp_path):
+    with pytest.raises(DataError, match="rows.json: it has no rows"):
+        read_rows(write(tmp_path / "rows.json", "[]"), "train")
 
 
 def test_rows_of_an_array_are_counted(tmp_path):

@@ -46,8 +46,6 @@ class CacheBinding:
     tag: int
 
 
-_ONE_FOR_A_TEXT = ("lora_path", "extra_key", "cache_salt")
-
 _SERVED: dict[str, ServedAdapter] = {}
 _TAGS = count(1)
 
@@ -74,13 +72,12 @@ def _after_unloading(result, manager, lora_ref) -> None:
 
 
 async def _around_resolving(original: Callable, manager, request) -> None:
-    """What the scheduler would end with: an id of the request's own, as it is SGLang's to say, and lists beside one
-    text."""
+    """What the scheduler would end with: an id of the request's own, as it is SGLang's to say, and a list of names
+    beside one text."""
     if not request.lora_path and request.lora_id is not None:
         raise ValueError(f"lora_id={request.lora_id!r} is not allowed: an adapter is named by lora_path")
-    for name in _ONE_FOR_A_TEXT:
-        if request.is_single and isinstance(value := getattr(request, name, None), list):
-            raise ValueError(f"{name}={value!r} is not allowed: a string, as there is one text")
+    if request.is_single and isinstance(request.lora_path, list):
+        raise ValueError(f"lora_path={request.lora_path!r} is not allowed: a string, as there is one text")
     await original(manager, request)
 
 
