@@ -295,6 +295,12 @@ def test_flags_go_before_a_file_of_fields(tmp_path):
     assert given == {"model": "a", "learning_rate": 0.01, "r": 4, "target_modules": ["q_proj"], "prefix_reuse": False}
 
 
+def test_a_flag_of_other_programs_that_sets_nothing_there_is_unknown(tmp_path):
+    (tmp_path / "run.yaml").write_text("lora: true\n")
+    with pytest.raises(UsageError, match="run.yaml has an unknown field lora"):
+        read(["--config", str(tmp_path / "run.yaml")], (DataArguments,))
+
+
 def test_a_file_may_have_the_flags_of_other_programs(tmp_path):
     (tmp_path / "run.yaml").write_text("trainer: zo\nlora: true\nload_float16: true\ntask_name: SST2\n")
     given = read(["--config", str(tmp_path / "run.yaml")], KINDS)
@@ -305,6 +311,7 @@ def test_a_file_may_have_the_flags_of_other_programs(tmp_path):
     ("content", "error", "problem"),
     [
         ("tuning: lora\nprefix_tuning: true", UsageError, "run.yaml has tuning twice, once as prefix_tuning"),
+        ("head_tuning: true", UsageError, "--head_tuning is not a flag here: method head-tuning"),
         ("trainer: regular", ConfigError, "trainer='regular' is not allowed: "),
         ("sfc: true", UsageError, "--sfc is not a flag here: sglang-mezo evaluate --calibrated true"),
         ("lerning_rate: 1", UsageError, "run.yaml has an unknown field lerning_rate: did you mean learning_rate?"),

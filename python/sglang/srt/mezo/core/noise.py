@@ -30,7 +30,6 @@ Shapes = Sequence[Shape]
 LARGEST_GAUSSIAN = math.sqrt(-2.0 * math.log(2.0**-33))
 """No normal number that is drawn is larger, up or down."""
 
-_BLOCK = 1 << 15  # normal numbers that belong together: cosines, then as many sines
 _SIGNS = 64 * philox.WORDS  # from one count
 # Numbers that are drawn at a time: enough for several threads, or for a device.
 _AT_ONCE, _AT_ONCE_ON_DEVICE = 1 << 18, 1 << 24
@@ -174,15 +173,15 @@ def _drawn(
     seed: int, key: int, first: int, numel: int, distribution: Distribution, device: torch.device
 ) -> torch.Tensor:
     """Numbers of a stream from ``first`` on: float32 [numel] on the device."""
-    counts = _BLOCK // (_SIGNS if distribution == "rademacher" else 2 * philox.WORDS)
-    start, stop = first // _BLOCK, -(-(first + numel) // _BLOCK)
+    counts = normal.BLOCK // (_SIGNS if distribution == "rademacher" else 2 * philox.WORDS)
+    start, stop = first // normal.BLOCK, -(-(first + numel) // normal.BLOCK)
     if distribution == "gaussian" and has_kernel(device.type):
         from sglang.srt.mezo.core import normal_triton
 
-        return normal_triton.blocks(seed, key, start, stop - start, device)[first - start * _BLOCK :][:numel]
+        return normal_triton.blocks(seed, key, start, stop - start, device)[first - start * normal.BLOCK :][:numel]
     words = philox.words(seed, key, start * counts, (stop - start) * counts, device)
     numbers = _rademacher(words) if distribution == "rademacher" else _gaussian(words)
-    return numbers[first - start * _BLOCK :][:numel]
+    return numbers[first - start * normal.BLOCK :][:numel]
 
 
 @cache
@@ -195,7 +194,7 @@ def has_kernel(device_type: str) -> bool:
     except ImportError:
         return False
     found = normal_triton.blocks(1, 2, 3, 1, torch.device(device_type)).cpu()
-    counts = _BLOCK // (2 * philox.WORDS)
+    counts = normal.BLOCK // (2 * philox.WORDS)
     same = torch.equal(found, _gaussian(philox.words(1, 2, 3 * counts, counts, _CPU)))
     if not same:
         logger.warning(
@@ -213,5 +212,5 @@ def _rademacher(words: torch.Tensor) -> torch.Tensor:
 
 def _gaussian(words: torch.Tensor) -> torch.Tensor:
     """Block after block: radii from the first half of its words, angles from the second; cosines, then sines."""
-    halves = words.view(torch.int32).view(-1, 2, _BLOCK // 2)
+    halves = words.view(torch.int32).view(-1, 2, normal.BLOCK // 2)
     return torch.stack(normal.pairs(halves[:, 0], halves[:, 1]), dim=1).flatten()

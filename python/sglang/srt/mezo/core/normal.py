@@ -34,6 +34,8 @@ _COS = (
     -1.13596475577881948265e-11,
 )
 _HALF_PI = 1.57079632679489661923
+BLOCK = 1 << 15
+"""Normal numbers of a stream that belong together: cosines, then as many sines."""
 _ROUNDING = 1.5 * 2.0**52  # what is added to it has its whole part in the lowest bits
 _OFFSET, _SQRT_HALF, _MANTISSA = (0x3FF00000 - 0x3FE6A09E) << 32, 0x3FE6A09E << 32, (1 << 52) - 1
 

@@ -7,8 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
-BLOCK = 1 << 15
-"""Numbers that belong together: cosines, then as many sines."""
+from sglang.srt.mezo.core.normal import BLOCK
+from sglang.srt.mezo.core.philox import MULTIPLIERS, WEYL, signed
 
 OPTIONS = {"COUNTS": 128, "enable_fp_fusion": False}
 """Counts of the radii of a program, which has as many of the angles; and what the compiler is told."""
@@ -16,8 +16,8 @@ OPTIONS = {"COUNTS": 128, "enable_fp_fusion": False}
 _HALF_COUNTS = tl.constexpr(BLOCK // 16)  # of the radii of a block, 8 halves of words from each
 _BLOCK = tl.constexpr(BLOCK)
 
-_M0, _M1 = tl.constexpr(0xD2E7470EE14C6C93), tl.constexpr(0xCA5A826395121157)
-_W0, _W1 = tl.constexpr(0x9E3779B97F4A7C15), tl.constexpr(0xBB67AE8584CAA73B)
+_M0, _M1 = map(tl.constexpr, MULTIPLIERS)
+_W0, _W1 = map(tl.constexpr, WEYL)
 _OFFSET = tl.constexpr((0x3FF00000 - 0x3FE6A09E) << 32)
 _SQRT_HALF = tl.constexpr(0x3FE6A09E << 32)
 _MANTISSA = tl.constexpr((1 << 52) - 1)
@@ -33,13 +33,8 @@ def blocks(seed: int, key: int, first: int, count: int, device: torch.device) ->
     out = torch.empty(count * BLOCK, device=device)
     grid = (count * (BLOCK // 16) // OPTIONS["COUNTS"],)
     counter = first * BLOCK // 8 + 1  # NumPy steps the counter before it encrypts it
-    _fill[grid](out, _signed(seed), _signed(key), counter, **OPTIONS)
+    _fill[grid](out, signed(seed), signed(key), counter, **OPTIONS)
     return out
-
-
-def _signed(number: int) -> int:
-    """The signed number with the same lower 64 bits."""
-    return (number + 2**63) % 2**64 - 2**63
 
 
 @triton.jit(do_not_specialize=["seed", "key", "counter"])

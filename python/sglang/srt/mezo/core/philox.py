@@ -6,8 +6,8 @@ import torch
 WORDS = 4
 """Of 64 bits, from one count."""
 
-_MULTIPLIERS = (0xD2E7470EE14C6C93, 0xCA5A826395121157)
-_WEYL = (0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B)
+MULTIPLIERS = (0xD2E7470EE14C6C93, 0xCA5A826395121157)
+WEYL = (0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B)
 _HALF = 0xFFFFFFFF
 
 
@@ -34,9 +34,9 @@ def _on_device(seed: int, key: int, count: int, counts: int, device: torch.devic
     c0 = torch.arange(count + 1, count + 1 + counts, device=device)  # NumPy steps the counter before it encrypts it
     c1, c2, c3 = torch.zeros_like(c0), torch.zeros_like(c0), torch.zeros_like(c0)
     for i in range(10):
-        k0, k1 = _signed(seed + i * _WEYL[0]), _signed(key + i * _WEYL[1])
-        high0, low0 = _product(c0, _MULTIPLIERS[0])
-        high1, low1 = _product(c2, _MULTIPLIERS[1])
+        k0, k1 = signed(seed + i * WEYL[0]), signed(key + i * WEYL[1])
+        high0, low0 = _product(c0, MULTIPLIERS[0])
+        high1, low1 = _product(c2, MULTIPLIERS[1])
         c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
     return torch.stack((c0, c1, c2, c3), dim=1).flatten()
 
@@ -46,13 +46,13 @@ def _product(a: torch.Tensor, b: int) -> tuple[torch.Tensor, torch.Tensor]:
     a0, a1, b0, b1 = a & _HALF, _upper(a), b & _HALF, b >> 32
     middle = a1 * b0 + _upper(a0 * b0)
     other = a0 * b1 + (middle & _HALF)
-    return a1 * b1 + _upper(middle) + _upper(other), a * _signed(b)
+    return a1 * b1 + _upper(middle) + _upper(other), a * signed(b)
 
 
 def _upper(a: torch.Tensor) -> torch.Tensor:
     return a >> 32 & _HALF
 
 
-def _signed(number: int) -> int:
+def signed(number: int) -> int:
     """The signed number with the same lower 64 bits."""
     return (number + 2**63) % 2**64 - 2**63

@@ -156,7 +156,9 @@ class Experiment:
             str(content.get("name") or name),
             str(content.get("description") or ""),
             str(content.get("paper") or ""),
-            {"model": model} if isinstance(model, str) else _in_our_words("model", _mapping("model", model)),
+            {"model": model}
+            if isinstance(model, str)
+            else _require_fields("model", ModelArguments, _mapping("model", model)),
             _mapping("data", content.get("data")),
             _named("tasks", content.get("tasks")),
             _named("methods", content.get("methods")),
@@ -274,17 +276,6 @@ def arguments_of(cell: Cell) -> tuple[ModelArguments, DataArguments, Any]:
 def _built(kind: type, given: Mapping[str, Any], where: str) -> Any:
     with _within(where):
         return kind(**_require_fields(where, kind, given))
-
-
-def _in_our_words(where: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields that other programs have by other names."""
-    found: dict[str, Any] = {}
-    for name, value in given.items():
-        own = SAME.get(name, name)
-        if own in found:
-            raise ConfigError(f"{where}.{name}", value, f"nothing where {own} stands, which is the same")
-        found[own] = value
-    return found
 
 
 def _require_fields(where: str, kind: type, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -181,7 +181,8 @@ def _fields_of(given: Any, value: Any, types: Mapping[str, Any], where: str) -> 
     """The fields that a name in a file stands for: one, or what a flag of theirs sets."""
     if (given in MEANT or given in INSTEAD) and given not in types:
         meant = _meant(given, str(value))
-        return {name: from_text(name, text, types[name]) for name, text in meant.items() if name in types}
+        if meant.keys() <= types.keys():
+            return {name: from_text(name, text, types[name]) for name, text in meant.items()}
     return dict([field_of(given, value, types, where)])
 
 
